@@ -1,0 +1,27 @@
+"""The verbs that Lightning has not: one module each, no list to keep.
+
+A module of this package is a verb when it defines a top-level function ``run``; ``lit-prune <module name>`` calls it
+(``my_verb.py`` is ``lit-prune my-verb``). The first line of the module's docstring is the line in ``lit-prune --help``.
+Both are read from the source, so the list of verbs costs no import::
+
+    \"\"\"Answer a prompt about one or several images with fewer visual tokens.\"\"\"
+
+    def run(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False) -> None:
+        \"\"\"What `lit-prune generate --help` says first.
+
+        Args:
+            image: PNG or JPEG files; several are one batch.
+            prompt: The question, without chat template.
+            ...
+        \"\"\"
+
+* Options come from signature and docstring: a parameter without default is a required ``--option``. Lists may be
+  written as ``--image a.png b.png``, by repeating the option, or as YAML; a ``bool`` as ``--compare`` or
+  ``--compare false``. A parameter ``config`` also answers to ``-c`` (``config: list[str]`` takes several), one named
+  ``out`` to ``-o``.
+* What the user can mend is a `lit_prune.errors.LitPruneError`: printed as one message, exit code 1, no traceback.
+* Import heavy things inside the module as usual (a verb is imported only when called); print through
+  `lit_prune.commands.console`.
+* `lit_prune.commands.trainer.build(config, overrides)` gives model, data module and trainer of a `lightning fit`
+  configuration without running it.
+"""
