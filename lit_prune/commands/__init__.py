@@ -6,7 +6,7 @@ Both are read from the source, so the list of verbs costs no import::
 
     \"\"\"Answer a prompt about one or several images with fewer visual tokens.\"\"\"
 
-    def run(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False) -> None:
+    def run(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False):
         \"\"\"What `lit-prune generate --help` says first.
 
         Args:

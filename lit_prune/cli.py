@@ -1,0 +1,167 @@
+"""The entry point: ``lightning``, ``lit-prune`` and ``python -m lit_prune`` are three names of `main`.
+
+``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI (`lit_prune.commands.trainer`); every other verb is a
+module of `lit_prune.commands`. Nothing heavy is imported before the verb is known, so ``--help`` answers at once.
+"""
+
+import ast
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+LIGHTNING_VERBS = {
+    "fit": "train the plug-ins of a configuration; resume with --ckpt_path last",
+    "validate": "one pass over the validation set",
+    "test": "measure on the test set: accuracy, tokens, FLOPs, shift",
+    "predict": "write the answers to a data set",
+}
+DISTRIBUTION = "lit-prune"
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class UsageError(Exception):
+    """A command line or configuration that cannot be read; exit code 2."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one verb. Errors the user can mend end in one message; ``--debug`` anywhere shows the traceback too."""
+    argv = sys.argv[1:] if args is None else [str(a) for a in args]
+    debug = "--debug" in argv or os.environ.get("LIT_PRUNE_DEBUG", "0") not in ("", "0")
+    with _command_line(args, argv):
+        try:
+            _dispatch([a for a in argv if a != "--debug"])
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            code = _report(error, debug)
+            if code is None:
+                raise
+            sys.exit(code)
+
+
+@contextmanager
+def _command_line(args: list[str] | None, argv: list[str]) -> Iterator[None]:
+    """Make ``sys.argv`` the command that runs: Lightning relaunches it for further processes."""
+    before = sys.argv
+    sys.argv = before if args is None else [before[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _dispatch(argv: list[str]) -> None:
+    """Hand the arguments to the verb's own parser."""
+    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if verb in ("--help", "-h", "help"):
+        print(_help())
+    elif verb == "--version":
+        print(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
+    elif verb in LIGHTNING_VERBS:
+        _quiet()
+        importlib.import_module("lit_prune.commands.trainer").PruneCLI(verb, rest)
+    elif verb in (known := verbs()):
+        _quiet()
+        importlib.import_module("lit_prune.commands.options").run_verb(verb, rest)
+    elif not _other_lightning(argv):
+        close = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *known], n=3)
+        meant = f"; did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else ""
+        raise UsageError(f"unknown verb `{verb}`{meant} (`{_program()} --help` lists the verbs)")
+
+
+def verbs() -> dict[str, str]:
+    """The verbs that Lightning has not, each with its line of help, read from the sources of `lit_prune.commands`."""
+    found = {}
+    for path in sorted((Path(__file__).parent / "commands").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "\ndef run(" in source:
+            doc = ast.get_docstring(ast.parse(source)) or ""
+            found[path.stem.replace("_", "-")] = doc.partition("\n")[0]
+    return found
+
+
+def _help() -> str:
+    rows = [f"  {verb:<10} {line}" for verb, line in [*LIGHTNING_VERBS.items(), *verbs().items()]]
+    return "\n".join(
+        [
+            f"usage: {_program()} VERB [options]    (`lightning`, `lit-prune` and `python -m lit_prune` are one)",
+            "",
+            "Visual-token pruning for large vision-language models.",
+            "",
+            "verbs:",
+            *rows,
+            "",
+            "examples:",
+            "  lightning fit -c configs/micro.yaml --trainer.max_steps 100",
+            "  lightning test -c configs/micro.yaml -c configs/pruners/fastv.yaml",
+            "",
+            "options:",
+            f"  -h, --help    this text; `{_program()} VERB --help` for a verb's options",
+            "  --version     print the version",
+            "  --debug       show tracebacks (or set LIT_PRUNE_DEBUG=1)",
+        ]
+    )
+
+
+def _program() -> str:
+    return "lightning" if Path(sys.argv[0]).stem == "lightning" else DISTRIBUTION
+
+
+def _other_lightning(argv: list[str]) -> bool:
+    """Hand a verb that is not ours to another distribution's `lightning` command, if one is installed."""
+    if _program() != "lightning":
+        return False
+    for point in entry_points(group="console_scripts", name="lightning"):
+        if point.dist is not None and point.dist.name != DISTRIBUTION:
+            sys.argv = [sys.argv[0], *argv]
+            sys.exit(point.load()())
+    return False
+
+
+def _quiet() -> None:
+    """Defaults of the environment: no account needed, no noise. What the user has set stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _wandb_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _wandb_key() -> bool:
+    """Whether Weights & Biases could log in without asking."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/").rpartition("/")[2]
+    files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    paths = [Path(name).expanduser() for name in files if name]
+    return any(path.is_file() and host in path.read_text(errors="ignore") for path in paths)
+
+
+def _report(error: BaseException, debug: bool) -> int | None:
+    """Print an error the user can mend and return the exit code; None means that Python should handle it."""
+    if isinstance(error, SystemExit):
+        return INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else None
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if debug:
+        return None
+    if isinstance(error, BrokenPipeError):  # `lit-prune ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    if isinstance(error, UsageError):
+        return _print_error(error, USAGE)
+    return _print_error(error, FAILURE) if _is_users(error) else None
+
+
+def _is_users(error: BaseException) -> bool:
+    """Bad input, a missing file or a wrong setting, as against a fault of the program."""
+    from lit_prune.errors import LitPruneError
+
+    return isinstance(error, LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException"
+
+
+def _print_error(error: BaseException, code: int) -> int:
+    print(f"error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+    return code

@@ -1,0 +1,191 @@
+"""Turn a parser's complaint into one line that names the key, the file and the closest right key."""
+
+import ast
+import difflib
+import importlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+SPEC = ["class_path", "init_args", "dict_kwargs"]
+UNKNOWN = re.compile(r"(?:does not accept option '([^']+)')|(?:Option '([^']+)' is not accepted)")
+NO_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s+(.*(?:has no attribute|No module|not a subclass).*)")
+NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'None|Problem with|Given value)")
+
+
+def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> str:
+    """Shorten a parser's message; name the file at fault and, for a misspelt key, the closest right one.
+
+    Args:
+        message: What jsonargparse says.
+        parser: The parser whose keys are the right ones.
+        files: The configuration files that were read.
+    """
+    files = [file for file in files if Path(file).suffix in (".yaml", ".yml", ".json")]
+    if message.startswith("unrecognized arguments:"):
+        return _unrecognised(message, parser)
+    if "File does not exist" in message or "Problems parsing config" in message:
+        return _bad_file(message, files)
+    if match := UNKNOWN.search(message):
+        return _unknown_key(message, match[1] or match[2], parser, files)
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"`{_place(message)[0]}`: no class `{match[1]}`; write its full path, `package.module.Class`"
+    if match := NO_CLASS.search(message):
+        return _bad_class(message, match[1], match[2])
+    if "Not a valid subclass" in message and (match := re.search(r"Given value: (\{.*\})", message)):
+        return _bad_spec(message, match[1], files)
+    return _condense(message)
+
+
+def explain_interpolation(error: Exception, parser: ArgumentParser) -> str:
+    """One line for a ``${...}`` that leads nowhere."""
+    text = str(error)
+    wanted = re.search(r"resolved to '([^']+)'", text) or re.search(r"key '([^']+)' not found", text)
+    place = re.search(r"full_key: (\S+)", text)
+    at = f"`{_without_verb(place[1], parser)}`: " if place else ""
+    if wanted is None:
+        return at + text.partition("\n")[0]
+    key = _without_verb(wanted[1], parser)
+    return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser)))}"
+
+
+def keys_of(parser: ArgumentParser) -> list[str]:
+    """The dotted keys that a parser knows."""
+    names = {option.lstrip("-") for option in parser._option_string_actions if option.startswith("--")}
+    return sorted(name for name in names if not name.endswith(("help", "+")))
+
+
+def closest(key: str, known: Iterable[str]) -> str | None:
+    """The known key that was probably meant: same name elsewhere, a sibling nearly so named, or anything alike."""
+    known = list(known)
+    parent, _, name = key.rpartition(".")
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    if same_name and (found := difflib.get_close_matches(key, same_name, n=1, cutoff=0.5 if parent else 0.1)):
+        return found[0]
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    if found := difflib.get_close_matches(name, siblings, n=1, cutoff=0.5):
+        return siblings[found[0]]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.7)), None)
+
+
+def _meant(key: str | None) -> str:
+    return f"; did you mean `{key}`?" if key else ""
+
+
+def _without_verb(key: str, parser: ArgumentParser) -> str:
+    first, _, rest = key.partition(".")
+    return rest if rest and first not in {k.partition(".")[0] for k in keys_of(parser)} else key
+
+
+def _unrecognised(message: str, parser: ArgumentParser) -> str:
+    tokens = message.partition(":")[2].split()
+    option = next((t for t in tokens if t.startswith("-")), None)
+    if option is None:
+        return f"unexpected argument `{tokens[0]}`"
+    key = option.lstrip("-").partition("=")[0]
+    found = closest(key, keys_of(parser))
+    return f"unknown option `--{key}`{_meant(found and '--' + found)}"
+
+
+def _bad_file(message: str, files: list[str]) -> str:
+    for file in files:
+        path = Path(file)
+        if not path.is_file():
+            near = [str(p) for p in path.parent.glob(f"*{path.suffix}")]
+            meant = next(iter(difflib.get_close_matches(file, near, n=1, cutoff=0.7)), None)
+            return f"no configuration file `{file}`{_meant(meant)}"
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            return f"{file}: not valid YAML: {' '.join(str(error).split())}"
+    return _condense(message)
+
+
+def _unknown_key(message: str, key: str, parser: ArgumentParser, files: list[str]) -> str:
+    """A key that a parser or the class chosen by a class_path does not have."""
+    place, class_path = _place(message[: message.index(f"'{key}'")])
+    if class_path is None:
+        return f"{_file_with(key, files)}unknown key `{key}`{_meant(closest(key, keys_of(parser)))}"
+    known = _parameters(class_path)
+    head, _, tail = key.partition(".")
+    if tail and head not in known and (spec := closest(head, SPEC)):  # `init_arg:` for `init_args:`
+        full = f"{place.removesuffix('.init_args')}.{head}"
+        return f"{_file_with(full, files)}unknown key `{full}`; did you mean `{spec}`?"
+    found = closest(key, known) or closest(key, SPEC)
+    takes = "" if found else f"; it takes {', '.join(known) or 'no arguments'}"
+    full = f"{place}.{key}"
+    return f"{_file_with(full, files)}unknown key `{full}` of {class_path}{_meant(found)}{takes}"
+
+
+def _bad_class(message: str, class_path: str, reason: str) -> str:
+    place, _ = _place(message[: message.index(class_path)])
+    module, _, name = class_path.rpartition(".")
+    try:
+        names = [n for n, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
+    except (ImportError, ValueError):
+        names = []
+    found = closest(name, names)
+    return f"`{place}`: no class `{class_path}` ({reason.strip()}){_meant(found and f'{module}.{found}')}"
+
+
+def _bad_spec(message: str, given: str, files: list[str]) -> str:
+    """A mapping that should hold class_path and init_args and does not."""
+    place, _ = _place(message)
+    try:
+        wrong = [key for key in ast.literal_eval(given) if key not in SPEC]
+    except (ValueError, SyntaxError):
+        wrong = []
+    if not wrong:
+        return f"`{place}` wants `class_path` and `init_args`, got {given}"
+    full = f"{place}.{wrong[0]}"
+    return f"{_file_with(full, files)}unknown key `{full}`{_meant(closest(wrong[0], SPEC))}"
+
+
+def _place(message: str) -> tuple[str, str | None]:
+    """Where a nested message points: dotted key and the innermost class."""
+    parts: list[str] = []
+    class_path = None
+    for line in message.splitlines():
+        if match := re.search(r'Parser key "([^"]+)"', line):
+            parts.append(match[1])
+        elif match := re.search(r"Problem with given class_path '([^']+)'", line):
+            class_path = match[1]
+            parts.append("init_args")
+    return ".".join(parts), class_path
+
+
+def _parameters(class_path: str) -> list[str]:
+    """The arguments of a class, as the parser sees them."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+        added = ArgumentParser(exit_on_error=False).add_class_arguments(found, "x", fail_untyped=False)
+    except Exception:  # a suggestion must never hide the message it belongs to
+        return []
+    return [key.removeprefix("x.") for key in added]
+
+
+def _file_with(key: str, files: list[str]) -> str:
+    """The last file that holds a dotted key, as the beginning of a message."""
+    for file in reversed(files):
+        node: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        for part in key.split("."):
+            node = node.get(part, KeyError) if isinstance(node, dict) else KeyError
+        if node is not KeyError:
+            return f"{file}: "
+    return ""
+
+
+def _condense(message: str) -> str:
+    """Drop what a reader cannot use; keep the whole message where it is not understood."""
+    lines = [line.strip() for line in message.splitlines()]
+    reasons = [r for r in lines if r and not NOISE.match(r) and not r.startswith("Parser key")]
+    place, _ = _place(message)
+    if place and len(reasons) == 1:
+        reason = re.sub(r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, got ", reasons[0])
+        return f"`{place}`: {reason.removeprefix('- ')}"
+    return message.strip()

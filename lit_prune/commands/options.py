@@ -1,0 +1,78 @@
+"""Options of a verb: made from the signature and docstring of its ``run``."""
+
+import importlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable
+from functools import cache
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lit_prune.cli import UsageError
+from lit_prune.commands.explain import explain
+
+SHORT = {"-c": "config", "-o": "out"}
+YES_NO = ("true", "false", "yes", "no")
+
+
+def run_verb(verb: str, argv: list[str]) -> None:
+    """Parse the arguments of a verb and call its ``run``."""
+    run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
+    parser = ArgumentParser(prog=f"lit-prune {verb}", exit_on_error=False, allow_abbrev=False)
+    parser.description = (inspect.getdoc(run) or "").partition("\n\n")[0]
+    parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
+    try:
+        options = parser.parse_args(plain(argv, run))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), parser)) from error
+    run(**parser.instantiate_classes(options).as_dict())
+
+
+def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
+    """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads."""
+    hints = {name: kind for name, kind in typing.get_type_hints(run).items() if name != "return"}
+    lists: dict[str, list[str]] = {}
+    plain_argv = []
+    tokens = list(argv)
+    while tokens:
+        name, value = _option(tokens.pop(0), hints)
+        given = [] if value is None else [value]
+        if name in hints and _is(hints[name], list):
+            while tokens and not tokens[0].startswith("-"):
+                given.append(tokens.pop(0))
+            lists.setdefault(name, []).extend(given)
+        elif name in hints and _is(hints[name], bool) and not given:
+            spoken = tokens and tokens[0].lower() in YES_NO
+            plain_argv.append(f"--{name}={tokens.pop(0) if spoken else 'true'}")
+        elif name in hints and value is None:
+            plain_argv += [f"--{name}", *tokens[:1]]
+            del tokens[:1]
+        else:
+            plain_argv.append(name if value is None else f"--{name}={value}")
+    return plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
+
+
+def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:
+    """Name (without dashes when it is a parameter) and value of a token."""
+    if token in SHORT and SHORT[token] in hints:
+        return SHORT[token], None
+    if not token.startswith("--"):
+        return token, None
+    name, equals, value = token[2:].partition("=")
+    name = name.replace("-", "_")
+    return (name if name in hints or equals else token), (value if equals else None)
+
+
+def _as_yaml(values: list[str]) -> str:
+    """One value that is a list already stays as written."""
+    return values[0] if len(values) == 1 and values[0].startswith("[") else json.dumps(values)
+
+
+@cache
+def _is(kind: typing.Any, wanted: type) -> bool:
+    """Whether a type is ``wanted``, ``wanted[...]`` or either of them or None."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_is(part, wanted) for part in typing.get_args(kind))
+    return kind is wanted or typing.get_origin(kind) is wanted

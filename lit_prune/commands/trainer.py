@@ -1,0 +1,142 @@
+"""``fit``, ``validate``, ``test``, ``predict``: LightningCLI with configurations that follow their overrides.
+
+Configurations are OmegaConf: ``${model.keep}`` anywhere in a file is resolved after all files and all options have been
+read, so an override moves everything that refers to it. Interpolation works in files, not in values on the command
+line. A file or option that swaps a ``class_path`` starts from the defaults of the new class.
+"""
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf.errors import OmegaConfBaseException
+from transformers.utils import logging as transformers_logging
+
+from lit_prune.cli import LIGHTNING_VERBS, UsageError
+from lit_prune.commands.explain import explain, explain_interpolation
+from lit_prune.commands.overlays import config_files, with_resets
+from lit_prune.errors import LitPruneError
+
+MODEL = "lit_prune.training.PruneModule"
+DATA = "lit_prune.data.InstructData"
+SEED = 0
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the resolved configuration beside the run, as ``config_<verb>.yaml`` and in W&B; a rerun overwrites it.
+
+    The folder is ``trainer.default_root_dir`` where the configuration sets it, else that of the checkpoints, else the
+    logger's.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder (on every rank: ``log_dir`` is a broadcast), then save once."""
+        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+        log_dir = trainer.log_dir
+        self.folder = Path(self.config.get("trainer.default_root_dir") or checkpoints or log_dir or ".")
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; rank zero only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        (self.folder / f"config_{trainer.state.fn.value}.yaml").write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(yaml.safe_load(text))
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI of one verb, or of none: then model, data module and trainer are made and nothing runs.
+
+    Args:
+        verb: fit, validate, test or predict; None to build only.
+        args: The command line after the verb.
+    """
+
+    def __init__(self, verb: str | None, args: list[str]) -> None:
+        self.verb = verb
+        self.args = args
+        _hush()
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            _load(MODEL),
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            seed_everything_default=SEED,
+            parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
+            auto_configure_optimizers=False,
+            args=([verb] if verb else []) + with_resets(args, {"data": DATA}),
+            run=verb is not None,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Only the verb that runs: a parser takes half a second to build."""
+        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb == self.verb}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data module prepares what the base model reads."""
+        parser.set_defaults({"data": {"class_path": DATA}})
+        parser.link_arguments("model.base", "data.init_args.base")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; explain what cannot be read."""
+        own = self._subcommand_parsers[self.verb] if self.verb else parser
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UsageError(explain(str(error), own, config_files(self.args))) from error
+        except OmegaConfBaseException as error:
+            raise UsageError(explain_interpolation(error, own)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint brings weights, never settings: those are the configuration's and the command line's."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
+        with warnings.catch_warnings():
+            if subcommand != "fit":
+                warnings.filterwarnings("error", message=".*there is no last checkpoint available")
+            try:
+                super()._run_subcommand(subcommand)
+            except UserWarning as warning:
+                raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet") from warning
+
+
+def build(config: str | list[str], overrides: list[str] | None = None) -> PruneCLI:
+    """Model, data module and trainer of a configuration (``.model``, ``.datamodule``, ``.trainer``), not run.
+
+    Args:
+        config: One or several files, the later ones override.
+        overrides: As on the command line: ``["--model.keep=16"]``.
+    """
+    files = [config] if isinstance(config, str) else config
+    return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])])
+
+
+def _load(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _hush() -> None:
+    """Silence what tells a user nothing."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "💡 Tip" not in record.getMessage())
+
+
+assert set(LightningCLI.subcommands()) == set(LIGHTNING_VERBS)
