@@ -1,0 +1,6 @@
+"""The only code that knows transformers: attention wrapper, decoder hooks, where things are."""
+
+from lit_prune.host.decoder import DecoderHost
+from lit_prune.host.state import Record, Session, StageRecord
+
+__all__ = ["DecoderHost", "Record", "Session", "StageRecord"]

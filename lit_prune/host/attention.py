@@ -1,0 +1,116 @@
+"""One pass-through wrapper around transformers' registered attention functions.
+
+It acts only on a layer that was handed a `Request`: to read attention rows from the queries and keys that are there
+anyway, and to add a bias per key. It is registered once per process, never removed, and holds no state: everything
+arrives by keyword, so a layer replayed by activation checkpointing sees the same request.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+REQUEST = "lit_prune_attention"
+BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass
+class Tap:
+    """Ask a layer for attention rows: columns of the querying tokens, which keys are real, cached columns before."""
+
+    rows: Int[Tensor, "batch rows"]
+    row_mask: Bool[Tensor, "batch rows"]
+    valid: Bool[Tensor, "batch seq"]
+    past: int = 0
+    scores: Float[Tensor, "batch seq"] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one layer's attention call is asked: a bias per key of this forward, and a tap."""
+
+    key_bias: Float[Tensor, "batch seq"] | None = None
+    tap: Tap | None = None
+
+
+def row_attention(
+    query: Float[Tensor, "batch heads rows head"],
+    key: Float[Tensor, "batch key_heads seq head"],
+    rows: Int[Tensor, "batch rows"],
+    row_mask: Bool[Tensor, "batch rows"],
+    valid: Bool[Tensor, "batch seq"],
+    scaling: float,
+    key_bias: Float[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """Causal softmax attention of a few rows, averaged over heads and real rows: O(rows x seq), never seq x seq."""
+    batch, heads, count, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, dim)
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, -1).float() * scaling
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None].float()
+    columns = torch.arange(key.shape[2], device=key.device)
+    allowed = (columns <= rows[..., None]) & valid[:, None]
+    # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.
+    probabilities = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+    weight = row_mask.to(probabilities.dtype)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
+    return (weight[:, None] @ probabilities).squeeze(1)
+
+
+def wrap_attention() -> None:
+    """Register the wrapper around every installed attention function that this project supports."""
+    for name in BACKENDS:
+        try:
+            function = ALL_ATTENTION_FUNCTIONS[name]
+        except KeyError:
+            continue
+        if not getattr(function, "lit_prune", False):
+            ALL_ATTENTION_FUNCTIONS[name] = _wrap(function)
+
+
+def _wrap(function: Callable) -> Callable:
+    @wraps(function)
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        request: Request | None = kwargs.pop(REQUEST, None)
+        if request is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if request.tap is not None:
+            _read(request, query, key, scaling)
+        if request.key_bias is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        dim = value.shape[-1]
+        query, key, value = _biased(query, key, value, request.key_bias, scaling)
+        output, weights = function(module, query, key, value, attention_mask, **{**kwargs, "scaling": scaling})
+        return output[..., :dim], weights
+
+    attention.lit_prune = True
+    return attention
+
+
+def _read(request: Request, query: Tensor, key: Tensor, scaling: float) -> None:
+    """Fill the tap from this forward's own keys."""
+    tap = request.tap
+    with torch.no_grad():
+        index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        keys = key[:, :, tap.past : tap.past + query.shape[2]]
+        rows = query.gather(2, index)
+        tap.scores = row_attention(rows, keys, tap.rows, tap.row_mask, tap.valid, scaling, request.key_bias)
+
+
+def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry a per-key bias in one extra channel: q' = [q, 1 / scaling], k' = [k, bias].
+
+    Keeps the fused kernels (forward and backward) and no seq x seq mask; eight channels, for their alignment.
+    """
+    pad = 8
+    ones = query.new_zeros(*query.shape[:-1], pad)
+    ones[..., 0] = 1.0 / scaling
+    carrier = torch.nn.functional.pad(bias.to(key.dtype)[:, None, :, None], (0, pad - 1))
+    carrier = carrier.expand(-1, key.shape[1], -1, -1)
+    key = torch.cat([key, carrier], dim=-1)
+    return torch.cat([query, ones], dim=-1), key, torch.nn.functional.pad(value, (0, pad))

@@ -1,0 +1,328 @@
+"""Stages and repair on the decoder layers of an unmodified transformers model, by hooks.
+
+A pre-hook on every layer shortens the hidden states where a stage says so and hands later layers the mask and the
+rotary embeddings that fit; a hook behind the layers repairs answer positions; the last hook scatters the states back to
+the original length, so that labels, losses and `generate()` need no change.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from lit_prune import selection
+from lit_prune.errors import LitPruneError
+from lit_prune.host import places
+from lit_prune.host.attention import REQUEST, Request, Tap, row_attention, wrap_attention
+from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, StageRecord, begin
+from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.repair import RepairAdapter
+
+
+class DecoderHost:
+    """A pruner and a repair adapter attached to one model; `detach()` leaves no trace.
+
+    Args:
+        model: a `*ForConditionalGeneration`, never modified beyond its hooks.
+        pruner: the method; `None` hosts nothing but records (the teacher's side).
+        repair: adapter on late layers, fed by the pruner's stages.
+        keep: budget, visual tokens averaged over the decoder layers' inputs.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: int) -> None:
+        self.places = places.find(model)
+        dims = self.places.dims
+        self.pruner, self.repair, self.keep = pruner, repair, keep
+        self.session = Session()
+        self.stages = pruner.stages(dims.depth) if pruner is not None else ()
+        self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
+        if pruner is not None:
+            self.schedule = pruner.schedule(keep, dims.visual, dims.depth)
+            if pruner.attention is not None and pruner.attention.layer == "previous" and self.stages[0] == 0:
+                raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
+        if model.config._attn_implementation == "eager" and pruner is not None and pruner.attention is not None:
+            self._refuse_eager()
+        wrap_attention()
+        self.handles = self._hook(model)
+
+    def _refuse_eager(self) -> None:
+        if self.pruner.attention.layer == "previous":
+            raise LitPruneError("eager attention can't be read; load the model with attn_implementation='sdpa'")
+
+    def _hook(self, model: nn.Module) -> list:
+        handles = [
+            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            self.places.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            self.places.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
+        ]
+        for index, layer in enumerate(self.places.layers):
+            handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._after(index), with_kwargs=True))
+        return handles
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    @contextmanager
+    def using(self, session: Session) -> Iterator[Session]:
+        """Run the forwards inside under another session (teacher, soft masks, recording, hints)."""
+        before, self.session = self.session, session
+        try:
+            yield session
+        finally:
+            self.session = before
+
+    # -- the model and its decoder ------------------------------------------------------------------------------
+
+    def _counts(self, total: Tensor) -> dict[int, Tensor]:
+        """Kept tokens per stage for samples with `total` visual tokens each."""
+        depth = self.places.dims.depth
+        plans = [self.pruner.schedule(self.keep, n, depth) if n else dict.fromkeys(self.stages, 0) for n in total.tolist()]
+        return {layer: torch.tensor([plan[layer] for plan in plans], device=total.device) for layer in self.stages}
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
+        if args:
+            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
+        forward = begin(kwargs, self.places.image_token, session, self._counts)
+        return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
+        forward: Forward | None = kwargs.get(FORWARD)
+        if forward is None:
+            return None
+        kwargs = dict(kwargs)
+        cache = kwargs.get("past_key_values")
+        wants = kwargs.get("use_cache")
+        if cache is None and (module.config.use_cache if wants is None else wants) and not module.training:
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        if cache is not None and (forward.counts or hasattr(cache, CACHE)):
+            if not hasattr(cache, CACHE):
+                setattr(cache, CACHE, CacheState())
+            self._continue(forward, getattr(cache, CACHE), kwargs)
+        if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
+            forward.embeds = kwargs["inputs_embeds"]
+        return args, kwargs
+
+    def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
+        """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
+        forward.cache_state = state
+        if not forward.counts:
+            forward.essence = state.essence
+        if state.seen and 0 in state.valid:
+            if kwargs.get("position_ids") is None:
+                new = torch.arange(forward.length, device=forward.valid.device) + state.seen
+                kwargs["position_ids"] = new[None]
+            kwargs["attention_mask"] = torch.cat([state.valid[0], forward.valid], dim=1)
+        state.seen += forward.length
+
+    def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        forward: Forward | None = kwargs.get(FORWARD)
+        if forward is None or forward.columns.shape[1] == forward.length:
+            return None
+        states = output.last_hidden_state * forward.valid[..., None].to(output.last_hidden_state.dtype)
+        full = states.new_zeros(states.shape[0], forward.length, states.shape[2])
+        output.last_hidden_state = full.scatter(1, forward.columns[..., None].expand_as(states), states)
+        return output
+
+    # -- layers -------------------------------------------------------------------------------------------------
+
+    def _before(self, index: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict):
+            forward: Forward | None = kwargs.get(FORWARD)
+            if forward is None:
+                return None
+            hidden, kwargs = args[0], dict(kwargs)
+            if index in self.stages and forward.counts:
+                hidden = self._stage(index, module, hidden, forward, kwargs)
+            if index in self.stages and forward.cache_state is not None:
+                self._remember(index, hidden, forward, kwargs)
+            self._pass_on(index, forward, kwargs)
+            forward.trace_layer()
+            return (hidden, *args[1:]), kwargs
+
+        return hook
+
+    def _pass_on(self, index: int, forward: Forward, kwargs: dict) -> None:
+        """Give a layer the mask, rotary embeddings, bias and tap of this forward."""
+        if forward.restaged:
+            # Positions are in the rotary embeddings; ids with gaps would be read as packed sequences.
+            kwargs.update(attention_mask=forward.mask, position_embeddings=forward.rope, position_ids=None)
+        elif forward.mask is not None:
+            kwargs["attention_mask"] = forward.mask
+        forward.tap = None
+        if forward.counts and index + 1 in self.stages and self._reads_previous():
+            rows, mask = selection.compact(self._rows(forward))
+            cache = kwargs.get("past_key_values")
+            forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
+        if forward.tap is not None or forward.key_bias is not None:
+            kwargs[REQUEST] = Request(forward.key_bias, forward.tap)
+
+    def _reads_previous(self) -> bool:
+        return self.pruner.attention is not None and self.pruner.attention.layer == "previous"
+
+    def _rows(self, forward: Forward) -> Tensor:
+        """Columns whose attention the pruner asked for."""
+        if self.pruner.attention is None or self.pruner.attention.rows == "question":
+            return forward.text
+        last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
+        return forward.text & last
+
+    def _after(self, index: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output):
+            forward: Forward | None = kwargs.get(FORWARD)
+            if forward is None:
+                return None
+            repaired = self._repair(index, output, forward)
+            record = forward.record
+            if record is not None and record.keep_hidden:
+                record.hidden[index] = repaired[forward.gate]
+            return None if repaired is output else repaired
+
+        return hook
+
+    def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:
+        if index not in self.feeds or not forward.session.repair:
+            return output
+        adapter, stage = self.feeds[index]
+        essence = forward.essence.get(stage)
+        if essence is None:
+            return output
+        if forward.record is not None and forward.counts:
+            trace = forward.record.trace
+            trace.repaired = forward.gate.sum(1)
+            trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
+        return self.repair(output, essence, forward.gate, adapter)
+
+    # -- a stage ------------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
+        """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
+        stage = self.stages.index(index)
+        rope = forward.rope if forward.restaged else kwargs["position_embeddings"]
+        normed = module.input_layernorm(hidden)
+        columns, real = selection.compact(forward.visual)
+        rows, row_mask = selection.compact(self._rows(forward))
+        alive = forward.alive.gather(1, columns) & real
+        attention = self._attention(module, normed, rope, rows, row_mask, forward)
+        context = Context(
+            stage=stage,
+            visual=selection.gather_rows(normed, columns),
+            alive=alive,
+            ordinal=forward.ordinal.gather(1, columns) * real,
+            text=selection.gather_rows(normed, rows),
+            text_mask=row_mask,
+            visual_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, columns),
+            text_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, rows),
+            attention=None if attention is None else attention.gather(1, columns),
+            count=forward.counts[index],
+            total=forward.total,
+            seed=forward.seed,
+            hints=forward.session.hints,
+        )
+        kept = self.pruner.prune(context)
+        reads = None if self.pruner.attention is None else self.pruner.attention.layer
+        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1))
+        self._leave_essence(stage, context, kept, forward)
+        self._note(index, context, kept, forward)
+        return self._apply(hidden, rope, columns, real, alive, kept, forward)
+
+    def _attention(
+        self, module: nn.Module, normed: Tensor, rope: tuple, rows: Tensor, row_mask: Tensor, forward: Forward
+    ) -> Tensor | None:
+        """Attention rows of the stage's own layer, computed ahead, or those tapped in the layer before."""
+        if self.pruner.attention is None:
+            return None
+        if self.pruner.attention.layer == "previous":
+            return forward.tap.scores
+        with torch.no_grad():
+            cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
+            row_rope = (selection.gather_rows(cos, rows), selection.gather_rows(sin, rows))
+            query, key = places.query_key(module, selection.gather_rows(normed, rows), normed, row_rope, (cos, sin))
+            # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
+            scaling = module.self_attn.scaling
+            return row_attention(query, key, rows, row_mask, forward.valid, scaling, forward.key_bias)
+
+    def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
+        if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
+            return
+        gate = kept.keep.float() if kept.gate is None else kept.gate
+        forward.essence[stage] = self.repair.essence(context.visual, context.ordinal, context.alive, gate)
+
+    @staticmethod
+    def _note(index: int, context: Context, kept: Kept, forward: Forward) -> None:
+        """Record the outcome on the image's grid; gates multiply from stage to stage."""
+        record = forward.record
+        if record is None:
+            return
+        record.trace.total_visual = forward.total
+        grid = torch.zeros(context.alive.shape[0], int(forward.total.max()), device=context.alive.device)
+        gate = (kept.keep.float() if kept.gate is None else kept.gate) * context.alive
+        gate = grid.scatter_add(1, context.ordinal, gate.float())
+        forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
+        marks = grid.scatter_add(1, context.ordinal, (kept.keep & context.alive).float()) > 0
+        scores = None
+        if kept.scores is not None:
+            low = torch.full_like(grid, float("-inf"))
+            scores = kept.scores.detach().float().masked_fill(~context.alive, float("-inf"))
+            scores = low.scatter_reduce(1, context.ordinal, scores, "amax")
+        record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
+
+    def _apply(
+        self, hidden: Tensor, rope: tuple, columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward
+    ) -> Tensor:
+        dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
+        self._add_bias(columns, real, alive, kept, forward)
+        if forward.session.soft:
+            forward.gone = dropped if forward.gone is None else forward.gone | dropped
+            return hidden
+        if not bool(dropped.any()):
+            return hidden
+        packed, _ = forward.pack(dropped)
+        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
+        forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
+        forward.restaged = True
+        forward.mask = None
+        hidden = selection.gather_rows(hidden, packed)
+        if forward.cache_state is None:
+            forward.mask = self._mask(hidden, forward.valid, None, 0)
+        return hidden
+
+    @staticmethod
+    def _add_bias(columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> None:
+        """Log of the gate per key: hides dropped tokens in soft mode, and carries gradients in both."""
+        soft = forward.session.soft
+        if kept.gate is None and not soft:
+            return
+        if not soft and not kept.gate.requires_grad:
+            return
+        gate = kept.keep.float() if kept.gate is None else kept.gate.float()
+        bias = selection.log_gate(gate, forward.session.eps) * alive
+        zeros = torch.zeros(forward.valid.shape, dtype=bias.dtype, device=bias.device)
+        bias = zeros.scatter_add(1, columns, bias * real)
+        forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
+
+    def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
+        """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
+        state, cache = forward.cache_state, kwargs["past_key_values"]
+        past = state.valid.get(index)
+        state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
+        state.essence.update(forward.essence)
+        if forward.restaged or past is not None:
+            forward.mask = self._mask(hidden, state.valid[index], cache, index)
+
+    def _mask(self, hidden: Tensor, valid: Tensor, cache, index: int) -> Tensor | None:
+        return create_causal_mask(
+            config=self.places.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=valid,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=index,
+        )

@@ -1,0 +1,206 @@
+"""What travels with one forward and what outlives it. Nothing here is ever stored on a module."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_prune import selection
+from lit_prune.cost import StageTrace, Trace
+from lit_prune.host.attention import Tap
+from lit_prune.repair import Essence
+
+FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
+CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage's outcome on the image's own grid of N tokens, for losses and pictures.
+
+    `kept` is cumulative, `gate` too (with gradients where training), `scores` are those of the tokens then alive
+    (-inf elsewhere).
+    """
+
+    layer: int
+    kept: Tensor
+    gate: Tensor
+    scores: Tensor | None
+
+
+@dataclass
+class Record:
+    """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
+
+    `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch.
+    """
+
+    keep_hidden: bool = False
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    stages: list[StageRecord] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    begun: bool = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """How the host treats the forwards inside `host.using(...)`.
+
+    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too.
+    """
+
+    prune: bool = True
+    repair: bool = True
+    soft: bool = False
+    eps: float = 1e-8
+    hints: dict[str, Tensor] = field(default_factory=dict)
+    record: Record | None = None
+
+
+@dataclass
+class CacheState:
+    """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
+
+    `valid[layer]`: which cached columns of a stage's layers are real. `seen`: original columns so far.
+    """
+
+    valid: dict[int, Tensor] = field(default_factory=dict)
+    essence: dict[int, Essence] = field(default_factory=dict)
+    seen: int = 0
+
+
+@dataclass
+class Forward:
+    """One language-model forward as the hooks see it; flags are (batch, columns now), packed along with the states."""
+
+    session: Session
+    columns: Tensor  # original column of each present one
+    valid: Tensor
+    visual: Tensor
+    text: Tensor
+    gate: Tensor
+    ordinal: Tensor
+    seed: Tensor
+    total: Tensor
+    length: int
+    record: Record | None = None
+    counts: dict[int, Tensor] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
+    cache_state: CacheState | None = None
+    embeds: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    restaged: bool = False  # some stage has passed: later layers get this forward's mask and rope
+    key_bias: Tensor | None = None
+    gone: Tensor | None = None  # soft mode: visual columns pruned so far
+    tap: Tap | None = None
+    essence: dict[int, Essence] = field(default_factory=dict)
+    cumulative: Tensor | None = None  # (batch, N) gate on the image's grid
+
+    @property
+    def alive(self) -> Tensor:
+        """Visual columns that no stage has pruned."""
+        return self.visual & self.valid if self.gone is None else self.visual & self.valid & ~self.gone
+
+    def pack(self, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave out the `dropped` columns and all padding; returns the packing for the states."""
+        columns, real = selection.pack(self.valid & ~dropped)
+        for name in ("visual", "text", "gate"):
+            setattr(self, name, getattr(self, name).gather(1, columns) & real)
+        self.columns = self.columns.gather(1, columns)
+        self.ordinal = self.ordinal.gather(1, columns)
+        self.valid = real
+        for name in ("key_bias", "gone"):
+            flags = getattr(self, name)
+            setattr(self, name, None if flags is None else flags.gather(1, columns))
+        if self.embeds is not None:
+            self.embeds = selection.gather_rows(self.embeds, columns)
+        return columns, real
+
+    def trace_layer(self) -> None:
+        """Note the lengths at a layer's input."""
+        if self.record is not None:
+            present = self._present()
+            self.record.trace.queries.append(present)
+            self.record.trace.keys.append(present)
+            self.record.trace.visual.append(self.alive.sum(1))
+
+    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor) -> None:
+        """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
+        if self.record is not None:
+            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept)
+            self.record.trace.stages.append(stage)
+
+    def _present(self) -> Tensor:
+        """Real tokens per sample that no stage has pruned, text included."""
+        pruned = 0 if self.gone is None else (self.visual & self.gone).sum(1)
+        return self.valid.sum(1) - pruned
+
+
+def begin(kwargs: dict, image_token: int, session: Session, counts_for) -> Forward | None:
+    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        return None
+    valid = _validity(kwargs.get("attention_mask"), ids)
+    visual = (ids == image_token) & valid if _has_images(kwargs) else torch.zeros_like(valid)
+    labels = kwargs.get("labels")
+    answers = torch.zeros_like(valid) if labels is None else labels != -100
+    prompt = valid & (answers.long().cumsum(1) == 0)
+    after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
+    text = prompt & ~visual & after_image
+    total = visual.sum(1)
+    record = session.record if session.record is not None and not session.record.begun else None
+    if record is not None:
+        record.begun = True
+    return Forward(
+        session=session,
+        record=record,
+        columns=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+        valid=valid,
+        visual=visual,
+        text=text,
+        gate=_gate(valid, labels, kwargs.get("logits_to_keep", 0)),
+        ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
+        seed=_seed(ids, prompt & ~visual),
+        total=total,
+        length=ids.shape[1],
+        counts=counts_for(total) if session.prune and bool(visual.any()) else {},
+    )
+
+
+def _has_images(kwargs: dict) -> bool:
+    """By what is passed, not by ids: a decoding step may feed back a generated token with the image token's id."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get("pixel_values") is not None or encoded.get("image") is not None
+
+
+def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
+    """Which of the new columns are real, from a 2-D mask over all columns, a 4-D mask, or none."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.ndim == 4:
+        if ids.shape[1] == 1:
+            return torch.ones_like(ids, dtype=torch.bool)
+        last = mask[:, 0, -1, : ids.shape[1]]
+        return last if last.dtype == torch.bool else last >= 0
+    return mask[:, -ids.shape[1] :].bool()
+
+
+def _gate(valid: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions that predict answer tokens: before each label, else the last ones of the prompt.
+
+    Without labels that is the last real column; assisted decoding asks for the logits of all its candidates, which
+    follow an answer's start, so as many columns are repaired.
+    """
+    if labels is not None:
+        return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) & valid
+    count = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else 1
+    from_end = valid.flip(1).long().cumsum(1).flip(1)
+    return valid & (from_end <= count)
+
+
+def _seed(ids: Tensor, prompt: Tensor) -> Tensor:
+    """A number per sample from its prompt's text ids and their order: the same alone, in a batch, padded or not."""
+    place = prompt.long().cumsum(1)
+    mixed = (ids.long() * 1000003 + place * 8191) % 2147483647
+    return (mixed * prompt * (place % 251 + 1)).sum(1) % 2147483647

@@ -1,0 +1,26 @@
+"""FastV: last-token attention."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_prune.pruners.base import AttentionRows, Context, Pruner
+
+
+class FastV(Pruner):
+    """Attention from the last prompt token, read one layer before the stage (FastV, arXiv 2403.06764, section 4.1).
+
+    The paper prunes once, before layer 2; more stages apply the same rule again, for budgets that one can't meet.
+    """
+
+    attention = AttentionRows("previous", "last")
+
+    def __init__(
+        self, layers: Sequence[int] = (2,), shape: Sequence[float] | None = None, depth: int | None = None
+    ) -> None:
+        super().__init__(layers, shape, depth)
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Head-mean attention of the last prompt token to each visual token."""
+        return context.attention

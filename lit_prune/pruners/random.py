@@ -1,0 +1,26 @@
+"""Random tokens: the first control."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_prune.pruners.base import Context, Pruner
+from lit_prune.selection import hashed_uniform
+
+
+class Random(Pruner):
+    """Random tokens, drawn once per prompt from (seed, question ids): no table should go without it (2511.02650).
+
+    The draw depends on the sample alone, never on its batch, a worker or a generator's state.
+    """
+
+    def __init__(
+        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(layers, shape, depth)
+        self.seed = seed
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Uniform numbers of (seed, sample, token)."""
+        return hashed_uniform(context.seed + 7919 * self.seed, context.ordinal)

@@ -1,0 +1,166 @@
+"""RCP's cross-attention pruner (Representation Consistency Pruner, arXiv 2604.04972).
+
+Values marked [R] were read in drafts of the method, [ours] are this project's choice; all are arguments.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lit_prune import selection
+from lit_prune.errors import LitPruneError
+from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
+
+
+class CrossAttentionScorer(nn.Module):
+    """Correction of one pruning layer's intrinsic attention: S_a + S_t + bias.
+
+    S_a: learnable queries, shifted by the projected mean of the question, attend to the visual tokens still kept; their
+    weights are folded by a linear layer that starts as the mean. S_t: a score per token whose last layer starts at zero.
+    """
+
+    def __init__(
+        self, width: int, inner: int, queries: int, heads: int, dropout: float, bias: float, relative: bool
+    ) -> None:
+        super().__init__()
+        self.heads, self.relative = heads, relative
+        self.queries = nn.Parameter(torch.randn(queries, inner) * inner**-0.5)
+        self.question = nn.Linear(width, inner)
+        self.question_norm = nn.LayerNorm(inner)
+        self.key = nn.Linear(width, inner)
+        self.fold = nn.Linear(queries, 1, bias=False)
+        self.token = nn.Linear(width, inner)
+        self.token_score = nn.Sequential(
+            nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, inner // 2), nn.GELU(), nn.Linear(inner // 2, 1)
+        )
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        nn.init.constant_(self.fold.weight, 1.0 / queries)
+        nn.init.zeros_(self.token_score[-1].weight)
+        nn.init.zeros_(self.token_score[-1].bias)
+
+    def forward(
+        self,
+        visual: Float[Tensor, "batch visual width"],
+        alive: Bool[Tensor, "batch visual"],
+        text: Float[Tensor, "batch text width"],
+        text_mask: Bool[Tensor, "batch text"],
+    ) -> Float[Tensor, "batch visual"]:
+        """Correction to the log attention of every visual token."""
+        return self._attention_score(visual, alive, text, text_mask) + self._token_score(visual)
+
+    def _question(self, text: Tensor, text_mask: Tensor) -> Tensor:
+        weight = text_mask.to(text.dtype)[..., None]
+        mean = (text * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        return self.question_norm(self.question(mean))
+
+    def _attention_score(self, visual: Tensor, alive: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        batch, tokens, _ = visual.shape
+        queries = self.queries + self._question(text, text_mask)[:, None]
+        queries = queries.view(batch, -1, self.heads, queries.shape[-1] // self.heads).transpose(1, 2)
+        keys = self.key(visual).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        logits = queries @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
+        weights = logits.masked_fill(~alive[:, None, None], float("-inf")).softmax(-1).mean(1)
+        score = self.fold(weights.transpose(1, 2)).squeeze(-1)
+        return score * alive.sum(1, keepdim=True) if self.relative else score
+
+    def _token_score(self, visual: Tensor) -> Tensor:
+        return self.token_score(self.token(visual)).squeeze(-1) + self.bias
+
+
+class RCP(Pruner):
+    """Cross-attention pruners that correct the model's own attention; cumulative masks over several layers.
+
+    logits = log att - mean_kept(log att) + S_a + S_t + bias. Training keeps with `select` and passes gradients by
+    straight-through with logistic noise and temperature; a token pruned at one stage never returns (the host
+    multiplies the gates).
+
+    Args:
+        layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
+        shape: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
+        depth: depth of the decoder that `layers` is written for; `None`: as written.
+        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss) or `topk` [ours].
+        inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
+        dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
+        baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
+        floor: attention is clamped here before the log [R: 1e-6].
+        relative: S_a counts in units of the uniform weight, 1 / tokens, so that a short training run can move it
+            [ours; the paper's is the plain weight].
+    """
+
+    attention = AttentionRows("own", "question")
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (1, 13, 25),
+        shape: Sequence[float] | None = (16.7, 4.6, 1.4),
+        depth: int | None = None,
+        select: Literal["threshold", "topk"] = "threshold",
+        inner: int = 512,
+        queries: int = 16,
+        heads: int = 4,
+        dropout: float = 0.2,
+        bias: float = 2.0,
+        baseline: Literal["attention", "none"] = "attention",
+        floor: float = 1e-6,
+        relative: bool = False,
+    ) -> None:
+        super().__init__(layers, shape, depth)
+        if inner % heads:
+            raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
+        self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
+        self.dropout, self.bias, self.baseline, self.floor, self.relative = dropout, bias, baseline, floor, relative
+        # Set by the trainer between steps, never in forward: temperature and noise of the straight-through gate.
+        self.tau, self.noise = 1.0, 0.0
+        self.scorers = nn.ModuleList()
+
+    def build(self, dims: Dims) -> None:
+        """One scorer for each pruning layer, for the host's hidden size."""
+        if not self.scorers:
+            make = (dims.width, self.inner, self.queries, self.heads, self.dropout, self.bias, self.relative)
+            self.scorers.extend(CrossAttentionScorer(*make) for _ in self.layers)
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Logits: the centred log attention plus the learned correction."""
+        scorer = self.scorers[context.stage]
+        dtype = next(scorer.parameters()).dtype
+        correction = scorer(context.visual.to(dtype), context.alive, context.text.to(dtype), context.text_mask).float()
+        return correction if self.baseline == "none" else correction + self._baseline(context)
+
+    def _baseline(self, context: Context) -> Tensor:
+        log_attention = context.attention.float().clamp(min=self.floor).log()
+        kept = context.alive.float()
+        centre = (log_attention * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1.0)
+        return (log_attention - centre).detach()
+
+    def prune(self, context: Context) -> Kept:
+        """Hard decision of the logits; in training a gate carries the gradient of sigmoid((logits - cut + noise) / tau)."""
+        logits = self.score(context)
+        noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
+        noisy = logits + noise
+        if self.select == "threshold":
+            keep, cut = selection.threshold(noisy, context.alive), 0.0
+        else:
+            keep = selection.top_k(noisy, context.alive, context.count)
+            cut = self._cut(noisy, keep, context.alive)
+        if not self.training:
+            return Kept(keep, scores=logits)
+        soft = torch.sigmoid((noisy - cut) / self.tau)
+        return Kept(keep, selection.straight_through(keep, soft), logits)
+
+    @staticmethod
+    def _cut(logits: Tensor, keep: Tensor, alive: Tensor) -> Tensor:
+        """Where top-k cuts: half-way between the worst kept and the best dropped logit, without gradient [ours]."""
+        logits = logits.detach()
+        worst = logits.masked_fill(~keep, float("inf")).amin(1, keepdim=True)
+        best = logits.masked_fill(keep | ~alive, float("-inf")).amax(1, keepdim=True)
+        return torch.where(best.isfinite() & worst.isfinite(), (worst + best) / 2, torch.zeros_like(worst))
+
+    def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:
+        """FLOPs of one scorer over V visual tokens: key and token projections, queries, MLP."""
+        visual = visual.to(torch.float64)
+        per_token = 2 * width * self.inner * 2 + 2 * self.queries * self.inner + 2 * self.queries
+        per_token += 2 * self.inner * (self.inner // 2) + 2 * (self.inner // 2)
+        return visual * per_token + 2 * width * self.inner

@@ -1,0 +1,23 @@
+"""All-question attention."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_prune.pruners.base import AttentionRows, Context, Pruner
+
+
+class TextAttention(Pruner):
+    """Attention from all question tokens in the pruning layer itself: RCP's baseline without what it learns."""
+
+    attention = AttentionRows("own", "question")
+
+    def __init__(
+        self, layers: Sequence[int] = (2,), shape: Sequence[float] | None = None, depth: int | None = None
+    ) -> None:
+        super().__init__(layers, shape, depth)
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Attention averaged over heads and question tokens."""
+        return context.attention

@@ -1,0 +1,156 @@
+"""Delayed repair adapter (DRA) of RCP (arXiv 2604.04972): answer tokens conditioned on what was pruned, by FiLM.
+
+Values marked [R] were read in drafts of the method, [ours] are this project's choice; all are arguments.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lit_prune import selection
+from lit_prune.budget import scale_layers
+from lit_prune.errors import LitPruneError
+from lit_prune.pruners.base import Dims, init_args
+
+Essence = tuple[Tensor, Tensor]  # (e_mask, e_pruned), each (batch, condition): all that a stage leaves behind
+
+
+class Adapter(nn.Module):
+    """h = x + alpha Up(gamma GELU(Down(x)) + beta), with gamma = 1 + W_g cond and beta = W_b cond."""
+
+    def __init__(self, width: int, bottleneck: int, condition: int, alpha: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, bottleneck)
+        self.up = nn.Linear(bottleneck, width)
+        self.query = nn.Linear(width, condition)
+        self.gamma = nn.Linear(condition, bottleneck)
+        self.beta = nn.Linear(condition, bottleneck)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        for film in (self.gamma, self.beta):
+            nn.init.zeros_(film.weight)
+            nn.init.zeros_(film.bias)
+
+    def forward(
+        self, states: Float[Tensor, "batch seq width"], essence: Float[Tensor, "batch condition"]
+    ) -> Float[Tensor, "batch seq width"]:
+        """The correction to add to a decoder layer's output."""
+        condition = essence[:, None] + self.query(states)
+        inner = nn.functional.gelu(self.down(states))
+        inner = (1.0 + self.gamma(condition)) * inner + self.beta(condition)
+        return self.alpha * self.up(inner)
+
+
+class RepairAdapter(nn.Module):
+    """Adapters on the outputs of late decoder layers, fed by two vectors cached at each pruning stage.
+
+    e_mask, *where* tokens were kept: attention of a learnable query over position codes times the cumulative mask.
+    e_pruned, *what* was lost: the mean of the states that the stage prunes, after the layer's input norm [ours: the
+    paper's text leaves open which states]. One context encoder serves all stages; one adapter per repair layer.
+
+    Args:
+        layers: decoder layers whose output is repaired, after the stages that feed them [R: 22 and 29 of 32].
+        stages: which pruning stage feeds each repair layer, counted from 0 [R: the second and the third].
+        depth: depth of the decoder that `layers` is written for; `None`: as written.
+        bottleneck: [R: 512]. condition: width of the conditioning vector [ours: 256]. code: position codes [R: 64].
+        alpha: start of the learnable strength [R: 0.1].
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (22, 29),
+        stages: Sequence[int] = (1, 2),
+        depth: int | None = None,
+        bottleneck: int = 512,
+        condition: int = 256,
+        code: int = 64,
+        alpha: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if len(layers) != len(stages):
+            raise LitPruneError(f"repair layers {list(layers)} need one feeding stage each, got stages {list(stages)}")
+        self.layers, self.stages = [int(x) for x in layers], [int(x) for x in stages]
+        self.depth, self.bottleneck, self.condition, self.code, self.alpha = depth, bottleneck, condition, code, alpha
+        self.adapters = nn.ModuleList()
+
+    def build(self, dims: Dims) -> None:
+        """Context encoder and adapters for the host's hidden size and number of visual tokens."""
+        if self.adapters:
+            return
+        self.codes = nn.Parameter(torch.randn(dims.visual, self.code) * self.code**-0.5)
+        self.code_query = nn.Parameter(torch.randn(self.code) * self.code**-0.5)
+        self.where = nn.Linear(self.code, self.condition)
+        self.what = nn.Linear(dims.width, self.condition)
+        self.adapters.extend(
+            Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers
+        )
+
+    def feeds(self, pruning_layers: Sequence[int], depth: int) -> dict[int, tuple[int, int]]:
+        """{decoder layer: (adapter, stage that feeds it)}; raises `LitPruneError` where a stage comes too late."""
+        layers = scale_layers(tuple(self.layers), self.depth, depth)
+        for layer, stage in zip(layers, self.stages, strict=True):
+            if not 0 <= layer < depth:
+                raise LitPruneError(f"repair layer {layer} is outside the model: its decoder has {depth} layers")
+            if not 0 <= stage < len(pruning_layers):
+                raise LitPruneError(
+                    f"repair layer {layer} reads pruning stage {stage}, but there are {len(pruning_layers)} stages"
+                )
+            if pruning_layers[stage] > layer:
+                raise LitPruneError(
+                    f"repair layer {layer} reads what pruning layer {pruning_layers[stage]} leaves, which comes later; "
+                    f"move the repair after the pruning or feed it by an earlier stage"
+                )
+        return {layer: (i, stage) for i, (layer, stage) in enumerate(zip(layers, self.stages, strict=True))}
+
+    def essence(
+        self,
+        states: Float[Tensor, "batch visual width"],
+        ordinal: Int[Tensor, "batch visual"],
+        alive: Bool[Tensor, "batch visual"],
+        gate: Float[Tensor, "batch visual"],
+    ) -> Essence:
+        """(e_mask, e_pruned) of one stage. `gate` is 1 for kept tokens; `alive` those present before the stage."""
+        dtype = self.codes.dtype
+        if ordinal.shape[1] and int(ordinal.max()) >= self.codes.shape[0]:
+            raise LitPruneError(
+                f"this repair adapter has position codes for {self.codes.shape[0]} visual tokens, the sample has more"
+            )
+        kept = gate.to(dtype) * alive.to(dtype)
+        mask = torch.zeros(ordinal.shape[0], self.codes.shape[0], dtype=dtype, device=ordinal.device)
+        # Filler rows point at ordinal 0 with alive False: adding (not setting) leaves the real token's value.
+        codes = mask.scatter_add(1, ordinal, kept)[..., None] * self.codes
+        weights = (codes @ self.code_query).softmax(-1)
+        where = self.where((weights[:, None] @ codes).squeeze(1))
+        lost = alive.to(dtype) - kept
+        mean = (lost[:, None] @ states.to(dtype)).squeeze(1) / lost.sum(1, keepdim=True).clamp(min=1.0)
+        return where, self.what(mean)
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch seq width"],
+        essence: Essence,
+        gate: Bool[Tensor, "batch seq"],
+        adapter: int,
+    ) -> Float[Tensor, "batch seq width"]:
+        """States of one repair layer, corrected where `gate` is set (positions that predict answer tokens)."""
+        where, what = essence
+        columns, real = selection.compact(gate)
+        rows = selection.gather_rows(states, columns)
+        change = self.adapters[adapter](rows.to(where.dtype), where + what)
+        change = change.to(states.dtype) * real[..., None].to(states.dtype)
+        return states.scatter_add(1, columns[..., None].expand_as(change), change)
+
+    def context_flops(self, visual: Tensor, total: Tensor, width: int) -> Tensor:
+        """FLOPs of one stage's essence: `visual` tokens present at the stage, `total` of the image."""
+        return 4 * total.double() * self.code + 2 * visual.double() * width + 2 * (self.code + width) * self.condition
+
+    def adapter_flops(self, rows: Tensor, width: int) -> Tensor:
+        """FLOPs of all adapters over `rows` repaired positions."""
+        films = 4 * self.condition * self.bottleneck
+        return rows.double() * len(self.layers) * (4 * width * self.bottleneck + 2 * width * self.condition + films)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as they would stand in a YAML file."""
+        return init_args(self)

@@ -1,0 +1,95 @@
+"""Which tokens stay: pure functions from scores to keep masks, gates and packing indices."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def rank(scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"]) -> Int[Tensor, "batch visual"]:
+    """Place of every token in the descending order of its sample, best = 0; tokens that are not alive come last.
+
+    Ties go to the earlier token, whatever the batch looks like.
+    """
+    order = scores.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def top_k(
+    scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch visual"]:
+    """Keep the `count` best alive tokens of each sample (all of them where fewer are alive)."""
+    return (rank(scores, alive) < count[:, None]) & alive
+
+
+def threshold(
+    logits: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], at_least: int = 1
+) -> Bool[Tensor, "batch visual"]:
+    """Keep alive tokens with sigmoid(logit) > 0.5, and always the `at_least` best ones (RCP, arXiv 2604.04972)."""
+    floor = torch.full((logits.shape[0],), at_least, device=logits.device)
+    return ((logits > 0) | top_k(logits, alive, floor)) & alive
+
+
+def straight_through(hard: Bool[Tensor, "*shape"], soft: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Value of `hard` (0 or 1), gradient of `soft`."""
+    return hard.to(soft.dtype) + soft - soft.detach()
+
+
+def logistic_noise(like: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Standard logistic noise, the difference of two Gumbels, from the global generator."""
+    uniform = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
+    return uniform.log() - torch.log1p(-uniform)
+
+
+def log_gate(gate: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape"]:
+    """log(eps + (1 - eps) gate): what a gate on attention weights adds to the attention logits.
+
+    With gate in {0, 1} and softmax renormalising, this is the paper's multiplication of visual columns by c. The
+    derivative of log(eps) undoes the eps of the softmax weight, so a dropped token gets the exact gradient of putting
+    it back; eps must not underflow: 1e-8 in fp32 or bf16.
+    """
+    return (eps + (1.0 - eps) * gate).log()
+
+
+def pack(keep: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
+    """Columns that stay, in order and packed to the right, and which of them are real.
+
+    Samples that keep fewer columns than the fullest one get filler columns on the left, the layout of left padding.
+    """
+    counts = keep.sum(1)
+    width = int(counts.max())
+    columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
+    real = torch.arange(width, device=keep.device) >= (width - counts)[:, None]
+    return columns, real
+
+
+def compact(flags: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch found"], Bool[Tensor, "batch found"]]:
+    """Columns where `flags` is set, in order and packed to the left, and which of them are real."""
+    counts = flags.sum(1)
+    width = int(counts.max())
+    columns = (~flags).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+    real = torch.arange(width, device=flags.device) < counts[:, None]
+    return columns, real
+
+
+def gather_rows(states: Float[Tensor, "batch seq width"], columns: Int[Tensor, "batch some"]) -> Float[
+    Tensor, "batch some width"
+]:
+    """States at the given columns of each sample."""
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def hashed_uniform(
+    seed: Int[Tensor, " batch"], ordinal: Int[Tensor, "batch visual"]
+) -> Float[Tensor, "batch visual"]:
+    """Pseudo-random numbers in [0, 1) that depend on (seed, ordinal) alone: no generator, no batch, no worker.
+
+    A 32-bit multiply-and-shift mixer in int64, the same on every device.
+    """
+    mask = 0xFFFFFFFF
+    state = (seed[:, None] * 0x9E3779B1 + ordinal * 0x85EBCA77 + 0x165667B1) & mask
+    for multiplier, shift in ((0x7FEB352D, 15), (0x2C1B3C6D, 13)):
+        state = state ^ (state >> shift)
+        state = (state * multiplier) & mask
+    state = state ^ (state >> 16)
+    return (state.to(torch.float64) / 2**32).to(torch.float32)
