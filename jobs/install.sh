@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: goes to the repository's root, makes .venv and installs, unless that is up to date.
+#   PYTHON=python3.12 bash jobs/...   uses another Python (3.11 or later)
+#   CONSTRAINTS=                      installs without constraints.txt (another build of torch)
+# Leaves $PY, the environment's Python, and puts its scripts first on PATH.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+note() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+
+PY=.venv/bin/python
+STAMP=.venv/installed
+CONSTRAINTS=${CONSTRAINTS-constraints.txt}
+
+install() {
+    local wanted
+    wanted="$(cat pyproject.toml constraints.txt | cksum) ${CONSTRAINTS:-free}"
+    if [[ -x $PY && -f $STAMP && "$(cat "$STAMP")" == "$wanted" ]]; then
+        return
+    fi
+    note "installing into .venv (about a minute, 1.3 GB)"
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: Python 3.11 or later is needed; name one: PYTHON=python3.12 bash $0" >&2
+        return 1
+    }
+    [[ -x $PY ]] || "${PYTHON:-python3}" -m venv .venv
+    local pins=()
+    [[ -z $CONSTRAINTS ]] || pins=(-c "$CONSTRAINTS")
+    "$PY" -m pip install --quiet "${pins[@]}" torch # first: everything else takes the torch that is there
+    "$PY" -m pip install --quiet "${pins[@]}" -e '.[dev]'
+    printf '%s\n' "$wanted" >"$STAMP"
+}
+
+install
+export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Install if needed, check the style, run the tests. On a machine with a GPU its tests run too.
+#   bash jobs/test.sh                     everything but the slow tests
+#   bash jobs/test.sh -m slow             only those
+#   bash jobs/test.sh tests/test_cli.py -k help -x     arguments go to pytest
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit
+fi
+# shellcheck source=jobs/install.sh
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+note "ruff"
+ruff check .
+
+marks="not slow and not gpu"
+if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    marks="not slow"
+fi
+note "pytest ($marks)"
+exec "$PY" -m pytest -m "$marks" "$@"
