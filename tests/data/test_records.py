@@ -1,0 +1,91 @@
+import json
+import pickle
+
+import pytest
+
+from lit_prune.data import records as module
+from lit_prune.data.records import Records
+from lit_prune.errors import BadSample, LitPruneError
+
+SAMPLES = [{"id": i, "text": "ü[{\"]}\\ " * i, "nested": {"list": [[], {}]}} for i in range(40)]
+
+
+def write(folder, text, name="data.json"):
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_list(tmp_path, monkeypatch, chunk, ascii_only, indent):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    records = Records(write(tmp_path, json.dumps(SAMPLES, ensure_ascii=ascii_only, indent=indent)))
+    assert list(records) == SAMPLES
+    assert len(records) == 40
+    assert records.spans.dtype == "int64"
+
+
+def test_byte_order_mark_and_empty_list(tmp_path):
+    assert list(Records(write(tmp_path, b"\xef\xbb\xbf " + json.dumps(SAMPLES).encode()))) == SAMPLES
+    assert len(Records(write(tmp_path, " [ ] \n"))) == 0
+
+
+def test_lines(tmp_path):
+    lines = "\n\n".join(json.dumps(sample, ensure_ascii=False) for sample in SAMPLES)
+    assert list(Records(write(tmp_path, lines, "data.jsonl"))) == SAMPLES
+    assert len(Records(write(tmp_path, "", "empty.jsonl"))) == 0
+
+
+def test_a_broken_line_is_one_bad_sample(tmp_path):
+    records = Records(write(tmp_path, b'{"id": 0}\n{"id": \n[1]\n{"id": "\xff"}\n{"id": 4}', "data.jsonl"))
+    assert records[0] == {"id": 0}
+    assert records[4] == {"id": 4}
+    for index in (1, 2, 3):
+        with pytest.raises(BadSample, match=rf"data.jsonl: sample {index}: "):
+            records[index]
+    with pytest.raises(IndexError):
+        records[5]
+
+
+def test_pickled_while_open(tmp_path):
+    records = Records(write(tmp_path, json.dumps(SAMPLES)))
+    assert records[3] == pickle.loads(pickle.dumps(records))[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}', "list of samples was expected, found an object"),
+        ('"text"', "found a string"),
+        ("12", "found no list"),
+        ("", "found an empty file"),
+        ("[1, 2]", "item 0 of the list is no JSON object"),
+        ('[{"a": 1}, ["b"]]', "item 1 of the list is no JSON object"),
+        ('[{"a": 1}', "',' or ']' expected after item 0, at byte 9"),
+        ('[{"a": 1},]', "item 1"),
+        ('[{"a": 1}, ', "not JSON: .* in item 1"),
+        ('[{"a": 1}, {"b"', "not JSON: .* in item 1"),
+        ('[{"a" 1}]', "not JSON: .* in item 0, at byte 1"),
+        ('[{"a": 1}] x', "text after the list"),
+        (b'[{"a": "\xff"}]', "not UTF-8"),
+        (b'[{"a": "x"}, {"\xc3', "not UTF-8"),
+        ("[" * 5000, "item 0"),
+        ('[{"a": ' + "[" * 200_000, "item 0"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    with pytest.raises(LitPruneError, match=rf"data.json: .*{message}"):
+        Records(write(tmp_path, text))
+
+
+def test_missing_no_lines_and_changed(tmp_path):
+    with pytest.raises(LitPruneError, match=r"none.json: no such file"):
+        Records(tmp_path / "none.json")
+    with pytest.raises(LitPruneError, match="no JSON lines"):
+        Records(write(tmp_path, json.dumps(SAMPLES, indent=1), "data.jsonl"))
+    records = Records(write(tmp_path, json.dumps(SAMPLES)))
+    write(tmp_path, "[]")
+    with pytest.raises(LitPruneError, match="changed"):
+        records[0]
