@@ -1,0 +1,71 @@
+"""Reading images that others made: inside their root only, of a sane size, and whole."""
+
+import warnings
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from PIL import Image
+
+from lit_prune.errors import BadSample
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program
+
+
+def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image at `root/relative_path` in RGB.
+
+    Args:
+        root: the folder that the path may not leave.
+        relative_path: as written in a record, with forward slashes.
+        max_pixels: width times height an image may have at most, read from its header before it is decoded
+            (never more than Pillow's own limit).
+
+    Raises:
+        BadSample: a path that is absolute or leaves the root (`..`, a link), a missing or unreadable file, or an image
+            that is too large. File and sample are left open.
+    """
+    path = resolve_image(root, relative_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image, relative_path, max_pixels)
+                return image.convert("RGB")
+        except BadSample:
+            raise
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise _bad(f"image {relative_path} is a decompression bomb: {error}") from error
+        except Exception as error:  # decoders raise anything on a broken file
+            raise _bad(f"image {relative_path} cannot be read: {error}") from error
+
+
+def resolve_image(root: str | Path, relative_path: str) -> Path:
+    """The real path of an image, which lies inside the root and is a file. Raises BadSample otherwise."""
+    if not isinstance(relative_path, str) or not relative_path or "\0" in relative_path:
+        raise _bad(f"{relative_path!r} is no image path")
+    posix, windows = PurePosixPath(relative_path), PureWindowsPath(relative_path)
+    if posix.is_absolute() or windows.drive or windows.root:
+        raise _bad(f"image path {relative_path} is absolute; it must be relative to the image root")
+    if ".." in posix.parts or ".." in windows.parts:
+        raise _bad(f"image path {relative_path} leaves the image root by '..'")
+    root = Path(root).resolve()
+    try:
+        path = (root / relative_path).resolve()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+        raise _bad(f"image {relative_path} cannot be read: {error}") from error
+    if not path.is_relative_to(root):
+        raise _bad(f"image path {relative_path} leaves the image root by a link")
+    if not found:
+        raise _bad(f"image {relative_path} is missing in {root}")
+    return path
+
+
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _bad(f"image {name} is a decompression bomb: {width} x {height} pixels, more than {max_pixels}")
+
+
+def _bad(reason: str) -> BadSample:
+    return BadSample("", None, reason)
