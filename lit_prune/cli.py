@@ -150,18 +150,20 @@ def _report(error: BaseException, debug: bool) -> int | None:
     if isinstance(error, BrokenPipeError):  # `lit-prune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    if isinstance(error, UsageError):
-        return _print_error(error, USAGE)
-    return _print_error(error, FAILURE) if _is_users(error) else None
+    told = _users(error)
+    if told is None:
+        return None
+    print(f"error: {str(told).strip() or type(told).__name__}", file=sys.stderr)
+    return USAGE if isinstance(told, UsageError) else FAILURE
 
 
-def _is_users(error: BaseException) -> bool:
-    """Bad input, a missing file or a wrong setting, as against a fault of the program."""
+def _users(error: BaseException) -> BaseException | None:
+    """The part of an error that is bad input, a missing file or a wrong setting; None for a fault of the program."""
     from lit_prune.errors import LitPruneError
 
-    return isinstance(error, LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException"
-
-
-def _print_error(error: BaseException, code: int) -> int:
-    print(f"error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
-    return code
+    if isinstance(error, UsageError | LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException":
+        return error
+    cause = error.__cause__  # jsonargparse wraps what a constructor raises
+    while cause is not None and not isinstance(cause, LitPruneError):
+        cause = cause.__cause__
+    return cause

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_prune"
 FLOORS = {
     **dict.fromkeys(["errors", "selection", "moments", "cost", "budget"], 0),
     **dict.fromkeys(["pruners", "repair"], 1),
-    **dict.fromkeys(["host", "vlm"], 2),
+    **dict.fromkeys(["host", "plugin", "vlm"], 2),
     **dict.fromkeys(["training", "data", "metrics"], 3),
     **dict.fromkeys(["cli", "commands", "__main__"], 4),
 }

@@ -1,0 +1,460 @@
+"""The command line: doors, verbs, configurations, errors. Stand-ins replace the model, so nothing heavy is loaded."""
+
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lit_prune import cli
+from lit_prune.commands import options, overlays, trainer
+from lit_prune.errors import LitPruneError
+
+ME = __name__
+BIN = Path(sys.executable).parent
+
+
+class Pruner(nn.Module):
+    """Stand-in for the contract."""
+
+
+class Fast(Pruner):
+    def __init__(self, layers: list[int] = [2], keep: int = 4) -> None:  # noqa: B006
+        super().__init__()
+        if keep < 1:
+            raise LitPruneError("keep must be at least 1")
+
+
+class Other(Pruner):
+    def __init__(self, keep: int = 99, depth: float = 0.0) -> None:
+        super().__init__()
+
+
+class Model(L.LightningModule):
+    """Stand-in for the student."""
+
+    def __init__(self, base: str = "micro", pruner: Pruner | None = None, keep: int = 16, fault: str = "") -> None:
+        super().__init__()
+        self.line, self.keep, self.fault = nn.Linear(1, 1), keep, fault
+        self.save_hyperparameters(ignore=["pruner"])
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        if folder := os.environ.get("RANKS"):
+            Path(folder, str(self.global_rank)).touch()
+        if self.fault:
+            raise {"interrupt": KeyboardInterrupt(), "user": LitPruneError("bad"), "bug": ZeroDivisionError()}[
+                self.fault
+            ]
+        return self.line(batch).pow(2).mean()
+
+    def test_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("keep", float(self.keep))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, base: str, size: int = 4, root: str = "here") -> None:
+        super().__init__()
+        self.base, self.size = base, size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(self.size, 1))
+
+    test_dataloader = train_dataloader
+
+
+class OtherData(L.LightningDataModule):
+    def __init__(self, size: int = 77) -> None:
+        super().__init__()
+
+
+CONFIG = f"""
+model:
+  keep: 8
+  pruner:
+    class_path: {ME}.Fast
+    init_args: {{layers: [1], keep: "${{model.keep}}"}}
+data:
+  init_args: {{size: "${{model.keep}}"}}
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: run
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: run/checkpoints, save_last: true}}
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def config(self) -> dict:
+        return yaml.safe_load(self.out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with `base.yaml`, and stand-ins in place of the real classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "MODEL", f"{ME}.Model")
+    monkeypatch.setattr(trainer, "DATA", f"{ME}.Data")
+    monkeypatch.delenv("LIT_PRUNE_DEBUG", raising=False)
+    Path("base.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Result]:
+    """Run a command line in this process."""
+
+    def call(line: str) -> Result:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main(line.split())
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def edit(name: str, old: str, new: str) -> None:
+    """Write the configuration with one thing changed."""
+    assert old in CONFIG
+    Path(name).write_text(CONFIG.replace(old, new))
+
+
+def shell(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, env={**os.environ, **env}, timeout=120, check=False
+    )
+
+
+# The doors
+
+
+@pytest.mark.parametrize("door", [[BIN / "lightning"], [BIN / "lit-prune"], [sys.executable, "-m", "lit_prune"]])
+def test_help_is_quick_through_every_door(door: list[str | Path]) -> None:
+    started = time.monotonic()
+    result = shell(*door, "--help")
+    assert time.monotonic() - started < 3
+    assert result.returncode == 0
+    for verb in [*cli.LIGHTNING_VERBS, *cli.verbs()]:
+        assert f"  {verb}" in result.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, lit_prune.cli as c; c.main(['--help']); print({'torch', 'lightning'} & {*sys.modules})"
+    assert shell(sys.executable, "-c", code).stdout.splitlines()[-1] == "set()"
+
+
+def test_version_and_no_arguments(run: Callable[[str], Result]) -> None:
+    assert run("--version").out.startswith("lit-prune 0")
+    assert "verbs:" in run("").out
+
+
+def test_unknown_verb_names_the_closest(run: Callable[[str], Result]) -> None:
+    result = run("tets -c base.yaml")
+    assert result.code == 2
+    assert "unknown verb `tets`; did you mean `test`?" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_other_distributions_lightning_is_handed_the_rest(tmp_path: Path) -> None:
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = other_tool:go\n")
+    (tmp_path / "other_tool.py").write_text("import sys\ndef go():\n    print('other', sys.argv[1:])\n    return 3\n")
+    result = shell(BIN / "lightning", "studio", "--now", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (3, "other ['studio', '--now']\n")
+    assert shell(BIN / "lit-prune", "studio", PYTHONPATH=str(tmp_path)).returncode == 2
+
+
+def test_two_processes_through_the_module_door(folder: Path) -> None:
+    """Lightning relaunches `python -m lit_prune` for the second rank."""
+    (folder / "sitecustomize.py").write_text(
+        f"import lit_prune.commands.trainer as t\nt.MODEL, t.DATA = '{ME}.Model', '{ME}.Data'\n"
+    )
+    (folder / "ranks").mkdir()
+    command = ["fit", "-c", "base.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1"]
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent)])
+    result = shell(sys.executable, "-m", "lit_prune", *command, PYTHONPATH=path, RANKS="ranks", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
+
+
+# Configurations
+
+
+def test_interpolation_follows_overrides_over_files_and_options(run: Callable[[str], Result]) -> None:
+    Path("overlay.yaml").write_text("model: {keep: 5}\n")
+    for line, keep in [
+        ("fit -c base.yaml", 8),
+        ("fit -c base.yaml -c overlay.yaml", 5),
+        ("fit -c overlay.yaml -c base.yaml", 8),
+        ("fit -c base.yaml -c overlay.yaml --model.keep=3", 3),
+        ("test -c base.yaml -c overlay.yaml --model.keep 3", 3),
+    ]:
+        config = run(f"{line} --print_config").config
+        found = (
+            config["model"]["keep"],
+            config["model"]["pruner"]["init_args"]["keep"],
+            config["data"]["init_args"]["size"],
+        )
+        assert found == (keep, keep, keep), line
+
+
+def test_print_config_round_trip(run: Callable[[str], Result]) -> None:
+    first = run("fit -c base.yaml --model.keep 3 --print_config")
+    assert first.config["seed_everything"] == trainer.SEED
+    Path("again.yaml").write_text(first.out)
+    assert run("fit -c again.yaml --print_config").config == first.config
+
+
+@pytest.mark.parametrize("swap", ["-c overlay.yaml", "--model.pruner=NAME", "--model.pruner NAME"])
+def test_a_swapped_class_starts_from_its_own_defaults(run: Callable[[str], Result], swap: str) -> None:
+    edit("literal.yaml", "${model.keep}", "7")
+    Path("overlay.yaml").write_text(f"model: {{pruner: {{class_path: {ME}.Other, init_args: {{depth: 1}}}}}}\n")
+    config = run(
+        f"fit -c literal.yaml {swap.replace('NAME', f'{ME}.Other')} --model.pruner.depth 2 --print_config"
+    ).config
+    assert config["model"]["pruner"] == {"class_path": f"{ME}.Other", "init_args": {"keep": 99, "depth": 2}}
+
+
+def test_a_swapped_data_module_too_and_it_need_not_know_the_base(run: Callable[[str], Result]) -> None:
+    Path("data.yaml").write_text(f"data: {{class_path: {ME}.OtherData}}\n")
+    config = run("fit -c data.yaml --model.base elsewhere --print_config").config
+    assert config["data"] == {"class_path": f"{ME}.OtherData", "init_args": {"size": 77}}
+
+
+def test_an_overlay_of_the_same_class_keeps_the_rest(run: Callable[[str], Result]) -> None:
+    Path("overlay.yaml").write_text(f"model: {{pruner: {{class_path: {ME}.Fast, init_args: {{keep: 2}}}}}}\n")
+    config = run("fit -c base.yaml -c overlay.yaml --print_config").config
+    assert config["model"]["pruner"]["init_args"] == {"layers": [1], "keep": 2}
+
+
+def test_resets_leave_the_rest_of_the_line_as_written() -> None:
+    line = ["--print_config", "-c", "x.yaml", "--a.b=-1", "--flag", "--c", "d", "extra"]
+    assert overlays.with_resets(line, {}) == line
+    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c"]) == ["a", "b", "c"]
+
+
+def test_base_model_reaches_the_data_module(folder: Path) -> None:
+    built = trainer.build("base.yaml", ["--model.base=elsewhere"])
+    assert built.model.hparams.base == built.datamodule.base == "elsewhere"
+    assert built.trainer.max_steps == 2
+
+
+# Runs
+
+
+def test_fit_saves_its_configuration_resumes_and_runs_twice(run: Callable[[str], Result]) -> None:
+    assert run("fit -c base.yaml --ckpt_path last").code == 0  # a first run starts fresh
+    assert Path("run/checkpoints/last.ckpt").exists()
+    again = run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3")
+    assert again.code == 0, again.err
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    saved = yaml.safe_load(Path("run/config_fit.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 3
+    assert run("fit -c run/config_fit.yaml").code == 0
+
+
+def test_a_checkpoint_brings_no_settings(run: Callable[[str], Result]) -> None:
+    assert run("fit -c base.yaml").code == 0
+    result = run("test -c base.yaml --model.keep 3 --ckpt_path run/checkpoints/last.ckpt")
+    assert result.code == 0
+    assert "3.0" in result.out
+    assert "8.0" not in result.out
+
+
+def test_only_fit_goes_on_without_a_checkpoint(run: Callable[[str], Result]) -> None:
+    result = run("test -c base.yaml --ckpt_path last")
+    assert result.code == 1
+    assert "no checkpoint has been written yet" in result.err
+
+
+def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(os, "environ", environ := dict(os.environ))
+    cli._quiet()
+    assert environ.pop("WANDB_MODE") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
+    cli._quiet()
+    assert "WANDB_MODE" not in environ
+
+
+def test_wandb_runs_share_a_folder_and_know_their_configuration(
+    run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(trainer.WandbLogger, "log_hyperparams", lambda self, params: seen.append(params))
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"save_dir": "run", "mode": "disabled"},
+    }
+    Path("wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    for keep in (3, 4):
+        result = run(f"test -c base.yaml -c wandb.yaml --model.keep={keep}")
+        assert result.code == 0, result.err
+    assert [params["model"]["keep"] for params in seen if "trainer" in params] == [3, 4]
+    assert yaml.safe_load(Path("run/config_test.yaml").read_text())["model"]["keep"] == 4
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("keep: 8", "kep: 8", "bad.yaml: unknown key `model.kep`; did you mean `model.keep`?"),
+        ("layers:", "laers:", f"unknown key `model.pruner.init_args.laers` of {ME}.Fast; did you mean `layers`?"),
+        ("size:", "sise:", "bad.yaml: unknown key `data.init_args.sise`"),
+        ("max_steps", "max_stps", "unknown key `trainer.max_stps`; did you mean `trainer.max_steps`?"),
+        ("trainer:", "trainr:", "did you mean `trainer.max_steps`?"),
+        ("save_last", "save_lst", "ModelCheckpoint; did you mean `save_last`?"),
+        (f"{ME}.Fast", f"{ME}.Fats", f"no class `{ME}.Fats`"),
+        (f"{ME}.Fast", f"{ME}.Fats", f"did you mean `{ME}.Fast`?"),
+        ("{layers: [1]", "{layers: much", "`model.pruner.init_args.layers`"),
+        ("keep: 8", "keep: many", "`model.keep`: expected int, got many"),
+        ("${model.keep}", "${model.kepe}", "nothing is at `${model.kepe}`; did you mean `model.keep`?"),
+        ("${model.keep}", "${oc.env:NO_SUCH_THING}", "NO_SUCH_THING"),
+        ("keep: 8", "keep: [8", "bad.yaml: not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_one_clear_message(run: Callable[[str], Result], old: str, new: str, says: str) -> None:
+    edit("bad.yaml", old, new)
+    result = run("fit -c base.yaml -c bad.yaml" if "${" not in new else "fit -c bad.yaml")
+    assert result.code == 2
+    assert says in result.err
+    assert "Traceback" not in result.err
+    assert len([line for line in result.err.splitlines() if line.startswith("error:")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options_", "says"),
+    [
+        ("--model.kep 3", "unknown option `--model.kep`; did you mean `--model.keep`?"),
+        ("--keep=3", "did you mean `--model.keep`?"),
+        ("--model.pruner.init_args.laers [1]", "did you mean `layers`?"),
+        ("--model.pruner.laers=[1]", "did you mean `layers`?"),
+        ("--ckpt_pat last", "did you mean `--ckpt_path`?"),
+        ("--model.keep many", "`model.keep`: expected int, got many"),
+        ("extra", "unexpected argument `extra`"),
+        ("-c bsae.yaml", "no configuration file `bsae.yaml`; did you mean `base.yaml`?"),
+    ],
+)
+def test_a_bad_option_is_one_clear_message(run: Callable[[str], Result], options_: str, says: str) -> None:
+    result = run(f"fit -c base.yaml {options_}")
+    assert result.code == 2
+    assert says in result.err
+    assert "Traceback" not in result.err
+
+
+def test_users_errors_have_no_traceback_unless_debug(run: Callable[[str], Result]) -> None:
+    result = run("fit -c base.yaml --model.fault user")
+    assert (result.code, result.err.splitlines()[-1]) == (1, "error: bad")
+    assert run("fit -c base.yaml --model.keep=0").err.splitlines()[-1] == "error: keep must be at least 1"
+    assert run("fit -c base.yaml --ckpt_path no.ckpt").code == 1
+    with pytest.raises(LitPruneError, match="bad"):
+        run("fit -c base.yaml --debug --model.fault user")
+
+
+def test_traceback_in_the_shell_only_with_debug(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lit_prune", "nothing"]
+    quiet, loud, environment = shell(*command), shell(*command, "--debug"), shell(*command, LIT_PRUNE_DEBUG="1")
+    assert (quiet.returncode, "Traceback" in quiet.stderr) == (2, False)
+    assert "Traceback" in loud.stderr
+    assert "Traceback" in environment.stderr
+
+
+def test_a_fault_of_the_program_is_not_hidden(run: Callable[[str], Result]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run("fit -c base.yaml --model.fault bug")
+
+
+def test_interrupt_ends_quietly(run: Callable[[str], Result]) -> None:
+    result = run("fit -c base.yaml --model.fault interrupt")
+    assert result.code == 130
+    assert "Traceback" not in result.err
+
+
+# The verbs that Lightning has not
+
+
+def _verb(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False) -> None:
+    """Answer something.
+
+    Args:
+        image: The pictures.
+        prompt: The question.
+        model: The model.
+        keep: The budget.
+        compare: Beside the full model.
+    """
+    print(sorted(str(p) for p in image), prompt, model, keep, compare)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--image a b --prompt why", "['a', 'b'] why micro None False"),
+        ("--prompt why --image a --compare --image b --keep 3", "['a', 'b'] why micro 3 True"),
+        ("--image=[a,b] --prompt=why --compare false --model m", "['a', 'b'] why m None False"),
+    ],
+)
+def test_options_of_a_verb(
+    line: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("lit_prune.commands.ask")
+    module.run = _verb
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    options.run_verb("ask", line.split())
+    assert capsys.readouterr().out.strip() == says
+    with pytest.raises(cli.UsageError, match="did you mean `--keep`"):
+        options.run_verb("ask", [*line.split(), "--kep", "3"])
+
+
+@pytest.mark.parametrize("verb", sorted(cli.verbs()))
+def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> None:
+    assert cli.verbs()[verb], "the module's docstring has no first line"
+    result = run(f"{verb} --help")
+    assert result.code == 0
+    assert f"usage: lit-prune {verb}" in result.out
+
+
+# The real classes, parsed but not made
+
+
+@pytest.mark.skipif(not find_spec("lit_prune.training"), reason="no training module")
+@pytest.mark.parametrize("config", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit", "-c", str(config), "--print_config"])
+    assert not exit_.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["model"]
