@@ -61,8 +61,8 @@ def build(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
 def build_config() -> LlavaConfig:
     """CLIP with 144 patches and 4 layers, Llama with 16 thin layers.
 
-    Depth is geometry: layer 0 always runs with all visual tokens, so an average of 11.1 % (16 of 144) leaves 7.47 tokens
-    to each of 15 later layers, and would leave almost none to those of a shallow decoder.
+    Depth is geometry: layer 0 always runs with all visual tokens, so an average of 11.1 % (16 of 144) leaves 7.47
+    tokens to each of 15 later layers, and would leave almost none to those of a shallow decoder.
     """
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,

@@ -71,7 +71,7 @@ class Question:
 
 
 class Scene:
-    """4 to 9 objects on a textured background. One look occurs twice, every other look once, one tile's look is its own."""
+    """4 to 9 objects on a textured background: one look occurs twice, all others once, one of them a tile."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -143,8 +143,8 @@ def write_world(
 ) -> Path:
     """Write PNG files and a LLaVA instruction JSON with the further keys `skill` and `boxes`; return the JSON's path.
 
-    A sample depends on its scene's seed only. Skills are taken in turn, beginning at `seed % 7`, so every range of seeds
-    is balanced over the skills, also with fewer than seven questions an image.
+    A sample depends on its scene's seed only. Skills are taken in turn, beginning at `seed % 7`, so every range of
+    seeds is balanced over the skills, also with fewer than seven questions an image.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-# Questions: one function a skill. `turn` alternates the kinds of answers, so that each kind is as frequent as the others.
+# Questions: one function a skill. `turn` alternates the kinds of answers, so that all kinds are equally frequent.
 
 
 def _boxes(things: list[Thing]) -> tuple[Box, ...]:
@@ -261,7 +261,7 @@ def _shape(scene: Scene, rng: np.random.Generator, turn: int) -> Question:
 
 
 def _counting(scene: Scene, rng: np.random.Generator, turn: int) -> Question:
-    """0, 1 or 2 of a look, a colour or a shape; the count is drawn before the form, so all three are equally frequent."""
+    """0, 1 or 2 of a look, a colour or a shape; the count is drawn first, so all three are equally frequent."""
     target = (turn + int(rng.integers(3))) % 3
     options = []
     while not options:  # a pair's look always counts 2, so this ends
@@ -304,9 +304,7 @@ def _position(scene: Scene, rng: np.random.Generator, turn: int) -> Question:
 
 _ASK = dict(zip(SKILLS, (_existence, _colour, _shape, _counting, _relation, _digit, _position), strict=True))
 
-WORDS = sorted(
-    {*COLOURS, *SHAPES, *"0123456789"}
-    | set("is there a an yes no what colour the shape object objects how many are where relative to which digit on".split())
-    | set("left right above below top middle bottom centre ? . , user: assistant: image tile".split())
-)
+_TEXT = """is there a an yes no what colour the shape object objects how many are where relative to which digit on
+left right above below top middle bottom centre ? . , user: assistant: image"""
+WORDS = sorted({*COLOURS, *SHAPES, *"0123456789", *_TEXT.split()})
 """Every word of questions, answers and the prompt, in lower case: the tokenizer's vocabulary."""
