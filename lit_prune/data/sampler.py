@@ -16,8 +16,8 @@ class TrainBatches(Sampler[list[int]]):
 
     `epoch` and `consumed` (samples over all ranks) say where the next iterator begins; iterating moves neither, because
     batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
-    `consumed`, so that `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to the epoch that
-    Lightning sets: it counts an epoch that `max_steps` broke off as a whole one, the data goes on where it was.
+    `consumed`, so that `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to the epoch
+    that Lightning sets: it counts an epoch that `max_steps` broke off as a whole one, the data goes on where it was.
 
     Raises:
         LitPruneError: fewer samples than one global batch.

@@ -7,7 +7,7 @@ from lit_prune.data import records as module
 from lit_prune.data.records import Records
 from lit_prune.errors import BadSample, LitPruneError
 
-SAMPLES = [{"id": i, "text": "ü[{\"]}\\ " * i, "nested": {"list": [[], {}]}} for i in range(40)]
+SAMPLES = [{"id": i, "text": 'ü[{"]}\\ ' * i, "nested": {"list": [[], {}]}} for i in range(40)]
 
 
 def write(folder, text, name="data.json"):

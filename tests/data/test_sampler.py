@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
@@ -13,14 +15,14 @@ def global_batches(epoch=0, world=1, size=50, batch_size=4, state=None):
             batches.load_state_dict(state)
         batches.set_epoch(epoch)
         ranks.append(list(batches))
-    return [sorted(sum(parts, [])) for parts in zip(*ranks, strict=True)]
+    return [sorted(chain(*parts)) for parts in zip(*ranks, strict=True)]
 
 
 def test_every_sample_once_and_ranks_agree():
     whole = global_batches(batch_size=8)
     assert whole == global_batches(world=2)
     assert len(whole) == 6
-    seen = sum(whole, [])
+    seen = list(chain(*whole))
     assert len(set(seen)) == len(seen) == 48
     assert whole != global_batches(epoch=1, batch_size=8)
     assert whole == global_batches(batch_size=8)
@@ -41,7 +43,7 @@ def test_resume_with_another_number_of_ranks():
     two = TrainBatches(50, 4, 7, 0, 2)
     state = two.state_dict(0, 3)
     first, rest = global_batches(world=2)[:3], global_batches(world=1, state=state)
-    assert sorted(sum(first + rest, [])) == sorted(sum(global_batches(world=1), []))
+    assert sorted(chain(*first, *rest)) == sorted(chain(*global_batches(world=1)))
     one = TrainBatches(50, 4, 7)
     one.load_state_dict(state)
     assert len(one) == 3 + len(rest)
@@ -72,4 +74,4 @@ def test_evaluation_sees_each_sample_once_in_equally_many_batches(size, world, b
     ranks = [EvalBatches(RankShare(size, rank, world), batch_size, drop_last=False) for rank in range(world)]
     batches = [list(rank) for rank in ranks]
     assert {len(found) for found in batches} == {len(rank) for rank in ranks} == {len(batches[0])}
-    assert sorted(sum((sum(found, []) for found in batches), [])) == list(range(size))
+    assert sorted(chain(*(batch for found in batches for batch in found))) == list(range(size))

@@ -1,0 +1,76 @@
+"""Keeping account of bad samples: counted, listed in a file, and too many of them stop the run."""
+
+import json
+import logging
+from collections.abc import Hashable
+from pathlib import Path
+
+from lit_prune.data.dataset import Skipped, error_text
+from lit_prune.errors import LitPruneError
+
+ENOUGH = 100  # samples seen before their bad share is judged
+MOST_WARNINGS = 20
+
+log = logging.getLogger(__name__)
+
+
+class BadSampleLog:
+    """Counts good and bad samples pass by pass (an epoch, or one evaluation).
+
+    Every distinct bad sample is warned about once (the first 20 of a run) and listed once in `file`, a JSON line with
+    `stage`, `file`, `sample`, `reason`, `rank`.
+
+    Args:
+        max_share: largest share of bad samples among those seen in a pass, judged from 100 seen on. A smaller data set
+            stops the run if it holds no good sample at all.
+        file: where to list them; None lists nowhere.
+        rank: this process's rank, for the list.
+    """
+
+    def __init__(self, max_share: float, file: Path | None = None, rank: int = 0):
+        self.max_share, self.file, self.rank = max_share, file, rank
+        self.known: set[tuple] = set()
+        self.current: Hashable = None
+        self.good, self.bad = 0, set()
+
+    def update(self, stage: str, current: Hashable, good: int, skipped: list[Skipped], size: int) -> None:
+        """Take one batch into account: its good samples, its skipped ones.
+
+        Args:
+            stage: what the samples are used for.
+            current: tells the passes of a stage apart.
+            good: how many good samples the batch has.
+            skipped: its bad ones.
+            size: how many samples a whole pass has on this rank.
+
+        Raises:
+            LitPruneError: too large a share of bad samples.
+        """
+        if (stage, current) != self.current:
+            self.current, self.good, self.bad = (stage, current), 0, set()
+        self.good += good
+        for sample in skipped:
+            self.bad.add(sample[:2])
+            if sample[:2] not in self.known:
+                self.known.add(sample[:2])
+                self._report(stage, sample)
+        seen = self.good + len(self.bad)
+        too_many = seen >= ENOUGH and len(self.bad) > self.max_share * seen
+        if skipped and (too_many or (seen >= size and not self.good)):
+            where = f"; they are listed in {self.file}" if self.file else ""
+            raise LitPruneError(
+                f"{len(self.bad)} of {seen} samples seen in {stage} are bad (max_bad_share={self.max_share}){where}. "
+                f"The last: {error_text(skipped[-1])}"
+            )
+
+    def _report(self, stage: str, sample: Skipped) -> None:
+        if len(self.known) <= MOST_WARNINGS:
+            log.warning("bad sample skipped: %s", error_text(sample))
+        if len(self.known) == MOST_WARNINGS and self.file:
+            log.warning("further bad samples are only listed, in %s", self.file)
+        if self.file:
+            file, name, reason = sample
+            line = {"stage": stage, "file": file, "sample": name, "reason": reason, "rank": self.rank}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as out:
+                out.write(json.dumps(line) + "\n")

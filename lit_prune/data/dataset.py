@@ -1,0 +1,202 @@
+"""Samples of an instruction file and the batches made of them, with bad samples replaced or left out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from lit_prune.data.conversation import IGNORED, TOKEN_KEYS, encode, image_paths, prompt_length, read_conversation
+from lit_prune.data.images import MAX_PIXELS, read_image
+from lit_prune.data.records import Records
+from lit_prune.errors import BadSample, LitPruneError
+
+Mode = Literal["train", "eval", "predict"]
+Skipped = tuple[str, str | int, str]  # file, id, reason
+MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
+
+
+@dataclass
+class Sample:
+    """One encoded record. `prompt` is the number of tokens before the last answer, `record` its index in the file."""
+
+    inputs: dict[str, Tensor]
+    prompt: int
+    id: str | int
+    answer: str
+    question: str
+    skill: str
+    boxes: list
+    record: int
+
+
+@dataclass
+class Fetched:
+    """What one index batch gave. `failure` is why a training batch could not be filled."""
+
+    samples: list[Sample]
+    skipped: list[Skipped]
+    failure: str | None = None
+
+
+class InstructDataset(Dataset):
+    """The records of one file with their images, encoded by the model's processor. Pickles.
+
+    Args:
+        records: the index of the file.
+        images: the image root.
+        processor: see `encode`.
+        max_length: most tokens a sample may have, or None.
+        mode: "train" replaces a bad sample by the next good one of the file, so that batches keep their size; "eval"
+            leaves it out; so does "predict", which needs no answers.
+        max_pixels: see `read_image`.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        images: str | Path,
+        processor: Any,
+        max_length: int | None = None,
+        mode: Mode = "train",
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.records, self.images, self.processor = records, Path(images), processor
+        self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The encoded record. Raises BadSample, which names file and sample."""
+        name: str | int = index
+        try:
+            record = self.records[index]
+            name = _name(record, index)
+            return self._encode(record, name, index)
+        except BadSample as error:
+            raise BadSample(self.records.path, name, error.reason) from error
+
+    def __getitems__(self, indices: list[int]) -> Fetched:
+        """The samples of an index batch; called by the data loader in place of `__getitem__`."""
+        fetched = Fetched([], [])
+        try:
+            for index in indices:
+                self._fetch(index, fetched)
+        except LitPruneError as error:  # travels with the batch: raised in a worker it would arrive as a traceback
+            fetched.failure = str(error)
+        return fetched
+
+    def _fetch(self, index: int, fetched: Fetched) -> None:
+        tries = min(len(self), MOST_REPLACEMENTS) if self.mode == "train" else 1
+        for offset in range(tries):
+            try:
+                fetched.samples.append(self[(index + offset) % len(self)])
+                return
+            except BadSample as error:
+                fetched.skipped.append((error.file, error.sample, error.reason))
+        if self.mode == "train":
+            raise LitPruneError(f"{tries} bad samples in a row; the last: {error_text(fetched.skipped[-1])}")
+
+    def _encode(self, record: dict, name: str | int, index: int) -> Sample:
+        answered = self.mode != "predict"
+        conversation = read_conversation(record, answered)
+        images = [read_image(self.images, path, self.max_pixels) for path in image_paths(record)]
+        inputs = encode(self.processor, record, images, self.max_length, answered)
+        return Sample(
+            inputs=inputs,
+            prompt=prompt_length(inputs["labels"]),
+            id=name,
+            answer=conversation.answer,
+            question=conversation.question,
+            skill=str(record.get("skill") or "all"),
+            boxes=record.get("boxes") or [],
+            record=index,
+        )
+
+
+class Collate:
+    """Makes a batch of what an index batch gave: see `InstructData` for its layout. Pickles."""
+
+    def __init__(self, pad_id: int, mode: Mode):
+        self.padding = {"input_ids": pad_id, "labels": IGNORED}  # anything else is padded with 0
+        self.mode = mode
+
+    def __call__(self, fetched: Fetched) -> dict[str, Any]:
+        samples = fetched.samples
+        batch: dict[str, Any] = {
+            "inputs": self._inputs(samples),
+            "ids": [s.id for s in samples],
+            "answers": [s.answer for s in samples],
+            "questions": [s.question for s in samples],
+            "skills": [s.skill for s in samples],
+            "boxes": [s.boxes for s in samples],
+            "records": [s.record for s in samples],
+            "skipped": fetched.skipped,
+        }
+        if fetched.failure:
+            batch["failure"] = fetched.failure
+        if self.mode != "train":
+            batch["prompts"] = self._prompts(samples, batch["inputs"])
+        return batch
+
+    def _inputs(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """Prompts with answers, padded on the right; pixel values of all images, sample after sample."""
+        keys = dict.fromkeys(key for s in samples for key in s.inputs)  # a text has no pixel values
+        return {key: self._join(key, [s.inputs[key] for s in samples if key in s.inputs]) for key in keys}
+
+    def _join(self, key: str, values: list[Tensor]) -> Tensor:
+        if key in TOKEN_KEYS:
+            return pad_sequence(values, batch_first=True, padding_value=self.padding.get(key, 0))
+        return concatenate(values)
+
+    def _prompts(self, samples: list[Sample], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prompts alone, padded on the left; images are those of the inputs."""
+        prompts = {key: value for key, value in inputs.items() if key not in TOKEN_KEYS}
+        for key in TOKEN_KEYS:
+            if key in inputs and key != "labels":
+                values = [s.inputs[key][: s.prompt] for s in samples]
+                fill = self.padding.get(key, 0)
+                prompts[key] = pad_sequence(values, batch_first=True, padding_value=fill, padding_side="left")
+        return prompts
+
+
+def concatenate(values: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; shorter further dimensions (images of fewer tiles) are padded with 0 at their end."""
+    largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    whole = values[0].new_zeros(sum(len(value) for value in values), *largest)
+    row = 0
+    for value in values:
+        whole[(slice(row, row + len(value)), *(slice(size) for size in value.shape[1:]))] = value
+        row += len(value)
+    return whole
+
+
+def pad_token(processor: Any) -> int:
+    """The token that fills batches: the tokenizer's padding token, else its end-of-sequence token, else 0."""
+    tokenizer = processor.tokenizer
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
+
+
+def error_text(skipped: Skipped) -> str:
+    """A skipped sample in words."""
+    return str(BadSample(*skipped))
+
+
+def _name(record: dict, index: int) -> str | int:
+    name = record.get("id")
+    return name if isinstance(name, str | int) else index
+
+
+def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:
+    """The batch with `move` applied to its tensors; the prompts' images are the inputs' own, moved once."""
+    if "prompts" not in batch:
+        return move(batch)
+    tokens = {key: value for key, value in batch["prompts"].items() if key in TOKEN_KEYS}
+    moved = move({**batch, "prompts": tokens})
+    moved["prompts"] |= {key: moved["inputs"][key] for key in batch["prompts"] if key not in TOKEN_KEYS}
+    return moved

@@ -1,0 +1,223 @@
+"""LightningDataModule for instruction data: LLaVA JSON or JSON lines with an image folder."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import move_data_to_device
+from torch.utils.data import DataLoader
+from transformers import AutoConfig
+
+from lit_prune.data.bad_samples import BadSampleLog
+from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
+from lit_prune.data.records import Records
+from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
+from lit_prune.errors import LitPruneError
+
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+REQUIRED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+
+
+class InstructData(LightningDataModule):
+    """Batches of instruction data for any processor of LLaVA-1.5's kind.
+
+    A batch is a dict; B samples, each list with one entry a sample:
+        inputs: `input_ids`, `attention_mask`, `labels` (B, tokens), prompt and answers padded on the right, labels -100
+            but for the answers; `pixel_values` (images, 3, height, width) if any sample has an image, and whatever else
+            the processor returns.
+        prompts: in evaluation only, the same keys without labels, padded on the left: up to and including the
+            generation prompt of the last answer. Image tensors are the very objects of `inputs`.
+        ids, questions, answers (the last ones' text), skills ("all" if the record names none), boxes (pixels),
+        records (index in the file).
+    A bad sample is replaced by the next good one in training, and left out in evaluation, where a batch may come out
+    empty (`ids == []`, no tensors). It is warned about, listed in `bad_samples.jsonl` in the run's folder, and counted.
+
+    Resuming continues with the very next batch: the checkpoint knows how much of which epoch was trained on.
+
+    Args:
+        base: model whose processor makes the inputs: a hub id, a folder, or "micro".
+        train: JSON list or JSON lines file to train on.
+        val: the same for validation.
+        test: the same for testing.
+        predict: the same for prediction; its samples need no answers.
+        images: image root of all files; by default each file's own folder.
+        batch_size: samples a training batch, on each process.
+        eval_batch_size: samples a batch elsewhere.
+        num_workers: worker processes a loader; the order of samples does not depend on it.
+        seed: of the training order.
+        max_length: most tokens a sample may have; by default the context of the base model. Longer is bad.
+        max_bad_share: largest share of bad samples, judged from 100 samples seen in an epoch on.
+
+    Raises:
+        LitPruneError: a file that is missing or cannot be indexed, a split that a command needs and is not given,
+            too many bad samples, or a checkpoint of other training data.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        images: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_length: int | None = None,
+        max_bad_share: float = 0.05,
+    ):
+        super().__init__()
+        self.base, self.images = base, images
+        self.paths = {"train": train, "val": val, "test": test, "predict": predict}
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed, self.max_length, self.max_bad_share = seed, max_length, max_bad_share
+        self.datasets: dict[str, InstructDataset] = {}
+        self.bad_samples = BadSampleLog(max_bad_share)
+        self._processor: Any = None
+        self._loaded_from: str | None = None
+        self._train_batches: TrainBatches | None = None
+
+    @property
+    def processor(self) -> Any:
+        """The processor of the base model; may be set before `setup`."""
+        if self._processor is None:
+            from lit_prune.vlm import load_processor
+
+            self._processor, self._loaded_from = load_processor(self.base), self.base
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: Any) -> None:
+        self._processor, self._loaded_from = processor, None
+
+    # What Lightning calls
+
+    def setup(self, stage: str | None = None) -> None:
+        for name in [stage] if stage else [s for s, split in REQUIRED.items() if self.paths[split]]:
+            if not self.paths[REQUIRED[name]]:
+                raise LitPruneError(f"data: {REQUIRED[name]} is not given: {name} needs a JSON or JSON lines file")
+            for split in SPLITS[name]:
+                if self.paths[split]:
+                    self.datasets[split] = self._dataset(split)
+        if stage in (None, "fit") and "train" in self.datasets:
+            size = len(self.datasets["train"])
+            self._train_batches = TrainBatches(size, self.batch_size, self.seed, *self._rank_and_world())
+        self._prepare_trainer()
+
+    def train_dataloader(self) -> DataLoader:
+        batches = self._train_batches
+        if self.trainer is not None and not batches.resumed:
+            batches.set_epoch(self.trainer.current_epoch)
+        return self._loader("train", batches)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._eval_loader("val") if "val" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._eval_loader("predict")
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Takes the account of bad samples off the batch."""
+        skipped = batch.pop("skipped", [])
+        stage, current = "data", None
+        if self.trainer is not None:
+            stage = self.trainer.state.stage.value
+            current = (self.trainer.current_epoch, None if self.trainer.training else self.trainer.global_step)
+        split = {"train": "train", "test": "test", "predict": "predict"}.get(stage, "val")
+        size = len(self.datasets[split]) if split in self.datasets else 0
+        share = len(RankShare(size, *self._rank_and_world()))
+        self.bad_samples.update(stage, current, len(batch["ids"]), skipped, share)
+        if "failure" in batch:
+            raise LitPruneError(batch["failure"])
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return move_batch(batch, lambda part: move_data_to_device(part, device))
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is in its data: by what was trained on, not by what was fetched ahead."""
+        batches = self._train_batches
+        if batches is None or self.trainer is None:
+            return {}
+        loop = self.trainer.fit_loop
+        epochs, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        epoch, shift = max(epochs.ready - 1, 0) + batches.shift, batches.shift
+        if done >= self.trainer.num_training_batches:
+            epoch, done = epoch + 1, 0
+        elif epochs.ready and epochs.processed == epochs.ready:  # broken off by max_steps: goes on in Lightning's next
+            shift -= 1
+        return batches.state_dict(epoch, done, shift)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if self._train_batches is not None and state_dict:
+            self._train_batches.load_state_dict(state_dict)
+
+    # Parts
+
+    def _dataset(self, split: str) -> InstructDataset:
+        path = Path(self.paths[split])
+        images = Path(self.images) if self.images else path.parent
+        if not images.is_dir():
+            raise LitPruneError(f"data.images: {images} is no folder")
+        records = Records(path)
+        if not len(records):
+            raise LitPruneError(f"{path}: no samples")
+        return InstructDataset(records, images, self.processor, self._context(), _mode(split))
+
+    def _context(self) -> int | None:
+        """The given `max_length`, else the context of the base model as far as it is known."""
+        if self.max_length is None:
+            self.max_length = context_length(self.processor, self._loaded_from)
+        return self.max_length
+
+    def _loader(self, split: str, batches: Any) -> DataLoader:
+        if self.num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
+        return DataLoader(
+            self.datasets[split],
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=Collate(pad_token(self.processor), _mode(split)),
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # loaders shall not draw from the global one
+        )
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        share = RankShare(len(self.datasets[split]), *self._rank_and_world())
+        return self._loader(split, EvalBatches(share, self.eval_batch_size, drop_last=False))
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _prepare_trainer(self) -> None:
+        if self.trainer is None:
+            return
+        # These samplers split over ranks themselves and must not be wrapped in a second one.
+        self.trainer._accelerator_connector.use_distributed_sampler = False
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asks all ranks: not for a later moment
+        self.bad_samples.file, self.bad_samples.rank = Path(folder) / "bad_samples.jsonl", self.trainer.global_rank
+
+
+def context_length(processor: Any, base: str | None = None) -> int | None:
+    """Tokens that a model has positions for: the least that its tokenizer and the config of `base` say, if any does."""
+    limits = [processor.tokenizer.model_max_length]
+    if base is not None:
+        from lit_prune.vlm import resolve
+
+        with suppress(OSError, ValueError):  # a folder of a processor alone
+            config = AutoConfig.from_pretrained(resolve(base)).get_text_config()
+            limits.append(getattr(config, "max_position_embeddings", None))
+    return min((int(limit) for limit in limits if limit is not None and limit < 1e9), default=None)
+
+
+def _mode(split: str) -> Mode:
+    return split if split in ("train", "predict") else "eval"

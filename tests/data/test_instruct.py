@@ -1,0 +1,338 @@
+import json
+import logging
+import pickle
+from itertools import chain
+
+import pytest
+import torch
+from instruct_samples import TOKENS, conversation, write_samples
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from lit_prune.data.conversation import IGNORED
+from lit_prune.data.instruct import InstructData, context_length
+from lit_prune.errors import LitPruneError
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def make_data(processor, **options) -> InstructData:
+    data = InstructData(base="unused", **{"batch_size": 4, "eval_batch_size": 4, **options})
+    data.processor = processor
+    return data
+
+
+class Recorder(LightningModule):
+    """Notes what it is given; its weight depends on the order of what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[str]] = []
+        self.evaluated: list[dict] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["ids"])
+        return (self.weight - sum(batch["records"])) ** 2
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated.append(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.evaluated.append(batch)
+
+    def predict_step(self, batch, batch_idx):
+        self.evaluated.append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Three samples: one turn, two turns, no image."""
+    folder = tmp_path_factory.mktemp("mixed")
+    Image.new("RGB", (8, 8), "red").save(folder / "red.png")
+    samples = [
+        {
+            "id": "a",
+            "image": "red.png",
+            "conversations": conversation("<image>\nQ", "yes"),
+            "skill": "existence",
+            "boxes": [[0, 1, 2, 3]],
+        },
+        {"image": "red.png", "conversations": conversation("<image>\nOne", "A", "Two", "BB")},
+        {"id": 7, "conversations": conversation("Text", "C")},
+    ]
+    path = folder / "data.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+def batch_of(data: InstructData, split: str) -> dict:
+    stage, loader = {"train": ("fit", "train_dataloader"), "val": ("validate", "val_dataloader")}.get(
+        split, (split, f"{split}_dataloader")
+    )
+    data.setup(stage)
+    return data.on_before_batch_transfer(next(iter(getattr(data, loader)())), 0)
+
+
+def test_evaluation_batch(processor, mixed):
+    batch = batch_of(make_data(processor, test=str(mixed)), "test")
+    tokenizer, inputs, prompts = processor.tokenizer, batch["inputs"], batch["prompts"]
+    assert batch["ids"] == ["a", 1, 7]
+    assert batch["answers"] == ["yes", "BB", "C"]
+    assert batch["questions"] == ["Q", "Two", "Text"]
+    assert batch["skills"] == ["existence", "all", "all"]
+    assert batch["boxes"] == [[[0, 1, 2, 3]], [], []]
+    assert batch["records"] == [0, 1, 2]
+    assert set(batch) == {"inputs", "prompts", "ids", "answers", "questions", "skills", "boxes", "records"}
+    assert set(inputs) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    assert set(prompts) == set(inputs) - {"labels"}
+    assert prompts["pixel_values"] is inputs["pixel_values"]
+    assert inputs["pixel_values"].shape == (2, 3, 8, 8)
+    assert inputs["input_ids"].shape == inputs["labels"].shape == inputs["attention_mask"].shape
+    for row, text in enumerate(["USER: <image>\nQ ASSISTANT:", "USER: <image>\nOne ASSISTANT: A USER: Two ASSISTANT:"]):
+        expected = tokenizer(text.replace("<image>", "<image>" * TOKENS))["input_ids"]
+        assert prompts["input_ids"][row, -len(expected) :].tolist() == expected
+        assert prompts["attention_mask"][row].sum() == len(expected)
+        assert inputs["input_ids"][row, : len(expected)].tolist() == expected
+    longest = inputs["attention_mask"].sum(1)
+    assert (longest[1] > longest[0]) & (longest[0] > longest[2])
+    assert (inputs["input_ids"][2, longest[2] :] == tokenizer.pad_token_id).all()
+    assert (inputs["labels"][2, longest[2] :] == IGNORED).all()
+    assert not inputs["attention_mask"][2, longest[2] :].any()
+
+
+def test_training_batch_has_no_prompts(processor, mixed):
+    batch = batch_of(make_data(processor, train=str(mixed), batch_size=3), "train")
+    assert "prompts" not in batch
+    assert sorted(batch["records"]) == [0, 1, 2]
+
+
+def test_prediction_needs_no_answer(processor, tmp_path):
+    write_samples(tmp_path, 1)
+    path = tmp_path / "ask.jsonl"
+    path.write_text(json.dumps({"image": "red.png", "conversations": conversation("<image>\nQ")}))
+    batch = batch_of(make_data(processor, predict=str(path)), "predict")
+    assert batch["answers"] == [""]
+    assert batch["prompts"]["input_ids"].tolist() == batch["inputs"]["input_ids"].tolist()
+    assert (batch["inputs"]["labels"] == IGNORED).all()
+
+
+def test_moving_keeps_one_copy_of_the_images(processor, mixed):
+    data = make_data(processor, test=str(mixed))
+    batch = batch_of(data, "test")
+    batch["prompts"]["pixel_values"] = batch["prompts"]["pixel_values"].clone()  # as pinning memory does
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["prompts"]["pixel_values"] is moved["inputs"]["pixel_values"]
+    assert {value.device.type for part in ("inputs", "prompts") for value in moved[part].values()} == {"meta"}
+
+
+def test_the_order_does_not_depend_on_workers_and_all_pickles(processor, tmp_path):
+    path = str(write_samples(tmp_path, 21, bad=(3,), name="data.jsonl"))
+    orders = []
+    for workers in (0, 2):
+        data = make_data(processor, train=path, val=path, num_workers=workers)
+        data.setup("fit")
+        pickle.dumps(data.datasets["train"])
+        orders.append(
+            [(b["ids"], b["skipped"]) for loader in (data.train_dataloader(), data.val_dataloader()) for b in loader]
+        )
+    assert orders[0] == orders[1]
+    assert sum(bool(skipped) for _, skipped in orders[0]) >= 2
+
+
+def test_context_of_the_tokenizer(processor):
+    assert context_length(processor) is None
+    processor.tokenizer.model_max_length, before = 50, processor.tokenizer.model_max_length
+    assert context_length(processor) == 50
+    processor.tokenizer.model_max_length = before
+
+
+# Bad samples
+
+
+def test_training_replaces_and_evaluation_leaves_out(processor, tmp_path, caplog):
+    path = write_samples(tmp_path, 24, bad=(4, 5, 20, 21, 22, 23))
+    data, model = make_data(processor, train=str(path), val=str(path)), Recorder()
+    with caplog.at_level(logging.WARNING, "lit_prune"):
+        Trainer(max_epochs=2, default_root_dir=tmp_path / "run", **QUIET).fit(model, data)
+    assert [len(ids) for ids in model.seen] == [4] * 12
+    assert {"s4", "s20"}.isdisjoint(chain(*model.seen))
+    assert list(chain(*model.seen)).count("s6") == 2 * 3  # itself and two it stands for
+    sizes = [len(batch["ids"]) for batch in model.evaluated]
+    assert sizes == [4, 2, 4, 4, 4, 0] * 2
+    assert model.evaluated[5]["inputs"] == model.evaluated[5]["prompts"] == {}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["sample"] for line in lines) == ["s20", "s21", "s22", "s23", "s4", "s5"]
+    assert lines[0]["file"] == str(path)
+    assert "image missing.png is missing" in lines[0]["reason"]
+    assert len(caplog.records) == 6
+    assert f"{path}: sample s4: image missing.png is missing" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(processor, tmp_path, workers):
+    path = str(write_samples(tmp_path, 200, bad=tuple(range(0, 200, 10))))
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path / "run", **QUIET)
+    trainer.test(Recorder(), make_data(processor, test=path, max_bad_share=0.11), verbose=False)
+    with pytest.raises(LitPruneError, match=r"11 of 104 samples seen in test are bad \(max_bad_share=0.05\); .*jsonl"):
+        trainer.test(Recorder(), make_data(processor, test=path, num_workers=workers), verbose=False)
+    path = str(write_samples(tmp_path, 8, bad=tuple(range(8))))
+    with pytest.raises(LitPruneError, match="8 of 8 samples seen in test are bad"):
+        trainer.test(Recorder(), make_data(processor, test=path), verbose=False)
+    with pytest.raises(LitPruneError, match="8 of 8 samples seen in train are bad"):
+        trainer.fit(Recorder(), make_data(processor, train=path, num_workers=workers))
+
+
+def test_a_file_that_changes_under_way(processor, tmp_path):
+    path = write_samples(tmp_path, 8)
+    data = make_data(processor, train=str(path), num_workers=1)
+    data.setup("fit")
+    write_samples(tmp_path, 9)
+    with pytest.raises(LitPruneError, match=r"data.json: the file changed after it was opened$"):
+        data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+
+
+def test_wrong_settings(processor, tmp_path):
+    path = str(write_samples(tmp_path, 2))
+    with pytest.raises(LitPruneError, match="data: train is not given: fit needs"):
+        make_data(processor, val=path).setup("fit")
+    with pytest.raises(LitPruneError, match="no such file"):
+        make_data(processor, test=path + "x").setup("test")
+    with pytest.raises(LitPruneError, match="is no folder"):
+        make_data(processor, test=path, images=str(tmp_path / "none")).setup("test")
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(LitPruneError, match=r"empty.json: no samples"):
+        make_data(processor, test=str(tmp_path / "empty.json")).setup("test")
+
+
+# Resuming
+
+
+class SaveEverywhere(Callback):
+    """Saves after every batch, at the end of every validation and of every epoch."""
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+
+    def save(self, trainer, name):
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"{self.count:02d}-{name}-{trainer.global_step}.ckpt")
+            self.count += 1
+
+    def on_train_batch_end(self, trainer, *_):
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer, *_):
+        self.save(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.save(trainer, "epoch")
+
+
+def run(processor, path, folder, checkpoint=None, callbacks=(), workers=0, **options) -> Recorder:
+    model, data = Recorder(), make_data(processor, train=str(path), val=str(path), num_workers=workers, seed=5)
+    settings = {**QUIET, "max_epochs": 3, "default_root_dir": folder, **options}
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        settings["enable_checkpointing"] = False
+    Trainer(callbacks=list(callbacks), **settings).fit(model, data, ckpt_path=checkpoint)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"val_check_interval": 3}, {"limit_train_batches": 4, "reload_dataloaders_every_n_epochs": 1}]
+)
+def test_resume_from_any_moment_equals_uninterrupted(processor, tmp_path, options):
+    path = write_samples(tmp_path / "data", 22, bad=(3,))  # 5 batches of 4 an epoch
+    whole = run(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)], max_epochs=2, **options)
+    per_epoch = options.get("limit_train_batches", 5)
+    assert len(whole.seen) == 2 * per_epoch
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert len(checkpoints) >= 2 * (per_epoch + 2)
+    for checkpoint in checkpoints:
+        done = int(checkpoint.stem.rsplit("-", 1)[1])
+        again = run(processor, path, tmp_path, str(checkpoint), max_epochs=2, **options)
+        assert again.seen == whole.seen[done:], checkpoint.name
+        assert torch.equal(again.weight, whole.weight), checkpoint.name
+
+
+def test_resume_with_workers(processor, tmp_path):
+    path = write_samples(tmp_path / "data", 22)
+    whole = run(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)], workers=2, max_epochs=2)
+    for done in (2, 5, 7):
+        checkpoint = next(tmp_path.glob(f"*-batch-{done}.ckpt"))
+        again = run(processor, path, tmp_path, str(checkpoint), workers=2, max_epochs=2)
+        assert again.seen == whole.seen[done:]
+        assert torch.equal(again.weight, whole.weight)
+
+
+def test_more_steps_after_max_steps(processor, tmp_path):
+    path = write_samples(tmp_path / "data", 22)
+    whole = run(processor, path, tmp_path, max_epochs=-1, max_steps=13)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    first = run(processor, path, tmp_path, callbacks=[saver], max_epochs=-1, max_steps=3)
+    rest = run(processor, path, tmp_path, str(tmp_path / "last.ckpt"), max_epochs=-1, max_steps=13)
+    assert first.seen + rest.seen == whole.seen
+
+
+def test_other_data_is_refused(processor, tmp_path):
+    path = write_samples(tmp_path / "data", 22)
+    run(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)], max_epochs=1)
+    path = write_samples(tmp_path / "data", 30)
+    with pytest.raises(LitPruneError, match=r"cannot resume: .* size 22"):
+        run(processor, path, tmp_path, str(sorted(tmp_path.glob("*.ckpt"))[0]))
+
+
+# Two processes
+
+
+class TwoRanks(Recorder):
+    """Writes what each rank saw."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_fit_end(self):
+        seen = {"train": self.seen, "val": [batch["ids"] for batch in self.evaluated]}
+        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(seen))
+
+
+def test_two_processes_share_each_batch_and_resume(processor, tmp_path):
+    path = str(write_samples(tmp_path / "data", 21, bad=(20,)))
+
+    def fit(checkpoint=None, callbacks=()):
+        data = make_data(processor, train=path, val=path, batch_size=2, seed=5)
+        trainer = Trainer(
+            strategy="ddp_fork",
+            devices=2,
+            max_epochs=1,
+            callbacks=list(callbacks),
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            **QUIET,
+        )
+        trainer.fit(TwoRanks(tmp_path), data, ckpt_path=checkpoint)
+        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+    first, second = fit(callbacks=[SaveEverywhere(tmp_path)])
+    alone = run(processor, path, tmp_path, max_epochs=1)
+    assert [sorted(a + b) for a, b in zip(first["train"], second["train"], strict=True)] == [
+        sorted(ids) for ids in alone.seen
+    ]
+    assert [len(first["val"]), len(second["val"])] == [3, 3]
+    assert sorted(chain(*first["val"], *second["val"])) == sorted(f"s{i}" for i in range(20))
+    again = fit(str(next(tmp_path.glob("*-batch-2.ckpt"))))
+    assert [rank["train"] for rank in again] == [first["train"][2:], second["train"][2:]]
