@@ -1,1 +1,6 @@
-"""Instruction data: from JSON and image files to batches. Import the data modules from their own files."""
+"""Instruction data: from JSON and image files to batches."""
+
+from lit_prune.data.instruct import InstructData
+from lit_prune.data.micro import MicroData
+
+__all__ = ["InstructData", "MicroData"]

@@ -1,0 +1,115 @@
+import json
+import logging
+
+import pytest
+from PIL import Image
+
+from lit_prune.data import micro as module
+from lit_prune.data.micro import RANGES, MicroData, seeds_of
+from lit_prune.errors import LitPruneError
+from lit_prune.micro.model import build_processor
+from lit_prune.micro.world import RESERVED_SEED, SKILLS
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("micro")
+
+
+def make_data(root, **options) -> MicroData:
+    sizes = {"train_samples": 20, "val_samples": 8, "test_samples": 15}
+    data = MicroData(root=str(root), batch_size=4, eval_batch_size=8, **{**sizes, **options})
+    data.processor = build_processor()
+    return data
+
+
+def test_reads_like_any_instruction_data(root, caplog):
+    data = make_data(root)
+    data.prepare_data()
+    for stage in ("fit", "test", "predict"):
+        data.setup(stage)
+    assert {split: len(it) for split, it in data.datasets.items()} == {
+        "train": 20,
+        "val": 8,
+        "test": 15,
+        "predict": 15,
+    }
+    assert data.max_length == 1024
+    with caplog.at_level(logging.WARNING, "lit_prune"):
+        batch = data.on_before_batch_transfer(next(iter(data.test_dataloader())), 0)
+        for found in data.train_dataloader():
+            data.on_before_batch_transfer(found, 0)
+    assert not caplog.records
+    assert batch["inputs"]["pixel_values"].shape == (8, 3, 96, 96)
+    assert set(batch["skills"]) <= set(SKILLS)
+    assert len(set(batch["skills"])) == 7
+    assert any(batch["boxes"])
+    words = build_processor().tokenizer.batch_decode(batch["prompts"]["input_ids"])
+    assert all(text.rstrip().endswith("assistant:") for text in words)
+    assert "<unk>" not in "".join(words)
+
+
+def test_written_once_and_the_same_every_time(root, tmp_path, monkeypatch):
+    data, again = make_data(root), make_data(tmp_path)
+    data.prepare_data()
+    again.prepare_data()
+    files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert all((root / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+    monkeypatch.setattr(module.world, "write_world", None)
+    make_data(root).prepare_data()
+    with pytest.raises(TypeError):
+        make_data(root, data_seed=1).prepare_data()
+
+
+def test_an_interrupted_write_is_not_taken_for_whole(tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(folder, *_):
+        (folder / "instructions.json").write_text("[")
+        calls.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.world, "write_world", interrupted)
+    data = make_data(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare_data()
+    assert len(calls) == 2
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    data.prepare_data()
+    assert len(json.loads((data.splits["train"].folder(tmp_path) / "instructions.json").read_text())) == 20
+
+
+def test_another_process_was_faster(tmp_path, monkeypatch):
+    data, write = make_data(tmp_path), module.world.write_world
+
+    def beaten(folder, *arguments):
+        monkeypatch.undo()
+        make_data(tmp_path).prepare_data()
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(module.world, "write_world", beaten)
+    data.prepare_data()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_splits_and_data_seeds_are_disjoint():
+    ranges = [seeds_of(split, 20, 7, data_seed) for split in RANGES for data_seed in range(3)]
+    seeds = [seed for found in ranges for seed in found]
+    assert len(set(seeds)) == len(seeds) == 3 * 3 * 3
+    assert max(end for _, end in RANGES.values()) == RESERVED_SEED
+    for wrong in (("val", 7_000_007, 7, 0), ("test", 700, 7, 30_000), ("train", 7, 7, -1), ("train", 0, 7, 0)):
+        with pytest.raises(LitPruneError, match=wrong[0]):
+            seeds_of(*wrong)
+    assert seeds_of("val", 7_000_000, 7, 0).stop == 6_000_000
+
+
+def test_images_are_of_the_written_scene(root):
+    data = make_data(root)
+    data.prepare_data()
+    folder = data.splits["val"].folder(root)
+    first = json.loads((folder / "instructions.json").read_text())[0]
+    assert Image.open(folder / first["image"]).size == (96, 96)
+    assert first["id"].startswith("5000000")
