@@ -1,7 +1,7 @@
 """Budgets and schedules: `keep` counts visual tokens averaged over the inputs of all decoder layers."""
 
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 from lit_prune.errors import LitPruneError
 
@@ -82,7 +82,7 @@ def _nearest_counts(room: int, ruled: list[int], ideal: list[float], visual: int
     best, best_key = None, None
     for counts in product(*options):
         spent = sum(n * k for n, k in zip(ruled, counts, strict=True))
-        falls = all(a >= b for a, b in zip(counts, counts[1:], strict=False))
+        falls = all(a >= b for a, b in pairwise(counts))
         if spent > room or not falls:
             continue
         distance = sum(((k - i) / i) ** 2 for k, i in zip(counts, ideal, strict=True))

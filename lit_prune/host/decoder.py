@@ -83,7 +83,9 @@ class DecoderHost:
     def _counts(self, total: Tensor) -> dict[int, Tensor]:
         """Kept tokens per stage for samples with `total` visual tokens each."""
         depth = self.places.dims.depth
-        plans = [self.pruner.schedule(self.keep, n, depth) if n else dict.fromkeys(self.stages, 0) for n in total.tolist()]
+        plans = [
+            self.pruner.schedule(self.keep, n, depth) if n else dict.fromkeys(self.stages, 0) for n in total.tolist()
+        ]
         return {layer: torch.tensor([plan[layer] for plan in plans], device=total.device) for layer in self.stages}
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):

@@ -16,7 +16,11 @@ class Random(Pruner):
     """
 
     def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None, seed: int = 0
+        self,
+        layers: Sequence[int] = (0,),
+        shape: Sequence[float] | None = None,
+        depth: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(layers, shape, depth)
         self.seed = seed

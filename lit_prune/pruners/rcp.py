@@ -19,7 +19,7 @@ class CrossAttentionScorer(nn.Module):
     """Correction of one pruning layer's intrinsic attention: S_a + S_t + bias.
 
     S_a: learnable queries, shifted by the projected mean of the question, attend to the visual tokens still kept; their
-    weights are folded by a linear layer that starts as the mean. S_t: a score per token whose last layer starts at zero.
+    weights are folded by a linear layer that starts as the mean. S_t: a score per token, its last layer starts at zero.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RCP(Pruner):
         return (log_attention - centre).detach()
 
     def prune(self, context: Context) -> Kept:
-        """Hard decision of the logits; in training a gate carries the gradient of sigmoid((logits - cut + noise) / tau)."""
+        """Hard decision of the logits; a training gate has the gradient of sigmoid((logits - cut + noise) / tau)."""
         logits = self.score(context)
         noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
         noisy = logits + noise

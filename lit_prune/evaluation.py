@@ -1,0 +1,97 @@
+"""One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_prune.cost import decoder_total, kv_bytes, price
+from lit_prune.host import Record, Session
+from lit_prune.vlm import VLM
+
+TEACHER = Session(prune=False, repair=False)
+
+
+@dataclass
+class Measured:
+    """What one method did with a batch: texts, states on answer positions, and its costs per sample."""
+
+    texts: list[str]
+    hidden: dict[int, Tensor]
+    visual: Tensor  # visual tokens averaged over the decoder layers' inputs
+    flops: Tensor  # decoder prefill with all that pruning adds
+    parts: dict[str, Tensor]  # FLOPs part by part
+    kv_bytes: Tensor
+    kept: dict[int, Tensor]  # visual tokens kept at each stage
+
+
+def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs with the images already through vision tower and projector, so that several forwards share that work."""
+    if "pixel_values" not in inputs or "image_sizes" in inputs:
+        return inputs
+    with torch.no_grad():
+        features = vlm.model.get_image_features(
+            pixel_values=inputs["pixel_values"].to(vlm.model.dtype), return_dict=True
+        )
+    rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": features}}
+
+
+@torch.no_grad()
+def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: int) -> Measured:
+    """Answer the prompts of a batch greedily and run its answers through the model, under one session.
+
+    The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
+    that methods are compared on the same text.
+    """
+    states, prefill = Record(keep_hidden=True), Record()
+    encoded = encode_images(vlm, batch["inputs"])
+    with vlm.using(_recorded(session, states)):
+        vlm.model(**encoded, use_cache=False)
+    prompts = {**encoded, **batch["prompts"]}
+    prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
+    if "mm_encoder_outputs" in prompts:
+        prompts.pop("pixel_values", None)
+    with vlm.using(_recorded(session, prefill)):
+        tokens = vlm.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
+    pruned = vlm.plugin if session.prune else None
+    repair = None if pruned is None or not session.repair else pruned.repair
+    parts = price(prefill.trace, vlm.size, None if pruned is None else pruned.pruner, repair)
+    return Measured(
+        texts=vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1]),
+        hidden=states.hidden,
+        visual=prefill.trace.average_visual(),
+        flops=decoder_total(parts),
+        parts=parts,
+        kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
+        kept={stage.layer: stage.kept.sum(1) for stage in prefill.stages},
+    )
+
+
+def _recorded(session: Session, record: Record) -> Session:
+    return Session(session.prune, session.repair, session.soft, session.eps, session.hints, record)
+
+
+def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:
+    """Hint for the oracle: how much of each visual token's patch each asked region covers, (batch, regions, visual)."""
+    side = int(visual**0.5)
+    most = max([1, *(len(boxes) for boxes in batch["boxes"])])
+    cover = torch.zeros(len(batch["boxes"]), most, side, side)
+    edges = torch.arange(side + 1, dtype=torch.float32) * (image_size / side)
+    low, high = edges[:-1], edges[1:]
+    for sample, boxes in enumerate(batch["boxes"]):
+        for index, (x0, y0, x1, y1) in enumerate(boxes):
+            across = (high.clamp(max=x1) - low.clamp(min=x0)).clamp(min=0)
+            down = (high.clamp(max=y1) - low.clamp(min=y0)).clamp(min=0)
+            cover[sample, index] = down[:, None] * across[None, :] / (edges[1] ** 2)
+    return {"regions": cover.flatten(2)}
+
+
+def matches(texts: list[str], answers: list[str]) -> list[bool]:
+    """Exact match after lower-casing and stripping spaces and a final full stop."""
+    return [_plain(text) == _plain(answer) for text, answer in zip(texts, answers, strict=True)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().strip().rstrip(".").split())

@@ -1,0 +1,80 @@
+"""torchmetrics of this field: accuracy per skill and the shift of the states per decoder layer."""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class SkillAccuracy(Metric):
+    """Share of right answers per skill and overall.
+
+    `compute()` gives `{"all": ..., skill: ...}`; skills are told apart by a checksum of their names, so that ranks need
+    not have seen the same ones.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[int, str] = {}
+        self.add_state("skills", default=[], dist_reduce_fx="cat")
+        self.add_state("hits", default=[], dist_reduce_fx="cat")
+
+    def update(self, hits: Sequence[bool], skills: Sequence[str]) -> None:
+        """Add answers: right or wrong, with their skills."""
+        keys = [zlib.crc32(skill.encode()) for skill in skills]
+        self.names.update(zip(keys, skills, strict=True))
+        self.skills.append(torch.tensor(keys, device=self.device, dtype=torch.long))
+        self.hits.append(torch.tensor(list(hits), device=self.device, dtype=torch.float32))
+
+    def compute(self) -> dict[str, float]:
+        """Accuracy in [0, 1] overall and per skill, by name."""
+        skills, hits = _joined(self.skills, self.device), _joined(self.hits, self.device)
+        if not len(hits):
+            return {}
+        found = {
+            self.names.get(key, f"{key:08x}"): hits[skills == key].mean().item() for key in skills.unique().tolist()
+        }
+        return {"all": hits.mean().item(), **dict(sorted(found.items()))}
+
+
+def _joined(parts: list[Tensor] | Tensor, device: torch.device) -> Tensor:
+    if isinstance(parts, Tensor):
+        return parts
+    return torch.cat(parts) if parts else torch.zeros(0, device=device)
+
+
+class Shift(Metric):
+    """W2^2 between student and teacher states per decoder layer, over the answer positions seen.
+
+    Diagonal Gaussians per channel, divided by the width (RCP, arXiv 2604.04972): a good alarm, a poor ranking of good
+    configurations, since the budget drives both shift and accuracy. Sums are float64 over all ranks.
+    """
+
+    full_state_update = False
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.add_state("count", default=torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("student", "teacher"):
+            self.add_state(name, default=torch.zeros(2, depth, width, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> None:
+        """Add the states of some positions: {layer: (positions, width)}, the same positions on both sides."""
+        for name, states in (("student", student), ("teacher", teacher)):
+            stacked = torch.stack([states[layer] for layer in sorted(states)]).detach().to(torch.float64)
+            setattr(self, name, getattr(self, name) + torch.stack([stacked.sum(1), stacked.square().sum(1)]))
+        self.count += len(next(iter(student.values())))
+
+    def compute(self) -> Tensor:
+        """W2^2 / width per decoder layer, float64."""
+        (s_mean, s_std), (t_mean, t_std) = (self._moments(getattr(self, name)) for name in ("student", "teacher"))
+        return ((s_mean - t_mean).square() + (s_std - t_std).square()).mean(-1)
+
+    def _moments(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        count = self.count.clamp(min=1)
+        mean = sums[0] / count
+        return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()

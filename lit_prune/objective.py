@@ -1,0 +1,100 @@
+"""What RCP trains for: the losses and how temperature, noise and target move during a run (arXiv 2604.04972).
+
+Values marked [R] were read in drafts of the method; all are arguments.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_prune.host import Record
+from lit_prune.moments import moment_loss, moments
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the losses.
+
+    Args:
+        task: cross entropy of the answers [R: 1.5].
+        repair: moment repair loss [R: 3.0].
+        budget: |actual - target| share of visual tokens; only `select: threshold` needs it [R: 200].
+        variance: weight `a` of the variances inside the repair loss [R: 3.0]; 0 matches means only.
+        distill: KL to the teacher's answer distribution; not in the paper, off by default.
+    """
+
+    task: float = 1.5
+    repair: float = 3.0
+    budget: float = 200.0
+    variance: float = 3.0
+    distill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """Schedules over the share of steps done, in [0, 1].
+
+    Args:
+        tau_start: temperature of the straight-through gate at the start [R: 1.5].
+        tau_end: temperature at the end [R: 0.2].
+        tau_share: share of the steps over which it falls, linearly [R: 0.6].
+        noise: scale of the logistic noise; 0 turns it off.
+        quiet_share: last share of the steps without noise, so that training equals the inference rule [R: 0.2].
+        target_share: share of the steps over which the budget's target falls from 1, along a cosine [R: 0.1].
+    """
+
+    tau_start: float = 1.5
+    tau_end: float = 0.2
+    tau_share: float = 0.6
+    noise: float = 1.0
+    quiet_share: float = 0.2
+    target_share: float = 0.1
+
+    def tau(self, done: float) -> float:
+        """Temperature after a share `done` of the steps."""
+        return self.tau_end + (self.tau_start - self.tau_end) * max(0.0, 1.0 - done / max(self.tau_share, 1e-9))
+
+    def noise_scale(self, done: float) -> float:
+        """Scale of the logistic noise."""
+        return self.noise if done < 1.0 - self.quiet_share else 0.0
+
+    def target(self, final: float, done: float) -> float:
+        """Target share of visual tokens, from 1 to `final`."""
+        if done >= self.target_share:
+            return final
+        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done / self.target_share))
+
+
+def repair_loss(student: Record, teacher: Record, layers: list[int], variance: float) -> Float[Tensor, ""]:
+    """Mean over the repair layers of the moment distance between student and teacher on answer positions."""
+    parts = []
+    for layer in layers:
+        with torch.no_grad():
+            target = moments(teacher.hidden[layer])
+        parts.append(moment_loss(moments(student.hidden[layer]), target, variance))
+    return torch.stack(parts).mean()
+
+
+def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
+    """Share of visual tokens over the decoder layers: (n_0 + sum_i n_i mean(c_i)) / depth, with gradients.
+
+    The mean of a sample's cumulative gate is over its own visual tokens, then over the samples with an image.
+    """
+    layers = [stage.layer for stage in record.stages]
+    total = record.trace.total_visual
+    pictured = (total > 0).float()
+    share = torch.tensor(float(layers[0]), device=total.device)
+    for stage, end in zip(record.stages, [*layers[1:], depth], strict=True):
+        kept = stage.gate.sum(1) / total.clamp(min=1)
+        share = share + (end - stage.layer) * (kept * pictured).sum() / pictured.sum().clamp(min=1.0)
+    return share / depth
+
+
+def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]) -> Float[Tensor, ""]:
+    """KL(teacher || student) per answer token."""
+    return torch.nn.functional.kl_div(
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="batchmean"
+    )

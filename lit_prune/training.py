@@ -1,0 +1,255 @@
+"""The LightningModule: one frozen model that is teacher and, with plug-ins attached, student."""
+
+import math
+import zlib
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from lit_prune import evaluation
+from lit_prune.cost import decoder_total, price
+from lit_prune.errors import LitPruneError
+from lit_prune.host import Record, Session
+from lit_prune.metrics import Shift, SkillAccuracy
+from lit_prune.moments import moments, w2_squared
+from lit_prune.objective import Anneal, LossWeights, distillation, repair_loss, visual_share
+from lit_prune.plugin import Plugin
+from lit_prune.pruners.base import Pruner
+from lit_prune.repair import RepairAdapter
+from lit_prune.vlm import load
+
+
+class PruneModule(LightningModule):
+    """Trains a pruner and its repair against the frozen model they are attached to, and measures any method.
+
+    Args:
+        base: the frozen model: "micro", a folder, or a hub id.
+        pruner: the method. repair: its repair adapter, if any.
+        keep: budget, visual tokens averaged over the decoder layers' inputs.
+        plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
+        train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
+        loss: weights of the losses.
+        anneal: schedules of temperature, noise and target.
+        lr: peak learning rate [R: 5e-5 for 7B]. weight_decay: [R: 0.01].
+        warmup: share of the steps that warm up [R: 0.1]. floor: last learning rate over the peak, by cosine [R: 0.1].
+        max_new_tokens: longest answer in evaluation.
+        seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
+    """
+
+    def __init__(
+        self,
+        base: str = "micro",
+        pruner: Pruner | None = None,
+        repair: RepairAdapter | None = None,
+        keep: int = 16,
+        plugin: str | None = None,
+        train_mode: Literal["soft", "drop"] = "soft",
+        loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
+        anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
+        lr: float = 5e-5,
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+        floor: float = 0.1,
+        max_new_tokens: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.save_hyperparameters({"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed})
+        self.loss, self.anneal = loss, anneal
+        self.keep, self.train_mode, self.lr, self.weight_decay = keep, train_mode, lr, weight_decay
+        self.warmup, self.floor, self.max_new_tokens, self.seed = warmup, floor, max_new_tokens, seed
+        if (plugin is None) == (pruner is None):
+            raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
+        made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin)
+        self.vlm = load(base)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.vlm.attach(made, keep=keep)
+        self.model, self.plugin = self.vlm.model, made
+        self._meters()
+
+    def _meters(self) -> None:
+        dims = self.plugin.dims
+        self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
+        self.shift, self.shift_unrepaired = Shift(dims.depth, dims.width), Shift(dims.depth, dims.width)
+        self.costs = torch.nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
+
+    # -- what trains and what is saved --------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Say what trains, and make sure that every parameter is either trained or frozen on purpose."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        stray = [name for name in trained if not name.startswith("plugin.")]
+        frozen_plugin = [name for name, p in self.plugin.named_parameters() if not p.requires_grad]
+        if stray or frozen_plugin or not trained:
+            raise LitPruneError(
+                f"nothing to train, or the wrong thing: {(stray or frozen_plugin or ['no parameters'])[0]}"
+            )
+        count = sum(p.numel() for p in self.plugin.parameters())
+        frozen = sum(p.numel() for p in self.model.parameters())
+        if count + frozen != sum(p.numel() for p in self.parameters()):
+            raise LitPruneError("trainable and frozen parameters don't add up to the module's")
+        rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
+
+    def train(self, mode: bool = True) -> "PruneModule":
+        """The frozen model always stays in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Only what trains: a checkpoint holds no frozen weight."""
+        full = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        return {name: value for name, value in full.items() if name.startswith(f"{prefix}plugin.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        wrong = sorted(set(saved) ^ set(own)) or [n for n in own if own[n].shape != saved[n].shape]
+        if wrong:
+            where = (
+                "is missing from the checkpoint"
+                if wrong[0] not in saved
+                else ("is not in this model" if wrong[0] not in own else "has another shape")
+            )
+            raise LitPruneError(
+                f"the checkpoint was written for another pruner or repair: {wrong[0]} {where} "
+                f"({len(wrong)} differences); use the configuration it was trained with"
+            )
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Teacher and student over one batch; losses on the answers."""
+        done = self._prepare_step()
+        inputs = evaluation.encode_images(self.vlm, batch["inputs"])
+        teacher, student = Record(keep_hidden=True), Record(keep_hidden=True)
+        with torch.no_grad(), self.vlm.using(Session(prune=False, repair=False, record=teacher)):
+            target = self.model(**inputs, use_cache=False)
+        with self.vlm.using(Session(soft=self.train_mode == "soft", record=student)):
+            output = self.model(**inputs, use_cache=False)
+        losses = self._losses(output, target, batch, student, teacher, done)
+        total = sum(getattr(self.loss, name) * value for name, value in losses.items())
+        self._log_step(total, losses, student, teacher, done, len(batch["ids"]))
+        return total
+
+    def _prepare_step(self) -> float:
+        """Seed this step, set temperature and noise; returns the share of steps done."""
+        done = self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
+        step = f"{self.seed}/{self.trainer.current_epoch}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}"
+        torch.manual_seed(zlib.crc32(step.encode()))
+        self.plugin.pruner.tau, self.plugin.pruner.noise = self.anneal.tau(done), self.anneal.noise_scale(done)
+        return done
+
+    def _losses(self, output, target, batch, student: Record, teacher: Record, done: float) -> dict[str, Tensor]:
+        losses = {"task": output.loss}
+        if self.host.feeds:
+            losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss.variance)
+        if getattr(self.plugin.pruner, "select", "topk") == "threshold":
+            share = visual_share(student, self.plugin.dims.depth)
+            losses["budget"] = (share - self.anneal.target(self.keep / self.plugin.dims.visual, done)).abs()
+        if self.loss.distill:
+            answers = batch["inputs"]["labels"][:, 1:] != -100
+            losses["distill"] = distillation(output.logits[:, :-1][answers], target.logits[:, :-1][answers])
+        return losses
+
+    @property
+    def host(self):
+        """The hooks that connect plug-in and model."""
+        return self.vlm.host
+
+    @torch.no_grad()
+    def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
+        depth, visual = self.plugin.dims.depth, self.plugin.dims.visual
+        values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
+        values["tau"] = self.plugin.pruner.tau
+        values["budget/target"] = self.anneal.target(self.keep / visual, done) * visual
+        values["budget/actual"] = student.trace.average_visual().mean()
+        values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
+        parts = price(student.trace, self.vlm.size, self.plugin.pruner, self.plugin.repair)
+        values["flops/sample"] = decoder_total(parts).mean()
+        for layer in sorted(self.host.feeds) or [depth - 1]:
+            values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
+        self.log_dict({name: float(value) for name, value in values.items()}, batch_size=size)
+        self.log("loss", float(total), prog_bar=True, logger=False, batch_size=size)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
+        optimizer = torch.optim.AdamW(self.plugin.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        steps = max(1, self.trainer.estimated_stepping_batches)
+        warm = max(1, round(self.warmup * steps))
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            done = min(1.0, (step - warm) / max(1, steps - warm))
+            return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure the student with and without repair, and the teacher, on one batch."""
+        if not batch["ids"]:
+            return
+        hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
+        teacher = evaluation.measure(self.vlm, batch, evaluation.TEACHER, self.max_new_tokens)
+        student = evaluation.measure(self.vlm, batch, Session(hints=hints), self.max_new_tokens)
+        self.accuracy.update(evaluation.matches(student.texts, batch["answers"]), batch["skills"])
+        self.agreement.update(evaluation.matches(student.texts, teacher.texts), batch["skills"])
+        self.shift.update(student.hidden, teacher.hidden)
+        if self.plugin.repair is not None:
+            bare = Record(keep_hidden=True)
+            with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
+                self.model(**evaluation.encode_images(self.vlm, batch["inputs"]), use_cache=False)
+            self.shift_unrepaired.update(bare.hidden, teacher.hidden)
+        for name, value in (
+            ("visual_tokens", student.visual),
+            ("flops", student.flops),
+            ("kv_bytes", student.kv_bytes),
+        ):
+            self.costs[name].update(value.float())
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same as validation, on the test set."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Answers to a batch of prompts."""
+        tokens = self.model.generate(**batch["prompts"], max_new_tokens=self.max_new_tokens, do_sample=False)
+        texts = self.vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1])
+        return [{"id": str(i), "answer": text} for i, text in zip(batch["ids"], texts, strict=True)]
+
+    def _image_size(self) -> int:
+        return self.model.config.vision_config.image_size
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and clear the meters."""
+        self._log_meters("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log and clear the meters."""
+        self._log_meters("test")
+
+    def _log_meters(self, stage: str) -> None:
+        values = {f"{stage}/accuracy/{skill}": value for skill, value in self.accuracy.compute().items()}
+        if not values:
+            return
+        values[f"{stage}/agreement"] = self.agreement.compute()["all"]
+        values |= {f"{stage}/{name}": meter.compute().item() for name, meter in self.costs.items()}
+        values |= {f"{stage}/w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
+        if self.plugin.repair is not None:
+            bare = self.shift_unrepaired.compute().tolist()
+            values |= {f"{stage}/w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
+        self.log_dict(values)
+        self.log(f"{stage}_accuracy", values[f"{stage}/accuracy/all"], prog_bar=True, logger=False)
+        for meter in (self.accuracy, self.agreement, self.shift, self.shift_unrepaired, *self.costs.values()):
+            meter.reset()

@@ -1,0 +1,207 @@
+"""The public face: load a model, attach a pruner to it, detach it, answer prompts."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lit_prune.cost import ModelSize
+from lit_prune.errors import LitPruneError
+from lit_prune.host import DecoderHost, Session
+from lit_prune.host.places import find, model_size
+from lit_prune.plugin import Plugin, fingerprint
+from lit_prune.pruners.base import Pruner
+from lit_prune.repair import RepairAdapter
+
+MICRO = Path(__file__).parent / "micro" / "weights"
+
+
+def resolve(base: str | Path) -> str:
+    """Folder or hub id that a model's name stands for; `micro` is the one shipped with this package."""
+    if str(base) == "micro":
+        if not (MICRO / "config.json").is_file():
+            raise LitPruneError(
+                f"the weights of micro-LLaVA are missing from {MICRO}: reinstall, or run jobs/pretrain_micro.sh"
+            )
+        return str(MICRO)
+    path = Path(base)
+    looks_local = path.is_absolute() or str(base).startswith((".", "~")) or path.is_dir()
+    if looks_local and not (path.expanduser() / "config.json").is_file():
+        raise LitPruneError(f"{base} is no model folder: it has no config.json")
+    return str(path.expanduser()) if looks_local else str(base)
+
+
+def load_processor(base: str | Path) -> Any:
+    """Processor (tokenizer, image processor, chat template) of a model."""
+    from transformers import AutoProcessor
+
+    return _fetch(AutoProcessor.from_pretrained, base)
+
+
+def load(base: str | Path = "micro", dtype: torch.dtype | None = None, **options: Any) -> "VLM":
+    """A frozen vision-language model with its processor, ready to attach a pruner to.
+
+    Args:
+        base: "micro", a local folder in the Hugging Face layout, or a hub id such as "llava-hf/llava-1.5-7b-hf".
+        dtype: of the weights; by default float32 for micro, else what the checkpoint says.
+        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, ...).
+
+    Raises:
+        LitPruneError: the model can't be found, with what would help.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if dtype is None:
+        dtype = torch.float32 if str(base) == "micro" else "auto"
+    model = _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
+    return VLM(model, load_processor(base), str(base))
+
+
+def _fetch(function: Any, base: str | Path, **options: Any) -> Any:
+    name = resolve(base)
+    try:
+        return function(name, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise LitPruneError(
+            f"{base} can't be loaded ({reason}). Give a local folder with config.json and *.safetensors, or fetch it "
+            f"on a machine with network: hf download {base} --local-dir FOLDER"
+        ) from error
+
+
+class VLM:
+    """A frozen model, its processor, and what is attached to it.
+
+    With nothing attached, `model` is the plain transformers model: the teacher. With a plug-in attached, the same
+    object prunes: the student. There is one copy of the weights.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, name: str = "") -> None:
+        find(model)
+        self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
+        self.host: DecoderHost | None = None
+        self.plugin: Plugin | None = None
+
+    @property
+    def size(self) -> ModelSize:
+        """Sizes for `lit_prune.cost`."""
+        return model_size(self.model)
+
+    def attach(
+        self,
+        pruner: Pruner | Plugin | str | Path,
+        repair: RepairAdapter | None = None,
+        keep: int | None = None,
+    ) -> "VLM":
+        """Prune from now on, in forward and `generate()`.
+
+        Args:
+            pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep`), or a folder
+                (or hub id) written by `save_pretrained`.
+            repair: repair adapter for a `Pruner` object.
+            keep: budget, visual tokens averaged over the decoder layers' inputs; overrides the file's.
+
+        Raises:
+            LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
+        """
+        plugin = as_plugin(pruner, repair, keep)
+        places = find(self.model)
+        budget = plugin.keep if keep is None else keep
+        if budget is None:
+            raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
+        plugin.build(places.dims, fingerprint(self.model))
+        plugin.keep, plugin.base = budget, plugin.base or self.name
+        self.detach()
+        self.host = DecoderHost(self.model, plugin.pruner, plugin.repair, budget)
+        self.plugin = plugin.to(places.decoder.layers[0].input_layernorm.weight.device)
+        return self
+
+    def detach(self) -> "VLM":
+        """The plain model again, bit for bit."""
+        if self.host is not None:
+            self.host.detach()
+        self.host, self.plugin = None, None
+        return self
+
+    def using(self, session: Session) -> AbstractContextManager[Session]:
+        """Run the forwards inside under a `Session`: as the teacher, softly masked, recorded."""
+        if self.host is None:
+            raise LitPruneError("attach a pruner first")
+        return self.host.using(session)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what is attached as a plug-in folder: safetensors and JSON."""
+        if self.plugin is None:
+            raise LitPruneError("nothing is attached that could be saved")
+        self.plugin.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, **options: Any) -> "VLM":
+        """The base model that a plug-in folder names (or `base`), with the plug-in attached."""
+        plugin = Plugin.from_pretrained(folder)
+        return load(base or plugin.base, **options).attach(plugin)
+
+    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs of one image and one question each: chat template, left padding, on the model's device."""
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
+        ]
+        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = self.processor(text=texts, images=list(images), return_tensors="pt", padding=True, padding_side="left")
+        return inputs.to(self.model.device)
+
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to one question about each image."""
+        inputs = self.encode(images, prompts)
+        return self.decode(
+            self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False), inputs["input_ids"].shape[1]
+        )
+
+    def decode(self, sequences: Tensor, prompt_length: int) -> list[str]:
+        """Text of generated tokens."""
+        texts = self.processor.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def as_plugin(
+    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: int | None = None
+) -> Plugin:
+    """A `Plugin` from whatever names one: an object, a YAML file, or a saved folder or hub id."""
+    if isinstance(pruner, Plugin):
+        return pruner
+    if isinstance(pruner, Pruner):
+        return Plugin(pruner.eval(), None if repair is None else repair.eval(), keep)
+    if str(pruner).endswith((".yaml", ".yml")):
+        return plugin_from_yaml(pruner)
+    return Plugin.from_pretrained(pruner)
+
+
+def plugin_from_yaml(path: str | Path) -> Plugin:
+    """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LitPruneError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise LitPruneError(f"{path} is not YAML: {error}") from error
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or not model.get("pruner"):
+        raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--pruner", type=Pruner)
+    parser.add_argument("--repair", type=RepairAdapter | None)
+    parser.add_argument("--keep", type=int | None)
+    try:
+        chosen = {key: model[key] for key in ("pruner", "repair", "keep") if key in model}
+        built = parser.instantiate_classes(parser.parse_object(chosen))
+    except ArgumentError as error:
+        raise LitPruneError(f"{path}: {error}") from error
+    return Plugin(built.pruner, built.get("repair"), built.get("keep")).eval()
