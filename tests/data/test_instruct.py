@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lit_prune.data.conversation import IGNORED
+from lit_prune.data.dataset import concatenate
 from lit_prune.data.instruct import InstructData, context_length
 from lit_prune.errors import LitPruneError
 
@@ -128,6 +129,15 @@ def test_prediction_needs_no_answer(processor, tmp_path):
     assert batch["answers"] == [""]
     assert batch["prompts"]["input_ids"].tolist() == batch["inputs"]["input_ids"].tolist()
     assert (batch["inputs"]["labels"] == IGNORED).all()
+
+
+def test_images_of_different_numbers_of_tiles_are_padded():
+    a, b = torch.ones(1, 3, 2, 4), torch.full((2, 1, 2, 4), 2.0)
+    whole = concatenate([a, b])
+    assert whole.shape == (3, 3, 2, 4)
+    assert torch.equal(whole[:1], a)
+    assert torch.equal(whole[1:, :1], b)
+    assert not whole[1:, 1:].any()
 
 
 def test_moving_keeps_one_copy_of_the_images(processor, mixed):

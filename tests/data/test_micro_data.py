@@ -7,7 +7,7 @@ from PIL import Image
 from lit_prune.data import micro as module
 from lit_prune.data.micro import RANGES, MicroData, seeds_of
 from lit_prune.errors import LitPruneError
-from lit_prune.micro.model import build_processor
+from lit_prune.micro.model import build, build_processor
 from lit_prune.micro.world import RESERVED_SEED, SKILLS
 
 
@@ -47,6 +47,18 @@ def test_reads_like_any_instruction_data(root, caplog):
     words = build_processor().tokenizer.batch_decode(batch["prompts"]["input_ids"])
     assert all(text.rstrip().endswith("assistant:") for text in words)
     assert "<unk>" not in "".join(words)
+
+
+def test_processor_and_context_come_from_the_base_model(root, tmp_path):
+    model, processor = build()
+    processor.tokenizer.model_max_length = 10**30
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    data = MicroData(str(tmp_path), root=str(root), train_samples=20, val_samples=8, test_samples=15)
+    data.prepare_data()
+    data.setup("test")
+    assert data.max_length == 1024
+    assert data.processor.tokenizer.model_max_length > 1e9
 
 
 def test_written_once_and_the_same_every_time(root, tmp_path, monkeypatch):
