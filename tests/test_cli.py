@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import pytest
@@ -44,7 +45,14 @@ class Other(Pruner):
 class Model(L.LightningModule):
     """Stand-in for the student."""
 
-    def __init__(self, base: str = "micro", pruner: Pruner | None = None, keep: int = 16, fault: str = "") -> None:
+    def __init__(
+        self,
+        base: str = "micro",
+        pruner: Pruner | None = None,
+        keep: int = 16,
+        fault: str = "",
+        train_mode: Literal["soft", "drop"] = "soft",
+    ) -> None:
         super().__init__()
         self.line, self.keep, self.fault = nn.Linear(1, 1), keep, fault
         self.save_hyperparameters(ignore=["pruner"])
@@ -88,6 +96,7 @@ model:
     class_path: {ME}.Fast
     init_args: {{layers: [1], keep: "${{model.keep}}"}}
 data:
+  class_path: {ME}.Data
   init_args: {{size: "${{model.keep}}"}}
 trainer:
   max_steps: 2
@@ -204,6 +213,13 @@ def test_two_processes_through_the_module_door(folder: Path) -> None:
     result = shell(sys.executable, "-m", "lit_prune", *command, PYTHONPATH=path, RANKS="ranks", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("script", sorted(Path(__file__).parents[1].glob("jobs/**/*.sh")), ids=lambda p: p.name)
+def test_scripts_are_bash(script: Path) -> None:
+    assert shell("bash", "-n", script).returncode == 0
+    if script.name in ("try.sh", "test.sh"):
+        assert f"bash jobs/{script.name}" in shell("bash", script, "--help").stdout
 
 
 # Configurations
@@ -361,6 +377,8 @@ def test_a_bad_file_is_one_clear_message(run: Callable[[str], Result], old: str,
     [
         ("--model.kep 3", "unknown option `--model.kep`; did you mean `--model.keep`?"),
         ("--keep=3", "did you mean `--model.keep`?"),
+        ("--size 3", "did you mean `--data.init_args.size`?"),
+        ("--model.train_mode hard", "`model.train_mode`: expected one of ['soft', 'drop'], got hard"),
         ("--model.pruner.init_args.laers [1]", "did you mean `layers`?"),
         ("--model.pruner.laers=[1]", "did you mean `layers`?"),
         ("--ckpt_pat last", "did you mean `--ckpt_path`?"),

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_prune.commands.overlays import classes_in
+
 SPEC = ["class_path", "init_args", "dict_kwargs"]
 UNKNOWN = re.compile(r"(?:does not accept option '([^']+)')|(?:Option '([^']+)' is not accepted)")
 NO_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s+(.*(?:has no attribute|No module|not a subclass).*)")
@@ -27,7 +29,7 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> 
     """
     files = [file for file in files if Path(file).suffix in (".yaml", ".yml", ".json")]
     if message.startswith("unrecognized arguments:"):
-        return _unrecognised(message, parser)
+        return _unrecognised(message, parser, files)
     if "File does not exist" in message or "Problems parsing config" in message:
         return _bad_file(message, files)
     if match := UNKNOWN.search(message):
@@ -41,7 +43,7 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> 
     return _condense(message)
 
 
-def explain_interpolation(error: Exception, parser: ArgumentParser) -> str:
+def explain_interpolation(error: Exception, parser: ArgumentParser, files: Iterable[str] = ()) -> str:
     """One line for a ``${...}`` that leads nowhere."""
     text = str(error)
     wanted = re.search(r"resolved to '([^']+)'", text) or re.search(r"key '([^']+)' not found", text)
@@ -50,13 +52,14 @@ def explain_interpolation(error: Exception, parser: ArgumentParser) -> str:
     if wanted is None:
         return at + text.partition("\n")[0]
     key = _without_verb(wanted[1], parser)
-    return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser)))}"
+    return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser, files)))}"
 
 
-def keys_of(parser: ArgumentParser) -> list[str]:
-    """The dotted keys that a parser knows."""
+def keys_of(parser: ArgumentParser, files: Iterable[str] = ()) -> list[str]:
+    """The dotted keys that a parser knows, with those of the classes that the files choose."""
     names = {option.lstrip("-") for option in parser._option_string_actions if option.startswith("--")}
-    return sorted(name for name in names if not name.endswith(("help", "+")))
+    nested = {f"{key}.init_args.{name}" for key, path in classes_in(files).items() for name in _parameters(path)}
+    return sorted(name for name in names | nested if not name.endswith(("help", "+")))
 
 
 def closest(key: str, known: Iterable[str]) -> str | None:
@@ -81,13 +84,13 @@ def _without_verb(key: str, parser: ArgumentParser) -> str:
     return rest if rest and first not in {k.partition(".")[0] for k in keys_of(parser)} else key
 
 
-def _unrecognised(message: str, parser: ArgumentParser) -> str:
+def _unrecognised(message: str, parser: ArgumentParser, files: list[str]) -> str:
     tokens = message.partition(":")[2].split()
     option = next((t for t in tokens if t.startswith("-")), None)
     if option is None:
         return f"unexpected argument `{tokens[0]}`"
     key = option.lstrip("-").partition("=")[0]
-    found = closest(key, keys_of(parser))
+    found = closest(key, keys_of(parser, files))
     return f"unknown option `--{key}`{_meant(found and '--' + found)}"
 
 
@@ -109,7 +112,7 @@ def _unknown_key(message: str, key: str, parser: ArgumentParser, files: list[str
     """A key that a parser or the class chosen by a class_path does not have."""
     place, class_path = _place(message[: message.index(f"'{key}'")])
     if class_path is None:
-        return f"{_file_with(key, files)}unknown key `{key}`{_meant(closest(key, keys_of(parser)))}"
+        return f"{_file_with(key, files)}unknown key `{key}`{_meant(closest(key, keys_of(parser, files)))}"
     known = _parameters(class_path)
     head, _, tail = key.partition(".")
     if tail and head not in known and (spec := closest(head, SPEC)):  # `init_arg:` for `init_args:`
@@ -186,6 +189,7 @@ def _condense(message: str) -> str:
     reasons = [r for r in lines if r and not NOISE.match(r) and not r.startswith("Parser key")]
     place, _ = _place(message)
     if place and len(reasons) == 1:
-        reason = re.sub(r"Expected a <class '(?:\w+\.)*(\w+)'>\. Got value: ", r"expected \1, got ", reasons[0])
+        reason = re.sub(r"Expected a (.*)\. Got value: ", r"expected \1, got ", reasons[0])
+        reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.", "").replace("Literal", "one of ")
         return f"`{place}`: {reason.removeprefix('- ')}"
     return message.strip()

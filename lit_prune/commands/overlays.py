@@ -5,7 +5,7 @@ budget or a list of layers meant for one method would silently serve another. So
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
         chosen.update(found)
         result += written
     return result
+
+
+def classes_in(files: Iterable[str]) -> dict[str, str]:
+    """The classes that files choose, by dotted key; the later file wins."""
+    return {key: found for file in files for key, found in _class_paths(_load(file))}
 
 
 def config_files(args: list[str]) -> list[str]:

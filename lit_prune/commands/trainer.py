@@ -99,7 +99,7 @@ class PruneCLI(LightningCLI):
         except ArgumentError as error:
             raise UsageError(explain(str(error), own, config_files(self.args))) from error
         except OmegaConfBaseException as error:
-            raise UsageError(explain_interpolation(error, own)) from error
+            raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint brings weights, never settings: those are the configuration's and the command line's."""
