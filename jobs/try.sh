@@ -43,5 +43,15 @@ step() {
 
 step fit lit-prune fit -c "$CONFIG" --ckpt_path last "$@"
 step test lit-prune test -c "$CONFIG" --ckpt_path last "$@"
-step compare lit-prune compare -c "$CONFIG" --run "$RUN" --out "$RUN/table.json"
-note "table: $RUN/table.json; the same again: lit-prune compare -c $CONFIG --run $RUN --out $RUN/table.json"
+step compare lit-prune compare -c "$CONFIG" --out "$RUN" --methods \
+    full \
+    random=configs/pruners/random.yaml \
+    uniform=configs/pruners/uniform.yaml \
+    "last-token attention (FastV)=configs/pruners/fastv.yaml" \
+    "all-question attention=configs/pruners/text_attention.yaml" \
+    "word similarity=configs/pruners/text_similarity.yaml" \
+    "RCP untrained=configs/pruners/rcp.yaml" \
+    "RCP trained, repair off=$RUN/plugin!" \
+    "RCP trained=$RUN/plugin" \
+    "oracle (ceiling)=configs/pruners/oracle.yaml"
+note "table: $RUN/table.json and table.csv; plug-in: $RUN/plugin"

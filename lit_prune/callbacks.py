@@ -1,0 +1,23 @@
+"""Lightning callbacks of this project."""
+
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class ExportPlugin(Callback):
+    """Writes the trained plug-in as a folder at the end of `fit`: safetensors and JSON, ready to attach.
+
+    Args:
+        folder: where to; replaced if it exists.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save on rank zero."""
+        if trainer.is_global_zero:
+            pl_module.plugin.save_pretrained(self.folder)
+            rank_zero_info(f"plug-in: {self.folder} (attach it with vlm.attach('{self.folder}'))")

@@ -1,0 +1,145 @@
+"""Measure several methods side by side on one data set: accuracy, tokens, FLOPs, shift."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from rich.table import Table
+
+from lit_prune.commands import console
+from lit_prune.commands.trainer import build
+from lit_prune.comparison import Comparison, Contestant
+from lit_prune.data.dataset import move_batch
+from lit_prune.errors import LitPruneError
+from lit_prune.plugin import Plugin
+from lit_prune.vlm import as_plugin
+
+METHODS = [
+    "full",
+    "random=configs/pruners/random.yaml",
+    "uniform=configs/pruners/uniform.yaml",
+    "last-token attention (FastV)=configs/pruners/fastv.yaml",
+    "all-question attention=configs/pruners/text_attention.yaml",
+    "word similarity=configs/pruners/text_similarity.yaml",
+    "RCP untrained=configs/pruners/rcp.yaml",
+    "oracle (ceiling)=configs/pruners/oracle.yaml",
+]
+
+
+def run(
+    config: list[str] | None = None,
+    methods: list[str] | None = None,
+    keep: int | None = None,
+    draws: int = 3,
+    limit: int | None = None,
+    data_seed: int | None = None,
+    out: Path = Path("runs/compare"),
+) -> None:
+    """Measure methods on the test set of a configuration, in one process, batch by batch beside the full model.
+
+    Writes table.json and table.csv into the output folder and prints the table, whose rows are sorted as given.
+
+    Args:
+        config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
+            configs/micro.yaml.
+        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; `NAME=PATH!` leaves the
+            repair adapter out. Default: the controls and the training-free methods of this project.
+        keep: Budget, visual tokens averaged over the decoder layers' inputs. Default: the configuration's.
+        draws: Draws of each random method, averaged.
+        limit: Number of test samples. Default: all.
+        data_seed: Another part of the data's seed range, where the data are generated.
+        out: Folder for the results.
+    """
+    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
+    made = build(config or ["configs/micro.yaml"], overrides)
+    module, data = made.model, made.datamodule
+    vlm, budget = module.vlm, module.keep if keep is None else keep
+    vlm.detach()
+    contestants = [_contestant(spec, draws) for spec in (METHODS if methods is None else methods)]
+    comparison = Comparison(vlm, contestants, budget, module.max_new_tokens)
+    data.prepare_data()
+    data.setup("test")
+    _loop(comparison, data, limit)
+    rows = comparison.rows()
+    _write(rows, out)
+    console.out.print(
+        _table(rows, f"{module.hparams['base']}, keep={budget} of {comparison.dims.visual} visual tokens")
+    )
+
+
+def _contestant(spec: str, draws: int) -> Contestant:
+    """`full`, PATH or NAME=PATH, with `!` behind the path to leave the repair out."""
+    name, _, path = spec.rpartition("=")
+    repair, path = not path.endswith("!"), path.removesuffix("!")
+    if path == "full":
+        return Contestant(name or "full")
+    plugin = as_plugin(path)
+    others = [_redraw(path, seed) for seed in range(1, draws)] if hasattr(plugin.pruner, "seed") else []
+    return Contestant(name or Path(path).stem, [plugin, *others], repair)
+
+
+def _redraw(path: str, seed: int) -> Plugin:
+    plugin = as_plugin(path)
+    plugin.pruner.seed += seed
+    return plugin
+
+
+def _loop(comparison: Comparison, data: Any, limit: int | None) -> None:
+    loader, device = data.test_dataloader(), comparison.vlm.model.device
+    total = len(data.datasets["test"]) if limit is None else min(limit, len(data.datasets["test"]))
+    done = 0
+    with Progress(console=console.err) as progress:
+        task = progress.add_task(f"{len(comparison.contestants)} methods", total=total)
+        for batch in loader:
+            batch.pop("skipped", None)
+            comparison.update(move_batch(batch, lambda part: _to(part, device)))
+            done += len(batch["ids"])
+            progress.update(task, completed=done)
+            if limit is not None and done >= limit:
+                break
+    if not done:
+        raise LitPruneError("the test set gave no usable sample")
+
+
+def _to(part: Any, device: Any) -> Any:
+    from lightning.pytorch.utilities import move_data_to_device
+
+    return move_data_to_device(part, device)
+
+
+def _write(rows: list[dict[str, Any]], out: Path) -> None:
+    """table.json with everything, table.csv with the flat columns; each replaced whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "table.json.tmp"
+    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out / "table.json")
+    flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, flat, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    """Two narrow tables: what a method keeps and costs, and its accuracy per skill."""
+    costs, skills = Table(title=title), Table(title="accuracy per skill, %")
+    for column in ("method", "accuracy", "of full", "tokens", "MFLOP", "saved", "KV kB", "W2"):
+        costs.add_column(column, justify="left" if column == "method" else "right")
+    names = list(rows[0]["per_skill"])
+    for column in ("method", *names):
+        skills.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
+    for row in rows:
+        costs.add_row(
+            row["name"],
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['retained']:.1f}",
+            f"{row['avg_visual_tokens']:.1f}",
+            f"{row['flops'] / 1e6:.0f}",
+            f"{100 * row['flops_reduction']:.0f}%",
+            f"{row['kv_bytes'] / 1e3:.0f}",
+            f"{row['w2']:.3f}",
+        )
+        skills.add_row(row["name"], *(f"{100 * row['per_skill'].get(skill, 0):.0f}" for skill in names))
+    console.out.print(costs, skills)
