@@ -125,8 +125,9 @@ def _quiet() -> None:
     """Defaults of the environment: no account needed, no noise. What the user has set stays."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not _wandb_key():
-        os.environ.setdefault("WANDB_MODE", "offline")
+    if "WANDB_MODE" not in os.environ and not _wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def _wandb_key() -> bool:

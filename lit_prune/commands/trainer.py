@@ -27,6 +27,11 @@ from lit_prune.errors import LitPruneError
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"Found \d+ module\(s\) in eval mode",  # the frozen model always is
+    r"Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
+)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -112,6 +117,8 @@ class PruneCLI(LightningCLI):
             try:
                 super()._run_subcommand(subcommand)
             except UserWarning as warning:
+                if "no last checkpoint" not in str(warning):
+                    raise
                 raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet") from warning
 
 
@@ -134,7 +141,8 @@ def _load(class_path: str) -> Any:
 def _hush() -> None:
     """Silence what tells a user nothing."""
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "💡 Tip" not in record.getMessage())
 
