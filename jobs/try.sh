@@ -2,7 +2,8 @@
 # The main job from nothing: install, train RCP on the shipped micro-LLaVA, test it, compare it with other methods.
 #   bash jobs/try.sh                      results in runs/try; interrupted, the same command goes on
 #   bash jobs/try.sh --fresh              start again (runs/try is moved aside)
-#   bash jobs/try.sh --model.keep=32      further arguments go to `fit` and `test` (a new setting wants --fresh)
+#   bash jobs/try.sh --fresh --model.keep=32     further arguments go to `fit` and `test`
+#   RUN=runs/seed1 bash jobs/try.sh --seed_everything=1 --model.seed=1     another folder
 # About 12 minutes on two CPU cores after the install; nothing is fetched while it runs.
 set -euo pipefail
 
@@ -13,9 +14,22 @@ fi
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-export WANDB_MODE="${WANDB_MODE:-offline}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-RUN=runs/try
-CONFIG=configs/micro.yaml # writes its checkpoints and exports into $RUN
+export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+CONFIG=configs/micro.yaml
+RUN="${RUN:-runs/try}"
+
+# The rows of the table: NAME=PATH of a pruner's configuration or of a folder with a trained plug-in.
+ROWS=(
+    full
+    random=configs/pruners/random.yaml
+    uniform=configs/pruners/uniform.yaml
+    "last-token attention (FastV)=configs/pruners/fastv.yaml"
+    "all-question attention=configs/pruners/text_attention.yaml"
+    "word similarity=configs/pruners/text_similarity.yaml"
+    "RCP untrained=configs/pruners/rcp.yaml"
+    "RCP trained=$RUN/plugin"
+    "oracle (ceiling)=configs/pruners/oracle.yaml"
+)
 
 if [[ ${1-} == --fresh ]]; then
     shift
@@ -36,22 +50,14 @@ step() {
         note "$name: done before"
         return
     fi
-    note "$name: $*"
+    note "$name"
     "$@"
     touch "$RUN/$name.done"
 }
 
-step fit lit-prune fit -c "$CONFIG" --ckpt_path last "$@"
-step test lit-prune test -c "$CONFIG" --ckpt_path last "$@"
-step compare lit-prune compare -c "$CONFIG" --out "$RUN" --methods \
-    full \
-    random=configs/pruners/random.yaml \
-    uniform=configs/pruners/uniform.yaml \
-    "last-token attention (FastV)=configs/pruners/fastv.yaml" \
-    "all-question attention=configs/pruners/text_attention.yaml" \
-    "word similarity=configs/pruners/text_similarity.yaml" \
-    "RCP untrained=configs/pruners/rcp.yaml" \
-    "RCP trained, repair off=$RUN/plugin!" \
-    "RCP trained=$RUN/plugin" \
-    "oracle (ceiling)=configs/pruners/oracle.yaml"
-note "table: $RUN/table.json and table.csv; plug-in: $RUN/plugin"
+step fit lit-prune fit -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_path last "$@"
+step test lit-prune test -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_path last "$@"
+# The comparison reads the settings that `fit` resolved and saved; it is quick to repeat and prints the table.
+note "compare"
+lit-prune compare -c "$RUN/config_fit.yaml" --methods "${ROWS[@]}" --out "$RUN"
+note "written: $RUN/table.json"

@@ -296,6 +296,8 @@ def test_fit_saves_its_configuration_resumes_and_runs_twice(run: Callable[[str],
     saved = yaml.safe_load(Path("run/config_fit.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3
     assert run("fit -c run/config_fit.yaml").code == 0
+    assert run("test -c run/config_fit.yaml").code == 0
+    assert trainer.build("run/config_fit.yaml").model.keep == 8
 
 
 def test_a_checkpoint_brings_no_settings(run: Callable[[str], Result]) -> None:
@@ -464,6 +466,7 @@ def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> 
     result = run(f"{verb} --help")
     assert result.code == 0
     assert f"usage: lit-prune {verb}" in result.out
+    assert "lists may be written" in result.out
 
 
 # The real classes, parsed but not made

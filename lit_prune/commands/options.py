@@ -21,7 +21,8 @@ def run_verb(verb: str, argv: list[str]) -> None:
     """Parse the arguments of a verb and call its ``run``."""
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
     parser = ArgumentParser(prog=f"lit-prune {verb}", exit_on_error=False, allow_abbrev=False)
-    parser.description = (inspect.getdoc(run) or "").partition("\n\n")[0]
+    short = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in inspect.signature(run).parameters]
+    parser.epilog = "; ".join([*short, "lists may be written --option a b, flags without a value"])
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
     try:
         options = parser.parse_args(plain(argv, run))

@@ -27,6 +27,7 @@ from lit_prune.errors import LitPruneError
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
+EVERY_VERB = ("seed_everything", "trainer", "model", "data")
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"Found \d+ module\(s\) in eval mode",  # the frozen model always is
@@ -52,13 +53,15 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file; rank zero only."""
+        """Write the file, without what belongs to one verb only (`ckpt_path`): any verb reads it. Rank zero only."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = {key: value for key, value in config.items() if key in EVERY_VERB}
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = self.parser.dump(self.config, skip_none=False)
-        (self.folder / f"config_{trainer.state.fn.value}.yaml").write_text(text, encoding="utf-8")
+        file = self.folder / f"config_{trainer.state.fn.value}.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(yaml.safe_load(text))
+                logger.log_hyperparams(config)
 
 
 class PruneCLI(LightningCLI):
