@@ -7,7 +7,11 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-note() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+note() {
+    local bold="" plain=""
+    [[ ! -t 2 ]] || bold=$'\033[1m' plain=$'\033[0m'
+    printf '%s== %s%s\n' "$bold" "$*" "$plain" >&2
+}
 
 PY=.venv/bin/python
 STAMP=.venv/installed
