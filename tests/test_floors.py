@@ -14,7 +14,9 @@ FLOORS = {
     **dict.fromkeys(["errors", "selection", "moments", "cost", "budget"], 0),
     **dict.fromkeys(["pruners", "repair"], 1),
     **dict.fromkeys(["host", "plugin", "vlm"], 2),
-    **dict.fromkeys(["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics"], 3),
+    **dict.fromkeys(
+        ["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics"], 3
+    ),
     **dict.fromkeys(["cli", "commands", "__main__"], 4),
 }
 FRAMEWORKS = {"transformers", "lightning", "wandb", "deepspeed", "torchmetrics", "jsonargparse", "omegaconf"}
