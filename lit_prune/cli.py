@@ -15,10 +15,10 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 LIGHTNING_VERBS = {
-    "fit": "train the plug-ins of a configuration; resume with --ckpt_path last",
-    "validate": "one pass over the validation set",
-    "test": "measure on the test set: accuracy, tokens, FLOPs, shift",
-    "predict": "write the answers to a data set",
+    "fit": "Train the plug-ins of a configuration; resume with --ckpt_path last.",
+    "validate": "Measure on the validation set.",
+    "test": "Measure on the test set: accuracy, tokens, FLOPs, shift.",
+    "predict": "Write the answers to a data set.",
 }
 DISTRIBUTION = "lit-prune"
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130

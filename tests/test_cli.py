@@ -264,6 +264,7 @@ def test_a_swapped_data_module_too_and_it_need_not_know_the_base(run: Callable[[
     Path("data.yaml").write_text(f"data: {{class_path: {ME}.OtherData}}\n")
     config = run("fit -c data.yaml --model.base elsewhere --print_config").config
     assert config["data"] == {"class_path": f"{ME}.OtherData", "init_args": {"size": 77}}
+    assert run(f"fit -c base.yaml --data {ME}.OtherData --print_config").config["data"] == config["data"]
 
 
 def test_an_overlay_of_the_same_class_keeps_the_rest(run: Callable[[str], Result]) -> None:

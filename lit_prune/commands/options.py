@@ -68,7 +68,8 @@ def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:
 
 def _as_yaml(values: list[str]) -> str:
     """One value that is a list already stays as written."""
-    return values[0] if len(values) == 1 and values[0].startswith("[") else json.dumps(values)
+    written = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
+    return values[0] if written else json.dumps(values)
 
 
 @cache
