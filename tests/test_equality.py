@@ -1,0 +1,323 @@
+"""What pruning must not change: the plain model, masking, caches, batches."""
+
+import pytest
+import tiny
+import torch
+from tiny import DEPTH, KEEP, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
+
+from lit_prune.errors import LitPruneError
+from lit_prune.host import Record, Session
+
+EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
+SIDES = pytest.mark.parametrize("side", ["left", "right"])
+
+
+# -- keep-all -------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@SIDES
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keep_all_without_repair_strength_is_the_plain_model(request, pruned, pruner, side, attention):
+    model = request.getfixturevalue("tiny_model" if attention == "sdpa" else "tiny_eager")
+    if attention == "eager" and "fastv" in pruner.stem:
+        pytest.skip("reads the attention of the layer before, which eager doesn't offer")
+    inputs = batch(samples(), side)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    plain = generate_plain(model, inputs)
+    vlm = pruned(pruner, keep=VISUAL, model=model)
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    assert torch.equal(forward(vlm, inputs)[0], logits)
+    again = generate(vlm, inputs)
+    assert torch.equal(again.sequences, plain.sequences)
+    assert torch.equal(again.logits, plain.logits)
+
+
+def generate_plain(model, inputs):
+    out = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        do_sample=False,
+        suppress_tokens=[tiny.IMAGE, tiny.PAD],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    out.logits = torch.stack(out.logits, 1)
+    return out
+
+
+def test_keep_all_with_a_threshold_is_the_plain_model(tiny_model, pruned):
+    inputs = batch(samples())
+    with torch.no_grad():
+        logits = tiny_model(**inputs).logits
+    vlm = pruned(tiny.small_rcp("threshold", bias=1e4), repair=tiny.small_repair(), shaken=False)
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    found, record = forward(vlm, inputs)
+    assert all(stage.kept.all() for stage in record.stages)
+    assert torch.equal(found, logits)
+
+
+def test_teacher_session_is_the_plain_model(tiny_model, pruned):
+    inputs = batch(samples())
+    with torch.no_grad():
+        logits = tiny_model(**inputs).logits
+    vlm = pruned(PRUNERS[0])
+    assert torch.equal(forward(vlm, inputs, prune=False, repair=False)[0], logits)
+
+
+def test_pruning_and_repair_change_the_logits(tiny_model, pruned):
+    """So that the equalities of this file are about something."""
+    inputs = batch(samples())
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    plain = forward(vlm, inputs, prune=False, repair=False)[0]
+    bare = forward(vlm, inputs, repair=False)[0]
+    repaired = forward(vlm, inputs)[0]
+    assert plain.std() > 1
+    assert gap(plain[:, -1], bare[:, -1]) > 0.5
+    assert gap(bare[:, -1], repaired[:, -1]) > 0.1
+
+
+# -- dropping and masking -------------------------------------------------------------------------------------------
+
+
+@EVERY
+@SIDES
+def test_dropping_equals_masking(pruned, pruner, side):
+    inputs = batch(samples(), side, answers=4)
+    vlm = pruned(pruner)
+    dropped, hard = forward(vlm, inputs)
+    masked, soft = forward(vlm, inputs, soft=True)
+    text = real_text(inputs)
+    assert_same_choice(hard, soft)
+    assert gap(dropped[text], masked[text]) <= TOLERANCE
+    assert hard.trace.average_visual().tolist() == soft.trace.average_visual().tolist()
+
+
+@EVERY
+def test_dropping_equals_masking_in_double_precision(pruned, pruner):
+    model = tiny.build_model().double()
+    inputs = batch(samples(), answers=4)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    vlm = pruned(pruner, model=model)
+    text = real_text(inputs)
+    dropped, masked = forward(vlm, inputs)[0], forward(vlm, inputs, soft=True, eps=1e-30)[0]
+    assert gap(dropped[text], masked[text]) <= 1e-6  # norms and repair stay in fp32
+
+
+@SIDES
+def test_dropping_equals_masking_with_unequal_budgets(pruned, side):
+    inputs = batch(samples(), side, answers=4)
+    vlm = pruned(tiny.small_rcp("threshold", bias=0.0), repair=tiny.small_repair())
+    dropped, hard = forward(vlm, inputs)
+    masked, soft = forward(vlm, inputs, soft=True)
+    assert len(set(hard.stages[0].kept.sum(1).tolist())) > 1
+    assert_same_choice(hard, soft)
+    text = real_text(inputs)
+    assert gap(dropped[text], masked[text]) <= TOLERANCE
+
+
+def test_soft_masks_in_eager_attention_are_refused(pruned, tiny_eager):
+    """Eager attention can't be wrapped: a bias would be ignored without a word."""
+    vlm = pruned(PRUNERS[-1], model=tiny_eager)
+    with pytest.raises(LitPruneError, match="eager"):
+        forward(vlm, batch(samples()), soft=True)
+
+
+def assert_same_choice(a: Record, b: Record) -> None:
+    for one, other in zip(a.stages, b.stages, strict=True):
+        assert torch.equal(one.kept, other.kept)
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+def recomputed(vlm, inputs, out, **options):
+    """Logits that predict the generated tokens, from one forward over prompt and answer."""
+    prompt = inputs["input_ids"].shape[1]
+    new = out.sequences.shape[1] - prompt
+    labels = out.sequences.clone()
+    labels[:, :prompt] = -100
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(labels), new, dtype=torch.long)], 1)
+    full = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
+    return forward(vlm, full, **options)[0][:, prompt - 1 : -1]
+
+
+@EVERY
+def test_cached_decoding_equals_recomputation(pruned, pruner):
+    inputs = batch(samples())
+    vlm = pruned(pruner)
+    out = generate(vlm, inputs)
+    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
+    assert gap(recomputed(vlm, inputs, out, repair=False), out.logits) > 0.05, "repair didn't take part"
+
+
+def test_sampling_with_a_seed_equals_recomputation(pruned):
+    inputs = batch(samples())
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    torch.manual_seed(0)
+    out = generate(vlm, inputs, tokens=5, do_sample=True, temperature=0.8)
+    torch.manual_seed(0)
+    again = generate(vlm, inputs, tokens=5, do_sample=True, temperature=0.8)
+    assert torch.equal(out.sequences, again.sequences)
+    assert not torch.equal(out.sequences, generate(vlm, inputs, tokens=5).sequences)
+    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
+
+
+@EVERY
+def test_beams_of_a_batch_equal_the_beams_of_its_samples(pruned, pruner):
+    prompts = samples()
+    vlm = pruned(pruner)
+    together = generate(vlm, batch(prompts), tokens=6, num_beams=3).sequences[:, -6:]
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]), tokens=6, rows=[row], num_beams=3).sequences[0, -6:]
+        assert alone.tolist() == together[row].tolist()
+
+
+def second_turn(vlm, inputs, question, rows=None):
+    """Answer, ask again on the same cache, answer: the second answer and the whole dialogue."""
+    first = generate(vlm, inputs, tokens=4, rows=rows)
+    ids = torch.cat([first.sequences, question], 1)
+    new = ids.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new, dtype=torch.long)], 1)
+    dialogue = {"input_ids": ids, "attention_mask": mask}
+    return first, dialogue, generate(vlm, dialogue, tokens=5, rows=rows, past_key_values=first.past_key_values)
+
+
+@EVERY
+def test_second_turn_on_the_pruned_cache(pruned, pruner):
+    """Equal to the samples alone and to one forward over the whole dialogue."""
+    prompts, question = samples(), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
+    inputs = batch(prompts)
+    vlm = pruned(pruner)
+    _, dialogue, out = second_turn(vlm, inputs, question)
+    start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
+
+    labels = out.sequences.clone()
+    labels[:, :start] = -100
+    labels[:, start + 4 : length] = -100
+    mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
+    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
+    assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+
+    for row, sample in enumerate(prompts):
+        _, _, alone = second_turn(vlm, batch([sample]), question[row : row + 1], rows=[row])
+        assert alone.sequences[0, -5:].tolist() == out.sequences[row, -5:].tolist()
+
+
+def test_cache_keeps_only_what_was_kept(pruned):
+    inputs = batch(samples((50,)))
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    cache = generate(vlm, inputs, tokens=4).past_key_values
+    schedule, now, expected = vlm.host.schedule, VISUAL, []
+    for layer in range(DEPTH):
+        now = schedule.get(layer, now)
+        expected.append(50 - VISUAL + now + 3)
+    assert [layer.keys.shape[2] for layer in cache.layers] == expected
+
+
+@EVERY
+def test_assisted_decoding_equals_greedy(pruned, pruner):
+    """Rejected candidates leave the cache, and what is remembered about it, again."""
+    inputs = batch(samples((45,)))
+    vlm = pruned(pruner)
+    greedy = generate(vlm, inputs, tokens=24)
+    assisted = generate(vlm, inputs, tokens=24, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert assisted.sequences.tolist() == greedy.sequences.tolist()
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_generation_of_a_batch_equals_its_samples_alone(pruned, pruner):
+    prompts = samples()
+    vlm = pruned(pruner)
+    together = generate(vlm, batch(prompts))
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]), rows=[row])
+        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
+
+
+@EVERY
+@SIDES
+def test_forward_of_a_batch_equals_its_samples_alone(pruned, pruner, side):
+    """One sample has no image."""
+    prompts = samples((*tiny.LENGTHS, 14), (True, True, True, False))
+    vlm = pruned(pruner)
+    inputs = batch(prompts, side, answers=3)
+    together, record = forward(vlm, inputs)
+    for row, sample in enumerate(prompts):
+        single = batch([sample], answers=3)
+        alone, own = forward(vlm, single, hints={"regions": tiny.hints(8)["regions"][[row]]})
+        mine = together[row][inputs["attention_mask"][row].bool()]
+        text = real_text(single)[0]
+        assert gap(mine[text], alone[0][text]) <= TOLERANCE
+        for stage, lone in zip(record.stages, own.stages, strict=False):
+            assert torch.equal(stage.kept[row], lone.kept[0])
+
+
+@EVERY
+@SIDES
+def test_mixed_batch_leaves_the_sample_without_image_alone(tiny_model, pruned, pruner, side):
+    prompts = samples((45, 14), (True, False))
+    inputs = batch(prompts, side)
+    with torch.no_grad():
+        plain = tiny_model(**inputs).logits[1]
+    vlm = pruned(pruner)
+    found, record = forward(vlm, inputs, repair=False)
+    real = inputs["attention_mask"][1].bool()
+    assert gap(found[1][real], plain[real]) <= TOLERANCE
+    assert record.trace.average_visual().tolist() == [KEEP, 0]
+
+
+@EVERY
+def test_text_only_input_is_untouched(tiny_model, pruned, pruner):
+    inputs = batch(samples((20, 14), (False, False)))
+    with torch.no_grad():
+        plain = tiny_model(**inputs).logits
+    tokens = generate_plain(tiny_model, inputs).sequences
+    vlm = pruned(pruner)
+    logits, record = forward(vlm, inputs)
+    assert torch.equal(logits, plain)
+    assert torch.equal(generate(vlm, inputs).sequences, tokens)
+    assert record.stages == []
+
+
+# -- what was kept --------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@SIDES
+@pytest.mark.parametrize("soft", [False, True])
+def test_masks_are_cumulative_and_counts_exact(pruned, pruner, side, soft):
+    vlm = pruned(pruner)
+    _, record = forward(vlm, batch(samples(), side), soft=soft)
+    before = torch.ones(3, VISUAL, dtype=torch.bool)
+    for stage, (layer, count) in zip(record.stages, vlm.host.schedule.items(), strict=True):
+        assert stage.layer == layer
+        assert stage.kept.sum(1).tolist() == [count] * 3
+        assert not (stage.kept & ~before).any()
+        before = stage.kept
+    assert record.trace.average_visual().tolist() == [KEEP] * 3
+
+
+def test_masks_of_a_threshold_are_cumulative(pruned):
+    vlm = pruned(tiny.small_rcp("threshold", bias=0.0), repair=tiny.small_repair())
+    for soft in (False, True):
+        _, record = forward(vlm, batch(samples()), soft=soft)
+        first, second, third = (stage.kept for stage in record.stages)
+        assert (second <= first).all()
+        assert (third <= second).all()
+        assert third.any(1).all(), "every sample keeps at least one token"
+
+
+def test_session_is_restored_after_an_error(pruned):
+    vlm = pruned(PRUNERS[0])
+    before = vlm.host.session
+    with pytest.raises(RuntimeError), vlm.using(Session(prune=False)):
+        raise RuntimeError
+    assert vlm.host.session is before
