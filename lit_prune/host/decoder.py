@@ -91,6 +91,9 @@ class DecoderHost:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        if hasattr(cache := kwargs.get("past_key_values"), CACHE):
+            getattr(cache, CACHE).follow(cache)
+            kwargs = _only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         forward = begin(kwargs, self.places.image_token, session, self._counts)
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
@@ -116,7 +119,7 @@ class DecoderHost:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
         forward.cache_state = state
         if not forward.counts:
-            forward.essence = state.essence
+            forward.essence, forward.pictured = state.essence, state.pictured
         if state.seen and 0 in state.valid:
             if kwargs.get("position_ids") is None:
                 new = torch.arange(forward.length, device=forward.valid.device) + state.seen
@@ -163,6 +166,8 @@ class DecoderHost:
             rows, mask = selection.compact(self._rows(forward))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
+        if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
+            raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
         if forward.tap is not None or forward.key_bias is not None:
             kwargs[REQUEST] = Request(forward.key_bias, forward.tap)
 
@@ -196,11 +201,12 @@ class DecoderHost:
         essence = forward.essence.get(stage)
         if essence is None:
             return output
+        gate = forward.gate & forward.pictured[:, None]
         if forward.record is not None and forward.counts:
             trace = forward.record.trace
-            trace.repaired = forward.gate.sum(1)
+            trace.repaired = gate.sum(1)
             trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
-        return self.repair(output, essence, forward.gate, adapter)
+        return self.repair(output, essence, gate, adapter)
 
     # -- a stage ------------------------------------------------------------------------------------------------
 
@@ -226,7 +232,7 @@ class DecoderHost:
             count=forward.counts[index],
             total=forward.total,
             seed=forward.seed,
-            hints=forward.session.hints,
+            hints=_per_row(forward.session.hints, columns.shape[0]),
         )
         kept = self.pruner.prune(context)
         reads = None if self.pruner.attention is None else self.pruner.attention.layer
@@ -315,7 +321,9 @@ class DecoderHost:
         state, cache = forward.cache_state, kwargs["past_key_values"]
         past = state.valid.get(index)
         state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
-        state.essence.update(forward.essence)
+        if forward.counts:
+            state.essence.update(forward.essence)
+            state.pictured = forward.pictured
         if forward.restaged or past is not None:
             forward.mask = self._mask(hidden, state.valid[index], cache, index)
 
@@ -328,3 +336,22 @@ class DecoderHost:
             position_ids=None,
             layer_idx=index,
         )
+
+
+def _only_new(kwargs: dict, state: CacheState) -> dict:
+    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned."""
+    ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
+        return kwargs
+    # Without a mask there is no padding, and positions count columns.
+    columns = int(positions.max()) + 1 if mask is None else mask.shape[-1]
+    new = columns - state.seen
+    if not 0 < new < ids.shape[1]:
+        return kwargs
+    trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
+    return {**kwargs, **trimmed}
+
+
+def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Hints of each row: beams and several answers to one prompt repeat a sample."""
+    return {name: hint.repeat_interleave(max(1, rows // len(hint)), 0) for name, hint in hints.items()}

@@ -61,12 +61,22 @@ class Session:
 class CacheState:
     """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
 
-    `valid[layer]`: which cached columns of a stage's layers are real. `seen`: original columns so far.
+    `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
+    that are repaired. `seen`: original columns so far.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
     essence: dict[int, Essence] = field(default_factory=dict)
+    pictured: Tensor | None = None
     seen: int = 0
+
+    def follow(self, cache) -> None:
+        """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
+        cropped = 0
+        for layer, valid in self.valid.items():
+            cropped = valid.shape[1] - int(cache.get_seq_length(layer))
+            self.valid[layer] = valid[:, : valid.shape[1] - cropped]
+        self.seen -= cropped
 
 
 @dataclass
@@ -82,6 +92,7 @@ class Forward:
     ordinal: Tensor
     seed: Tensor
     total: Tensor
+    pictured: Tensor
     length: int
     record: Record | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
@@ -163,6 +174,7 @@ def begin(kwargs: dict, image_token: int, session: Session, counts_for) -> Forwa
         ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
         seed=_seed(ids, prompt & ~visual),
         total=total,
+        pictured=total > 0,
         length=ids.shape[1],
         counts=counts_for(total) if session.prune and bool(visual.any()) else {},
     )
