@@ -58,6 +58,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         self.pruner.build(dims)
         if self.repair is not None:
             self.repair.build(dims)
+        self.train(self.training)  # what was just made takes the mode of the rest
         self.dims, self.fingerprint = dims, fingerprint or self.fingerprint
 
     @property

@@ -175,7 +175,7 @@ def as_plugin(
     if isinstance(pruner, Plugin):
         return pruner
     if isinstance(pruner, Pruner):
-        return Plugin(pruner.eval(), None if repair is None else repair.eval(), keep)
+        return Plugin(pruner, repair, keep).eval()
     if str(pruner).endswith((".yaml", ".yml")):
         return plugin_from_yaml(pruner)
     return Plugin.from_pretrained(pruner)
@@ -201,7 +201,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     parser.add_argument("--keep", type=int | None)
     try:
         chosen = {key: model[key] for key in ("pruner", "repair", "keep") if key in model}
-        built = parser.instantiate_classes(parser.parse_object(chosen))
+        built = parser.instantiate(parser.parse_object(chosen))
     except ArgumentError as error:
         raise LitPruneError(f"{path}: {error}") from error
     return Plugin(built.pruner, built.get("repair"), built.get("keep")).eval()
