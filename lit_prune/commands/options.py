@@ -28,7 +28,7 @@ def run_verb(verb: str, argv: list[str]) -> None:
         options = parser.parse_args(plain(argv, run))
     except ArgumentError as error:
         raise UsageError(explain(str(error), parser)) from error
-    run(**parser.instantiate_classes(options).as_dict())
+    run(**parser.instantiate(options).as_dict())
 
 
 def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
