@@ -25,7 +25,10 @@ class Oracle(Pruner):
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Minus the token's rank inside its region; a random number far below for tokens in none."""
         if "regions" not in context.hints:
-            raise LitPruneError("the oracle needs data with `boxes`: the regions each question asks about")
+            raise LitPruneError(
+                "the oracle needs to be told the regions a question asks about: by data with `boxes`, or in "
+                "`lit-prune show` by --boxes or a scene"
+            )
         regions = context.hints["regions"].to(context.visual.device)
         places = regions.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).float()
         inside = places.masked_fill(regions <= 0, float(2 * regions.shape[-1])).amin(1)
