@@ -1,0 +1,112 @@
+"""What `generate` and `show` are given: a model, images, prompts, a pruner. No verb itself."""
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from lit_prune.commands.console import err, say
+from lit_prune.data.images import read_image
+from lit_prune.data.instruct import context_length
+from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.plugin import Plugin
+from lit_prune.vlm import VLM, as_plugin, load
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SEED = 0  # of untrained weights
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file that the user names, in RGB; wherever it lies and wherever its links lead."""
+    try:
+        real = Path(path).expanduser().resolve()
+        if real.is_dir():
+            raise LitPruneError(f"image {path} is a folder: give files")
+        return read_image(real.parent, real.name)
+    except BadSample as error:
+        raise LitPruneError(f"{path}: {error.reason}") from error
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise LitPruneError(f"image {path} cannot be read: {error}") from error
+
+
+def load_model(model: str, dtype: Dtype = "auto", device: str = "auto") -> VLM:
+    """The frozen model on its device; `auto` is the GPU if there is one."""
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LitPruneError(f"device {wanted} can't be used: {str(error).splitlines()[0]}") from error
+    transformers_logging.disable_progress_bar()
+    with err.status(f"loading {model}"):
+        vlm = load(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        vlm.model.to(wanted)
+    return vlm
+
+
+def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
+    """Attach a pruner by its YAML file or plug-in folder; returns its name for people."""
+    plugin = as_plugin(pruner)
+    if keep is None and plugin.keep is None:
+        raise LitPruneError(f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        vlm.attach(plugin, keep=keep)
+    name = _title(plugin)
+    if plugin.trained and pruner.endswith((".yaml", ".yml")):
+        say(f"note: {pruner} describes a method that has weights; they are untrained here")
+        return f"{name}, untrained"
+    return name
+
+
+def _title(plugin: Plugin) -> str:
+    """The class's name as words: TextAttention is "Text attention"."""
+    first, *rest = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", type(plugin.pruner).__name__).split()
+    return " ".join([first, *(word.lower() for word in rest)])
+
+
+def encode(vlm: VLM, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+    """Model inputs of one image and one prompt each, checked against what the model can read."""
+    token = vlm.processor.image_token
+    for prompt in prompts:
+        if not prompt.strip() or token in prompt:
+            raise LitPruneError(f"prompt {prompt!r}: write the question alone, it must not be empty or hold {token}")
+    try:
+        inputs = vlm.encode(images, prompts)
+    except ValueError as error:
+        raise LitPruneError(f"the processor of {vlm.name} refuses image or prompt: {error}") from error
+    _check_length(vlm, inputs["attention_mask"].sum(1))
+    _note_unknown(vlm, inputs["input_ids"])
+    return inputs
+
+
+def _check_length(vlm: VLM, lengths: Tensor) -> None:
+    limit = context_length(vlm.processor, vlm.name)
+    if limit is not None and int(lengths.max()) > limit:
+        raise LitPruneError(
+            f"prompt {int(lengths.argmax()) + 1} is too long: {int(lengths.max())} tokens with its image's, and the "
+            f"context of {vlm.name} has {limit}"
+        )
+
+
+def _note_unknown(vlm: VLM, ids: Tensor) -> None:
+    """A closed vocabulary such as micro's reads other words as unknown; without a word about it, answers puzzle."""
+    count = int((ids == vlm.processor.tokenizer.unk_token_id).sum())
+    if vlm.processor.tokenizer.unk_token_id is not None and count:
+        say(f"note: {count} word(s) of the prompts are not in the vocabulary of {vlm.name}")
+
+
+def respond(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers of the model as it stands, pruned or plain."""
+    if max_new_tokens < 1:
+        raise LitPruneError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    config = copy.copy(vlm.model.generation_config)
+    config.update(max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None)
+    with torch.inference_mode():
+        tokens = vlm.model.generate(**inputs, generation_config=config)
+    return vlm.decode(tokens, inputs["input_ids"].shape[1])
