@@ -1,0 +1,175 @@
+"""Draw which visual tokens a method keeps at every stage."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from lit_prune.commands import console
+from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
+from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import matches, regions
+from lit_prune.host import Record, Session
+from lit_prune.host.places import find
+from lit_prune.micro import world
+from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of
+from lit_prune.vlm import VLM
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An image and a question about it; the right answer and the boxes asked about where they are known."""
+
+    image: Image.Image
+    prompt: str
+    answer: str | None
+    boxes: list[Box] | None
+
+
+def run(
+    pruner: list[str],
+    out: Path,
+    image: str | None = None,
+    prompt: str | None = None,
+    scene: int | None = None,
+    skill: str = "colour",
+    keep: int | None = None,
+    model: str = "micro",
+    answer: str | None = None,
+    boxes: list[int] | None = None,
+    names: list[str] | None = None,
+    scores: bool = False,
+    max_new_tokens: int = 16,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Draw the image and the visual tokens that methods keep at every stage: a row a method.
+
+    Args:
+        pruner: YAML files or plug-in folders, one row each, e.g. --pruner configs/pruners/fastv.yaml runs/try/plugin.
+        out: Picture to write, PNG, PDF or SVG, e.g. --out kept.png.
+        image: Image file, e.g. --image photo.jpg; without it a scene of the micro world is drawn.
+        prompt: Question about the image, e.g. --prompt "What colour is the circle?"; a scene brings its own.
+        scene: Seed of a scene, from 0 below 9000000, e.g. --scene 6000003; by default the first of the test range.
+        skill: What to ask about the scene, e.g. --skill relation; one of existence, colour, shape, counting, relation,
+            digit, position.
+        keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default each plug-in's own.
+        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
+        answer: Right answer to an image's question, e.g. --answer red; colours the answers. A scene knows its own.
+        boxes: What is asked about, as x0 y0 x1 y1 in pixels of the image file, several in a row, e.g. --boxes 10 20 42
+            52; marked in the picture, and what the oracle keeps. A scene knows its own.
+        names: Names of the rows, in order, e.g. --names FastV "RCP, trained".
+        scores: Add a heat map of the first stage's scores: --scores.
+        max_new_tokens: Longest answer, e.g. --max-new-tokens 32.
+        dtype: Of the weights, e.g. --dtype bfloat16; auto is what the checkpoint says.
+        device: E.g. --device cuda:1; auto is the GPU if there is one.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise LitPruneError(f"{out}: pictures are written as {', '.join(FORMATS)}")
+    if names is not None and len(names) != len(pruner):
+        raise LitPruneError(f"{len(names)} names for {len(pruner)} methods: give one each")
+    asked = _of_image(image, prompt, answer, boxes) if image else _of_scene(scene, skill, prompt)
+    vlm = load_model(model, dtype, device)
+    inputs = encode(vlm, [asked.image], [asked.prompt])
+    seen = view(vlm, asked.image)
+    marks = None if asked.boxes is None else [seen_box(vlm, asked.image.size, box) for box in asked.boxes]
+    full = respond(vlm, inputs, max_new_tokens)[0]
+    rows = []
+    for i, method in enumerate(pruner):
+        name = attach(vlm, method, keep)
+        rows.append(as_row(vlm, names[i] if names else name, inputs, asked, hints(marks, vlm, seen), max_new_tokens))
+    rows = rows if scores else [replace(row, scores=None) for row in rows]
+    known = f"right answer: {asked.answer}  ·  " if asked.answer is not None else ""
+    subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
+    page = figure(seen, rows, asked.prompt, subtitle, marks or ())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.savefig(out, dpi=DPI)
+    console.say(f"wrote {out}")
+
+
+# What is asked
+
+
+def _of_image(path: str, prompt: str | None, answer: str | None, boxes: list[int] | None) -> Asked:
+    """An image file, and what the user tells about it."""
+    if prompt is None:
+        raise LitPruneError(f"give a question about {path}: --prompt")
+    image = open_image(path)
+    if boxes is None:
+        return Asked(image, prompt, answer, None)
+    if not boxes or len(boxes) % 4:
+        raise LitPruneError(f"--boxes takes four numbers a box, x0 y0 x1 y1, not {len(boxes)}")
+    return Asked(image, prompt, answer, [tuple(boxes[i : i + 4]) for i in range(0, len(boxes), 4)])
+
+
+def _of_scene(seed: int | None, skill: str, prompt: str | None) -> Asked:
+    """A scene of the micro world with its question, or with one of the user's own, whose answer nobody knows."""
+    seed = world.TEST_SEED if seed is None else seed
+    if not 0 <= seed < world.RESERVED_SEED:
+        raise LitPruneError(f"scene {seed} must lie between 0 and {world.RESERVED_SEED - 1}; later ones are reserved")
+    if skill not in world.SKILLS:
+        raise LitPruneError(f"skill {skill} must be one of {', '.join(world.SKILLS)}")
+    scene = world.make_scene(seed)
+    if prompt is not None:
+        return Asked(scene.image(), prompt, None, None)
+    question = scene.questions({skill: 1})[0]
+    return Asked(scene.image(), question.text, question.answer, list(question.boxes))
+
+
+# What the model sees
+
+
+def view(vlm: VLM, image: Image.Image) -> Pixels:
+    """The image after resizing and cropping; raises `LitPruneError` for a model that sees more than one square."""
+    processor = vlm.processor.image_processor
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[2] != pixels.shape[3]:
+        raise LitPruneError(f"{vlm.name} cuts an image into tiles; only models that see one square image can be drawn")
+    return as_seen(pixels[0], processor.image_mean, processor.image_std)
+
+
+def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:
+    """Where a box of the image file lies in the image as the model sees it: its mask goes through the processor."""
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
+        raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
+    mask = Image.new("RGB", size)
+    ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill="white")
+    rows, columns = (view(vlm, mask)[:, :, 0] > 127).nonzero()
+    if not len(rows):
+        raise LitPruneError(f"box {box} is cropped away: the model sees the middle of the image only")
+    return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
+
+
+def hints(marks: list[Box] | None, vlm: VLM, seen: Pixels) -> dict[str, Tensor]:
+    """What only the caller can know: the regions asked about, if any are."""
+    tokens = find(vlm.model).dims.visual
+    side_of(tokens)
+    return {} if marks is None else regions({"boxes": [marks]}, tokens, seen.shape[0])
+
+
+def as_row(
+    vlm: VLM, name: str, inputs: dict[str, Any], asked: Asked, told: dict[str, Tensor], max_new_tokens: int
+) -> Row:
+    """Run what is attached and gather what its row shows."""
+    record = Record()
+    with vlm.using(Session(hints=told, record=record)):
+        text = respond(vlm, inputs, max_new_tokens)[0]
+    kept = [stage.kept[0].cpu().numpy() for stage in record.stages]
+    stages = [
+        (f"layer {s.layer} · {k.sum()} token{'' if k.sum() == 1 else 's'}", k)
+        for s, k in zip(record.stages, kept, strict=True)
+    ]
+    first = record.stages[0]
+    return Row(
+        name=name,
+        detail=f"{record.trace.average_visual()[0]:.3g} of {len(kept[0])} tokens on average",
+        answer=text,
+        right=None if asked.answer is None else matches([text], [asked.answer])[0],
+        stages=stages,
+        scores=None if first.scores is None else first.scores[0].cpu().numpy(),
+    )

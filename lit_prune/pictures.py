@@ -1,0 +1,173 @@
+"""Pictures of what a method keeps: the image with dropped patches darkened, one row a method, one column a stage.
+
+Everything here is a pure function of arrays. `mark` alone is enough for an image log; `figure` sets the whole page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from textwrap import wrap
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lit_prune.errors import LitPruneError
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+Mask = Bool[np.ndarray, " tokens"]
+Box = tuple[float, float, float, float]
+
+DPI = 240
+CELL, GAP, MARGIN = 1.6, 0.12, 0.16  # inches
+LABEL, TITLE, LINE = 1.6, 0.2, 0.19
+INK, GREY, RIGHT, WRONG = "#1f2328", "#7a828b", "#1a7f37", "#c62f2f"
+DARK, TINT = 0.4, 0.3  # brightness of a dropped patch, and how much of its colour is left
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its name, what stands under it, its answer (right: true, false, unknown), and its stages.
+
+    `stages` are (title, kept tokens of the grid); `scores` those of the first stage, -inf where a token had none.
+    """
+
+    name: str
+    detail: str = ""
+    answer: str = ""
+    right: bool | None = None
+    stages: list[tuple[str, Mask]] = field(default_factory=list)
+    scores: Float[np.ndarray, " tokens"] | None = None
+
+
+def as_seen(pixel_values: Float[torch.Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """The image as the model sees it: resized and cropped by its processor, normalisation undone."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    image = pixel_values.detach().float().cpu() * std + mean
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def side_of(tokens: int) -> int:
+    """Side of a square grid of visual tokens; raises `LitPruneError` if they are none."""
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise LitPruneError(
+            f"{tokens} visual tokens are no square grid: only models with one fixed grid of patches can be drawn, "
+            f"such as LLaVA-1.5"
+        )
+    return side
+
+
+def mark(image: Pixels, kept: Mask) -> Pixels:
+    """The image with dropped patches dark and almost grey; kept ones as they are."""
+    side = side_of(len(kept))
+    rows, columns = (np.arange(size) * side // size for size in image.shape[:2])
+    stays = kept.reshape(side, side)[rows][:, columns, None]
+    grey = image.mean(-1, keepdims=True)
+    return np.where(stays, image, DARK * (TINT * image + (1 - TINT) * grey)).astype(np.uint8)
+
+
+def borders(kept: Mask) -> Float[np.ndarray, "lines 2 2"]:
+    """Lines (x, y) between kept and other patches, in patches from the upper left corner."""
+    side = side_of(len(kept))
+    grid = np.pad(kept.reshape(side, side), 1)
+    row, column = np.nonzero(grid[1:, :] != grid[:-1, :])
+    across = np.stack([np.stack([column - 1, row], 1), np.stack([column, row], 1)], 1)
+    row, column = np.nonzero(grid[:, 1:] != grid[:, :-1])
+    down = np.stack([np.stack([column, row - 1], 1), np.stack([column, row], 1)], 1)
+    return np.concatenate([across, down]).astype(np.float64)
+
+
+def figure(
+    image: Pixels, rows: Sequence[Row], title: str = "", subtitle: str = "", boxes: Sequence[Box] = ()
+) -> Figure:
+    """One page: rows are methods; columns are the image with the asked boxes, scores if any row has them, the stages.
+
+    Args:
+        image: as the model sees it.
+        rows: the methods.
+        title: the question.
+        subtitle: small, under the title.
+        boxes: x0, y0, x1, y1 in pixels of `image`.
+    """
+    stages = max((len(row.stages) for row in rows), default=0)
+    heat = any(row.scores is not None for row in rows)
+    sheet = Sheet(len(rows), 1 + stages + heat, title, subtitle)
+    for r, row in enumerate(rows):
+        sheet.label(r, row)
+        _picture(sheet.cell(r, 0), image, "image" if r == 0 else "", boxes=boxes)
+        if row.scores is not None:
+            _heat(sheet.cell(r, 1), row.scores, "scores of the first stage" if r == 0 else "")
+        for s, (name, kept) in enumerate(row.stages):
+            _picture(sheet.cell(r, 1 + heat + s), mark(image, kept), name, kept=kept)
+    return sheet.figure
+
+
+class Sheet:
+    """A page of equal cells under a title, with room for text to the left of each row. Lengths are inches."""
+
+    def __init__(self, rows: int, columns: int, title: str = "", subtitle: str = "") -> None:
+        self.width = 2 * MARGIN + LABEL + columns * CELL + (columns - 1) * GAP
+        heads = [(line, 10.5, INK) for line in wrap(title, int(self.width * 11))]
+        heads += [(line, 7.5, GREY) for line in wrap(subtitle, int(self.width * 15))]
+        self.head = len(heads) * LINE + bool(heads) * 0.06
+        self.height = 2 * MARGIN + self.head + rows * (TITLE + CELL) + (rows - 1) * GAP
+        self.figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(self.figure)
+        self._column(MARGIN, heads)
+
+    def cell(self, row: int, column: int) -> Axes:
+        """Empty axes of one cell."""
+        left, bottom = MARGIN + LABEL + column * (CELL + GAP), self.height - self._top(row) - CELL
+        size = (left / self.width, bottom / self.height, CELL / self.width, CELL / self.height)
+        axes = self.figure.add_axes(size)
+        axes.set_axis_off()
+        return axes
+
+    def label(self, row: int, text: Row) -> None:
+        """Name, detail and answer to the left of a row."""
+        colour = {True: RIGHT, False: WRONG, None: INK}[text.right]
+        tick = {True: " ✓", False: " ✗", None: ""}[text.right]
+        lines = [(line, 9, INK) for line in wrap(text.name, 20)]
+        lines += [(line, 7, GREY) for line in wrap(text.detail, 30)]
+        lines += [(line, 8.5, colour) for line in wrap(text.answer + tick, 22, max_lines=5, placeholder=" …")]
+        self._column(self._top(row) + 0.02, lines)
+
+    def _top(self, row: int) -> float:
+        return MARGIN + self.head + row * (TITLE + CELL + GAP) + TITLE
+
+    def _column(self, top: float, lines: list[tuple[str, float, str]]) -> None:
+        """Lines of (text, size, colour) under each other, from `top` down."""
+        for i, (text, size, colour) in enumerate(lines):
+            y = 1 - (top + i * LINE) / self.height
+            self.figure.text(MARGIN / self.width, y, text, size=size, color=colour, va="top", parse_math=False)
+
+
+def _picture(axes: Axes, image: Pixels, title: str, kept: Mask | None = None, boxes: Sequence[Box] = ()) -> None:
+    height, width = image.shape[:2]
+    interpolation = "nearest" if width * 1.5 < CELL * DPI else "antialiased"
+    axes.imshow(image, extent=(0, width, height, 0), interpolation=interpolation)
+    axes.set_title(title, size=7, color=GREY, pad=3)
+    if kept is not None:
+        lines = borders(kept) * (np.array([width, height]) / side_of(len(kept)))
+        axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6, capstyle="projecting"))
+    for x0, y0, x1, y1 in boxes:
+        for colour, points, outside in (("black", 2.4, 1.2), ("white", 1.0, 0.9)):
+            pad = outside / 72 / CELL * width
+            frame = Rectangle((x0 - pad, y0 - pad), x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
+            frame.set(fill=False, edgecolor=colour, linewidth=points, clip_on=False)
+            axes.add_patch(frame)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def _heat(axes: Axes, scores: Float[np.ndarray, " tokens"], title: str) -> None:
+    """Scores as colours, without the few highest and lowest that would leave no colours for the rest."""
+    side, known = side_of(len(scores)), scores[np.isfinite(scores)]
+    low, high = np.quantile(known, (0.02, 0.98)) if len(known) else (0.0, 1.0)
+    grid = np.where(np.isfinite(scores), scores, np.nan).reshape(side, side)
+    axes.imshow(grid, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+    axes.set_title(title, size=7, color=GREY, pad=3)

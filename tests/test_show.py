@@ -1,0 +1,161 @@
+"""`lit-prune show` and the drawing behind it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from lit_prune.cli import main
+from lit_prune.commands.show import seen_box, view
+from lit_prune.errors import LitPruneError
+from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
+from lit_prune.pictures import DPI, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
+from lit_prune.vlm import VLM, load
+
+PRUNERS = Path(__file__).parents[1] / "configs" / "pruners"
+FASTV, ORACLE, RCP = (PRUNERS / f"{name}.yaml" for name in ("fastv", "oracle", "rcp"))
+SCENE = make_scene(VALIDATION_SEED)
+
+
+@pytest.fixture(scope="module")
+def vlm(micro_folder: Path) -> VLM:
+    return load(micro_folder)
+
+
+def show(model: Path, out: Path, *options: Any) -> np.ndarray:
+    """Run the verb and read the picture."""
+    main(["show", "--model", model, "--keep", 16, "--max-new-tokens", 2, "--out", out, *options])
+    return np.asarray(Image.open(out).convert("RGB"))
+
+
+def pixels(rows: int, columns: int) -> tuple[int, int]:
+    """Height and width of a page with a question and a line under it."""
+    sheet = Sheet(rows, columns, "question", "answer")
+    return int(sheet.height * DPI), int(sheet.width * DPI)
+
+
+def has_colour(picture: np.ndarray, colour: str) -> bool:
+    near = np.abs(picture.astype(int) - np.round(np.array(to_rgb(colour)) * 255)).max(-1) < 8
+    return bool(near.sum() > 20)
+
+
+def kept_of(*tokens: int) -> np.ndarray:
+    kept = np.zeros(144, dtype=bool)
+    kept[list(tokens)] = True
+    return kept
+
+
+def test_dropped_patches_are_darker_and_kept_ones_untouched() -> None:
+    image = np.asarray(SCENE.image())
+    marked = mark(image, kept_of(0, 13))
+    assert (marked[:8, :8] == image[:8, :8]).all()
+    assert (marked[8:16, 8:16] == image[8:16, 8:16]).all()
+    patches = (image, marked)
+    bright, dark = (p.astype(float).reshape(12, 8, 12, 8, 3).mean((1, 3, 4)).flatten() for p in patches)
+    dropped = ~kept_of(0, 13)
+    assert (dark[dropped] < 0.5 * bright[dropped]).all()
+
+
+def test_patches_of_a_side_that_does_not_divide_the_image() -> None:
+    marked = mark(np.full((10, 10, 3), 200, dtype=np.uint8), np.eye(3, dtype=bool).flatten())
+    assert (marked[0, 0], marked[4, 4], marked[9, 9]) == (pytest.approx(200),) * 3
+    assert marked[0, 9].max() < 100
+
+
+def test_borders_surround_kept_patches() -> None:
+    assert len(borders(kept_of())) == 0
+    assert sorted(map(tuple, borders(kept_of(13)).reshape(-1, 4).tolist())) == [
+        (1, 1, 1, 2), (1, 1, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2),
+    ]  # fmt: skip
+    assert len(borders(kept_of(13, 14))) == 6
+    assert len(borders(np.ones(144, dtype=bool))) == 48
+
+
+def test_only_a_square_grid_can_be_drawn() -> None:
+    assert side_of(576) == 24
+    with pytest.raises(LitPruneError, match="no square grid"):
+        side_of(575)
+
+
+def test_page_grows_with_rows_stages_and_long_text() -> None:
+    image, row = np.asarray(SCENE.image()), Row("A", stages=[("layer 1", kept_of(5))])
+    one, two = figure(image, [row]), figure(image, [row, Row("B", answer="a long answer " * 20)], "Why? " * 60)
+    assert len(one.axes) == 2
+    assert len(two.axes) == 3
+    assert two.get_figheight() > 2 * one.get_figheight()
+
+
+def test_image_is_drawn_as_the_model_sees_it(vlm: VLM) -> None:
+    assert (view(vlm, SCENE.image()) == np.asarray(SCENE.image())).all()
+
+
+def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:
+    assert seen_box(vlm, (96, 96), (8, 16, 24, 40)) == (8, 16, 24, 40)
+    size = {"height": 96, "width": 96}
+    cropping = VLM(vlm.model, type("Processor", (), {})())
+    cropping.processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 96}, crop_size=size)
+    assert seen_box(cropping, (384, 192), (96, 0, 192, 96)) == pytest.approx((0, 0, 48, 48), abs=1)
+    for box, told in [((0, 0, 50, 50), "cropped away"), ((9, 9, 9, 20), "inside"), ((0, 0, 999, 9), "inside")]:
+        with pytest.raises(LitPruneError, match=told):
+            seen_box(cropping, (384, 192), box)
+
+
+def test_scene_with_several_methods(micro_folder: Path, tmp_path: Path) -> None:
+    picture = show(micro_folder, tmp_path / "kept.png", "--pruner", FASTV, ORACLE, RCP, "--scene", VALIDATION_SEED)
+    assert picture.shape[:2] == pixels(3, 1 + 3)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert has_colour(picture, WRONG)
+
+
+def test_image_with_answer_boxes_and_scores(micro_folder: Path, tmp_path: Path, vlm: VLM) -> None:
+    SCENE.image().save(tmp_path / "x.png")
+    asked = ["--image", tmp_path / "x.png", "--prompt", "What colour is the tile?"]
+    vlm.attach(FASTV, keep=16)
+    right = vlm.answer([SCENE.image()], asked[3:], max_new_tokens=2)[0]
+    vlm.detach()
+    plain = show(micro_folder, tmp_path / "a.png", *asked, "--pruner", FASTV)
+    known = show(micro_folder, tmp_path / "b.png", *asked, "--pruner", FASTV, "--answer", right, "--scores")
+    assert plain.shape[:2] == pixels(1, 3)
+    assert known.shape[:2] == pixels(1, 4)
+    assert not has_colour(plain, RIGHT)
+    assert has_colour(known, RIGHT)
+    boxes = ["--boxes", 8, 8, 24, 24, 40, 40, 56, 56]
+    assert show(micro_folder, tmp_path / "c.png", *asked, "--pruner", ORACLE, *boxes).shape[:2] == pixels(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--image", "x.png", "--prompt", "What?", "--pruner", ORACLE], "--boxes"),
+        (["--image", "x.png", "--prompt", "What?", "--boxes", 1, 2, 3], "four numbers"),
+        (["--image", "x.png", "--prompt", "What?", "--boxes", 1, 2, 300, 400], "inside the image"),
+        (["--image", "x.png"], "--prompt"),
+        (["--image", "absent.png", "--prompt", "What?"], "absent.png"),
+        (["--scene", RESERVED_SEED], "reserved"),
+        (["--scene", 3, "--skill", "humour"], "existence, colour"),
+        (["--scene", 3, "--names", "a", "b"], "2 names for 1"),
+        (["--scene", 3, "--out", "kept.gif"], ".png, .pdf, .svg"),
+    ],
+)
+def test_errors_are_one_message(
+    options: list[Any],
+    told: str,
+    micro_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    SCENE.image().save("x.png")
+    defaults = {"--pruner": FASTV, "--out": "kept.png"}
+    given = [part for name, value in defaults.items() if name not in options for part in (name, value)]
+    with pytest.raises(SystemExit) as stop:
+        main(["show", "--model", micro_folder, "--keep", 16, *given, *options])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert told in said
+    assert "Traceback" not in said
