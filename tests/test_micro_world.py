@@ -1,5 +1,6 @@
 """The generated world: seeds, boxes, answers, balance and the files it writes."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
 
@@ -32,12 +33,12 @@ def test_scene_depends_on_its_seed_only(scenes):
 def test_seed_ranges_are_disjoint_and_below_the_reserved_ones():
     starts = (world.PRETRAIN_SEED, world.TRAIN_SEED, world.VALIDATION_SEED, world.TEST_SEED, world.RESERVED_SEED)
     assert list(starts) == sorted(set(starts))
-    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 1_000_000
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= 1_000_000
     assert world.RESERVED_SEED == 9_000_000
 
 
 def test_boxes_hold_the_objects_pixels(scenes):
-    """Without noise and texture, everything that differs from the background lies in the boxes, and is centred there."""
+    """Without noise and texture, everything that is painted lies in the boxes, and fills a good part of them."""
     for scene in scenes[:20]:
         pixels = np.zeros((world.IMAGE_SIZE, world.IMAGE_SIZE, 3))
         for thing in scene.things:

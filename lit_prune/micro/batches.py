@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_prune.micro.drawing import COLOURS, SHAPES
 from lit_prune.micro.model import BOS, EOS, IMAGE, PAD, VISUAL_TOKENS, build_tokenizer
-from lit_prune.micro.world import GRID, IMAGE_SIZE, PATCH_SIZE, Question, Scene, Thing, make_scene
+from lit_prune.micro.world import GRID, Question, Scene, Thing, make_scene
 
 PREFIX = 2 + VISUAL_TOKENS  # <s>, USER:, the image
 FIRST_PATCH = 2
@@ -196,7 +196,7 @@ def _ground(
 
 
 def _look_at(patches: list[int], sink: bool = False) -> np.ndarray:
-    """float32[PREFIX]: equal shares on the patches; <s> takes a share too if `sink`, or everything if there are none."""
+    """float32[PREFIX]: equal shares on the patches; <s> takes a share too if `sink`, or all of it without patches."""
     target = np.zeros(PREFIX, np.float32)
     target[[FIRST_PATCH + p for p in patches]] = 1
     target[0] = sink or not patches
@@ -232,6 +232,3 @@ def prefetch(make: Callable[[list[int]], Batch], first: int, size: int, steps: r
             yield item
     finally:
         stop.set()
-
-
-assert GRID * PATCH_SIZE == IMAGE_SIZE

@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lit_prune.micro.batches import FIRST_PATCH, NONE, PREFIX, Batch
 from lit_prune.micro.drawing import COLOURS, SHAPES
-from lit_prune.micro.model import VISUAL_TOKENS, WIDTH, build_tokenizer
+from lit_prune.micro.model import WIDTH, build_tokenizer
 from lit_prune.micro.world import GRID
 
 # Which heads of which decoder layer learn where to look. Nothing before layer 5: pruners act at layers 1 to 5 and must
@@ -132,9 +132,7 @@ def word_leak(visual: Tensor, embeddings: Tensor, patches: dict[str, Tensor]) ->
     """
     cosine = F.normalize(visual.flatten(0, 1), dim=-1) @ F.normalize(embeddings, dim=-1).T  # patches x words
     colour, shape = patches["colour"].flatten(), patches["shape"].flatten()
-    named = torch.cat(
-        [F.one_hot(colour, len(COLOURS) + 1)[:, 1:], F.one_hot(shape, len(SHAPES) + 1)[:, 1:]], 1
-    ).float()
+    named = torch.cat([F.one_hot(colour, len(COLOURS) + 1)[:, 1:], F.one_hot(shape, len(SHAPES) + 1)[:, 1:]], 1).float()
     is_object = (colour > 0).float()[:, None]
     return _correlation(cosine[:, NAMES], named).square().mean() + _correlation(cosine, is_object).square().mean()
 
@@ -151,6 +149,3 @@ def asked_recall(scores: Tensor, asked: Tensor, keep: int = 8) -> float:
     counted = asked.any(1)
     found = (best & asked).sum(1)[counted] / asked.sum(1)[counted].clamp(max=keep)
     return found.float().mean().item()
-
-
-assert VISUAL_TOKENS == PREFIX - FIRST_PATCH

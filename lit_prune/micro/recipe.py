@@ -34,6 +34,8 @@ VISION_IMAGES, IMAGES = 16, 8
 VALIDATION_EVERY, VALIDATION_IMAGES = 50, 24
 VISION_OFFSET = 500_000  # the first stage draws its seeds from the second half of the pretraining range
 WEIGHTS = {"patch": 0.15, "words": 0.3, "phrases": 0.3, "phrases+": 0.3, "count": 0.3, "answer": 0.3, "leak": 1.0}
+# While the learning rate falls: equal shares must be exact to tell one object from two, and digits are small.
+LATE, LATE_WEIGHTS = 0.62, WEIGHTS | {"count": 1.0, "patch": 0.3}
 
 
 class Trainer:
@@ -160,7 +162,8 @@ def train_end_to_end(trainer: Trainer, steps: int, save_every: float) -> None:
     for batch in (bar := tqdm(batches, "end to end", total=steps, initial=trainer.step)):
         began = time.monotonic()
         terms, right = losses_of(trainer, batch)
-        loss = sum(WEIGHTS.get(name, 1.0) * term for name, term in terms.items())
+        weights = WEIGHTS if trainer.step < LATE * steps else LATE_WEIGHTS
+        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         trainer.update(loss, learning_share(trainer.step, steps))
         trainer.spent += time.monotonic() - began
         now = {name: term.item() for name, term in terms.items()} | {"right": right}
