@@ -27,6 +27,7 @@ ROWS=(
     "all-question attention=configs/pruners/text_attention.yaml"
     "word similarity=configs/pruners/text_similarity.yaml"
     "RCP untrained=configs/pruners/rcp.yaml"
+    "RCP trained, repair off=$RUN/plugin!"
     "RCP trained=$RUN/plugin"
     "oracle (ceiling)=configs/pruners/oracle.yaml"
 )

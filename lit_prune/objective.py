@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_prune.host import Record
-from lit_prune.moments import moment_loss, moments
+from lit_prune.moments import Moments, moment_loss, moments
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class LossWeights:
         repair: moment repair loss [R: 3.0].
         budget: |actual - target| share of visual tokens; only `select: threshold` needs it [R: 200].
         variance: weight `a` of the variances inside the repair loss [R: 3.0]; 0 matches means only.
+        relative: measure the repair loss in units of the teacher's root mean square of that layer, so that one weight
+            suits models whose states differ in scale [ours; the paper's loss is absolute].
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
     """
 
@@ -30,6 +32,7 @@ class LossWeights:
     repair: float = 3.0
     budget: float = 200.0
     variance: float = 3.0
+    relative: bool = False
     distill: float = 0.0
 
 
@@ -68,13 +71,16 @@ class Anneal:
         return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done / self.target_share))
 
 
-def repair_loss(student: Record, teacher: Record, layers: list[int], variance: float) -> Float[Tensor, ""]:
+def repair_loss(student: Record, teacher: Record, layers: list[int], weights: LossWeights) -> Float[Tensor, ""]:
     """Mean over the repair layers of the moment distance between student and teacher on answer positions."""
     parts = []
     for layer in layers:
         with torch.no_grad():
             target = moments(teacher.hidden[layer])
-        parts.append(moment_loss(moments(student.hidden[layer]), target, variance))
+            power = (target.mean.square() + target.var).mean() if weights.relative else torch.ones_like(target.var[0])
+        found = moments(student.hidden[layer])
+        found, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (found, target))
+        parts.append(moment_loss(found, target, weights.variance))
     return torch.stack(parts).mean()
 
 

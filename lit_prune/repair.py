@@ -83,9 +83,7 @@ class RepairAdapter(nn.Module):
         self.code_query = nn.Parameter(torch.randn(self.code) * self.code**-0.5)
         self.where = nn.Linear(self.code, self.condition)
         self.what = nn.Linear(dims.width, self.condition)
-        self.adapters.extend(
-            Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers
-        )
+        self.adapters.extend(Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers)
 
     def feeds(self, pruning_layers: Sequence[int], depth: int) -> dict[int, tuple[int, int]]:
         """{decoder layer: (adapter, stage that feeds it)}; raises `LitPruneError` where a stage comes too late."""

@@ -72,16 +72,14 @@ def compact(flags: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch found"
     return columns, real
 
 
-def gather_rows(states: Float[Tensor, "batch seq width"], columns: Int[Tensor, "batch some"]) -> Float[
-    Tensor, "batch some width"
-]:
+def gather_rows(
+    states: Float[Tensor, "batch seq width"], columns: Int[Tensor, "batch some"]
+) -> Float[Tensor, "batch some width"]:
     """States at the given columns of each sample."""
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def hashed_uniform(
-    seed: Int[Tensor, " batch"], ordinal: Int[Tensor, "batch visual"]
-) -> Float[Tensor, "batch visual"]:
+def hashed_uniform(seed: Int[Tensor, " batch"], ordinal: Int[Tensor, "batch visual"]) -> Float[Tensor, "batch visual"]:
     """Pseudo-random numbers in [0, 1) that depend on (seed, ordinal) alone: no generator, no batch, no worker.
 
     A 32-bit multiply-and-shift mixer in int64, the same on every device.

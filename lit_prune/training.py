@@ -151,7 +151,7 @@ class PruneModule(LightningModule):
     def _losses(self, output, target, batch, student: Record, teacher: Record, done: float) -> dict[str, Tensor]:
         losses = {"task": output.loss}
         if self.host.feeds:
-            losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss.variance)
+            losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
         if getattr(self.plugin.pruner, "select", "topk") == "threshold":
             share = visual_share(student, self.plugin.dims.depth)
             losses["budget"] = (share - self.anneal.target(self.keep / self.plugin.dims.visual, done)).abs()

@@ -164,8 +164,8 @@ class Chosen(Pruner):
         self.kept, self.gates = keep, gate
 
     def prune(self, context: Context) -> Kept:
-        keep = self.kept[context.stage].expand_as(context.alive) & context.alive
-        gate = None if self.gates is None else self.gates[context.stage].expand_as(context.visual[..., 0])
+        keep = self.kept[context.stage][context.ordinal] & context.alive
+        gate = None if self.gates is None else self.gates[context.stage][context.ordinal]
         return Kept(keep, gate)
 
 

@@ -64,9 +64,8 @@ def run(
     _loop(comparison, data, limit)
     rows = comparison.rows()
     _write(rows, out)
-    console.out.print(
-        _table(rows, f"{module.hparams['base']}, keep={budget} of {comparison.dims.visual} visual tokens")
-    )
+    visual = comparison.dims.visual
+    _print(rows, f"{module.hparams['base']}: {budget} of {visual} visual tokens on average ({budget / visual:.1%})")
 
 
 def _contestant(spec: str, draws: int) -> Contestant:
