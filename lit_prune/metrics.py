@@ -2,8 +2,10 @@
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -29,6 +31,17 @@ class SkillAccuracy(Metric):
         self.names.update(zip(keys, skills, strict=True))
         self.skills.append(torch.tensor(keys, device=self.device, dtype=torch.long))
         self.hits.append(torch.tensor(list(hits), device=self.device, dtype=torch.float32))
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        """Every rank brings states of the right type, if empty, and learns the names that others know."""
+        if not self.skills:
+            self.skills.append(torch.zeros(0, device=self.device, dtype=torch.long))
+            self.hits.append(torch.zeros(0, device=self.device))
+        known: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(known, self.names)
+        for names in known:
+            self.names.update(names)
+        super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> dict[str, float]:
         """Accuracy in [0, 1] overall and per skill, by name."""
