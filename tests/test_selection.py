@@ -1,0 +1,114 @@
+"""Which tokens stay: ranks, counts, gates, packing, and random numbers without a generator."""
+
+import math
+
+import pytest
+import torch
+
+from lit_prune import selection
+
+
+@pytest.fixture
+def scored():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 20, generator=generator)
+    alive = torch.rand(4, 20, generator=generator) > 0.3
+    return scores, alive
+
+
+def test_top_k_keeps_the_best_alive(scored):
+    scores, alive = scored
+    count = torch.tensor([5, 1, 20, 0])
+    kept = selection.top_k(scores, alive, count)
+    for row in range(4):
+        best = sorted(alive[row].nonzero()[:, 0].tolist(), key=lambda i: -scores[row, i])[: count[row]]
+        assert kept[row].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_ties_go_to_the_earlier_token_in_any_batch():
+    scores, alive = torch.zeros(3, 8), torch.ones(3, 8, dtype=torch.bool)
+    kept = selection.top_k(scores, alive, torch.tensor([3, 3, 3]))
+    assert kept[0].tolist() == [True] * 3 + [False] * 5
+    assert torch.equal(selection.top_k(scores[:1], alive[:1], torch.tensor([3])), kept[:1])
+
+
+def test_threshold_keeps_positive_logits_and_at_least_one():
+    logits = torch.tensor([[1.0, -1.0, 0.0, 2.0], [-3.0, -1.0, -2.0, -4.0], [5.0, 5.0, -1.0, -1.0]])
+    alive = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    kept = selection.threshold(logits, alive)
+    assert kept.tolist() == [[True, False, False, False], [False, True, False, False], [False, False, True, False]]
+
+
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
+    soft = torch.tensor([0.3, 0.9], requires_grad=True)
+    gate = selection.straight_through(torch.tensor([False, True]), soft.square())
+    assert gate.tolist() == [0, 1]
+    assert torch.autograd.grad(gate.sum(), soft)[0].tolist() == pytest.approx([0.6, 1.8])
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-8])
+def test_log_gate_is_a_mask_and_its_gradient_undoes_eps(eps):
+    gate = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    bias = selection.log_gate(gate, eps)
+    assert bias.exp().tolist() == pytest.approx([eps, 1.0])
+    assert torch.autograd.grad((bias.exp()).sum(), gate)[0].tolist() == pytest.approx([1 - eps] * 2)
+
+
+def test_logistic_noise_is_logistic():
+    torch.manual_seed(0)
+    noise = selection.logistic_noise(torch.empty(200_000))
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 3, rel=0.02)
+    assert (noise < 1).double().mean().item() == pytest.approx(1 / (1 + math.exp(-1)), abs=0.005)
+
+
+@pytest.mark.parametrize(("function", "right"), [(selection.pack, True), (selection.compact, False)])
+def test_packing_keeps_order_on_its_side(scored, function, right):
+    _, keep = scored
+    columns, real = function(keep)
+    width = int(keep.sum(1).max())
+    assert columns.shape == real.shape == (4, width)
+    for row in range(4):
+        expected = keep[row].nonzero()[:, 0].tolist()
+        assert columns[row][real[row]].tolist() == expected
+        place = slice(width - len(expected), None) if right else slice(len(expected))
+        assert real[row][place].all()
+        assert real[row].sum() == len(expected)
+
+
+def test_packing_nothing():
+    for function in (selection.pack, selection.compact):
+        columns, real = function(torch.zeros(2, 5, dtype=torch.bool))
+        assert columns.shape == real.shape == (2, 0)
+
+
+def test_gather_rows(scored):
+    states = torch.randn(4, 20, 3)
+    columns, real = selection.compact(scored[1])
+    rows = selection.gather_rows(states, columns)
+    for row in range(4):
+        assert torch.equal(rows[row][real[row]], states[row][scored[1][row]])
+
+
+def test_hashed_numbers_are_uniform_and_independent():
+    seeds, ordinals = torch.arange(400), torch.arange(576).expand(400, -1)
+    numbers = selection.hashed_uniform(seeds, ordinals).double()
+    assert 0 <= numbers.min()
+    assert numbers.max() < 1
+    assert numbers.mean().item() == pytest.approx(0.5, abs=0.003)
+    assert numbers.var().item() == pytest.approx(1 / 12, rel=0.01)
+    counts = torch.histc(numbers.flatten(), bins=20, min=0, max=1)
+    expected = numbers.numel() / 20
+    assert ((counts - expected).square() / expected).sum() < 43.8, "chi-squared with 19 degrees of freedom, p = 0.001"
+    centred = numbers - 0.5
+    for a, b in ((centred[:-1], centred[1:]), (centred[:, :-1], centred[:, 1:])):
+        assert abs((a * b).mean().item() * 12) < 0.01, "neighbouring seeds and ordinals are uncorrelated"
+
+
+def test_hashed_numbers_depend_on_seed_and_ordinal_alone():
+    seeds, ordinals = torch.tensor([3, 99, 2**31 - 2]), torch.arange(50).expand(3, -1)
+    numbers = selection.hashed_uniform(seeds, ordinals)
+    torch.manual_seed(1)
+    assert torch.equal(selection.hashed_uniform(seeds, ordinals), numbers)
+    assert torch.equal(selection.hashed_uniform(seeds[1:2], ordinals[1:2, 7:9]), numbers[1:2, 7:9])
+    assert (numbers[0] != numbers[1]).all()
