@@ -26,7 +26,7 @@ DPI = 240
 CELL, GAP, MARGIN = 1.6, 0.12, 0.16  # inches
 LABEL, TITLE, LINE = 1.6, 0.2, 0.19
 INK, GREY, RIGHT, WRONG = "#1f2328", "#7a828b", "#1a7f37", "#c62f2f"
-DARK, TINT = 0.4, 0.3  # brightness of a dropped patch, and how much of its colour is left
+DARK, TINT = 0.45, 0.3  # brightness of a dropped patch, and how much of its colour is left
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -13,7 +14,7 @@ from lit_prune.cli import main
 from lit_prune.commands.show import seen_box, view
 from lit_prune.errors import LitPruneError
 from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
-from lit_prune.pictures import DPI, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
+from lit_prune.pictures import DPI, LABEL, MARGIN, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
 from lit_prune.vlm import VLM, load
 
 PRUNERS = Path(__file__).parents[1] / "configs" / "pruners"
@@ -38,8 +39,10 @@ def pixels(rows: int, columns: int) -> tuple[int, int]:
     return int(sheet.height * DPI), int(sheet.width * DPI)
 
 
-def has_colour(picture: np.ndarray, colour: str) -> bool:
-    near = np.abs(picture.astype(int) - np.round(np.array(to_rgb(colour)) * 255)).max(-1) < 8
+def says_in(picture: np.ndarray, colour: str) -> bool:
+    """Whether a row's text has this colour."""
+    text = picture[:, : int((MARGIN + LABEL) * DPI)].astype(int)
+    near = np.abs(text - np.round(np.array(to_rgb(colour)) * 255)).max(-1) < 8
     return bool(near.sum() > 20)
 
 
@@ -104,11 +107,24 @@ def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:
             seen_box(cropping, (384, 192), box)
 
 
+def test_tiled_images_are_refused(vlm: VLM) -> None:
+    tiling = VLM(vlm.model, type("Processor", (), {})(), "llava-next")
+    tiling.processor.image_processor = lambda **_: {"pixel_values": torch.zeros(1, 5, 3, 96, 96)}
+    with pytest.raises(LitPruneError, match="llava-next cuts an image into tiles"):
+        view(tiling, SCENE.image())
+
+
 def test_scene_with_several_methods(micro_folder: Path, tmp_path: Path) -> None:
     picture = show(micro_folder, tmp_path / "kept.png", "--pruner", FASTV, ORACLE, RCP, "--scene", VALIDATION_SEED)
     assert picture.shape[:2] == pixels(3, 1 + 3)
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
-    assert has_colour(picture, WRONG)
+    assert says_in(picture, WRONG)
+
+
+def test_scene_with_a_question_of_the_users(micro_folder: Path, tmp_path: Path) -> None:
+    asked = ["--pruner", FASTV, "--scene", VALIDATION_SEED, "--prompt", "What shape is the tile?"]
+    assert not says_in(show(micro_folder, tmp_path / "a.png", *asked), WRONG)
+    assert says_in(show(micro_folder, tmp_path / "b.png", *asked, "--answer", "nothing"), WRONG)
 
 
 def test_image_with_answer_boxes_and_scores(micro_folder: Path, tmp_path: Path, vlm: VLM) -> None:
@@ -121,8 +137,8 @@ def test_image_with_answer_boxes_and_scores(micro_folder: Path, tmp_path: Path, 
     known = show(micro_folder, tmp_path / "b.png", *asked, "--pruner", FASTV, "--answer", right, "--scores")
     assert plain.shape[:2] == pixels(1, 3)
     assert known.shape[:2] == pixels(1, 4)
-    assert not has_colour(plain, RIGHT)
-    assert has_colour(known, RIGHT)
+    assert not says_in(plain, RIGHT)
+    assert says_in(known, RIGHT)
     boxes = ["--boxes", 8, 8, 24, 24, 40, 40, 56, 56]
     assert show(micro_folder, tmp_path / "c.png", *asked, "--pruner", ORACLE, *boxes).shape[:2] == pixels(1, 3)
 
@@ -135,6 +151,7 @@ def test_image_with_answer_boxes_and_scores(micro_folder: Path, tmp_path: Path, 
         (["--image", "x.png", "--prompt", "What?", "--boxes", 1, 2, 300, 400], "inside the image"),
         (["--image", "x.png"], "--prompt"),
         (["--image", "absent.png", "--prompt", "What?"], "absent.png"),
+        (["--image", "x.png", "--prompt", "What?", "--scene", 3], "not both"),
         (["--scene", RESERVED_SEED], "reserved"),
         (["--scene", 3, "--skill", "humour"], "existence, colour"),
         (["--scene", 3, "--names", "a", "b"], "2 names for 1"),

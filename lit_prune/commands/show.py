@@ -26,8 +26,8 @@ class Asked:
 
     image: Image.Image
     prompt: str
-    answer: str | None
-    boxes: list[Box] | None
+    answer: str | None = None
+    boxes: list[Box] | None = None
 
 
 def run(
@@ -59,9 +59,9 @@ def run(
             digit, position.
         keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default each plug-in's own.
         model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
-        answer: Right answer to an image's question, e.g. --answer red; colours the answers. A scene knows its own.
+        answer: Right answer, e.g. --answer red; colours the answers. A scene's own question has one.
         boxes: What is asked about, as x0 y0 x1 y1 in pixels of the image file, several in a row, e.g. --boxes 10 20 42
-            52; marked in the picture, and what the oracle keeps. A scene knows its own.
+            52; marked in the picture, and what the oracle keeps. A scene's own question has them.
         names: Names of the rows, in order, e.g. --names FastV "RCP, trained".
         scores: Add a heat map of the first stage's scores: --scores.
         max_new_tokens: Longest answer, e.g. --max-new-tokens 32.
@@ -72,7 +72,7 @@ def run(
         raise LitPruneError(f"{out}: pictures are written as {', '.join(FORMATS)}")
     if names is not None and len(names) != len(pruner):
         raise LitPruneError(f"{len(names)} names for {len(pruner)} methods: give one each")
-    asked = _of_image(image, prompt, answer, boxes) if image else _of_scene(scene, skill, prompt)
+    asked = ask(image, scene, skill, prompt, answer, boxes)
     vlm = load_model(model, dtype, device)
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, asked.image)
@@ -83,7 +83,7 @@ def run(
         name = attach(vlm, method, keep)
         rows.append(as_row(vlm, names[i] if names else name, inputs, asked, hints(marks, vlm, seen), max_new_tokens))
     rows = rows if scores else [replace(row, scores=None) for row in rows]
-    known = f"right answer: {asked.answer}  ·  " if asked.answer is not None else ""
+    known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
     subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
     page = figure(seen, rows, asked.prompt, subtitle, marks or ())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,16 +94,29 @@ def run(
 # What is asked
 
 
-def _of_image(path: str, prompt: str | None, answer: str | None, boxes: list[int] | None) -> Asked:
-    """An image file, and what the user tells about it."""
+def ask(
+    image: str | None, scene: int | None, skill: str, prompt: str | None, answer: str | None, boxes: list[int] | None
+) -> Asked:
+    """The image or scene, and its question with what is known about it; what the user tells wins."""
+    if image is not None and scene is not None:
+        raise LitPruneError("give an --image or a --scene, not both")
+    asked = _of_scene(scene, skill, prompt) if image is None else _of_image(image, prompt)
+    told = {"answer": answer, "boxes": None if boxes is None else _fours(boxes)}
+    return replace(asked, **{name: value for name, value in told.items() if value is not None})
+
+
+def _of_image(path: str, prompt: str | None) -> Asked:
+    """An image file and the user's question."""
     if prompt is None:
         raise LitPruneError(f"give a question about {path}: --prompt")
-    image = open_image(path)
-    if boxes is None:
-        return Asked(image, prompt, answer, None)
-    if not boxes or len(boxes) % 4:
-        raise LitPruneError(f"--boxes takes four numbers a box, x0 y0 x1 y1, not {len(boxes)}")
-    return Asked(image, prompt, answer, [tuple(boxes[i : i + 4]) for i in range(0, len(boxes), 4)])
+    return Asked(open_image(path), prompt)
+
+
+def _fours(numbers: list[int]) -> list[Box]:
+    """Boxes from numbers in a row."""
+    if not numbers or len(numbers) % 4:
+        raise LitPruneError(f"--boxes takes four numbers a box, x0 y0 x1 y1, not {len(numbers)}")
+    return [tuple(numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
 
 
 def _of_scene(seed: int | None, skill: str, prompt: str | None) -> Asked:
@@ -115,7 +128,7 @@ def _of_scene(seed: int | None, skill: str, prompt: str | None) -> Asked:
         raise LitPruneError(f"skill {skill} must be one of {', '.join(world.SKILLS)}")
     scene = world.make_scene(seed)
     if prompt is not None:
-        return Asked(scene.image(), prompt, None, None)
+        return Asked(scene.image(), prompt)
     question = scene.questions({skill: 1})[0]
     return Asked(scene.image(), question.text, question.answer, list(question.boxes))
 
