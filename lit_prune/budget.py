@@ -37,8 +37,8 @@ def check_layers(layers: tuple[int, ...], depth: int) -> None:
 def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tuple[float, ...]) -> Schedule:
     """Schedule whose average is `keep`: counts near a multiple of `shape`, never rising, at least one token.
 
-    The average is exact where whole counts allow it, else the nearest one below. Counts are searched around the
-    real-valued solution; among those of the best average the one closest to `shape` wins.
+    The average is exact where whole counts allow it, else the nearest one, of two equally near the lower. Counts are
+    searched around the real-valued solution; among those of the best average the one closest to `shape` wins.
 
     Raises `LitPruneError` if `keep` is above `visual` or below one, or is used up by the layers before the first stage.
     """
@@ -76,21 +76,21 @@ def _ideal(room: int, ruled: list[int], shape: tuple[float, ...], visual: int) -
 
 
 def _nearest_counts(room: int, ruled: list[int], ideal: list[float], visual: int) -> tuple[int, ...]:
-    """Whole counts that spend as much of `room` as can be, nearest to `ideal` in relative terms."""
+    """Whole counts that spend what is nearest to `room`, among those the nearest to `ideal` in relative terms."""
     reach = 3 if len(ideal) <= 4 else 1
     options = [range(max(1, int(k) - reach), min(visual, int(k) + reach + 1) + 1) for k in ideal]
     best, best_key = None, None
     for counts in product(*options):
         spent = sum(n * k for n, k in zip(ruled, counts, strict=True))
         falls = all(a >= b for a, b in pairwise(counts))
-        if spent > room or not falls:
+        if not falls:
             continue
         distance = sum(((k - i) / i) ** 2 for k, i in zip(counts, ideal, strict=True))
-        key = (spent, -distance)
+        key = (-abs(spent - room), -spent, -distance)
         if best_key is None or key > best_key:
             best, best_key = counts, key
     if best is None:
-        raise LitPruneError(f"no schedule of whole tokens spends at most {room} token layers over spans {ruled}")
+        raise LitPruneError(f"no falling schedule of whole tokens spends about {room} token layers over spans {ruled}")
     return best
 
 
