@@ -269,7 +269,6 @@ class DecoderHost:
         record = forward.record
         if record is None:
             return
-        record.trace.total_visual = forward.total
         grid = torch.zeros(context.alive.shape[0], int(forward.total.max()), device=context.alive.device)
         gate = (kept.keep.float() if kept.gate is None else kept.gate) * context.alive
         gate = grid.scatter_add(1, context.ordinal, gate.float())
@@ -289,7 +288,7 @@ class DecoderHost:
         self._add_bias(columns, real, alive, kept, forward)
         if forward.session.soft:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
-            return hidden
+            dropped = self._hopeless(columns, alive, kept, forward)
         if not bool(dropped.any()):
             return hidden
         packed, _ = forward.pack(dropped)
@@ -301,6 +300,15 @@ class DecoderHost:
         if forward.cache_state is None:
             forward.mask = self._mask(hidden, forward.valid, None, 0)
         return hidden
+
+    def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor:
+        """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
+        none = torch.zeros_like(forward.valid)
+        if forward.session.spare is None or kept.scores is None:
+            return none
+        contenders = (kept.keep.sum(1, keepdim=True) * forward.session.spare).ceil()
+        far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive) >= contenders)
+        return none.scatter(1, columns, far)
 
     @staticmethod
     def _add_bias(columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> None:

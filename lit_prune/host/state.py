@@ -46,12 +46,14 @@ class Record:
 class Session:
     """How the host treats the forwards inside `host.using(...)`.
 
-    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too.
+    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With `spare`
+    only the best `spare` times as many tokens as are kept stay in the sequence, as contenders; the rest is dropped.
     """
 
     prune: bool = True
     repair: bool = True
     soft: bool = False
+    spare: float | None = None
     eps: float = 1e-8
     hints: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None
@@ -162,7 +164,7 @@ def begin(kwargs: dict, image_token: int, session: Session, counts_for) -> Forwa
     total = visual.sum(1)
     record = session.record if session.record is not None and not session.record.begun else None
     if record is not None:
-        record.begun = True
+        record.begun, record.trace.total_visual = True, total
     return Forward(
         session=session,
         record=record,
