@@ -79,7 +79,7 @@ class Multiplied:
 
 
 def test_soft_mask_has_the_gradient_of_the_multiplicative_mask(double, monkeypatch):
-    """A later stage doesn't judge a token that is gone: its gradient is that of putting it back for all later layers."""
+    """A later stage doesn't judge a token that is gone: its gradient is that of putting it back for good."""
     keep = choice()
     value, gradient = autograd(double, keep)
     reference = Multiplied(double, monkeypatch)
