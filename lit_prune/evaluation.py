@@ -1,6 +1,6 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,13 +47,13 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     """
     states, prefill = Record(keep_hidden=True), Record()
     encoded = encode_images(vlm, batch["inputs"])
-    with vlm.using(_recorded(session, states)):
+    with vlm.using(replace(session, record=states)):
         vlm.model(**encoded, use_cache=False)
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
         prompts.pop("pixel_values", None)
-    with vlm.using(_recorded(session, prefill)):
+    with vlm.using(replace(session, record=prefill)):
         tokens = vlm.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
     pruned = vlm.plugin if session.prune else None
     repair = None if pruned is None or not session.repair else pruned.repair
@@ -67,10 +67,6 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
         kept={stage.layer: stage.kept.sum(1) for stage in prefill.stages},
     )
-
-
-def _recorded(session: Session, record: Record) -> Session:
-    return Session(session.prune, session.repair, session.soft, session.eps, session.hints, record)
 
 
 def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:

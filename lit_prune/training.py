@@ -33,9 +33,12 @@ class PruneModule(LightningModule):
         keep: budget, visual tokens averaged over the decoder layers' inputs.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
         train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
+        spare: soft mode only: let gradients reach the best `spare` times as many tokens as are kept, and drop the
+            others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
-        lr: peak learning rate [R: 5e-5 for 7B]. weight_decay: [R: 0.01].
+        lr: peak learning rate [R: 5e-5 for 7B]. repair_lr: that of the repair adapter, if another.
+        weight_decay: [R: 0.01].
         warmup: share of the steps that warm up [R: 0.1]. floor: last learning rate over the peak, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
@@ -49,9 +52,11 @@ class PruneModule(LightningModule):
         keep: int = 16,
         plugin: str | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
+        spare: float | None = None,
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
         lr: float = 5e-5,
+        repair_lr: float | None = None,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         floor: float = 0.1,
@@ -62,7 +67,8 @@ class PruneModule(LightningModule):
         self.strict_loading = False
         self.save_hyperparameters({"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed})
         self.loss, self.anneal = loss, anneal
-        self.keep, self.train_mode, self.lr, self.weight_decay = keep, train_mode, lr, weight_decay
+        self.keep, self.train_mode, self.spare = keep, train_mode, spare
+        self.lr, self.repair_lr, self.weight_decay = lr, repair_lr, weight_decay
         self.warmup, self.floor, self.max_new_tokens, self.seed = warmup, floor, max_new_tokens, seed
         if (plugin is None) == (pruner is None):
             raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
@@ -133,7 +139,7 @@ class PruneModule(LightningModule):
         teacher, student = Record(keep_hidden=True), Record(keep_hidden=True)
         with torch.no_grad(), self.vlm.using(Session(prune=False, repair=False, record=teacher)):
             target = self.model(**inputs, use_cache=False)
-        with self.vlm.using(Session(soft=self.train_mode == "soft", record=student)):
+        with self.vlm.using(Session(soft=self.train_mode == "soft", spare=self.spare, record=student)):
             output = self.model(**inputs, use_cache=False)
         losses = self._losses(output, target, batch, student, teacher, done)
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())
@@ -182,7 +188,11 @@ class PruneModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
-        optimizer = torch.optim.AdamW(self.plugin.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        groups = [{"params": list(self.plugin.pruner.parameters()), "lr": self.lr}]
+        if self.plugin.repair is not None:
+            rate = self.lr if self.repair_lr is None else self.repair_lr
+            groups.append({"params": list(self.plugin.repair.parameters()), "lr": rate})
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=self.weight_decay)
         steps = max(1, self.trainer.estimated_stepping_batches)
         warm = max(1, round(self.warmup * steps))
 
