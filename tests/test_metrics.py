@@ -1,0 +1,138 @@
+"""Metrics and schedules against numpy and by hand; the merge over ranks is in test_moments.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from lit_prune.evaluation import matches, regions
+from lit_prune.host import Record, StageRecord
+from lit_prune.metrics import Shift, SkillAccuracy
+from lit_prune.objective import Anneal, LossWeights, distillation, repair_loss, visual_share
+
+# -- accuracy -------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_per_skill_equals_numpy():
+    rng = np.random.default_rng(0)
+    hits, skills = rng.random(200) < 0.7, rng.choice(["colour", "shape", "digit"], 200)
+    metric = SkillAccuracy()
+    for part in np.array_split(np.arange(200), 7):
+        metric.update(hits[part].tolist(), skills[part].tolist())
+    expected = {"all": hits.mean(), **{skill: hits[skills == skill].mean() for skill in np.unique(skills)}}
+    assert metric.compute() == pytest.approx(expected)
+    assert list(metric.compute()) == ["all", "colour", "digit", "shape"]
+
+
+def test_accuracy_of_nothing_and_reset():
+    metric = SkillAccuracy()
+    assert metric.compute() == {}
+    metric.update([True], ["colour"])
+    metric.reset()
+    metric.update([False], ["shape"])
+    assert metric.compute() == {"all": 0.0, "shape": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [("Red.", "red", True), (" left  above", "left above", True), ("red", "blue", False), ("12", "1", False)],
+)
+def test_answers_match_exactly_up_to_case_space_and_stop(text, answer, right):
+    assert matches([text], [answer]) == [right]
+
+
+# -- shift ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_shift_equals_numpy(offset):
+    """In several updates, and far from zero, where fp32 sums of squares cancel."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(offset, 1, (3, 50, 8)), rng.normal(offset + 0.5, 2, (3, 50, 8))
+    metric = Shift(3, 8)
+    for part in np.array_split(np.arange(50), 4):
+        metric.update(*({i: torch.from_numpy(x[i, part]) for i in range(3)} for x in (student, teacher)))
+    mean = (student.mean(1) - teacher.mean(1)) ** 2
+    spread = (student.std(1) - teacher.std(1)) ** 2
+    assert metric.compute().numpy() == pytest.approx((mean + spread).mean(-1), rel=1e-6)
+
+
+def test_shift_of_equal_states_is_zero():
+    states = {0: torch.randn(20, 4), 1: torch.randn(20, 4)}
+    metric = Shift(2, 4)
+    metric.update(states, states)
+    assert metric.compute().tolist() == [0.0, 0.0]
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("done", "tau"), [(0.0, 1.5), (0.3, 0.85), (0.6, 0.2), (0.8, 0.2), (1.0, 0.2)])
+def test_temperature(done, tau):
+    assert Anneal().tau(done) == pytest.approx(tau)
+
+
+@pytest.mark.parametrize(("done", "noise"), [(0.0, 1.0), (0.79, 1.0), (0.8, 0.0), (1.0, 0.0)])
+def test_noise(done, noise):
+    assert Anneal().noise_scale(done) == noise
+
+
+@pytest.mark.parametrize(("done", "target"), [(0.0, 1.0), (0.05, 0.5555), (0.1, 0.111), (1.0, 0.111)])
+def test_target(done, target):
+    assert Anneal().target(0.111, done) == pytest.approx(target, abs=1e-4)
+
+
+def test_schedules_can_be_turned_off():
+    still = Anneal(tau_share=0.0, quiet_share=0.0, target_share=0.0)
+    assert still.tau(0.5) == still.tau_end
+    assert still.noise_scale(0.999) == 1.0
+    assert still.target(0.2, 0.0) == 0.2
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def record_of(hidden: dict[int, torch.Tensor]) -> Record:
+    return Record(keep_hidden=True, hidden=hidden)
+
+
+def test_repair_loss_is_the_mean_over_layers():
+    torch.manual_seed(0)
+    student, teacher = ({layer: torch.randn(30, 8) for layer in (3, 5)} for _ in range(2))
+    loss = repair_loss(record_of(student), record_of(teacher), [3, 5], LossWeights(variance=3.0))
+    parts = []
+    for layer in (3, 5):
+        s, t = student[layer].double().numpy(), teacher[layer].double().numpy()
+        parts.append(((s.mean(0) - t.mean(0)) ** 2).mean() + 3 * ((s.var(0) - t.var(0)) ** 2).mean())
+    assert loss.item() == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_visual_share_is_the_average_over_layers():
+    """(1 layer of all + 2 of 6/8 and 4/4 + 3 of 2/8 and 2/4) / 6, over the two samples with an image."""
+    gates = torch.zeros(2, 3, 8)
+    for stage, counts in enumerate([(6, 4, 0), (2, 2, 0)]):
+        for sample, count in enumerate(counts):
+            gates[stage, sample, :count] = 1
+    gates.requires_grad_()
+    record = Record()
+    record.trace.total_visual = torch.tensor([8, 4, 0])
+    record.stages = [StageRecord(layer, gates[i] > 0, gates[i], None) for i, layer in enumerate((1, 3))]
+    share = visual_share(record, 6)
+    assert share.item() == pytest.approx((1 + 2 * (0.75 + 1) / 2 + 3 * (0.25 + 0.5) / 2) / 6)
+    assert (torch.autograd.grad(share, gates)[0][:, :2] > 0).all()
+
+
+def test_distillation_is_zero_for_equal_answers_only():
+    logits = torch.randn(4, 9)
+    assert distillation(logits, logits).item() == pytest.approx(0, abs=1e-6)
+    assert distillation(logits, torch.randn(4, 9)).item() > 0.1
+
+
+# -- the oracle's hint ----------------------------------------------------------------------------------------------
+
+
+def test_regions_measure_how_much_of_a_patch_a_box_covers():
+    hint = regions({"boxes": [[[0, 0, 16, 8], [4, 4, 12, 12]], []]}, visual=16, image_size=32)["regions"]
+    assert hint.shape == (2, 2, 16)
+    assert hint[0, 0].tolist() == [1, 1] + [0] * 14
+    assert hint[0, 1].tolist() == [0.25, 0.25, 0, 0, 0.25, 0.25] + [0] * 10
+    assert (hint[1] == 0).all()

@@ -1,0 +1,150 @@
+"""The delayed repair adapter: what it reads, what it changes, what it weighs."""
+
+import pytest
+import tiny
+import torch
+from tiny import KEEP, VISUAL, batch, forward, samples
+
+from lit_prune.errors import LitPruneError
+from lit_prune.pruners.base import Dims
+from lit_prune.pruners.rcp import RCP
+from lit_prune.repair import Adapter, RepairAdapter
+
+DIMS = Dims(width=6, depth=8, visual=5)
+
+
+@pytest.fixture
+def repair():
+    torch.manual_seed(0)
+    module = RepairAdapter([6], [0], bottleneck=7, condition=3, code=4)
+    module.build(DIMS)
+    tiny.shake(module)
+    return module
+
+
+def test_adapter_equals_its_formula():
+    torch.manual_seed(0)
+    adapter = Adapter(6, 7, 3, 0.1)
+    tiny.shake(adapter)
+    states, essence = torch.randn(2, 4, 6), torch.randn(2, 3)
+    condition = essence[:, None] + adapter.query(states)
+    inner = adapter.gamma(condition) + 1
+    inner = inner * torch.nn.functional.gelu(adapter.down(states)) + adapter.beta(condition)
+    torch.testing.assert_close(adapter(states, essence), adapter.alpha * adapter.up(inner))
+
+
+def test_adapter_starts_without_conditioning():
+    adapter = Adapter(6, 7, 3, 0.1)
+    states = torch.randn(2, 4, 6)
+    start = 0.1 * adapter.up(torch.nn.functional.gelu(adapter.down(states)))
+    torch.testing.assert_close(adapter(states, torch.randn(2, 3)), start)
+
+
+def test_essence_equals_its_formula(repair):
+    """Where: pooled codes of kept tokens. What: mean state of the tokens that this stage prunes."""
+    states = torch.randn(1, 4, 6)
+    ordinal, alive = torch.tensor([[0, 2, 3, 4]]), torch.tensor([[True, True, True, False]])
+    gate = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    where, what = repair.essence(states, ordinal, alive, gate)
+    codes = repair.codes * torch.tensor([1.0, 0, 0, 1, 0])[:, None]
+    pooled = (codes @ repair.code_query).softmax(0) @ codes
+    torch.testing.assert_close(where[0], repair.where(pooled))
+    torch.testing.assert_close(what[0], repair.what(states[0, 1]))
+
+
+def test_essence_ignores_filler(repair):
+    states = torch.randn(1, 3, 6)
+    ordinal, alive, gate = torch.tensor([[1, 2, 4]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0.0, 1, 1]])
+    plain = repair.essence(states, ordinal, alive, gate)
+    padded = repair.essence(
+        torch.cat([states, torch.randn(1, 2, 6)], 1),
+        torch.cat([ordinal, torch.zeros(1, 2, dtype=torch.long)], 1),
+        torch.cat([alive, torch.zeros(1, 2, dtype=torch.bool)], 1),
+        torch.cat([gate, torch.ones(1, 2)], 1),
+    )
+    for a, b in zip(plain, padded, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_essence_passes_gradients_to_the_gate(repair):
+    gate = torch.tensor([[1.0, 0.0, 1.0]], requires_grad=True)
+    where, what = repair.essence(torch.randn(1, 3, 6), torch.arange(3)[None], torch.ones(1, 3, dtype=torch.bool), gate)
+    assert (torch.autograd.grad((where + what).sum(), gate)[0] != 0).all()
+
+
+def test_only_gated_positions_change(repair):
+    states = torch.randn(2, 5, 6)
+    gate = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    essence = (torch.randn(2, 3), torch.randn(2, 3))
+    repaired = repair(states, essence, gate, 0)
+    assert torch.equal(repaired[~gate], states[~gate])
+    change = repair.adapters[0](states, sum(essence))
+    torch.testing.assert_close(repaired[gate], (states + change)[gate])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_host_repairs_what_predicts_answers(pruned, side):
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    inputs = batch(samples(), side, answers=4)
+    repaired, _ = forward(vlm, inputs)
+    bare, _ = forward(vlm, inputs, repair=False)
+    predicts = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+    changed = (repaired != bare).any(-1)
+    assert changed[predicts].all()
+    before = (predicts.cumsum(1) == 0) & tiny.real_text(inputs)
+    assert not changed[before].any(), "the last repair layer's output is read by no earlier position"
+
+
+def test_keeping_all_prunes_nothing_to_repair(pruned):
+    """e_pruned of no tokens is the projection of zero, not NaN."""
+    vlm = pruned(tiny.small_rcp(), keep=VISUAL, repair=tiny.small_repair())
+    logits, _ = forward(vlm, batch(samples()))
+    assert logits.isfinite().all()
+
+
+def test_number_of_parameters_for_llava_7b():
+    """About 32.4 million: three pruners and two adapters."""
+    with torch.device("meta"):
+        rcp, repair = RCP(), RepairAdapter()
+        for module in (rcp, repair):
+            module.build(Dims(width=4096, depth=32, visual=576))
+    count = sum(p.numel() for module in (rcp, repair) for p in module.parameters())
+    assert count == pytest.approx(32.4e6, rel=0.05)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_repair_before_its_stage():
+    with pytest.raises(LitPruneError, match="repair layer 3 reads what pruning layer 5 leaves, which comes later"):
+        RepairAdapter([3], [1]).feeds((1, 5), 8)
+
+
+def test_repair_outside_the_model():
+    with pytest.raises(LitPruneError, match="repair layer 29 is outside the model: its decoder has 8 layers"):
+        RepairAdapter([29], [0]).feeds((1,), 8)
+
+
+def test_repair_of_a_stage_that_is_not_there():
+    with pytest.raises(LitPruneError, match="repair layer 7 reads pruning stage 2, but there are 1 stages"):
+        RepairAdapter([7], [2]).feeds((1,), 8)
+
+
+def test_one_stage_per_repair_layer():
+    with pytest.raises(LitPruneError, match="one feeding stage each"):
+        RepairAdapter([6, 7], [0])
+
+
+def test_more_visual_tokens_than_codes(repair):
+    ordinal = torch.tensor([[0, 5]])
+    with pytest.raises(LitPruneError, match="position codes for 5 visual tokens"):
+        repair.essence(torch.randn(1, 2, 6), ordinal, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2))
+
+
+def test_layers_move_with_the_depth():
+    assert RepairAdapter([22, 29], [1, 2], depth=32).feeds((1, 6, 12), 16) == {11: (0, 1), 14: (1, 2)}
+
+
+def test_attaching_refuses_too(pruned):
+    with pytest.raises(LitPruneError, match="comes later"):
+        pruned(tiny.small_rcp(), keep=KEEP, repair=RepairAdapter([2], [2]))
