@@ -25,10 +25,12 @@ def tiny_eager() -> nn.Module:
 
 @pytest.fixture
 def pruned(tiny_model: nn.Module) -> Iterator[Callable[..., VLM]]:
-    """Attaches a pruner, to the tiny model unless told otherwise, until the test is over."""
+    """Attaches a pruner, to the tiny model unless told otherwise, until the next one or the end of the test."""
     attached: list[VLM] = []
 
     def make(*args, model: nn.Module = tiny_model, **options) -> VLM:
+        for vlm in attached:
+            vlm.detach()
         attached.append(tiny.attach(model, *args, **options))
         return attached[-1]
 
