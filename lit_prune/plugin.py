@@ -98,13 +98,13 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         if not path.is_dir():
             path = _download(str(folder), hub)
         settings = _read_settings(path / SETTINGS)
-        plugin = cls(
-            _build(settings["pruner"], Pruner, path),
-            None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, path),
-            settings["keep"],
-            settings["base"],
-        )
-        plugin._restore(settings, path)
+        try:
+            pruner = _build(settings["pruner"], Pruner, path)
+            repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, path)
+            plugin = cls(pruner, repair, settings["keep"], settings["base"])
+            plugin._restore(settings, path)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LitPruneError(f"{path / SETTINGS} can't be used: {error}") from error
         return plugin.eval()
 
     def _restore(self, settings: dict[str, Any], folder: Path) -> None:
@@ -168,8 +168,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise LitPruneError(f"{path} is not JSON: {error}") from error
-    missing = {"pruner", "repair", "keep", "base", "dims", "fingerprint"} - set(settings)
-    if missing:
+    needed = {"pruner", "repair", "keep", "base", "dims", "fingerprint"}
+    if missing := needed.difference(settings if isinstance(settings, dict) else ()):
         raise LitPruneError(f"{path} lacks {', '.join(sorted(missing))}: not a plug-in of this project")
     return settings
 
