@@ -1,6 +1,7 @@
 """Several methods on one teacher and one data set, batch by batch, in one process."""
 
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import Any
 
 from torchmetrics import MeanMetric
@@ -17,7 +18,7 @@ COSTS = ("visual", "flops", "kv_bytes")
 
 @dataclass
 class Contestant:
-    """One row: a name and the plug-ins whose results are averaged into it (draws of a random method).
+    """One row: a name and the plug-ins whose results are averaged into it (draws of a random method, seeds of a run).
 
     Without plug-ins it stands for the full model. `repair` off leaves the repair adapter of a trained plug-in out.
     """
@@ -84,7 +85,7 @@ class Comparison:
         self.any = next(plugin for contestant in contestants for plugin in contestant.plugins)
         self.dims = vlm.attach(self.any, keep=keep).plugin.dims
         self.full = Meters(self.dims.depth, self.dims.width)
-        self.meters = [Meters(self.dims.depth, self.dims.width) for _ in contestants]
+        self.meters = [[Meters(self.dims.depth, self.dims.width) for _ in c.plugins] for c in contestants]
 
     def update(self, batch: dict[str, Any]) -> None:
         """Measure one batch, already on the model's device."""
@@ -94,9 +95,9 @@ class Comparison:
         hints = evaluation.regions(batch, self.dims.visual, size)
         teacher = self._measure(self.any, batch, evaluation.TEACHER)
         self.full.update(teacher, teacher, batch)
-        for contestant, meter in zip(self.contestants, self.meters, strict=True):
+        for contestant, meters in zip(self.contestants, self.meters, strict=True):
             session = Session(repair=contestant.repair, hints=hints)
-            for plugin in contestant.plugins:
+            for plugin, meter in zip(contestant.plugins, meters, strict=True):
                 meter.update(self._measure(plugin, batch, session), teacher, batch)
 
     def _measure(self, plugin: Plugin, batch: dict[str, Any], session: Session) -> Measured:
@@ -107,10 +108,24 @@ class Comparison:
             self.vlm.detach()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table so far, one row per contestant; one without plug-ins is the full model."""
-        full = {
-            "accuracy": self.full.accuracy.compute().get("all", 0.0),
-            "flops": self.full.costs["flops"].compute().item(),
-        }
+        """The table so far, one row per contestant, averaged over its plug-ins; one without is the full model."""
+        accuracy, flops = self.full.accuracy.compute().get("all", 0.0), self.full.costs["flops"].compute().item()
+        full = {"accuracy": accuracy, "flops": flops}
         pairs = zip(self.contestants, self.meters, strict=True)
-        return [(meter if contestant.plugins else self.full).row(contestant.name, full) for contestant, meter in pairs]
+        return [_mean([meter.row(c.name, full) for meter in meters or [self.full]]) for c, meters in pairs]
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row from those of several runs: numbers averaged, the spread of the accuracy beside it."""
+    accuracies = [row["accuracy"] for row in rows]
+    return {**_average(rows), "runs": len(rows), "accuracy_std": stdev(accuracies) if len(rows) > 1 else 0.0}
+
+
+def _average(values: list[Any]) -> Any:
+    """Mean of equally built numbers, lists or dictionaries; of anything else the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _average([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_average(list(items)) for items in zip(*values, strict=True)]
+    return fmean(values) if isinstance(first, int | float) else first

@@ -44,8 +44,9 @@ def run(
     Args:
         config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
             configs/micro.yaml.
-        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; `NAME=PATH!` leaves the
-            repair adapter out. Default: the controls and the training-free methods of this project.
+        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; `NAME=A,B,C` averages several
+            (seeds of one run), `NAME=PATH!` leaves the repair adapter out. Default: the controls and the training-free
+            methods of this project.
         keep: Budget, visual tokens averaged over the decoder layers' inputs. Default: the configuration's.
         draws: Draws of each random method, averaged.
         limit: Number of test samples. Default: all.
@@ -69,14 +70,17 @@ def run(
 
 
 def _contestant(spec: str, draws: int) -> Contestant:
-    """`full`, PATH or NAME=PATH, with `!` behind the path to leave the repair out."""
+    """`full`, PATH or NAME=PATH, several paths with commas between, `!` at the end to leave the repair out."""
     name, _, path = spec.rpartition("=")
     repair, path = not path.endswith("!"), path.removesuffix("!")
     if path == "full":
         return Contestant(name or "full")
-    plugin = as_plugin(path)
-    others = [_redraw(path, seed) for seed in range(1, draws)] if hasattr(plugin.pruner, "seed") else []
-    return Contestant(name or Path(path).stem, [plugin, *others], repair)
+    plugins = []
+    for part in path.split(","):
+        plugins.append(as_plugin(part))
+        if hasattr(plugins[-1].pruner, "seed"):
+            plugins += [_redraw(part, seed) for seed in range(1, draws)]
+    return Contestant(name or Path(path).stem, plugins, repair)
 
 
 def _redraw(path: str, seed: int) -> Plugin:

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 from lit_prune import selection
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
-from lit_prune.host.attention import REQUEST, Request, Tap, row_attention, wrap_attention
-from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, StageRecord, begin
-from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.stages import Stages
+from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin
+from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 
 
@@ -43,6 +43,7 @@ class DecoderHost:
             self.schedule = pruner.schedule(keep, dims.visual, dims.depth)
             if pruner.attention is not None and pruner.attention.layer == "previous" and self.stages[0] == 0:
                 raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
+            self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config)
         if model.config._attn_implementation == "eager" and pruner is not None and pruner.attention is not None:
             self._refuse_eager()
         wrap_attention()
@@ -145,7 +146,7 @@ class DecoderHost:
                 return None
             hidden, kwargs = args[0], dict(kwargs)
             if index in self.stages and forward.counts:
-                hidden = self._stage(index, module, hidden, forward, kwargs)
+                hidden = self.runner.run(index, module, hidden, forward, kwargs)
             if index in self.stages and forward.cache_state is not None:
                 self._remember(index, hidden, forward, kwargs)
             self._pass_on(index, forward, kwargs)
@@ -163,7 +164,7 @@ class DecoderHost:
             kwargs["attention_mask"] = forward.mask
         forward.tap = None
         if forward.counts and index + 1 in self.stages and self._reads_previous():
-            rows, mask = selection.compact(self._rows(forward))
+            rows, mask = selection.compact(self.runner.rows(forward))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
         if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
@@ -173,13 +174,6 @@ class DecoderHost:
 
     def _reads_previous(self) -> bool:
         return self.pruner.attention is not None and self.pruner.attention.layer == "previous"
-
-    def _rows(self, forward: Forward) -> Tensor:
-        """Columns whose attention the pruner asked for."""
-        if self.pruner.attention is None or self.pruner.attention.rows == "question":
-            return forward.text
-        last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
-        return forward.text & last
 
     def _after(self, index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output):
@@ -208,122 +202,6 @@ class DecoderHost:
             trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
         return self.repair(output, essence, gate, adapter)
 
-    # -- a stage ------------------------------------------------------------------------------------------------
-
-    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
-        """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
-        stage = self.stages.index(index)
-        rope = forward.rope if forward.restaged else kwargs["position_embeddings"]
-        normed = module.input_layernorm(hidden)
-        columns, real = selection.compact(forward.visual)
-        rows, row_mask = selection.compact(self._rows(forward))
-        alive = forward.alive.gather(1, columns) & real
-        attention = self._attention(module, normed, rope, rows, row_mask, forward)
-        context = Context(
-            stage=stage,
-            visual=selection.gather_rows(normed, columns),
-            alive=alive,
-            ordinal=forward.ordinal.gather(1, columns) * real,
-            text=selection.gather_rows(normed, rows),
-            text_mask=row_mask,
-            visual_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, columns),
-            text_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, rows),
-            attention=None if attention is None else attention.gather(1, columns),
-            count=forward.counts[index],
-            total=forward.total,
-            seed=forward.seed,
-            hints=_per_row(forward.session.hints, columns.shape[0]),
-        )
-        kept = self.pruner.prune(context)
-        reads = None if self.pruner.attention is None else self.pruner.attention.layer
-        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1))
-        self._leave_essence(stage, context, kept, forward)
-        self._note(index, context, kept, forward)
-        return self._apply(hidden, rope, columns, real, alive, kept, forward)
-
-    def _attention(
-        self, module: nn.Module, normed: Tensor, rope: tuple, rows: Tensor, row_mask: Tensor, forward: Forward
-    ) -> Tensor | None:
-        """Attention rows of the stage's own layer, computed ahead, or those tapped in the layer before."""
-        if self.pruner.attention is None:
-            return None
-        if self.pruner.attention.layer == "previous":
-            return forward.tap.scores
-        with torch.no_grad():
-            cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
-            row_rope = (selection.gather_rows(cos, rows), selection.gather_rows(sin, rows))
-            query, key = places.query_key(module, selection.gather_rows(normed, rows), normed, row_rope, (cos, sin))
-            # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
-            scaling = module.self_attn.scaling
-            return row_attention(query, key, rows, row_mask, forward.valid, scaling, forward.key_bias)
-
-    def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
-        if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
-            return
-        gate = kept.keep.float() if kept.gate is None else kept.gate
-        forward.essence[stage] = self.repair.essence(context.visual, context.ordinal, context.alive, gate)
-
-    @staticmethod
-    def _note(index: int, context: Context, kept: Kept, forward: Forward) -> None:
-        """Record the outcome on the image's grid; gates multiply from stage to stage."""
-        record = forward.record
-        if record is None:
-            return
-        grid = torch.zeros(context.alive.shape[0], int(forward.total.max()), device=context.alive.device)
-        gate = (kept.keep.float() if kept.gate is None else kept.gate) * context.alive
-        gate = grid.scatter_add(1, context.ordinal, gate.float())
-        forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
-        marks = grid.scatter_add(1, context.ordinal, (kept.keep & context.alive).float()) > 0
-        scores = None
-        if kept.scores is not None:
-            low = torch.full_like(grid, float("-inf"))
-            scores = kept.scores.detach().float().masked_fill(~context.alive, float("-inf"))
-            scores = low.scatter_reduce(1, context.ordinal, scores, "amax")
-        record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
-
-    def _apply(
-        self, hidden: Tensor, rope: tuple, columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward
-    ) -> Tensor:
-        dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
-        self._add_bias(columns, real, alive, kept, forward)
-        if forward.session.soft:
-            forward.gone = dropped if forward.gone is None else forward.gone | dropped
-            dropped = self._hopeless(columns, alive, kept, forward)
-        if not bool(dropped.any()):
-            return hidden
-        packed, _ = forward.pack(dropped)
-        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
-        forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
-        forward.restaged = True
-        forward.mask = None
-        hidden = selection.gather_rows(hidden, packed)
-        if forward.cache_state is None:
-            forward.mask = self._mask(hidden, forward.valid, None, 0)
-        return hidden
-
-    def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor:
-        """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
-        none = torch.zeros_like(forward.valid)
-        if forward.session.spare is None or kept.scores is None:
-            return none
-        contenders = (kept.keep.sum(1, keepdim=True) * forward.session.spare).ceil()
-        far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive) >= contenders)
-        return none.scatter(1, columns, far)
-
-    @staticmethod
-    def _add_bias(columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> None:
-        """Log of the gate per key: hides dropped tokens in soft mode, and carries gradients in both."""
-        soft = forward.session.soft
-        if kept.gate is None and not soft:
-            return
-        if not soft and not kept.gate.requires_grad:
-            return
-        gate = kept.keep.float() if kept.gate is None else kept.gate.float()
-        bias = selection.log_gate(gate, forward.session.eps) * alive
-        zeros = torch.zeros(forward.valid.shape, dtype=bias.dtype, device=bias.device)
-        bias = zeros.scatter_add(1, columns, bias * real)
-        forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
-
     def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
         state, cache = forward.cache_state, kwargs["past_key_values"]
@@ -333,17 +211,7 @@ class DecoderHost:
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
         if forward.restaged or past is not None:
-            forward.mask = self._mask(hidden, state.valid[index], cache, index)
-
-    def _mask(self, hidden: Tensor, valid: Tensor, cache, index: int) -> Tensor | None:
-        return create_causal_mask(
-            config=self.places.decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=valid,
-            past_key_values=cache,
-            position_ids=None,
-            layer_idx=index,
-        )
+            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index)
 
 
 def _only_new(kwargs: dict, state: CacheState) -> dict:
@@ -358,8 +226,3 @@ def _only_new(kwargs: dict, state: CacheState) -> dict:
         return kwargs
     trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
     return {**kwargs, **trimmed}
-
-
-def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Hints of each row: beams and several answers to one prompt repeat a sample."""
-    return {name: hint.repeat_interleave(max(1, rows // len(hint)), 0) for name, hint in hints.items()}

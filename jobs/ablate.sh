@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What each part of RCP is worth: trains variants that differ in one thing, compares them on the test set.
+#   bash jobs/ablate.sh               results in runs/ablate; a variant done is not trained again
+#   bash jobs/ablate.sh --data.init_args.train_samples=3200    further arguments go to every `fit`
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit
+fi
+# shellcheck source=jobs/install.sh
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+RUN="${RUN:-runs/ablate}"
+MORE=("$@")
+ROWS=(full)
+
+variant() {
+    local name=$1 folder
+    shift
+    folder="$RUN/${name//[^a-z0-9]/_}"
+    ROWS+=("$name=$folder/plugin")
+    [[ -f $folder/plugin/plugin.json ]] && return
+    note "$name"
+    lit-prune fit -c configs/micro.yaml --trainer.default_root_dir="$folder" --ckpt_path last "$@" "${MORE[@]}"
+}
+
+P=--model.pruner.init_args
+variant "all parts"
+variant "no repair loss" --model.loss.repair=0
+variant "means only" --model.loss.variance=0
+variant "no repair adapter" --model.repair=null
+variant "no attention baseline" "$P.baseline=none"
+variant "one pruner" "$P.layers=[1]" "$P.shape=[1]" "--model.repair.init_args.stages=[0,0]"
+variant "two pruners" "$P.layers=[1,10]" "$P.shape=[11,2]" "--model.repair.init_args.stages=[1,1]"
+variant "threshold" "$P.select=threshold"
+lit-prune compare -c configs/micro.yaml --methods "${ROWS[@]}" --out "$RUN"

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The README's tables: RCP trained with three seeds at 22.2 % and 11.1 % of the visual tokens, beside everything else.
+#   bash jobs/seeds.sh                results in runs/seeds; a run done is not trained again
+#   SEEDS="0 1 2 3 4" bash jobs/seeds.sh
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit
+fi
+# shellcheck source=jobs/install.sh
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+RUN="${RUN:-runs/seeds}"
+read -ra SEEDS <<<"${SEEDS:-0 1 2}"
+MORE=("$@")
+
+train() { # keep seed folder
+    [[ -f $3/plugin/plugin.json ]] && return
+    note "keep=$1, seed $2"
+    lit-prune fit -c configs/micro.yaml --trainer.default_root_dir="$3" --ckpt_path last --model.keep="$1" \
+        --seed_everything="$2" --model.seed="$2" --data.init_args.seed="$2" "${MORE[@]}"
+}
+
+for keep in 16 32; do
+    folders=()
+    for seed in "${SEEDS[@]}"; do
+        train "$keep" "$seed" "$RUN/keep_$keep/seed_$seed"
+        folders+=("$RUN/keep_$keep/seed_$seed/plugin")
+    done
+    trained=$(IFS=,; echo "${folders[*]}")
+    lit-prune compare -c configs/micro.yaml --keep "$keep" --out "$RUN/keep_$keep" --methods full \
+        random=configs/pruners/random.yaml \
+        uniform=configs/pruners/uniform.yaml \
+        "last-token attention (FastV)=configs/pruners/fastv.yaml" \
+        "all-question attention=configs/pruners/text_attention.yaml" \
+        "word similarity=configs/pruners/text_similarity.yaml" \
+        "RCP untrained=configs/pruners/rcp.yaml" \
+        "RCP trained, repair off=$trained!" \
+        "RCP trained=$trained" \
+        "oracle (ceiling)=configs/pruners/oracle.yaml"
+done
