@@ -193,7 +193,7 @@ class InstructData(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         share = RankShare(len(self.datasets[split]), *self._rank_and_world())
-        return self._loader(split, EvalBatches(share, self.eval_batch_size, drop_last=False))
+        return self._loader(split, EvalBatches(share, self.eval_batch_size))
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

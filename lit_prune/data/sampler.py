@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import Sampler
 
 from lit_prune.errors import LitPruneError
 
@@ -95,14 +95,20 @@ class RankShare(Sampler[int]):
         return iter(range(self.rank, self.size, self.world))
 
 
-class EvalBatches(BatchSampler):
-    """Batches of a RankShare, equally many on every rank: one without samples left yields an empty last batch."""
+class EvalBatches(Sampler[list[int]]):
+    """Batches of a RankShare, equally many on every rank: one without samples left yields an empty last batch.
+
+    No `BatchSampler`: for prediction Lightning makes those anew, around a sampler of its own.
+    """
+
+    def __init__(self, share: RankShare, batch_size: int):
+        self.share, self.batch_size = share, batch_size
 
     def __len__(self) -> int:
-        longest = -(-self.sampler.size // self.sampler.world)
+        longest = -(-self.share.size // self.share.world)
         return -(-longest // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        indices = list(self.sampler)
+        indices = list(self.share)
         for batch in range(len(self)):
             yield indices[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -71,7 +71,7 @@ def test_too_few_samples_and_other_data():
 
 @pytest.mark.parametrize(("size", "world", "batch_size"), [(10, 1, 4), (9, 2, 4), (9, 4, 2), (1, 2, 3), (8, 2, 2)])
 def test_evaluation_sees_each_sample_once_in_equally_many_batches(size, world, batch_size):
-    ranks = [EvalBatches(RankShare(size, rank, world), batch_size, drop_last=False) for rank in range(world)]
+    ranks = [EvalBatches(RankShare(size, rank, world), batch_size) for rank in range(world)]
     batches = [list(rank) for rank in ranks]
     assert {len(found) for found in batches} == {len(rank) for rank in ranks} == {len(batches[0])}
     assert sorted(chain(*(batch for found in batches for batch in found))) == list(range(size))
