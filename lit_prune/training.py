@@ -89,7 +89,12 @@ class PruneModule(LightningModule):
     # -- what trains and what is saved --------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Say what trains, and make sure that every parameter is either trained or frozen on purpose."""
+        """Say what trains."""
+        count, frozen = (sum(p.numel() for p in part.parameters()) for part in (self.plugin, self.model))
+        rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
+
+    def _check_parameters(self) -> None:
+        """Make sure that every parameter is either trained or frozen on purpose."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         stray = [name for name in trained if not name.startswith("plugin.")]
         frozen_plugin = [name for name, p in self.plugin.named_parameters() if not p.requires_grad]
@@ -101,7 +106,6 @@ class PruneModule(LightningModule):
         frozen = sum(p.numel() for p in self.model.parameters())
         if count + frozen != sum(p.numel() for p in self.parameters()):
             raise LitPruneError("trainable and frozen parameters don't add up to the module's")
-        rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
 
     def train(self, mode: bool = True) -> "PruneModule":
         """The frozen model always stays in evaluation mode."""
@@ -188,6 +192,7 @@ class PruneModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
+        self._check_parameters()
         groups = [{"params": list(self.plugin.pruner.parameters()), "lr": self.lr}]
         if self.plugin.repair is not None:
             rate = self.lr if self.repair_lr is None else self.repair_lr

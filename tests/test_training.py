@@ -1,0 +1,348 @@
+"""Training one method on an untrained micro-LLaVA: what moves, what is saved, and runs that are cut off."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import ROOT, batch, forward, samples
+
+from lit_prune.data import MicroData
+from lit_prune.errors import LitPruneError
+from lit_prune.host import Record, Session
+from lit_prune.objective import LossWeights
+from lit_prune.pruners.random import Random
+from lit_prune.pruners.rcp import RCP
+from lit_prune.repair import RepairAdapter
+from lit_prune.selection import straight_through
+from lit_prune.training import PruneModule
+from lit_prune.vlm import plugin_from_yaml
+
+KEEP = 16
+
+
+@pytest.fixture(scope="module")
+def world(micro_folder, tmp_path_factory):
+    """Makes data modules over one small generated world: 12 questions to train on, 3 batches an epoch."""
+    root = tmp_path_factory.mktemp("world")
+    sizes = {"train_samples": 12, "val_samples": 6, "test_samples": 6, "questions_per_image": 3}
+
+    def make(**options) -> MicroData:
+        return MicroData(str(micro_folder), str(root), **sizes, **{"batch_size": 4, "eval_batch_size": 6, **options})
+
+    return make
+
+
+@pytest.fixture
+def student(micro_folder):
+    """Makes modules: RCP with repair, small, noisy and with dropout."""
+
+    def make(select: str = "topk", queries: int = 4, **options) -> PruneModule:
+        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2, "relative": True}
+        rcp = RCP(select=select, queries=queries, bias=0.0, **shape)
+        repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
+        given = {"keep": KEEP, "lr": 3e-3, "weight_decay": 0.0, "max_new_tokens": 2, **options}
+        return PruneModule(str(micro_folder), rcp, repair, **given)
+
+    return make
+
+
+def trainer(folder, callbacks=(), **options) -> Trainer:
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    fixed = {"accelerator": "cpu", "limit_val_batches": 0, "num_sanity_val_steps": 0, "default_root_dir": str(folder)}
+    saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(**{**silent, **fixed, "enable_checkpointing": saving, "callbacks": list(callbacks), **options})
+
+
+def teacher_logits(module, inputs):
+    with torch.no_grad(), module.vlm.using(Session(prune=False, repair=False)):
+        return module.model(**inputs).logits
+
+
+def copies(module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def questions(world):
+    """Model inputs of the validation questions."""
+    data = world()
+    data.prepare_data()
+    data.setup("validate")
+    return next(iter(data.val_dataloader()))["inputs"]
+
+
+# -- three steps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["topk", "threshold"])
+@pytest.mark.parametrize("mode", [{"train_mode": "soft"}, {"train_mode": "drop"}, {"spare": 2.0}], ids=str)
+def test_three_steps_move_what_trains_and_nothing_else(student, world, questions, tmp_path, select, mode):
+    """By gradients, since weight decay is off; the teacher's logits stay bit for bit."""
+    module = student(select, **mode)
+    before, logits = copies(module), teacher_logits(module, questions)
+    trainer(tmp_path, max_steps=3).fit(module, world())
+    after = copies(module)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert trained
+    assert moved == trained
+    assert all(name.startswith("plugin.") for name in trained)
+    assert torch.equal(teacher_logits(module, questions), logits)
+    assert not any(p.grad is not None for name, p in module.model.named_parameters())
+
+
+def test_every_loss_is_logged(student, world, tmp_path):
+    module = student("threshold", loss=LossWeights(distill=1.0))
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=2)
+    run.fit(module, world())
+    names = set(run.callback_metrics)
+    assert names >= {f"loss/{name}" for name in ("total", "task", "repair", "budget", "distill")}
+    assert names >= {"tau", "budget/target", "budget/actual", "flops/sample", "shift/layer_11", "shift/layer_14"}
+    assert names >= {f"kept/layer_{layer}" for layer in (1, 5, 10)}
+    assert names >= {f"val/w2/layer_{i}" for i in range(16)} | {f"val/w2_without_repair/layer_{i}" for i in range(16)}
+    assert names >= {"val/accuracy/all", "val/agreement", "val/visual_tokens", "val/flops", "val/kv_bytes"}
+    assert all(math.isfinite(value) for value in run.callback_metrics.values())
+
+
+def test_logged_budget_is_what_ran(student, world, tmp_path):
+    module = student()
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=1, val_check_interval=1)
+    run.fit(module, world())
+    assert run.callback_metrics["budget/actual"] == KEEP
+    assert run.callback_metrics["val/visual_tokens"] == KEEP
+    schedule = module.plugin.settings()["schedule"]
+    assert {layer: run.callback_metrics[f"kept/layer_{layer}"].item() for layer in schedule} == schedule
+
+
+def test_training_depends_on_its_seed_alone(student, world, tmp_path):
+    ends = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        module = student(seed=seed)
+        trainer(tmp_path, max_steps=2).fit(module, world())
+        ends.append(copies(module.plugin))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_modes_of_training(student):
+    """The frozen model stays in evaluation mode."""
+    module = student().train()
+    assert module.plugin.pruner.scorers[0].training
+    assert not any(part.training for part in module.model.modules())
+    assert not any(part.training for part in module.eval().modules())
+
+
+def test_validation_test_and_prediction_answer(student, world, tmp_path):
+    module, data, run = student(), world(), trainer(tmp_path, limit_val_batches=1)
+    for verb in (run.validate, run.test):
+        found = verb(module, data, verbose=False)[0]
+        stage = next(iter(found)).partition("/")[0]
+        assert 0 <= found[f"{stage}/accuracy/all"] <= 1
+        assert found[f"{stage}/visual_tokens"] == KEEP
+    answers = run.predict(module, data)
+    assert [sorted(answer) for answer in answers[0]] == [["answer", "id"]] * 6
+
+
+def test_nothing_to_train_is_an_error(micro_folder, world, tmp_path):
+    with pytest.raises(LitPruneError, match="nothing to train"):
+        trainer(tmp_path, max_steps=1).fit(PruneModule(str(micro_folder), Random([0]), keep=KEEP), world())
+
+
+def test_a_method_or_a_folder(micro_folder):
+    with pytest.raises(LitPruneError, match="either"):
+        PruneModule(str(micro_folder))
+
+
+def test_training_goes_on_from_a_plugin_folder(student, micro_folder, tmp_path):
+    module = student()
+    tiny.shake(module.plugin)
+    module.vlm.save_pretrained(tmp_path)
+    again = PruneModule(str(micro_folder), plugin=str(tmp_path), keep=KEEP)
+    for name, value in module.plugin.state_dict().items():
+        assert torch.equal(again.plugin.state_dict()[name], value)
+    assert all(p.requires_grad for p in again.plugin.parameters())
+
+
+# -- spare: soft masks among contenders -----------------------------------------------------------------------------
+
+
+def test_contenders_only_change_the_gradients_reach(pruned):
+    """The same logits as dropping and as full soft masks; a shorter sequence; gradients for the best 2 k tokens."""
+    inputs = batch(samples((48, 45)))
+    vlm = pruned(tiny.small_rcp(dropout=0.0))
+    dropped, _ = forward(vlm, inputs)
+    text = tiny.real_text(inputs)
+    for spare in (1.0, 2.0, 100.0, None):
+        masked, record = forward(vlm, inputs, soft=True, spare=spare)
+        assert tiny.gap(masked[text], dropped[text]) <= tiny.TOLERANCE
+        assert [stage.kept.sum(1).tolist() for stage in record.stages] == [[16, 16], [8, 8], [4, 4]]
+        assert record.trace.average_visual().tolist() == [tiny.KEEP] * 2
+
+
+def test_contenders_have_gradients_and_the_others_none():
+    keep = torch.stack([torch.arange(tiny.VISUAL) < 6])
+    soft = torch.full(keep.shape, 0.4, requires_grad=True)
+    chosen = tiny.Chosen([2], keep, straight_through(keep, soft))
+    ranked = chosen.prune
+
+    def prune(context):
+        kept = ranked(context)
+        return type(kept)(kept.keep, kept.gate, -context.ordinal.float())
+
+    chosen.prune = prune
+    vlm = tiny.attach(tiny.build_model(), chosen, shaken=False)
+    with vlm.using(Session(soft=True, spare=2.0, record=Record())):
+        logits = vlm.model(**batch(samples((48,))), use_cache=False).logits
+    gradient = torch.autograd.grad(logits[0, -1].square().sum(), soft)[0][0]
+    assert (gradient[:12] != 0).all()
+    assert (gradient[12:] == 0).all()
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_holds_what_trains(micro_folder, world, tmp_path):
+    """At the sizes of configs/pruners/rcp.yaml, with the optimizer's state."""
+    made = plugin_from_yaml(ROOT / "configs" / "pruners" / "rcp.yaml")
+    module = PruneModule(str(micro_folder), made.pruner, made.repair, keep=KEEP)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, world())
+    path = tmp_path / "one.ckpt"
+    run.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert {name.partition(".")[0] for name in saved["state_dict"]} == {"plugin"}
+    assert set(saved["state_dict"]) == {f"plugin.{name}" for name in module.plugin.state_dict()}
+    assert path.stat().st_size < 3e6
+
+
+def test_checkpoint_of_another_configuration_is_refused(student, world, tmp_path, micro_folder):
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(student(), world())
+    path = tmp_path / "one.ckpt"
+    run.save_checkpoint(path)
+    other_shape = student(queries=8)
+    with pytest.raises(LitPruneError, match=r"plugin\.pruner\.scorers\.0\.queries has another shape"):
+        trainer(tmp_path, max_steps=2).fit(other_shape, world(), ckpt_path=path)
+    bare = PruneModule(str(micro_folder), RCP(layers=[1, 5, 10], shape=[15.0, 8.0, 2.0], inner=16, queries=4))
+    with pytest.raises(LitPruneError, match=r"plugin\.repair\..* is not in this model"):
+        trainer(tmp_path, max_steps=2).fit(bare, world(), ckpt_path=path)
+    plain = {"state_dict": {k: v for k, v in student().state_dict().items() if ".repair." not in k}}
+    with pytest.raises(LitPruneError, match=r"plugin\.repair\..* is missing from the checkpoint"):
+        student().on_load_checkpoint(plain)
+
+
+def test_learning_rate_schedule(student):
+    module = student(lr=1.0, repair_lr=0.5, warmup=0.1, floor=0.1)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=100)
+    made = module.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert made["lr_scheduler"]["interval"] == "step"
+    rates = []
+    for _ in range(101):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    pruner, repair = zip(*rates, strict=True)
+    assert pruner[0] == pytest.approx(0.1)
+    assert pruner[9] == pruner[10] == pytest.approx(1.0)
+    assert pruner[55] == pytest.approx(0.55)
+    assert pruner[100] == pytest.approx(0.1)
+    assert list(repair) == pytest.approx([rate / 2 for rate in pruner])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.plugin.parameters()}
+
+
+# -- runs that are cut off ------------------------------------------------------------------------------------------
+
+
+class PowerCut(Exception):
+    pass
+
+
+class Cut(Callback):
+    """Stops a run before a step, without any farewell."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            raise PowerCut
+
+
+def checkpoints(folder) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
+
+
+def same(a, b) -> bool:
+    """Equal bit for bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("cut", [3, 5], ids=["first epoch", "second epoch"])
+@pytest.mark.parametrize("mode", ["soft", "drop"])
+def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, mode):
+    """Weights, optimizer, schedule: with noise and dropout, on checkpoints of step 2 and step 4 of 6."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = {"max_epochs": 2, "limit_val_batches": 1}
+    trainer(whole, [checkpoints(whole)], **options).fit(student(train_mode=mode), world())
+    with pytest.raises(PowerCut):
+        trainer(part, [checkpoints(part), Cut(cut)], **options).fit(student(train_mode=mode), world())
+    torch.manual_seed(99)
+    resumed = trainer(part, [checkpoints(part)], **options)
+    resumed.fit(student(train_mode=mode), world(), ckpt_path=part / "last.ckpt")
+    assert resumed.global_step == 6
+    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
+    assert ends[0]["global_step"] == 6
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData"):
+        assert key in ends[0]
+        assert same(ends[0][key], ends[1][key]), key
+
+
+SMALL = [
+    *("model.lr=3e-3", "model.keep=16", "data.init_args.batch_size=4", "data.init_args.train_samples=24"),
+    *("data.init_args.val_samples=6", "data.init_args.test_samples=6", "trainer.limit_val_batches=0"),
+    *("trainer.logger=false", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2"),
+]
+
+
+@pytest.mark.slow
+def test_run_killed_by_force_equals_an_uninterrupted_one(micro_folder, tmp_path):
+    """Through the command line, with SIGKILL as soon as a checkpoint is there."""
+
+    def command(folder, *more) -> list[str]:
+        saving = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{dirpath: {folder}, "
+        saving += "save_last: true, every_n_train_steps: 3, save_top_k: 0}}"
+        own = [f"model.base={micro_folder}", f"data.init_args.root={tmp_path}/world"]
+        own += [f"trainer.default_root_dir={folder}", f"trainer.callbacks=[{saving}]"]
+        words = [f"--{word}" for word in (*SMALL, *own, *more)]
+        return [sys.executable, "-m", "lit_prune", "fit", "-c", str(ROOT / "configs" / "micro.yaml"), *words]
+
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    subprocess.run(command(whole), check=True, timeout=250)
+    run = subprocess.Popen(command(part))
+    while not (part / "last.ckpt").exists():
+        assert run.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    subprocess.run(command(part, f"ckpt_path={part}/last.ckpt"), check=True, timeout=250)
+    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 12
+    for key in ("state_dict", "optimizer_states"):
+        assert same(ends[0][key], ends[1][key]), key
