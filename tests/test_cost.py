@@ -10,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_prune.cost import ModelSize, Trace, decoder_layer, decoder_total, kv_bytes, price, projector, vision_tower
 from lit_prune.host import Record, Session
+from lit_prune.pruners.base import Dims
+from lit_prune.pruners.rcp import RCP
+from lit_prune.repair import RepairAdapter
 
 LLAVA = ModelSize(width=4096, depth=32, heads=32, key_heads=32, head_dim=128, mlp=11008, vocab=32064)
 
@@ -60,8 +63,8 @@ def test_full_forward(pruned):
 
 def test_wide_scorer_and_adapter(pruned):
     """Plug-ins that weigh as much as the decoder: an error in their lines would show."""
-    rcp = tiny.RCP(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select="topk", inner=512)
-    repair = tiny.RepairAdapter([5, 7], [1, 2], bottleneck=512, condition=256, code=64)
+    rcp = RCP(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select="topk", inner=512)
+    repair = RepairAdapter([5, 7], [1, 2], bottleneck=512, condition=256, code=64)
     vlm = pruned(rcp, repair=repair)
     inputs = batch(samples((50,)), answers=6)
     found, record = counted(vlm, inputs)
@@ -70,6 +73,29 @@ def test_wide_scorer_and_adapter(pruned):
     assert parts["pruner"] > 0.1 * parts["total"]
     assert parts["repair"] > 0.1 * parts["total"]
     agree(found, parts)
+
+
+def test_each_part_alone():
+    """Small parts too, which an error would not show in a whole forward."""
+    width, visual, words, rows = 64, 36, 11, 5
+    dims, states = Dims(width, 8, visual), torch.randn(1, visual, width)
+    alive, text = torch.ones(1, visual, dtype=torch.bool), torch.randn(1, words, width)
+    rcp, repair = RCP(layers=[1], shape=[1.0], inner=64), RepairAdapter([5, 7], [0, 0], code=32, condition=8)
+    for part in (rcp, repair):
+        part.build(dims)
+    with counter() as counts:
+        rcp.scorers[0](states, alive, text, torch.ones(1, words, dtype=torch.bool))
+    price_of = rcp.flops(torch.tensor([visual]), torch.tensor([words]), width)
+    assert price_of.item() == pytest.approx(counts.get_total_flops(), rel=1e-3)
+    with counter() as counts:
+        essence = repair.essence(states, torch.arange(visual)[None], alive, torch.rand(1, visual).round())
+    price_of = repair.context_flops(torch.tensor([visual]), torch.tensor([visual]), width)
+    unknown = 2 * visual * 32  # codes by one query: the counter doesn't know a matrix by a vector
+    assert price_of.item() == pytest.approx(counts.get_total_flops() + unknown, rel=1e-3)
+    with counter() as counts:
+        for adapter in range(2):
+            repair(torch.randn(1, rows, width), essence, torch.ones(1, rows, dtype=torch.bool), adapter)
+    assert repair.adapter_flops(torch.tensor([rows]), width).item() == pytest.approx(counts.get_total_flops(), rel=1e-3)
 
 
 def test_text_only_forward(pruned):

@@ -10,6 +10,7 @@ from lit_prune.host import Record, Session
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
+CACHE = pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 
 
 # -- keep-all -------------------------------------------------------------------------------------------------------
@@ -85,8 +86,10 @@ def test_pruning_and_repair_change_the_logits(tiny_model, pruned):
 
 @EVERY
 @SIDES
-def test_dropping_equals_masking(pruned, pruner, side):
-    inputs = batch(samples(), side, answers=4)
+@CACHE
+def test_dropping_equals_masking(pruned, pruner, side, cache):
+    """Training passes no cache, generation does."""
+    inputs = {**batch(samples(), side, answers=4), "use_cache": cache}
     vlm = pruned(pruner)
     dropped, hard = forward(vlm, inputs)
     masked, soft = forward(vlm, inputs, soft=True)
@@ -108,8 +111,9 @@ def test_dropping_equals_masking_in_double_precision(pruned, pruner):
 
 
 @SIDES
-def test_dropping_equals_masking_with_unequal_budgets(pruned, side):
-    inputs = batch(samples(), side, answers=4)
+@CACHE
+def test_dropping_equals_masking_with_unequal_budgets(pruned, side, cache):
+    inputs = {**batch(samples(), side, answers=4), "use_cache": cache}
     vlm = pruned(tiny.small_rcp("threshold", bias=0.0), repair=tiny.small_repair())
     dropped, hard = forward(vlm, inputs)
     masked, soft = forward(vlm, inputs, soft=True)
@@ -244,14 +248,15 @@ def test_generation_of_a_batch_equals_its_samples_alone(pruned, pruner):
 
 @EVERY
 @SIDES
-def test_forward_of_a_batch_equals_its_samples_alone(pruned, pruner, side):
+@CACHE
+def test_forward_of_a_batch_equals_its_samples_alone(pruned, pruner, side, cache):
     """One sample has no image."""
     prompts = samples((*tiny.LENGTHS, 14), (True, True, True, False))
     vlm = pruned(pruner)
-    inputs = batch(prompts, side, answers=3)
+    inputs = {**batch(prompts, side, answers=3), "use_cache": cache}
     together, record = forward(vlm, inputs)
     for row, sample in enumerate(prompts):
-        single = batch([sample], answers=3)
+        single = {**batch([sample], answers=3), "use_cache": cache}
         alone, own = forward(vlm, single, hints={"regions": tiny.hints(8)["regions"][[row]]})
         mine = together[row][inputs["attention_mask"][row].bool()]
         text = real_text(single)[0]

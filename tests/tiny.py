@@ -103,7 +103,7 @@ def hints(count: int) -> dict[str, Tensor]:
     return {"regions": (regions - 0.7).clamp(min=0)[:count]}
 
 
-def shake(module: nn.Module, scale: float = 0.3, seed: int = 2) -> None:
+def shake(module: nn.Module, scale: float = 0.2, seed: int = 2) -> None:
     """Move every parameter, as training would: nothing that starts at zero stays there."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
