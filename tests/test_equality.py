@@ -61,6 +61,18 @@ def test_keep_all_with_a_threshold_is_the_plain_model(tiny_model, pruned):
     assert torch.equal(found, logits)
 
 
+def test_keep_all_is_the_plain_model_in_bfloat16(pruned):
+    model = tiny.build_model().bfloat16()
+    inputs = batch(samples())
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    vlm = pruned(tiny.small_rcp(), keep=VISUAL, repair=tiny.small_repair(), model=model)
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    assert torch.equal(forward(vlm, inputs)[0], logits)
+
+
 def test_teacher_session_is_the_plain_model(tiny_model, pruned):
     inputs = batch(samples())
     with torch.no_grad():
@@ -223,6 +235,16 @@ def test_cache_keeps_only_what_was_kept(pruned):
 
 
 @EVERY
+def test_static_cache_equals_dynamic(pruned, pruner):
+    inputs = batch(samples())
+    vlm = pruned(pruner)
+    dynamic = generate(vlm, inputs)
+    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    assert gap(static.logits, dynamic.logits) <= TOLERANCE
+
+
+@EVERY
 def test_assisted_decoding_equals_greedy(pruned, pruner):
     """Rejected candidates leave the cache, and what is remembered about it, again."""
     inputs = batch(samples((45,)))
@@ -242,6 +264,27 @@ def test_generation_of_a_batch_equals_its_samples_alone(pruned, pruner):
     together = generate(vlm, batch(prompts))
     for row, sample in enumerate(prompts):
         alone = generate(vlm, batch([sample]), rows=[row])
+        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
+
+
+@EVERY
+def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
+    """The one without an image is neither pruned nor repaired, also while decoding."""
+    prompts = samples((45, 14, 52), (True, False, True))
+    vlm = pruned(pruner)
+    together = generate(vlm, batch(prompts))
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]), rows=[row])
+        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+
+
+def test_generation_with_unequal_budgets_equals_the_samples_alone(pruned):
+    prompts = samples()
+    vlm = pruned(tiny.small_rcp("threshold", bias=0.0), repair=tiny.small_repair())
+    together = generate(vlm, batch(prompts))
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]))
         assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
         assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
 
