@@ -1,6 +1,6 @@
 """The public face: load a model, attach a pruner to it, detach it, answer prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class VLM:
         plugin = Plugin.from_pretrained(folder)
         return load(base or plugin.base, **options).attach(plugin)
 
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """Model inputs of one image and one question each: chat template, left padding, on the model's device."""
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
