@@ -24,5 +24,5 @@ fi
 
 out=${1:-runs/pretrain_micro}
 "$python" -m lit_prune.micro.recipe --out "$out" --resume
-"$python" -m lit_prune.micro.evaluate --model "$out/model" --questions 2100 --json "$out/table.json"
+"$python" -m lit_prune.micro.evaluate --model "$out/model" --questions 700 --json "$out/table.json"
 echo "The model is in $out/model; to ship it, put it and its card into lit_prune/micro/weights."

@@ -122,7 +122,8 @@ def attention(layer: int, last: bool = False) -> Scores:
 
     def scores(model: LlavaForConditionalGeneration, batch: Batch, visual: Tensor) -> Tensor:
         tap = {layer: None}
-        read(model, batch, visual, tap)
+        with first_layers(model, layer + 1):
+            read(model, batch, visual, tap)
         heads = tuple(range(model.config.text_config.num_attention_heads))
         rows = attention_rows(*tap[layer], batch.mask, heads).exp().mean(1)[:, PREFIX:, FIRST_PATCH:]
         prompt = _prompt(batch)
@@ -131,6 +132,18 @@ def attention(layer: int, last: bool = False) -> Scores:
         return (rows * prompt[..., None]).sum(1) / prompt.sum(1)[:, None]
 
     return scores
+
+
+@contextmanager
+def first_layers(model: LlavaForConditionalGeneration, count: int) -> Iterator[None]:
+    """Within this block the decoder runs its first `count` layers only."""
+    decoder = model.model.language_model
+    layers = decoder.layers
+    decoder.layers = layers[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def _prompt(batch: Batch) -> Tensor:
