@@ -27,11 +27,12 @@ variant() {
 
 P=--model.pruner.init_args
 variant "all parts"
+variant "no attention loss" --model.loss.attention=0
 variant "no repair loss" --model.loss.repair=0
 variant "means only" --model.loss.variance=0
 variant "no repair adapter" --model.repair=null
 variant "no attention baseline" "$P.baseline=none"
 variant "one pruner" "$P.layers=[1]" "$P.shape=[1]" "--model.repair.init_args.stages=[0,0]"
-variant "two pruners" "$P.layers=[1,10]" "$P.shape=[11,2]" "--model.repair.init_args.stages=[1,1]"
+variant "two pruners" "$P.layers=[1,9]" "$P.shape=[10,4]" "--model.repair.init_args.stages=[1,1]"
 variant "threshold" "$P.select=threshold"
 lit-prune compare -c configs/micro.yaml --methods "${ROWS[@]}" --out "$RUN"

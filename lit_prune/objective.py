@@ -26,6 +26,8 @@ class LossWeights:
         relative: measure the repair loss in units of the teacher's root mean square of that layer, so that one weight
             suits models whose states differ in scale [ours; the paper's loss is absolute].
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
+        attention: KL of each stage's scores from the attention that the teacher's later layers pay (`model.watch`):
+            tells every token at once whether it will be looked at; not in the paper, off by default [ours].
     """
 
     task: float = 1.5
@@ -34,6 +36,7 @@ class LossWeights:
     variance: float = 3.0
     relative: bool = False
     distill: float = 0.0
+    attention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,21 @@ def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, 
     return torch.nn.functional.kl_div(
         student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="batchmean"
     )
+
+
+def attention_loss(student: Record, teacher: Record) -> Float[Tensor, ""]:
+    """KL of each stage's scores, as a distribution over the tokens then alive, from the teacher's watched attention.
+
+    The target is the mean over the watched layers, renormalised over those tokens; samples without an image count 0.
+    """
+    watched = torch.stack(list(teacher.attention.values())).mean(0)
+    parts = []
+    for stage in student.stages:
+        alive = stage.scores.isfinite()
+        target = watched.masked_fill(~alive, 0.0)
+        target = target / target.sum(1, keepdim=True).clamp(min=1e-9)
+        scores = stage.scores.masked_fill(~alive, torch.finfo(stage.scores.dtype).min).log_softmax(1)
+        parts.append(
+            torch.nn.functional.kl_div(scores, target, reduction="none").masked_fill(~alive, 0.0).sum(1).mean()
+        )
+    return torch.stack(parts).mean()

@@ -2,6 +2,8 @@
 
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.metrics import Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
-from lit_prune.objective import Anneal, LossWeights, distillation, repair_loss, visual_share
+from lit_prune.objective import Anneal, LossWeights, attention_loss, distillation, repair_loss, visual_share
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
@@ -35,6 +37,7 @@ class PruneModule(LightningModule):
         train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
         spare: soft mode only: let gradients reach the best `spare` times as many tokens as are kept, and drop the
             others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
+        watch: decoder layers whose attention in the teacher `loss.attention` reads: where the answer is looked up.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
         lr: peak learning rate [R: 5e-5 for 7B]. repair_lr: that of the repair adapter, if another.
@@ -53,6 +56,7 @@ class PruneModule(LightningModule):
         plugin: str | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
         spare: float | None = None,
+        watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
         lr: float = 5e-5,
@@ -68,6 +72,9 @@ class PruneModule(LightningModule):
         self.save_hyperparameters({"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed})
         self.loss, self.anneal = loss, anneal
         self.keep, self.train_mode, self.spare = keep, train_mode, spare
+        self.watch = tuple(watch) if loss.attention else ()
+        if loss.attention and not watch:
+            raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
         self.lr, self.repair_lr, self.weight_decay = lr, repair_lr, weight_decay
         self.warmup, self.floor, self.max_new_tokens, self.seed = warmup, floor, max_new_tokens, seed
         if (plugin is None) == (pruner is None):
@@ -141,7 +148,7 @@ class PruneModule(LightningModule):
         done = self._prepare_step()
         inputs = evaluation.encode_images(self.vlm, batch["inputs"])
         teacher, student = Record(keep_hidden=True), Record(keep_hidden=True)
-        with torch.no_grad(), self.vlm.using(Session(prune=False, repair=False, record=teacher)):
+        with torch.no_grad(), self.vlm.using(replace(evaluation.TEACHER, record=teacher, watch=self.watch)):
             target = self.model(**inputs, use_cache=False)
         with self.vlm.using(Session(soft=self.train_mode == "soft", spare=self.spare, record=student)):
             output = self.model(**inputs, use_cache=False)
@@ -165,6 +172,8 @@ class PruneModule(LightningModule):
         if getattr(self.plugin.pruner, "select", "topk") == "threshold":
             share = visual_share(student, self.plugin.dims.depth)
             losses["budget"] = (share - self.anneal.target(self.keep / self.plugin.dims.visual, done)).abs()
+        if self.loss.attention:
+            losses["attention"] = attention_loss(student, teacher)
         if self.loss.distill:
             answers = batch["inputs"]["labels"][:, 1:] != -100
             losses["distill"] = distillation(output.logits[:, :-1][answers], target.logits[:, :-1][answers])

@@ -248,13 +248,13 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-@pytest.mark.parametrize(("relative", "least"), [(False, 0.99), (True, 0.5)])
-def test_untrained_rcp_ranks_nearly_like_the_attention(relative, least):
+@pytest.mark.parametrize(("attention_score", "least"), [("weight", 0.99), ("relative", 0.5)])
+def test_untrained_rcp_ranks_nearly_like_the_attention(attention_score, least):
     """S_t and the bias are constant at the start; S_a is not, since its queries are random.
 
     It is small on the paper's scale. In units of the uniform weight it is as large as what flat attention tells apart.
     """
-    pruner, seen = rcp(relative=relative), context(alive=torch.ones(3, VISUAL, dtype=torch.bool))
+    pruner, seen = rcp(attention_score=attention_score), context(alive=torch.ones(3, VISUAL, dtype=torch.bool))
     scores = pruner.score(seen)
     for row in range(3):
         assert rank_correlation(scores[row], seen.attention[row]) > least

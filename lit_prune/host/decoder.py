@@ -167,6 +167,8 @@ class DecoderHost:
             rows, mask = selection.compact(self.runner.rows(forward))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
+        if index in forward.session.watch and forward.record is not None and bool(forward.visual.any()):
+            forward.tap = Tap(*selection.compact(forward.text), forward.valid)
         if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
         if forward.tap is not None or forward.key_bias is not None:
@@ -184,6 +186,9 @@ class DecoderHost:
             record = forward.record
             if record is not None and record.keep_hidden:
                 record.hidden[index] = repaired[forward.gate]
+            if record is not None and index in forward.session.watch and forward.tap is not None:
+                columns, real = selection.compact(forward.visual)
+                record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
             return None if repaired is output else repaired
 
         return hook

@@ -56,7 +56,7 @@ class Stages:
         reads = None if self.pruner.attention is None else self.pruner.attention.layer
         forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1))
         self._leave_essence(stage, context, kept, forward)
-        self._note(index, context, kept, forward)
+        self._note(index, columns, context, kept, forward)
         return self._apply(hidden, rope, columns, real, alive, kept, forward)
 
     def _attention(
@@ -82,7 +82,7 @@ class Stages:
         forward.essence[stage] = self.repair.essence(context.visual, context.ordinal, context.alive, gate)
 
     @staticmethod
-    def _note(index: int, context: Context, kept: Kept, forward: Forward) -> None:
+    def _note(index: int, columns: Tensor, context: Context, kept: Kept, forward: Forward) -> None:
         """Record the outcome on the image's grid; gates multiply from stage to stage."""
         record = forward.record
         if record is None:
@@ -94,9 +94,7 @@ class Stages:
         marks = grid.scatter_add(1, context.ordinal, (kept.keep & context.alive).float()) > 0
         scores = None
         if kept.scores is not None:
-            low = torch.full_like(grid, float("-inf"))
-            scores = kept.scores.detach().float().masked_fill(~context.alive, float("-inf"))
-            scores = low.scatter_reduce(1, context.ordinal, scores, "amax")
+            scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
         record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
 
     def _apply(

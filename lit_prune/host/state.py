@@ -18,8 +18,8 @@ CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
 class StageRecord:
     """A stage's outcome on the image's own grid of N tokens, for losses and pictures.
 
-    `kept` is cumulative, `gate` too (with gradients where training), `scores` are those of the tokens then alive
-    (-inf elsewhere).
+    `kept` is cumulative, `gate` too; `scores` are those of the tokens then alive (-inf elsewhere). Gate and scores
+    carry gradients in training.
     """
 
     layer: int
@@ -33,10 +33,12 @@ class Record:
     """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
 
     `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch.
+    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens.
     """
 
     keep_hidden: bool = False
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
     stages: list[StageRecord] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     begun: bool = False
@@ -48,6 +50,7 @@ class Session:
 
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With `spare`
     only the best `spare` times as many tokens as are kept stay in the sequence, as contenders; the rest is dropped.
+    `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
     """
 
     prune: bool = True
@@ -57,6 +60,7 @@ class Session:
     eps: float = 1e-8
     hints: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None
+    watch: tuple[int, ...] = ()
 
 
 @dataclass
@@ -108,6 +112,13 @@ class Forward:
     tap: Tap | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
     cumulative: Tensor | None = None  # (batch, N) gate on the image's grid
+
+    def on_grid(self, values: Tensor, columns: Tensor, real: Tensor, fill: float) -> Tensor:
+        """Values of visual columns on the image's grid of N tokens, `fill` elsewhere."""
+        width = int(self.total.max())
+        place = self.ordinal.gather(1, columns).masked_fill(~real, width)
+        grid = torch.full((values.shape[0], width + 1), fill, dtype=values.dtype, device=values.device)
+        return grid.scatter(1, place, values)[:, :width]
 
     @property
     def alive(self) -> Tensor:

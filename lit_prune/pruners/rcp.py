@@ -86,8 +86,8 @@ class RCP(Pruner):
         dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
         baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
         floor: attention is clamped here before the log [R: 1e-6].
-        relative: S_a counts in units of the uniform weight, 1 / tokens, so that a short training run can move it
-            [ours; the paper's is the plain weight].
+        attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
+            the uniform weight 1 / tokens, so that a short training run can move it [ours].
     """
 
     attention = AttentionRows("own", "question")
@@ -105,13 +105,14 @@ class RCP(Pruner):
         bias: float = 2.0,
         baseline: Literal["attention", "none"] = "attention",
         floor: float = 1e-6,
-        relative: bool = False,
+        attention_score: Literal["weight", "relative"] = "weight",
     ) -> None:
         super().__init__(layers, shape, depth)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
-        self.dropout, self.bias, self.baseline, self.floor, self.relative = dropout, bias, baseline, floor, relative
+        self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
+        self.attention_score = attention_score
         # Set by the trainer between steps, never in forward: temperature and noise of the straight-through gate.
         self.tau, self.noise = 1.0, 0.0
         self.scorers = nn.ModuleList()
@@ -119,7 +120,15 @@ class RCP(Pruner):
     def build(self, dims: Dims) -> None:
         """One scorer for each pruning layer, for the host's hidden size."""
         if not self.scorers:
-            make = (dims.width, self.inner, self.queries, self.heads, self.dropout, self.bias, self.relative)
+            make = (
+                dims.width,
+                self.inner,
+                self.queries,
+                self.heads,
+                self.dropout,
+                self.bias,
+                self.attention_score == "relative",
+            )
             self.scorers.extend(CrossAttentionScorer(*make) for _ in self.layers)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
