@@ -273,7 +273,9 @@ class PruneModule(LightningModule):
         if self.plugin.repair is not None:
             bare = self.shift_unrepaired.compute().tolist()
             values |= {f"{stage}/w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
-        self.log_dict(values)
-        self.log(f"{stage}_accuracy", values[f"{stage}/accuracy/all"], prog_bar=True, logger=False)
+        # The meters have gathered over ranks already; sync_dist only says so.
+        self.log_dict(values, sync_dist=True)
+        name, accuracy = f"{stage}_accuracy", values[f"{stage}/accuracy/all"]
+        self.log(name, accuracy, prog_bar=True, logger=False, sync_dist=True)
         for meter in (self.accuracy, self.agreement, self.shift, self.shift_unrepaired, *self.costs.values()):
             meter.reset()

@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Measure methods on the test set of a configuration, in one process, batch by batch beside the full model.
 
-    Writes table.json and table.csv into the output folder and prints the table, whose rows are sorted as given.
+    Writes table.json, table.csv and table.md into the output folder and prints the table, its rows in the order given.
 
     Args:
         config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
@@ -113,11 +113,12 @@ def _to(part: Any, device: Any) -> Any:
 
 
 def _write(rows: list[dict[str, Any]], out: Path) -> None:
-    """table.json with everything, table.csv with the flat columns; each replaced whole."""
+    """table.json with everything, table.csv with the flat columns, table.md for documents."""
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "table.json.tmp"
     temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     temporary.replace(out / "table.json")
+    (out / "table.md").write_text(_markdown(rows), encoding="utf-8")
     flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, flat, extrasaction="ignore")
@@ -125,24 +126,46 @@ def _write(rows: list[dict[str, Any]], out: Path) -> None:
         writer.writerows(rows)
 
 
+COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row under `COLUMNS`; with several runs the accuracy carries its standard deviation."""
+    spread = f" ± {100 * row['accuracy_std']:.1f}" if row["runs"] > 1 else ""
+    return [
+        row["name"],
+        f"{100 * row['accuracy']:.1f}{spread}",
+        f"{100 * row['retained']:.1f}",
+        f"{row['avg_visual_tokens']:.1f}",
+        f"{row['flops'] / 1e6:.0f}",
+        f"{100 * row['flops_reduction']:.1f}",
+        f"{row['kv_bytes'] / 1e3:.0f}",
+        f"{row['w2']:.2f}",
+    ]
+
+
+def _skills(row: dict[str, Any]) -> list[str]:
+    return [row["name"], *(f"{100 * value:.1f}" for value in row["per_skill"].values())]
+
+
 def _print(rows: list[dict[str, Any]], title: str) -> None:
     """Two narrow tables: what a method keeps and costs, and its accuracy per skill."""
     costs, skills = Table(title=title), Table(title="accuracy per skill, %")
-    for column in ("method", "accuracy", "of full", "tokens", "MFLOP", "saved", "KV kB", "W2"):
-        costs.add_column(column, justify="left" if column == "method" else "right")
-    names = list(rows[0]["per_skill"])
-    for column in ("method", *names):
-        skills.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    for row in rows:
-        costs.add_row(
-            row["name"],
-            f"{100 * row['accuracy']:.1f}",
-            f"{100 * row['retained']:.1f}",
-            f"{row['avg_visual_tokens']:.1f}",
-            f"{row['flops'] / 1e6:.0f}",
-            f"{100 * row['flops_reduction']:.0f}%",
-            f"{row['kv_bytes'] / 1e3:.0f}",
-            f"{row['w2']:.3f}",
-        )
-        skills.add_row(row["name"], *(f"{100 * row['per_skill'].get(skill, 0):.0f}" for skill in names))
+    for table, columns, cells in (
+        (costs, COLUMNS, _cells),
+        (skills, ("method", *rows[0]["per_skill"]), _skills),
+    ):
+        for column in columns:
+            table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*cells(row))
     console.out.print(costs, skills)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    """The same two tables for a document."""
+    lines = []
+    for columns, cells in ((COLUMNS, _cells), (("method", *rows[0]["per_skill"]), _skills)):
+        lines += [" | ".join(columns).join(("| ", " |")), "|---" + "|---:" * (len(columns) - 1) + "|"]
+        lines += [" | ".join(cells(row)).join(("| ", " |")) for row in rows] + [""]
+    return "\n".join(lines)
