@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from rich.table import Table
 
@@ -58,6 +59,7 @@ def run(
     module, data = made.model, made.datamodule
     vlm, budget = module.vlm, module.keep if keep is None else keep
     vlm.detach()
+    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
     contestants = [_contestant(spec, draws) for spec in (METHODS if methods is None else methods)]
     comparison = Comparison(vlm, contestants, budget, module.max_new_tokens)
     data.prepare_data()
