@@ -28,6 +28,7 @@ class LossWeights:
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
         attention: KL of each stage's scores from the attention that the teacher's later layers pay (`model.watch`):
             tells every token at once whether it will be looked at; not in the paper, off by default [ours].
+        sharpen: power of that attention, since most of it lies thinly on tokens that nobody needs [ours].
     """
 
     task: float = 1.5
@@ -37,6 +38,7 @@ class LossWeights:
     relative: bool = False
     distill: float = 0.0
     attention: float = 0.0
+    sharpen: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,14 @@ def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, 
     )
 
 
-def attention_loss(student: Record, teacher: Record) -> Float[Tensor, ""]:
+def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Tensor, ""]:
     """KL of each stage's scores, as a distribution over the tokens then alive, from the teacher's watched attention.
 
-    The target is the mean over the watched layers, renormalised over those tokens; samples without an image count 0.
+    The target is the mean over the watched layers to the power `sharpen`, renormalised over those tokens; samples
+    without an image count 0.
     """
     watched = torch.stack(list(teacher.attention.values())).mean(0)
+    watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
     parts = []
     for stage in student.stages:
         alive = stage.scores.isfinite()

@@ -51,6 +51,20 @@ def log_gate(gate: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape
     return (eps + (1.0 - eps) * gate).log()
 
 
+def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[Tensor, "batch visual"]:
+    """The same values; backwards, each sample's gradient is scaled down to at most `norm`."""
+    if not values.requires_grad:
+        return values
+    values = values * 1.0
+
+    def clip(gradient: Tensor) -> Tensor:
+        length = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return (gradient * (norm / length).clamp(max=1.0)).nan_to_num(0.0, 0.0, 0.0)
+
+    values.register_hook(clip)
+    return values
+
+
 def pack(keep: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Columns that stay, in order and packed to the right, and which of them are real.
 

@@ -135,6 +135,8 @@ class Stages:
         if not soft and not kept.gate.requires_grad:
             return
         gate = kept.keep.float() if kept.gate is None else kept.gate.float()
+        if forward.session.gate_clip is not None:
+            gate = selection.clip_gradient(gate, forward.session.gate_clip)
         bias = selection.log_gate(gate, forward.session.eps) * alive
         zeros = torch.zeros(forward.valid.shape, dtype=bias.dtype, device=bias.device)
         bias = zeros.scatter_add(1, columns, bias * real)
