@@ -28,6 +28,7 @@ variant() {
 P=--model.pruner.init_args
 variant "all parts"
 variant "no attention loss" --model.loss.attention=0
+variant "no gate clipping" --model.gate_clip=null
 variant "no repair loss" --model.loss.repair=0
 variant "means only" --model.loss.variance=0
 variant "no repair adapter" --model.repair=null
