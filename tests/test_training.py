@@ -46,7 +46,8 @@ def student(micro_folder):
     """Makes modules: RCP with repair, small, noisy and with dropout."""
 
     def make(select: str = "topk", queries: int = 4, **options) -> PruneModule:
-        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2, "attention_score": "relative"}
+        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2}
+        shape["attention_score"] = "relative"
         rcp = RCP(select=select, queries=queries, bias=0.0, **shape)
         repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
         given = {"keep": KEEP, "lr": 3e-3, "weight_decay": 0.0, "max_new_tokens": 2, **options}
