@@ -2,6 +2,7 @@
 # What each part of RCP is worth: trains variants that differ in one thing, compares them on the test set.
 #   bash jobs/ablate.sh               results in runs/ablate; a variant done is not trained again
 #   bash jobs/ablate.sh --data.init_args.train_samples=3200    further arguments go to every `fit`
+#   LIMIT=256 bash jobs/ablate.sh     compares on the first 256 test questions only
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
@@ -36,4 +37,4 @@ variant "no attention baseline" "$P.baseline=none"
 variant "one pruner" "$P.layers=[1]" "$P.shape=[1]" "--model.repair.init_args.stages=[0,0]"
 variant "two pruners" "$P.layers=[1,9]" "$P.shape=[10,4]" "--model.repair.init_args.stages=[1,1]"
 variant "threshold" "$P.select=threshold"
-lit-prune compare -c configs/micro.yaml --methods "${ROWS[@]}" --out "$RUN"
+lit-prune compare -c configs/micro.yaml --methods "${ROWS[@]}" --out "$RUN" ${LIMIT:+--limit "$LIMIT"}
