@@ -87,11 +87,10 @@ class Stages:
         record = forward.record
         if record is None:
             return
-        grid = torch.zeros(context.alive.shape[0], int(forward.total.max()), device=context.alive.device)
-        gate = (kept.keep.float() if kept.gate is None else kept.gate) * context.alive
-        gate = grid.scatter_add(1, context.ordinal, gate.float())
+        gate = kept.keep if kept.gate is None else kept.gate
+        gate = forward.on_grid(gate.float(), columns, context.alive, 0.0)
         forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
-        marks = grid.scatter_add(1, context.ordinal, (kept.keep & context.alive).float()) > 0
+        marks = forward.on_grid(kept.keep, columns, context.alive, 0.0)
         scores = None
         if kept.scores is not None:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
