@@ -1,0 +1,35 @@
+"""The shapes of public checkpoints, for work without a download: costs, benchmarks, tests with random weights.
+
+Each JSON file beside this one is named after its hub id and holds the fields of that checkpoint's `config.json` which
+define the architecture, in the form that transformers v5 writes; every one is spelt out, so that a changed default of
+the library changes no shape.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lit_prune.errors import LitPruneError
+
+FOLDER = Path(__file__).parent
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Hub ids of the checkpoints whose shape is shipped."""
+    return tuple(sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.json")))
+
+
+def shipped_config(name: str) -> PreTrainedConfig:
+    """Configuration of a public checkpoint, from this package: no network, and no code of the checkpoint's is run.
+
+    Raises:
+        LitPruneError: the shape of `name` is not shipped, with those that are.
+    """
+    if name not in names():
+        raise LitPruneError(f"the shape of {name} is not shipped; shipped are: {', '.join(names())}")
+    fields = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
