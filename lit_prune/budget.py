@@ -1,4 +1,7 @@
-"""Budgets and schedules: `keep` counts visual tokens averaged over the inputs of all decoder layers."""
+"""Budgets and schedules: `keep` counts visual tokens averaged over the inputs of all decoder layers.
+
+A schedule is solved from such a count, or given as it is.
+"""
 
 from functools import lru_cache
 from itertools import pairwise, product
@@ -6,6 +9,7 @@ from itertools import pairwise, product
 from lit_prune.errors import LitPruneError
 
 Schedule = dict[int, int]  # {decoder layer: visual tokens kept from its input on}
+Budget = int | Schedule  # an average to solve for, or the counts themselves
 
 
 def average(schedule: Schedule, visual: int, depth: int) -> float:
@@ -59,6 +63,40 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
         )
     counts = _nearest_counts(room, ruled, _ideal(room, ruled, shape, visual), visual)
     return dict(zip(layers, counts, strict=True))
+
+
+def given(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
+    """The schedule itself, if it fits the pruning `layers`; a sample with fewer tokens than a count keeps them all.
+
+    Raises `LitPruneError` for counts at other layers, below one, or rising.
+    """
+    if tuple(schedule) != layers:
+        raise LitPruneError(
+            f"the schedule {format_schedule(schedule)} counts tokens before layers {list(schedule)}, but this pruner's "
+            f"stages are before layers {list(layers)}; write one count for each of them, in order"
+        )
+    counts = list(schedule.values())
+    if min(counts) < 1 or any(a < b for a, b in pairwise(counts)):
+        raise LitPruneError(f"the counts of schedule {format_schedule(schedule)} must be at least 1 and never rise")
+    return dict(schedule)
+
+
+def parse_budget(text: str) -> Budget:
+    """`64` (an average) or `2:192,4:64,8:16` (layer:count of each stage); raises `LitPruneError` for anything else."""
+    try:
+        if ":" not in text:
+            return int(text)
+        pairs = (stage.split(":") for stage in text.split(","))
+        return {int(layer): int(count) for layer, count in pairs}
+    except ValueError as error:
+        raise LitPruneError(
+            f"budget {text!r}: write a number of visual tokens such as 64, or counts by layer such as 2:192,4:64"
+        ) from error
+
+
+def format_schedule(schedule: Schedule) -> str:
+    """What `parse_budget` reads: `2:192,4:64`."""
+    return ",".join(f"{layer}:{count}" for layer, count in schedule.items())
 
 
 def _ideal(room: int, ruled: list[int], shape: tuple[float, ...], visual: int) -> list[float]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_prune import __version__
+from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Dims, Pruner
 from lit_prune.repair import RepairAdapter
@@ -31,12 +32,12 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
     Args:
         pruner: the method.
         repair: repair adapter, or None.
-        keep: budget, visual tokens averaged over the decoder layers' inputs.
+        keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
         base: name of the model it was made for.
     """
 
     def __init__(
-        self, pruner: Pruner, repair: RepairAdapter | None = None, keep: int | None = None, base: str = ""
+        self, pruner: Pruner, repair: RepairAdapter | None = None, keep: Budget | None = None, base: str = ""
     ) -> None:
         super().__init__()
         self.pruner, self.repair, self.keep, self.base = pruner, repair, keep, base
@@ -101,7 +102,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         try:
             pruner = _build(settings["pruner"], Pruner, path)
             repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, path)
-            plugin = cls(pruner, repair, settings["keep"], settings["base"])
+            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"])
             plugin._restore(settings, path)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LitPruneError(f"{path / SETTINGS} can't be used: {error}") from error
@@ -157,6 +158,11 @@ def _build(spec: dict[str, Any], kind: type, folder: Path) -> Any:
             f"import its module first, if you trust it"
         )
     return found(**spec["init_args"])
+
+
+def _budget(keep: Any) -> Budget | None:
+    """JSON has no numbers for keys."""
+    return {int(layer): int(count) for layer, count in keep.items()} if isinstance(keep, dict) else keep
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

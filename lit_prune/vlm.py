@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
@@ -95,7 +96,7 @@ class VLM:
         self,
         pruner: Pruner | Plugin | str | Path,
         repair: RepairAdapter | None = None,
-        keep: int | None = None,
+        keep: Budget | None = None,
     ) -> "VLM":
         """Prune from now on, in forward and `generate()`.
 
@@ -103,7 +104,8 @@ class VLM:
             pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep`), or a folder
                 (or hub id) written by `save_pretrained`.
             repair: repair adapter for a `Pruner` object.
-            keep: budget, visual tokens averaged over the decoder layers' inputs; overrides the file's.
+            keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
+                {pruning layer: count}; overrides the file's.
 
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
@@ -169,7 +171,7 @@ class VLM:
 
 
 def as_plugin(
-    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: int | None = None
+    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Budget | None = None
 ) -> Plugin:
     """A `Plugin` from whatever names one: an object, a YAML file, or a saved folder or hub id."""
     if isinstance(pruner, Plugin):

@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from lit_prune.budget import average, check_layers, scale_layers, solve
+from lit_prune.budget import average, check_layers, format_schedule, given, parse_budget, scale_layers, solve
 from lit_prune.errors import LitPruneError
 
 
@@ -89,3 +89,35 @@ def test_layers_move_with_the_depth():
     assert scale_layers((1, 8), 16, 32) == (2, 16)
     assert scale_layers((1, 13, 25), 32, 16) == (1, 6, 12), "layer 1 never becomes 0: its attention may be read"
     assert scale_layers((0,), 16, 40) == (0,)
+
+
+def test_given_counts_stand():
+    assert given({2: 192, 4: 64}, (2, 4)) == {2: 192, 4: 64}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layers", "message"),
+    [
+        ({2: 64}, (1, 8), r"stages are before layers \[1, 8\]"),
+        ({4: 64, 2: 192}, (2, 4), "in order"),
+        ({2: 64, 4: 65}, (2, 4), "never rise"),
+        ({2: 0}, (2,), "at least 1"),
+    ],
+)
+def test_given_counts_that_do_not_fit(schedule, layers, message):
+    with pytest.raises(LitPruneError, match=message):
+        given(schedule, layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("64", 64), ("2:64", {2: 64}), ("2:192,4:64,8:16", {2: 192, 4: 64, 8: 16})]
+)
+def test_budget_as_written(text, budget):
+    assert parse_budget(text) == budget
+    assert isinstance(budget, int) or format_schedule(budget) == text
+
+
+@pytest.mark.parametrize("text", ["", "many", "2:", "2:64,", "2:64:3", "2-64"])
+def test_budget_that_is_none(text):
+    with pytest.raises(LitPruneError, match="counts by layer"):
+        parse_budget(text)

@@ -187,6 +187,19 @@ def test_no_folder(monkeypatch, tmp_path):
         Plugin.from_pretrained(tmp_path / "nowhere")
 
 
+def test_given_schedule_runs_and_comes_back(pruned, tiny_model, tmp_path):
+    """A schedule in place of an average, also for a batch with a sample that has no image."""
+    schedule = {1: 20, 3: 9, 5: 4}
+    vlm = pruned(tiny.small_rcp(), keep=schedule, repair=tiny.small_repair())
+    _, record = forward(vlm, batch(samples(pictured=(True, True, False))))
+    assert [stage.kept.sum(1).tolist() for stage in record.stages] == [[n, n, 0] for n in schedule.values()]
+    vlm.save_pretrained(tmp_path)
+    vlm.detach()
+    again = VLM(tiny_model, None, "tiny").attach(tmp_path)
+    assert again.plugin.keep == again.host.schedule == schedule
+    again.detach()
+
+
 # -- nothing is executed --------------------------------------------------------------------------------------------
 
 

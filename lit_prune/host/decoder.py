@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lit_prune import selection
+from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
@@ -29,10 +30,10 @@ class DecoderHost:
         model: a `*ForConditionalGeneration`, never modified beyond its hooks.
         pruner: the method; `None` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
-        keep: budget, visual tokens averaged over the decoder layers' inputs.
+        keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: int) -> None:
+    def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: Budget) -> None:
         self.places = places.find(model)
         dims = self.places.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_prune import selection
-from lit_prune.budget import Schedule, check_layers, scale_layers, solve
+from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve
 from lit_prune.errors import LitPruneError
 
 
@@ -97,8 +97,10 @@ class Pruner(nn.Module):
         check_layers(layers, depth)
         return layers
 
-    def schedule(self, keep: int, visual: int, depth: int) -> Schedule:
-        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers."""
+    def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
+        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given."""
+        if isinstance(keep, dict):
+            return given(keep, self.stages(depth))
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
 
     def build(self, dims: Dims) -> None:
