@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_prune.cost import decoder_total, kv_bytes, price
 from lit_prune.host import Record, Session
+from lit_prune.metrics import Consistency
 from lit_prune.vlm import VLM
 
 TEACHER = Session(prune=False, repair=False)
@@ -24,6 +25,10 @@ class Measured:
     parts: dict[str, Tensor]  # FLOPs part by part
     kv_bytes: Tensor
     kept: dict[int, Tensor]  # visual tokens kept at each stage
+    per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
+    total: Tensor  # visual tokens of the prompt
+    last: Tensor | None  # (batch, N) visual tokens still there after the last stage; None: nothing was dropped
+    embeds: Tensor | None  # (batch, N, width) visual tokens as they enter the decoder; of the plain model only
 
 
 def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
     that methods are compared on the same text.
     """
-    states, prefill = Record(keep_hidden=True), Record()
+    states, prefill = Record(keep_hidden=True, keep_embeds=not session.prune), Record()
     encoded = encode_images(vlm, batch["inputs"])
     with vlm.using(replace(session, record=states)):
         vlm.model(**encoded, use_cache=False)
@@ -66,7 +71,17 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         parts=parts,
         kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
         kept={stage.layer: stage.kept.sum(1) for stage in prefill.stages},
+        per_layer=torch.stack(prefill.trace.visual),
+        total=prefill.trace.total_visual,
+        last=prefill.stages[-1].kept.bool() if prefill.stages else None,
+        embeds=states.embeds,
     )
+
+
+def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) -> None:
+    """Add a batch to kappa: the plain model's visual tokens, and those that the method left to the last layers."""
+    real = torch.arange(teacher.embeds.shape[1], device=teacher.total.device) < teacher.total[:, None]
+    metric.update(teacher.embeds, real if measured.last is None else measured.last & real, real)
 
 
 def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:

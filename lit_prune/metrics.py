@@ -1,4 +1,4 @@
-"""torchmetrics of this field: accuracy per skill and the shift of the states per decoder layer."""
+"""torchmetrics of this field: accuracy per skill, the states' shift per decoder layer, the kept tokens' consistency."""
 
 import zlib
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+
+from lit_prune.moments import kappa
 
 
 class SkillAccuracy(Metric):
@@ -91,3 +93,33 @@ class Shift(Metric):
         count = self.count.clamp(min=1)
         mean = sums[0] / count
         return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()
+
+
+class Consistency(Metric):
+    """kappa of the kept visual tokens against all of them, averaged over samples with an image; lower is better.
+
+    See `lit_prune.moments.kappa` (after DCP-Prune, arXiv 2606.16633). Sums are float64 over all ranks.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, full: Tensor, kept: Tensor, real: Tensor | None = None, features: Tensor | None = None) -> None:
+        """Add samples: features (batch, visual, width) of all tokens, and which of them, (batch, visual), are kept.
+
+        `real` marks those that are no filler; `features` are the kept ones' own where a method changed them.
+        """
+        pictured = torch.ones_like(kept[:, 0]) if real is None else real.any(1)
+        if not bool(pictured.any()):
+            return
+        values = kappa(full.detach(), kept, real, features)[pictured].to(torch.float64)
+        self.total = self.total + values.sum().to(self.total.device)
+        self.count = self.count + len(values)
+
+    def compute(self) -> Tensor:
+        """Mean kappa, float64; 0 where no sample had an image."""
+        return self.total / self.count.clamp(min=1)

@@ -17,7 +17,7 @@ from lit_prune import evaluation
 from lit_prune.cost import decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.metrics import Shift, SkillAccuracy
+from lit_prune.metrics import Consistency, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
 from lit_prune.objective import Anneal, LossWeights, attention_loss, distillation, repair_loss, visual_share
 from lit_prune.plugin import Plugin
@@ -95,6 +95,7 @@ class PruneModule(LightningModule):
         dims = self.plugin.dims
         self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
         self.shift, self.shift_unrepaired = Shift(dims.depth, dims.width), Shift(dims.depth, dims.width)
+        self.kappa = Consistency()
         self.costs = torch.nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
 
     # -- what trains and what is saved --------------------------------------------------------------------------
@@ -236,6 +237,7 @@ class PruneModule(LightningModule):
         self.accuracy.update(evaluation.matches(student.texts, batch["answers"]), batch["skills"])
         self.agreement.update(evaluation.matches(student.texts, teacher.texts), batch["skills"])
         self.shift.update(student.hidden, teacher.hidden)
+        evaluation.add_consistency(self.kappa, student, teacher)
         if self.plugin.repair is not None:
             bare = Record(keep_hidden=True)
             with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
@@ -274,6 +276,7 @@ class PruneModule(LightningModule):
         if not values:
             return
         values[f"{stage}/agreement"] = self.agreement.compute()["all"]
+        values[f"{stage}/kappa"] = self.kappa.compute().item()
         values |= {f"{stage}/{name}": meter.compute().item() for name, meter in self.costs.items()}
         values |= {f"{stage}/w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
         if self.plugin.repair is not None:
@@ -283,5 +286,6 @@ class PruneModule(LightningModule):
         self.log_dict(values, sync_dist=True)
         name, accuracy = f"{stage}_accuracy", values[f"{stage}/accuracy/all"]
         self.log(name, accuracy, prog_bar=True, logger=False, sync_dist=True)
-        for meter in (self.accuracy, self.agreement, self.shift, self.shift_unrepaired, *self.costs.values()):
+        meters = (self.accuracy, self.agreement, self.shift, self.shift_unrepaired, self.kappa, *self.costs.values())
+        for meter in meters:
             meter.reset()

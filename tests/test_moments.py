@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_prune.metrics import Shift, SkillAccuracy
-from lit_prune.moments import moment_loss, moments, w2_squared
+from lit_prune.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.moments import kappa, moment_loss, moments, w2_squared
 
 WIDTH = 8
 
@@ -58,6 +58,73 @@ def test_w2_equals_its_closed_form():
     assert w2_squared(moments(tokens(30, 0)), moments(tokens(20, 1, 0.5))).item() == pytest.approx(expected, rel=1e-5)
 
 
+# -- kappa ----------------------------------------------------------------------------------------------------------
+
+
+def slow_kappa(full: Tensor, kept: Tensor, real: Tensor) -> list[float]:
+    """The formula as it is written, sample by sample and channel by channel."""
+    values = []
+    for features, stay, here in zip(full.double().numpy(), kept, real, strict=True):
+        everything, rest = features[here.numpy()], features[(stay & here).numpy()]
+        least = 1e-6 * np.mean([everything[:, c].var() for c in range(WIDTH)])
+        terms = []
+        for c in range(WIDTH):
+            mu_f, mu_k = everything[:, c].mean(), rest[:, c].mean()
+            var_f, var_k = max(everything[:, c].var(), least), max(rest[:, c].var(), least)
+            terms.append(np.log(var_f / var_k) + (var_k + (mu_k - mu_f) ** 2) / var_f - 1)
+        values.append(0.5 * float(np.mean(terms)))
+    return values
+
+
+def image(samples: int = 3, count: int = 30) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with channels of different sizes, a third of them kept, and the last sample with ten fillers."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(samples, count, WIDTH, generator=generator) * torch.logspace(-1, 2, WIDTH) + 5
+    real = torch.ones(samples, count, dtype=torch.bool)
+    real[-1, 20:] = False
+    return full, torch.rand(samples, count, generator=generator) < 1 / 3, real
+
+
+def test_kappa_equals_its_formula():
+    full, kept, real = image()
+    assert kappa(full, kept, real).tolist() == pytest.approx(slow_kappa(full, kept, real), rel=1e-4)
+
+
+def test_kappa_of_a_single_token_is_finite_and_large():
+    full, kept, real = image()
+    one = torch.zeros_like(kept)
+    one[:, 3] = True
+    assert kappa(full, one, real).tolist() == pytest.approx(slow_kappa(full, one, real), rel=1e-4)
+    assert (kappa(full, one, real) > kappa(full, kept, real)).all()
+
+
+def test_kappa_of_all_tokens_is_zero_and_scale_and_batch_do_not_matter():
+    full, kept, real = image()
+    assert kappa(full, real, real).tolist() == [0.0, 0.0, 0.0]
+    assert kappa(torch.full_like(full, 3.5), kept, real).tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(kappa(1000 * full, kept, real), kappa(full, kept, real), rtol=1e-4, atol=0)
+    alone = torch.cat([kappa(full[i : i + 1, real[i]], kept[i : i + 1, real[i]]) for i in range(3)])
+    torch.testing.assert_close(kappa(full, kept, real), alone, rtol=1e-5, atol=0)
+
+
+def test_kappa_of_merged_tokens_uses_their_own_features():
+    full, kept, real = image()
+    merged = torch.where(kept[..., None], full.mean(1, keepdim=True), 1e9)
+    assert kappa(full, kept, real, merged)[0] > kappa(full, kept, real)[0]
+    torch.testing.assert_close(kappa(full, kept, real, full.clone()), kappa(full, kept, real))
+
+
+def test_consistency_is_the_mean_over_samples_with_an_image():
+    full, kept, real = image(4)
+    real[1] = False
+    metric = Consistency()
+    for rows in (slice(0, 2), slice(2, 4)):
+        metric.update(full[rows], kept[rows], real[rows])
+    metric.update(full[:1, :0], kept[:1, :0], real[:1, :0])
+    expected = np.mean([slow_kappa(full[i : i + 1], kept[i : i + 1], real[i : i + 1])[0] for i in (0, 2, 3)])
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
+
+
 # -- two processes --------------------------------------------------------------------------------------------------
 
 SHARES = [(5, 3), (6, 0)]  # tokens of each rank
@@ -90,6 +157,10 @@ def work(rank: int, folder: str) -> None:
         shift = Shift(1, WIDTH)
         shift.update({0: states.detach()}, {0: teacher})
         found["shift"].append(shift.compute())
+    full, kept, real = image(3)
+    consistency, rows = Consistency(), slice(0, 2) if rank == 0 else slice(2, 3)
+    consistency.update(full[rows], kept[rows], real[rows])
+    found["consistency"] = consistency.compute()
     accuracy = SkillAccuracy()
     accuracy.update(SKILLS[rank][1], SKILLS[rank][0])
     found["accuracy"] = accuracy.compute()
@@ -136,3 +207,8 @@ def test_accuracy_of_two_ranks_names_every_skill(ranks):
     for rank in ranks:
         assert rank["accuracy"] == pytest.approx({"all": 2 / 3, "colour": 1.0, "shape": 0.0, "digit": 1.0})
         assert rank["one_sided"] == pytest.approx({"all": 0.5, "digit": 0.5})
+
+
+def test_consistency_of_two_ranks_is_that_of_all_samples(ranks):
+    for rank in ranks:
+        assert rank["consistency"].item() == pytest.approx(np.mean(slow_kappa(*image(3))), rel=1e-4)

@@ -115,6 +115,9 @@ class DecoderHost:
             self._continue(forward, getattr(cache, CACHE), kwargs)
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
+        if forward.record is not None and forward.record.keep_embeds:
+            columns, _ = selection.compact(forward.visual)
+            forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:

@@ -33,14 +33,17 @@ class Record:
     """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
 
     `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch.
-    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens.
+    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
+    `embeds` (batch, N, width) are the visual tokens as they enter the decoder.
     """
 
     keep_hidden: bool = False
+    keep_embeds: bool = False
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     stages: list[StageRecord] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
+    embeds: Tensor | None = None
     begun: bool = False
 
 
