@@ -1,20 +1,45 @@
-"""What a forward costs: FLOPs (1 MAC = 2) and KV-cache bytes, of what ran, per sample.
+"""What a forward costs: FLOPs (1 MAC = 2) and KV-cache bytes, per sample, of what ran or of a schedule.
 
 Conventions: the whole prompt counts, text and visual tokens; attention is the full square (as PyTorch's counter has
 it), SwiGLU has three matrices; vision tower, projector, decoder, scoring, pruner, repair and LM head are lines of their
 own. Norms, activations and softmax are left out, as everywhere.
+
+There is one arithmetic: `price` of a `Trace`. The host records the trace of a forward, `plan` writes the one that a
+schedule would leave, `step` the one of a decoding step.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ImageLoad:
+    """What one image asks of the vision tower, all its crops together, and what it gives the decoder.
+
+    `tokens`: at the input of every tower layer, class tokens included. `pairs[i]`: (query, key) pairs of layer i's
+    attention, which never leaves a crop or a window. `projected`: rows through the projector. `visual`: tokens that
+    enter the decoder, line breaks included.
+    """
+
+    patches: int
+    tokens: int
+    pairs: tuple[int, ...]
+    projected: int
+    visual: int
+
+
+@dataclass(frozen=True)
 class ModelSize:
-    """Sizes that the price of a forward depends on."""
+    """Sizes that the price of a forward depends on.
+
+    `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
+    `projector_in` to `projector_inner` to `width`. `image`: the load of a usual image, for forwards whose images are
+    known by their visual tokens only.
+    """
 
     width: int
     depth: int
@@ -24,11 +49,41 @@ class ModelSize:
     mlp: int
     vocab: int
     vision_width: int = 0
-    vision_depth: int = 0
     vision_mlp: int = 0
-    vision_tokens: int = 0
+    vision_matrices: int = 2
     patch_values: int = 0
-    patches: int = 0
+    projector_in: int = 0
+    projector_inner: int = 0
+    projectors: int = 1
+    image: ImageLoad | None = None
+
+
+@dataclass(frozen=True)
+class VisionTrace:
+    """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images, tokens layer by layer.
+
+    A method that drops tokens inside the tower leaves fewer `tokens` and `pairs` at later layers, and `projected`.
+    """
+
+    patches: Num[Tensor, " batch"]
+    tokens: list[Num[Tensor, " batch"]]
+    pairs: list[Num[Tensor, " batch"]]
+    projected: Num[Tensor, " batch"]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[ImageLoad]]) -> "VisionTrace":
+        """The trace of an unpruned tower, from each sample's images; at least one sample has one."""
+        depth = max(len(load.pairs) for loads in samples for load in loads)
+
+        def add(rows: Iterable[Iterable[int]]) -> Tensor:
+            return torch.tensor([sum(row) for row in rows], dtype=torch.long)
+
+        return cls(
+            patches=add([load.patches for load in loads] for loads in samples),
+            tokens=[add([load.tokens for load in loads] for loads in samples)] * depth,
+            pairs=[add([load.pairs[i] for load in loads] for loads in samples) for i in range(depth)],
+            projected=add([load.projected for load in loads] for loads in samples),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,19 +104,73 @@ class StageTrace:
 
 @dataclass
 class Trace:
-    """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too."""
+    """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
+
+    Without `vision`, the tower is priced in proportion to `total_visual`: right for models whose crops all give the
+    same number of tokens.
+    """
 
     queries: list[Int[Tensor, " batch"]] = field(default_factory=list)
     keys: list[Int[Tensor, " batch"]] = field(default_factory=list)
     visual: list[Int[Tensor, " batch"]] = field(default_factory=list)
     stages: list[StageTrace] = field(default_factory=list)
     total_visual: Int[Tensor, " batch"] | None = None
+    vision: VisionTrace | None = None
     repaired: Int[Tensor, " batch"] | None = None
     repair_stages: tuple[int, ...] = ()
 
     def average_visual(self) -> Tensor:
         """Visual tokens averaged over the decoder layers' inputs, per sample: the budget as it was spent."""
         return torch.stack(self.visual).double().mean(0)
+
+
+def plan(
+    schedule: Mapping[int, int],
+    visual: int,
+    text: int,
+    depth: int,
+    pruner=None,
+    repair=None,
+    question: int | None = None,
+) -> Trace:
+    """The trace that one prompt would leave under a schedule; nothing runs.
+
+    `schedule` is {decoder layer: visual tokens kept from its input on}, empty for the full model. `question` of the
+    `text` tokens stand behind the image [ours: all of them unless told otherwise]; they are what a pruner reads.
+    `pruner` and `repair` are asked what they read and which stages feed the repair; one position is repaired.
+    """
+    reads = getattr(pruner, "attention", None)
+    rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
+    trace, now = Trace(total_visual=_one(visual)), visual
+    for layer in range(depth):
+        if layer in schedule:
+            kept = min(now, schedule[layer])
+            sizes = (_one(size) for size in (rows, now + text, now, kept))
+            trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes))
+            now = kept
+        trace.queries.append(_one(now + text))
+        trace.keys.append(_one(now + text))
+        trace.visual.append(_one(now))
+    if repair is not None and schedule:
+        trace.repaired = _one(int(visual > 0))
+        feeds = repair.feeds(sorted(schedule), depth)
+        trace.repair_stages = tuple(sorted({stage for _, stage in feeds.values()}))
+    return trace
+
+
+def _one(value: int) -> Tensor:
+    return torch.tensor([value])
+
+
+def step(trace: Trace, index: int) -> Trace:
+    """The trace of the `index`-th decoding step (from 1) after a prefill: one query, one more key with each step."""
+    one = torch.ones_like(trace.queries[0])
+    return Trace(
+        queries=[one] * len(trace.queries),
+        keys=[keys + index for keys in trace.keys],
+        visual=trace.visual,
+        repaired=None if trace.repaired is None else (trace.repaired > 0).to(one),
+    )
 
 
 def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
@@ -72,16 +181,16 @@ def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
     return projections + attention + 6 * queries * size.width * size.mlp
 
 
-def vision_tower(size: ModelSize) -> float:
-    """FLOPs of encoding one image: patch embedding and encoder layers with a two-matrix MLP."""
-    n, d = size.vision_tokens, size.vision_width
-    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * size.vision_mlp
-    return float(2 * size.patches * size.patch_values * d + size.vision_depth * layer)
+def vision_tower(size: ModelSize, vision: VisionTrace) -> Tensor:
+    """FLOPs of the vision tower: patch embedding and every encoder layer, also those whose output is not used."""
+    d, mlp = size.vision_width, 2 * size.vision_matrices * size.vision_mlp
+    tokens, pairs = (torch.stack(layers).double().sum(0) for layers in (vision.tokens, vision.pairs))
+    return 2 * vision.patches.double() * size.patch_values * d + tokens * d * (8 * d + mlp) + 4 * pairs * d
 
 
-def projector(size: ModelSize, visual: Tensor) -> Tensor:
-    """FLOPs of LLaVA's two-layer projector."""
-    return 2 * visual.double() * (size.vision_width * size.width + size.width * size.width)
+def projector(size: ModelSize, rows: Tensor) -> Tensor:
+    """FLOPs of the projector (or merger) over `rows` rows."""
+    return 2 * size.projectors * rows.double() * size.projector_inner * (size.projector_in + size.width)
 
 
 def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
@@ -96,15 +205,16 @@ def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
 
 
 def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int = 1) -> dict[str, Tensor]:
-    """FLOPs of one prefill per sample, part by part; `total` adds the parts up.
+    """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
     `pruner` and `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
+    vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
     parts = {
-        "vision": vision_tower(size) * (visual > 0).double(),
-        "projector": projector(size, visual),
+        "vision": zero if vision is None else vision_tower(size, vision).to(zero),
+        "projector": zero if vision is None else projector(size, vision.projected).to(zero),
         "decoder": sum((decoder_layer(size, q, k) for q, k in zip(trace.queries, trace.keys, strict=True)), zero),
         "scoring": sum((attention_rows(size, stage) for stage in trace.stages), zero),
         "pruner": zero,
@@ -121,11 +231,30 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     return parts
 
 
+def _usual_images(image: ImageLoad | None, visual: Tensor) -> VisionTrace | None:
+    """As many usual images as give so many visual tokens, in proportion."""
+    if image is None:
+        return None
+    count = visual / image.visual
+    pairs = [count * pairs for pairs in image.pairs]
+    return VisionTrace(count * image.patches, [count * image.tokens] * len(pairs), pairs, count * image.projected)
+
+
+def decode(trace: Trace, size: ModelSize, steps: int, repair=None) -> dict[str, Tensor]:
+    """FLOPs of `steps` decoding steps after a prefill, part by part.
+
+    An answer of n tokens is a prefill and n - 1 steps: the prefill gives the first token, the last is not fed back.
+    """
+    first, last = (price(step(trace, index), size, repair=repair) for index in (1, max(1, steps)))
+    # Each part is linear in the length of the cache, which grows by one: an arithmetic series.
+    return {name: steps * (first[name] + last[name]) / 2 for name in first}
+
+
 def decoder_total(parts: dict[str, Tensor]) -> Tensor:
     """Decoder with all that pruning adds to it: what a reduction is measured on."""
     return parts["decoder"] + parts["scoring"] + parts["pruner"] + parts["repair"]
 
 
 def kv_bytes(trace: Trace, size: ModelSize, bytes_per_value: int) -> Tensor:
-    """Bytes of keys and values cached for the prompt, per sample."""
+    """Bytes of keys and values cached after the forward, per sample."""
     return sum(k.double() for k in trace.keys) * 2 * size.key_heads * size.head_dim * bytes_per_value

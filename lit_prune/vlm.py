@@ -13,7 +13,8 @@ from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
-from lit_prune.host.places import find, model_size
+from lit_prune.host.places import find
+from lit_prune.host.sizes import model_size
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
@@ -90,7 +91,7 @@ class VLM:
     @property
     def size(self) -> ModelSize:
         """Sizes for `lit_prune.cost`."""
-        return model_size(self.model)
+        return model_size(self.model.config)
 
     def attach(
         self,

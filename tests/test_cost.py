@@ -1,15 +1,15 @@
 """Prices against PyTorch's own counter, real caches and published figures."""
 
-from dataclasses import replace
-
 import pytest
 import tiny
 import torch
 from tiny import PRUNERS, VISUAL, batch, forward, generate, samples
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from lit_prune.cost import ModelSize, Trace, decoder_layer, decoder_total, kv_bytes, price, projector, vision_tower
+from lit_prune.cost import ModelSize, Trace, decoder_layer, decoder_total, kv_bytes, plan, price
 from lit_prune.host import Record, Session
+from lit_prune.host.sizes import model_size
 from lit_prune.pruners.base import Dims
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
@@ -160,11 +160,16 @@ def test_papers_convention(count, teramacs):
 
 
 def test_vision_tower_and_projector_of_llava():
-    """CLIP-L/14 at 336 pixels: 24 layers of width 1024 over 577 tokens."""
-    size = replace(LLAVA, vision_width=1024, vision_depth=24, vision_mlp=4096, vision_tokens=577)
+    """CLIP-L/14 at 336 pixels: 24 layers of width 1024 over 577 tokens, one crop whatever the image's size."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    )  # fmt: skip
+    size = model_size(LlavaConfig(vision_config=vision, text_config=LlamaConfig()))
+    parts = price(plan({}, visual=576, text=64, depth=32), size)
     layers = 24 * 577 * (24 * 1024 * 1024 + 4 * 577 * 1024)
-    assert vision_tower(size) == pytest.approx(layers)
-    assert projector(size, tokens(576)).item() == 2 * 576 * (1024 * 4096 + 4096 * 4096)
+    assert parts["vision"].item() == layers + 2 * 576 * 588 * 1024
+    assert parts["projector"].item() == 2 * 576 * (1024 * 4096 + 4096 * 4096)
 
 
 def test_trace_averages_over_layers():

@@ -17,6 +17,7 @@ from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin
 from lit_prune.pruners.base import Pruner
@@ -98,6 +99,8 @@ class DecoderHost:
             kwargs = _only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         forward = begin(kwargs, self.places.image_token, session, self._counts)
+        if forward is not None and forward.record is not None:
+            forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Dims
 
@@ -62,24 +61,3 @@ def query_key(
         heads = (heads if norm is None else norm(heads)).transpose(1, 2)
         out.append(rotate(heads, heads, cos, sin)[0])
     return out[0], out[1]
-
-
-def model_size(model: nn.Module) -> ModelSize:
-    """Sizes for the price of a forward, from the model's configuration."""
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return ModelSize(
-        width=text.hidden_size,
-        depth=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        key_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        mlp=text.intermediate_size,
-        vocab=text.vocab_size,
-        vision_width=vision.hidden_size,
-        vision_depth=vision.num_hidden_layers,
-        vision_mlp=vision.intermediate_size,
-        vision_tokens=patches + 1,
-        patch_values=3 * vision.patch_size**2,
-        patches=patches,
-    )

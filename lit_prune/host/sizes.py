@@ -1,0 +1,196 @@
+"""Sizes for `lit_prune.cost`, read off a transformers configuration; no model is needed."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.image_processing_utils import select_best_resolution
+
+from lit_prune.cost import ImageLoad, ModelSize, VisionTrace
+from lit_prune.errors import LitPruneError
+
+# Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
+TOWERS = {
+    "clip_vision_model": (1, 2),
+    "siglip_vision_model": (0, 2),
+    "internvl_vision": (1, 2),
+    "qwen2_5_vl_vision": (0, 3),
+    "qwen3_vl_vision": (0, 2),
+}
+USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
+TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
+
+
+def model_size(config: PreTrainedConfig, image: tuple[int, int] = USUAL) -> ModelSize:
+    """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
+
+    Raises `LitPruneError` for a vision tower whose arithmetic isn't known.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    merge, layers = _merge(config), getattr(config, "vision_feature_layer", -1)
+    features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
+    return ModelSize(
+        width=text.hidden_size,
+        depth=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        key_heads=text.num_key_value_heads or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        mlp=text.intermediate_size,
+        vocab=text.vocab_size,
+        vision_width=vision.hidden_size,
+        vision_mlp=vision.intermediate_size,
+        vision_matrices=_tower(config)[1],
+        patch_values=_patch_values(vision),
+        projector_in=features,
+        projector_inner=features if hasattr(vision, "spatial_merge_size") else text.hidden_size,
+        projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        image=image_load(config, *image),
+    )
+
+
+def image_load(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
+    """What an image of so many pixels asks of the model, by the rule of the model's own processor.
+
+    Limits on an image's pixels, which stand in a processor's files, are not known here.
+    """
+    if hasattr(config.vision_config, "spatial_merge_size"):
+        factor = _pair(config.vision_config.patch_size)[0] * _merge(config)
+        rows, columns = (max(1, round(side / factor)) * _merge(config) for side in (height, width))
+        return grid_load(config, 1, rows, columns)
+    if hasattr(config, "image_grid_pinpoints"):
+        return _any_resolution(config, height, width)
+    if hasattr(config, "downsample_ratio"):
+        tiles = _tiles(height, width, _pair(config.vision_config.image_size))
+        return crop_load(config, tiles + (tiles > 1))
+    return crop_load(config, 1)
+
+
+def crop_load(config: PreTrainedConfig, crops: int, visual: int | None = None) -> ImageLoad:
+    """The load of `crops` crops of the tower's fixed size, which give `visual` tokens (all of theirs by default)."""
+    vision = config.vision_config
+    rows, columns = (
+        pixels // patch for pixels, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
+    )
+    tokens = rows * columns + _tower(config)[0]
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    projected = crops * (tokens if whole else rows * columns) // _merge(config) ** 2
+    return ImageLoad(
+        patches=crops * rows * columns,
+        tokens=crops * tokens,
+        pairs=(crops * tokens * tokens,) * vision.num_hidden_layers,
+        projected=projected,
+        visual=projected if visual is None else visual,
+    )
+
+
+def grid_load(config: PreTrainedConfig, frames: int, rows: int, columns: int) -> ImageLoad:
+    """The load of an image that the tower takes in its own size, as a grid of patches, with or without windows."""
+    vision, merge = config.vision_config, _merge(config)
+    patches = frames * rows * columns
+    windowed = full = frames * (rows * columns) ** 2
+    if hasattr(vision, "window_size"):
+        side = vision.window_size // merge // _pair(vision.patch_size)[0]
+        windowed = frames * merge**4 * _squares(rows // merge, side) * _squares(columns // merge, side)
+    whole = getattr(vision, "fullatt_block_indexes", range(vision.num_hidden_layers))
+    pairs = tuple(full if layer in whole else windowed for layer in range(vision.num_hidden_layers))
+    return ImageLoad(patches, patches, pairs, patches // merge**2, patches // merge**2)
+
+
+def vision_trace(config: PreTrainedConfig, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
+    """What the tower runs for a processor's `inputs`, whose samples have `total` visual tokens (batch,).
+
+    None where images have one size, or where the inputs don't say which size they have.
+    """
+    grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
+    if grids is not None:
+        loads = [grid_load(config, *grid) for grid in grids.tolist()]
+    elif sizes is not None and hasattr(config, "image_grid_pinpoints"):
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        counts = inputs.get("batch_num_images")
+        alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
+        loads = [
+            _any_resolution(config, *size) if by_crops else _lone_crop(config)
+            for size, by_crops in zip(sizes, alone, strict=True)
+        ]
+    else:
+        return None
+    samples = _by_sample(loads, total.tolist())
+    return None if samples is None else VisionTrace.of(samples)
+
+
+def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[ImageLoad]] | None:
+    """Images of each sample: they stand in the prompts' order, each brings its tokens. None where they don't fit."""
+    ends = list(accumulate((load.visual for load in loads), initial=0))
+    if not loads or any(end not in ends for end in accumulate(totals)) or ends[-1] != sum(totals):
+        return None
+    marks = [ends.index(end) for end in accumulate(totals, initial=0)]
+    return [list(loads[a:b]) for a, b in pairwise(marks)]
+
+
+def _any_resolution(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
+    """Crops on the best of the model's canvases and the whole image; padding is cut off, rows end in a line break."""
+    crop, patch = config.vision_config.image_size, config.vision_config.patch_size
+    canvas = select_best_resolution((height, width), [tuple(size) for size in config.image_grid_pinpoints])
+    side = crop // patch
+    rows, columns = (side * (pixels // crop) for pixels in canvas)
+    crops = rows * columns // side**2 + 1
+    if width / height > columns / rows:
+        rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
+    else:
+        columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+    limit = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
+    if limit.isdecimal() and (ratio := (rows * columns / (int(limit) * side**2)) ** 0.5) > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return crop_load(config, crops, visual=side**2 + rows * (columns + 1))
+
+
+def _lone_crop(config: PreTrainedConfig) -> ImageLoad:
+    """One of several images, which is not cut into crops: its tokens and one line break."""
+    return crop_load(config, 1, visual=crop_load(config, 1).visual + 1)
+
+
+def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
+    """Tiles of the canvas nearest to the image's shape; of equally near ones the larger, if the image fills half."""
+    shapes = sorted(
+        ((a, b) for a in range(1, TILES + 1) for b in range(1, TILES + 1) if a * b <= TILES),
+        key=lambda shape: shape[0] * shape[1],
+    )
+    best, nearest = (1, 1), float("inf")
+    for shape in shapes:
+        distance = abs(width / height - shape[0] / shape[1])
+        fills = height * width > 0.5 * tile[0] * tile[1] * shape[0] * shape[1]
+        if distance < nearest or (distance == nearest and fills):
+            best, nearest = shape, distance
+    return best[0] * best[1]
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of squares of the pieces when `length` is cut into pieces of `side`."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+def _tower(config: PreTrainedConfig) -> tuple[int, int]:
+    kind = config.vision_config.model_type
+    if kind not in TOWERS:
+        raise LitPruneError(
+            f"the price of a vision tower of type {kind} isn't known, only of {', '.join(TOWERS)}; "
+            f"add its line to TOWERS in {__name__}"
+        )
+    return TOWERS[kind]
+
+
+def _merge(config: PreTrainedConfig) -> int:
+    """Patches along one side that become one visual token."""
+    return getattr(config.vision_config, "spatial_merge_size", None) or int(1 / getattr(config, "downsample_ratio", 1))
+
+
+def _patch_values(vision: PreTrainedConfig) -> int:
+    height, width = _pair(vision.patch_size)
+    channels = getattr(vision, "num_channels", None) or vision.in_channels
+    return channels * height * width * getattr(vision, "temporal_patch_size", 1)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
