@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["pruners", "repair"], 1),
     **dict.fromkeys(["host", "plugin", "shapes", "vlm"], 2),
     **dict.fromkeys(
-        ["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics"], 3
+        ["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics", "timing"], 3
     ),
     **dict.fromkeys(["cli", "commands", "__main__"], 4),
 }

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_prune.cli import UsageError
 from lit_prune.commands.explain import explain
+from lit_prune.commands.overlays import config_files
 
 SHORT = {"-c": "config", "-o": "out"}
 YES_NO = ("true", "false", "yes", "no")
@@ -21,21 +22,30 @@ def run_verb(verb: str, argv: list[str]) -> None:
     """Parse the arguments of a verb and call its ``run``."""
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
     parser = ArgumentParser(prog=f"lit-prune {verb}", exit_on_error=False, allow_abbrev=False)
-    short = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in inspect.signature(run).parameters]
+    own_config = "config" in inspect.signature(run).parameters
+    if not own_config:
+        parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
+    known = {"config", *inspect.signature(run).parameters}
+    short = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in known]
     parser.epilog = "; ".join([*short, "lists may be written --option a b, flags without a value"])
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
     try:
         options = parser.parse_args(plain(argv, run))
     except ArgumentError as error:
-        raise UsageError(explain(str(error), parser)) from error
+        raise UsageError(explain(str(error), parser, config_files(argv))) from error
+    if not own_config:
+        del options["config"]
     run(**parser.instantiate(options).as_dict())
 
 
 def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
-    """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads."""
-    hints = {name: kind for name, kind in typing.get_type_hints(run).items() if name != "return"}
+    """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads.
+
+    A file of options comes first, so that the options given beside it win wherever they stand.
+    """
+    hints = {"config": str, **{name: kind for name, kind in typing.get_type_hints(run).items() if name != "return"}}
     lists: dict[str, list[str]] = {}
-    plain_argv = []
+    files, plain_argv = [], []
     tokens = list(argv)
     while tokens:
         name, value = _option(tokens.pop(0), hints)
@@ -48,11 +58,13 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
             spoken = tokens and tokens[0].lower() in YES_NO
             plain_argv.append(f"--{name}={tokens.pop(0) if spoken else 'true'}")
         elif name in hints and value is None:
-            plain_argv += [f"--{name}", *tokens[:1]]
+            (files if name == "config" else plain_argv).extend([f"--{name}", *tokens[:1]])
             del tokens[:1]
+        elif name == "config":
+            files.append(f"--{name}={value}")
         else:
             plain_argv.append(name if value is None else f"--{name}={value}")
-    return plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
+    return files + plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
 
 
 def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:

@@ -1,0 +1,270 @@
+"""Time several methods beside the full model: first token, prefill, decoding, memory."""
+
+import datetime
+import json as json_format
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+from lit_prune import timing
+from lit_prune.budget import parse_budget
+from lit_prune.commands import console
+from lit_prune.commands.inputs import Dtype, load_model
+from lit_prune.errors import LitPruneError
+from lit_prune.timing import Benchmark, Method
+from lit_prune.vlm import VLM, as_plugin
+
+Row = dict[str, Any]
+
+
+def run(
+    methods: list[str],
+    model: str | dict[str, Any] = "micro",
+    keep: int | None = None,
+    batch_sizes: list[int] = [1, 4],  # noqa: B006
+    text_tokens: int = 64,
+    new_tokens: int = 16,
+    repeats: int = 7,
+    warmup: int = 1,
+    time_limit: float | None = None,
+    clock: Literal["wall", "cpu"] = "wall",
+    threads: int | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Time the full model and methods in turn, on one set of weights, with random prompts of one image each.
+
+    Args:
+        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH, with its own budget as
+            PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
+        model: "micro", a model folder or a hub id; in a file also the fields of a config.json, for random weights.
+        keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
+            plug-in's own.
+        batch_sizes: Numbers of prompts at once.
+        text_tokens: Text tokens of each prompt, beside the image's.
+        new_tokens: Tokens answered in each request.
+        repeats: Measured rounds; every round runs each method at each batch size once.
+        warmup: Rounds before that, not measured.
+        time_limit: Seconds after which to stop and report what is there.
+        clock: wall, or cpu: processor time of one thread, for a machine that others use too. On CUDA wall is by events.
+        threads: Threads of PyTorch on the CPU. Default: PyTorch's own.
+        dtype: Of the weights.
+        device: E.g. cuda:1; auto is the GPU if there is one.
+        json: File for the table and what it was measured on.
+        plot: Picture of speed-ups against FLOPs and of times against batch sizes, e.g. bench.png.
+    """
+    entrants = [_method(spec, keep) for spec in methods]
+    with _threads(threads):
+        vlm = _build(model, dtype, device) if isinstance(model, dict) else load_model(model, dtype, device)
+        bench = Benchmark(
+            vlm, entrants, batch_sizes, text_tokens, new_tokens, timing.clock_for(clock, vlm.model.device)
+        )
+        header = _header(bench, model, clock)
+        done = _loop(bench, repeats, warmup, time_limit)
+    rows = bench.rows()
+    if not rows:
+        raise LitPruneError("nothing was measured: give a longer --time-limit, or smaller batch sizes")
+    header["load_average_after"] = os.getloadavg()[0]
+    header["notes"] = _notes(bench, rows, header, None if done else time_limit)
+    if json is not None:
+        _write(json, {"header": header, "rows": rows})
+    if plot is not None:
+        _plot(plot, rows, header)
+    _print(rows, header)
+
+
+def _method(spec: str, keep: int | None) -> Method:
+    """`full`, PATH or NAME=PATH, each with @BUDGET or without."""
+    name, _, path = spec.rpartition("=")
+    path, _, own = path.partition("@")
+    if path == "full":
+        return Method(name or "full")
+    plugin = as_plugin(path)
+    budget = parse_budget(own) if own else plugin.keep if keep is None else keep
+    if budget is None:
+        raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
+    return Method(name or f"{Path(path).stem}{own and ' ' + own}", plugin, budget)
+
+
+def _build(fields: dict[str, Any], dtype: Dtype, device: str) -> VLM:
+    """A model with random weights from the fields of its config.json."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    wanted = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LitPruneError(f"`model` describes no model of transformers: {error}") from error
+    with torch.random.fork_rng(), wanted:
+        torch.manual_seed(timing.SEED)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        )
+    return VLM(model, None, f"{fields['model_type']} with random weights")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _loop(bench: Benchmark, repeats: int, warmup: int, time_limit: float | None) -> bool:
+    """Run it behind a bar that draws itself only between two measurements, never during one."""
+    total = (repeats + warmup) * len(bench.batch_sizes) * len(bench.methods)
+    with Progress(console=console.err, auto_refresh=False) as progress:
+        task = progress.add_task(f"{len(bench.methods)} methods", total=total)
+        return bench.run(repeats, warmup, time_limit, lambda: progress.update(task, advance=1, refresh=True))
+
+
+def _header(bench: Benchmark, model: str | dict[str, Any], clock: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from transformers import __version__ as transformers_version
+
+    device, dims = bench.vlm.model.device, bench.dims
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "model": bench.vlm.name,
+        "config": model if isinstance(model, dict) else None,
+        "layers": dims.depth,
+        "width": dims.width,
+        "visual_tokens": dims.visual,
+        "text_tokens": bench.text_tokens,
+        "new_tokens": bench.new_tokens,
+        "dtype": str(bench.vlm.model.dtype).removeprefix("torch."),
+        "attention": bench.vlm.model.config._attn_implementation,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "clock": "cuda events" if device.type == "cuda" else clock,
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _notes(bench: Benchmark, rows: list[Row], header: dict[str, Any], limit: float | None) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    notes = [f"{name} at batch {batch} did not fit into memory" for batch, name in bench.too_large]
+    if limit is not None:
+        notes.append(f"stopped by the time limit of {limit:g} s: n says how many rounds each row has")
+    if noisy := [f"{row['method']} at batch {row['batch']}" for row in rows if row["noisy"]]:
+        notes.append(
+            f"too noisy to say (~: spread above {timing.NOISY:.0%}, or a single round): {', '.join(noisy)}; "
+            f"repeat more often, or on a quieter machine"
+        )
+    load = max(header["load_average_before"], header["load_average_after"])
+    if load > header["cores"]:
+        notes.append(f"the machine was busy: load average {load:.1f} on {header['cores']} cores")
+    return notes
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_format.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+PREFILL = ("batch", "method", "prefill ms", "± %", "speed-up", "FLOPs", "eff. %", "over. %", "n")
+REQUEST = ("batch", "method", "TTFT ms", "gain", "ms/token", "gain", "tokens/s", "KV MB", "peak MB")
+
+
+def _prefill_cells(row: Row) -> list[str]:
+    """A row under `PREFILL`."""
+    gains = [_number(row[key], 1, 2) for key in ("speedup", "flops_ratio")]
+    shares = [_number(row[key], 100, 1) for key in ("efficiency", "overhead")]
+    return [_time(row, "prefill_ms", "spread"), _number(row["spread"], 100, 1), *gains, *shares, str(row["n"])]
+
+
+def _request_cells(row: Row) -> list[str]:
+    """A row under `REQUEST`."""
+    return [
+        _time(row, "ttft_ms", "ttft_spread"),
+        _number(row["ttft_speedup"], 1, 2),
+        _time(row, "decode_ms_per_token", "decode_spread"),
+        _number(row["decode_speedup"], 1, 2),
+        f"{row['tokens_per_s']:.1f}",
+        f"{row['kv_bytes'] / 1e6:.2f}",
+        _number(row["peak_memory_bytes"], 1e-6, 0),
+    ]
+
+
+def _time(row: Row, time: str, spread: str) -> str:
+    return f"{'~' if timing.noisy(row[spread]) else ''}{row[time]:.1f}"
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _print(rows: list[Row], header: dict[str, Any]) -> None:
+    """Two narrow tables: the prefill beside what its FLOPs promise, and whole requests."""
+    console.out.print(
+        f"{header['model']}: {header['visual_tokens']} visual + {header['text_tokens']} text tokens, "
+        f"{header['dtype']}, {header['machine']}, {header['threads']} thread(s), {header['clock']} time",
+        markup=False,
+        highlight=False,
+    )
+    for columns, cells in ((PREFILL, _prefill_cells), (REQUEST, _request_cells)):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in columns:
+            name = column == "method"
+            table.add_column(column, justify="left" if name else "right", no_wrap=not name, min_width=14 * name)
+        for row in rows:
+            table.add_row(str(row["batch"]), row["method"], *cells(row))
+        console.out.print(table)
+    for note in header["notes"]:
+        console.say(f"note: {note}")
+
+
+def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
+    """Left: speed-up of the prefill against its FLOPs ratio. Right: prefill time per batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    gain, time = figure.subplots(1, 2)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        time.plot([row["batch"] for row in mine], [row["prefill_ms"] for row in mine], marker="o", label=method)
+        gains = [row for row in mine if row["speedup"] is not None]
+        colour = time.lines[-1].get_color()
+        gain.scatter([row["flops_ratio"] for row in gains], [row["speedup"] for row in gains], color=colour)
+        for row in gains:
+            gain.annotate(f"batch {row['batch']}", (row["flops_ratio"], row["speedup"]), fontsize=7)
+    gain.axline((1, 1), slope=1, color="grey", linestyle="--", linewidth=1)
+    gain.set(xlabel="FLOPs of the full prefill / FLOPs of the pruned one", ylabel="speed-up of the prefill")
+    time.set(xlabel="batch size", ylabel=f"prefill, ms ({header['clock']} time)", xscale="log", yscale="log")
+    batches = sorted({row["batch"] for row in rows})
+    time.set_xticks(batches, [str(batch) for batch in batches])
+    time.legend(fontsize=8)
+    figure.suptitle(f"{header['model']}, {header['machine']}, {header['date'][:10]}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

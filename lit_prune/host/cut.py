@@ -1,0 +1,38 @@
+"""The floor of any pruning: the plain model with its sequence cut to given lengths, for measuring what methods add."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from lit_prune.host import places
+
+
+@contextmanager
+def cut_to(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Prefill with `lengths[i]` columns at the input of decoder layer i, by a slice that keeps the last ones.
+
+    Nothing is scored, gathered, repaired or put back, so what a method takes longer than this is what it adds. For
+    batches without padding and without a cache to continue; the outputs are those of a shorter sequence.
+    """
+
+    def cut(length: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict):
+            cos, sin = kwargs["position_embeddings"]
+            rope = (cos[..., -length:, :], sin[..., -length:, :])
+            kwargs = {**kwargs, "attention_mask": None, "position_ids": None, "position_embeddings": rope}
+            return (args[0][:, -length:], *args[1:]), kwargs
+
+        return hook
+
+    layers = places.find(model).layers
+    handles = [
+        layer.register_forward_pre_hook(cut(length), with_kwargs=True)
+        for layer, length in zip(layers, lengths, strict=True)
+        if length < lengths[0]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,338 @@
+"""How long a model takes, plain and pruned, side by side in one process on one set of weights.
+
+A round measures every method at every batch size once: the prefill with the image's features given, the plain model cut
+to the same lengths, and a whole request from pixels to the last token. Each round begins one method later, so none
+always runs in the wake of the same neighbour. Nothing is timed while plug-ins are attached or detached.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_prune.budget import Budget
+from lit_prune.cost import Trace, decoder_total, price
+from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import encode_images
+from lit_prune.host import DecoderHost, Record, Session
+from lit_prune.host.cut import cut_to
+from lit_prune.host.places import find
+from lit_prune.plugin import Plugin
+from lit_prune.vlm import VLM
+
+NOISY = 0.1  # spread (interquartile range over median) above which a time says little
+SEED = 0  # of the random prompts and of untrained plug-ins
+
+Clock = Callable[[Callable[[], Any]], tuple[float, Any]]  # runs some work; its seconds and its result
+
+
+def wall_clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    """What a user waits."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def cpu_clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor time of this thread: what a machine shared with others can measure, with one thread only."""
+    start = time.thread_time()
+    result = work()
+    return time.thread_time() - start, result
+
+
+def cuda_clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    """From an idle device to the end of its last kernel, by CUDA events: what a user waits."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    result = work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, result
+
+
+def clock_for(name: str, device: torch.device) -> Clock:
+    """`wall` (on CUDA by events) or `cpu`; raises `LitPruneError` where processor time would mislead."""
+    if name == "wall":
+        return cuda_clock if device.type == "cuda" else wall_clock
+    if device.type != "cpu" or torch.get_num_threads() != 1:
+        raise LitPruneError("clock `cpu` is the time of one thread: it needs the CPU and threads=1")
+    return cpu_clock
+
+
+@dataclass(frozen=True)
+class Method:
+    """A plug-in at a budget; without a plug-in it is the full model."""
+
+    name: str
+    plugin: Plugin | None = None
+    keep: Budget | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs of one batch size, without padding: with pixels, and with the images' features already projected."""
+
+    pixels: dict[str, Any]
+    features: dict[str, Any]
+
+
+@dataclass
+class Times:
+    """Seconds of one method at one batch size, one entry for each round."""
+
+    prefill: list[float] = field(default_factory=list)
+    cut: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one prefill did: FLOPs of the batch, bytes in its cache, lengths at each decoder layer, tokens per stage."""
+
+    flops: float
+    kv_bytes: int
+    visual: float
+    lengths: list[int]
+    kept: dict[int, float]
+
+
+def random_prompt(vlm: VLM, batch: int, text_tokens: int) -> Prompt:
+    """Images of noise behind one text token, and random text after them; the same for every method.
+
+    Raises `LitPruneError` for a family whose number of visual tokens hangs on the image.
+    """
+    model, places = vlm.model, find(vlm.model)
+    vision, size = model.config.vision_config, model.config.get_text_config().vocab_size
+    if not isinstance(getattr(vision, "image_size", None), int):
+        raise LitPruneError(f"bench knows no images for {type(model).__name__}: its vision tower has no fixed size")
+    generator = torch.Generator().manual_seed(SEED)
+    text = torch.randint(size, (batch, text_tokens), generator=generator)
+    text[text == places.image_token] = (places.image_token + 1) % size
+    image = torch.full((batch, places.dims.visual), places.image_token)
+    pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator).to(model.dtype)
+    inputs = {"input_ids": torch.cat([text[:, :1], image, text[:, 1:]], 1), "pixel_values": pixels}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    return Prompt(inputs, encode_images(vlm, inputs))
+
+
+class Benchmark:
+    """Times, FLOPs, cache and memory of several methods.
+
+    Args:
+        vlm: the model; plug-ins are attached to it in turn, and it is left plain.
+        methods: the rows of each batch size; the full model is put in front if it is missing.
+        batch_sizes: numbers of prompts at once.
+        text_tokens: of each prompt, beside its image's.
+        new_tokens: answered in each request, at least 2.
+        clock: see `clock_for`.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        methods: Sequence[Method],
+        batch_sizes: Sequence[int],
+        text_tokens: int,
+        new_tokens: int,
+        clock: Clock,
+    ) -> None:
+        if new_tokens < 2 or text_tokens < 2 or not batch_sizes or min(batch_sizes) < 1:
+            raise LitPruneError("bench needs text_tokens and new_tokens of at least 2 and batch sizes of at least 1")
+        if all(method.plugin is not None for method in methods):
+            methods = [Method("full"), *methods]
+        if len({method.name for method in methods}) < len(methods):
+            raise LitPruneError("two methods have the same name; give NAME=PATH")
+        self.vlm, self.methods, self.batch_sizes = vlm.detach(), list(methods), list(dict.fromkeys(batch_sizes))
+        self.dims = find(vlm.model).dims
+        self.text_tokens, self.new_tokens, self.clock = text_tokens, new_tokens, clock
+        self.prompts: dict[int, Prompt] = {}
+        self.ran: dict[tuple[int, str], Ran] = {}
+        self.times: dict[tuple[int, str], Times] = {}
+        self.too_large: list[tuple[int, str]] = []
+
+    def order(self, turn: int) -> Iterator[tuple[int, Method]]:
+        """What a round measures, one after the other."""
+        shift = turn % len(self.methods)
+        for batch in self.batch_sizes:
+            for method in (*self.methods[shift:], *self.methods[:shift]):
+                yield batch, method
+
+    @torch.inference_mode()
+    def run(
+        self, repeats: int, warmup: int = 1, time_limit: float | None = None, tick: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Measure `repeats` rounds after `warmup` unmeasured ones; whether that ended before `time_limit` seconds."""
+        deadline = None if time_limit is None else time.monotonic() + time_limit
+        for turn in range(-warmup, repeats):
+            for batch, method in self.order(turn):
+                if deadline is not None and time.monotonic() > deadline:
+                    return False
+                self._try(batch, method, measured=turn >= 0)
+                tick()
+        return True
+
+    def _try(self, batch: int, method: Method, measured: bool) -> None:
+        key = (batch, method.name)
+        if key in self.too_large:
+            return
+        try:
+            self._measure(batch, method, self.times.setdefault(key, Times()) if measured else Times())
+        except torch.OutOfMemoryError:
+            self.too_large.append(key)
+            self.times.pop(key, None)
+            torch.cuda.empty_cache()
+
+    def _measure(self, batch: int, method: Method, times: Times) -> None:
+        """One turn of one method at one batch size."""
+        if batch not in self.prompts:
+            self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens)
+        model, prompt = self.vlm.model, self.prompts[batch]
+        if (batch, method.name) not in self.ran:
+            self.ran[batch, method.name] = self._inspect(method, prompt)
+        with self._attached(method):
+            times.prefill.append(self.clock(lambda: prefill(model, prompt.features))[0])
+            _reset_peak(model.device)
+            first, (token, cache) = self.clock(lambda: prefill(model, prompt.pixels))
+            rest, _ = self.clock(partial(decode, model, token, cache, self.new_tokens - 1))
+        times.first.append(first)
+        times.decode.append(rest / (self.new_tokens - 1))
+        times.peak_bytes = _peak(model.device, times.peak_bytes)
+        del cache
+        if method.plugin is not None:
+            with cut_to(model, self.ran[batch, method.name].lengths):
+                times.cut.append(self.clock(lambda: prefill(model, prompt.features))[0])
+
+    @contextmanager
+    def _attached(self, method: Method) -> Iterator[None]:
+        if method.plugin is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            self.vlm.attach(method.plugin, keep=method.keep)
+        try:
+            yield
+        finally:
+            self.vlm.detach()
+
+    def _inspect(self, method: Method, prompt: Prompt) -> Ran:
+        """Run one prefill twice: recorded, and for the cache that it leaves."""
+        record, model = Record(), self.vlm.model
+        with self._attached(method):
+            host = self.vlm.host or DecoderHost(model, None, None, 0)
+            with host.using(Session(record=record)):
+                prefill(model, prompt.features)
+            if self.vlm.host is None:
+                host.detach()
+            _, cache = prefill(model, prompt.features)
+        parts = price(record.trace, self.vlm.size, *_parts(method.plugin))
+        return Ran(
+            flops=(decoder_total(parts) + parts["lm_head"]).sum().item(),
+            kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+            visual=record.trace.average_visual().mean().item(),
+            lengths=_widths(record.trace),
+            kept={stage.layer: stage.kept.sum(1).double().mean().item() for stage in record.stages},
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table so far: a row for each batch size and method that was measured; times in ms."""
+        full = next(method.name for method in self.methods if method.plugin is None)
+        rows = []
+        for batch, method in ((batch, method) for batch in self.batch_sizes for method in self.methods):
+            times = self.times.get((batch, method.name))
+            if times is not None and times.decode:
+                reference = self.times.get((batch, full))
+                rows.append(self._row(batch, method.name, times, self.ran.get((batch, full)), reference))
+        return rows
+
+    def _row(self, batch: int, name: str, times: Times, full: Ran | None, reference: Times | None) -> dict[str, Any]:
+        ran = self.ran[batch, name]
+        prefill_s, first, decode_s = (float(np.median(t)) for t in (times.prefill, times.first, times.decode))
+        gains = dict.fromkeys(("speedup", "flops_ratio", "efficiency", "ttft_speedup", "decode_speedup"))
+        if full is not None and reference is not None and reference.decode:
+            gains["speedup"] = float(np.median(reference.prefill)) / prefill_s
+            gains["flops_ratio"] = full.flops / ran.flops
+            gains["efficiency"] = gains["speedup"] / gains["flops_ratio"]
+            gains["ttft_speedup"] = float(np.median(reference.first)) / first
+            gains["decode_speedup"] = float(np.median(reference.decode)) / decode_s
+        spreads = {"spread": spread(times.prefill), "ttft_spread": spread(times.first)}
+        spreads["decode_spread"] = spread(times.decode)
+        return {
+            "method": name,
+            "batch": batch,
+            "prefill_ms": 1e3 * prefill_s,
+            "ttft_ms": 1e3 * first,
+            "decode_ms_per_token": 1e3 * decode_s,
+            "tokens_per_s": batch * self.new_tokens / (first + decode_s * (self.new_tokens - 1)),
+            **gains,
+            "overhead": _overhead(times),
+            "flops": ran.flops,
+            "kv_bytes": ran.kv_bytes,
+            "peak_memory_bytes": times.peak_bytes,
+            "avg_visual_tokens": ran.visual,
+            "kept": ran.kept,
+            **spreads,
+            "noisy": any(noisy(value) for value in spreads.values()),
+            "n": len(times.decode),
+        }
+
+
+def prefill(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The first token, greedily, and the cache."""
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def decode(model: nn.Module, token: Tensor, cache: Any, steps: int) -> Tensor:
+    """The last of `steps` further tokens, greedily."""
+    for _ in range(steps):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(-1)
+    return token
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Interquartile range over the median; None for a single value."""
+    if len(values) < 2:
+        return None
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return float((high - low) / middle)
+
+
+def noisy(spread: float | None) -> bool:
+    """Whether a time with this spread says little."""
+    return spread is None or spread > NOISY
+
+
+def _overhead(times: Times) -> float | None:
+    """Share of a pruned prefill that the plain model, cut to its lengths, does without: the rounds' median."""
+    pairs = list(zip(times.prefill, times.cut, strict=False))
+    return float(np.median([1.0 - cut / pruned for pruned, cut in pairs])) if pairs else None
+
+
+def _widths(trace: Trace) -> list[int]:
+    """Columns at each decoder layer: those of the sample that keeps most."""
+    return [int(lengths.max()) for lengths in trace.queries]
+
+
+def _parts(plugin: Plugin | None) -> tuple[Any, Any]:
+    return (None, None) if plugin is None else (plugin.pruner, plugin.repair)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device, before: int | None) -> int | None:
+    """Largest allocation since the last reset or `before`, weights included; None where PyTorch keeps no count."""
+    return max(before or 0, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
