@@ -8,71 +8,65 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from lit_prune import loading
 from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
-from lit_prune.host.places import find
+from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 
-MICRO = Path(__file__).parent / "micro" / "weights"
 
-
-def resolve(base: str | Path) -> str:
-    """Folder or hub id that a model's name stands for; `micro` is the one shipped with this package."""
-    if str(base) == "micro":
-        if not (MICRO / "config.json").is_file():
-            raise LitPruneError(
-                f"the weights of micro-LLaVA are missing from {MICRO}: reinstall, or run jobs/pretrain_micro.sh"
-            )
-        return str(MICRO)
-    path = Path(base)
-    looks_local = path.is_absolute() or str(base).startswith((".", "~")) or path.is_dir()
-    if looks_local and not (path.expanduser() / "config.json").is_file():
-        raise LitPruneError(f"{base} is no model folder: it has no config.json")
-    return str(path.expanduser()) if looks_local else str(base)
-
-
-def load_processor(base: str | Path) -> Any:
-    """Processor (tokenizer, image processor, chat template) of a model."""
-    from transformers import AutoProcessor
-
-    return _fetch(AutoProcessor.from_pretrained, base)
-
-
-def load(base: str | Path = "micro", dtype: torch.dtype | None = None, **options: Any) -> "VLM":
+def load(
+    base: str | Path | nn.Module | PreTrainedConfig = "micro",
+    dtype: torch.dtype | None = None,
+    *,
+    processor: Any = None,
+    random_weights: bool = False,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> "VLM":
     """A frozen vision-language model with its processor, ready to attach a pruner to.
 
     Args:
-        base: "micro", a local folder in the Hugging Face layout, or a hub id such as "llava-hf/llava-1.5-7b-hf".
-        dtype: of the weights; by default float32 for micro, else what the checkpoint says.
-        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, ...).
+        base: "micro", a local folder in the Hugging Face layout, a hub id such as "llava-hf/llava-1.5-7b-hf", a folder
+            or hub id of a peft adapter, or a transformers model (or `PeftModel`) that is built already: it is used as
+            it is, and frozen. With `random_weights` also a configuration.
+        dtype: of the weights. By default float32 for micro, else what the checkpoint says; random weights of more than
+            a billion parameters are bfloat16.
+        processor: a processor, or a name to load one by; by default that of `base`. Random weights and model objects
+            do without one where none is on this machine: then give token ids to `model` yourself.
+        random_weights: build the real shape with random weights and download nothing; see `lit_prune.shapes`.
+        device: where the model shall be, such as "cuda"; by default where it is made, the CPU.
+        seed: of random weights.
+        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...).
 
     Raises:
-        LitPruneError: the model can't be found, with what would help.
+        LitPruneError: the model can't be found or built, with what would help.
     """
-    from transformers import AutoModelForImageTextToText
-
-    if dtype is None:
-        dtype = torch.float32 if str(base) == "micro" else "auto"
-    model = _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
-    return VLM(model, load_processor(base), str(base))
-
-
-def _fetch(function: Any, base: str | Path, **options: Any) -> Any:
-    name = resolve(base)
-    try:
-        return function(name, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise LitPruneError(
-            f"{base} can't be loaded ({reason}). Give a local folder with config.json and *.safetensors, or fetch it "
-            f"on a machine with network: hf download {base} --local-dir FOLDER"
-        ) from error
+    if isinstance(base, nn.Module):
+        if random_weights or dtype is not None or options:
+            raise LitPruneError("a model that is built already is taken as it is: set its dtype and options before")
+        model, name = base, str(getattr(base.config, "_name_or_path", ""))
+    elif random_weights:
+        model = loading.random_model(base, dtype, device or "cpu", seed, **options)
+        name = base.model_type if isinstance(base, PreTrainedConfig) else str(base)
+    elif isinstance(base, PreTrainedConfig):
+        raise LitPruneError("a configuration has no weights: load it with random_weights=True")
+    else:
+        model, name = loading.load_model(base, dtype, **options), str(base)
+        processor = processor or name
+    if processor is None:
+        processor = loading.local_processor(name) if name else None
+    elif isinstance(processor, (str, Path)):
+        processor = loading.load_processor(processor)
+    return VLM(model if device is None else model.to(device), processor, name)
 
 
 class VLM:
@@ -119,8 +113,8 @@ class VLM:
         plugin.build(places.dims, fingerprint(self.model))
         plugin.keep, plugin.base = budget, plugin.base or self.name
         self.detach()
-        self.host = DecoderHost(self.model, plugin.pruner, plugin.repair, budget)
-        self.plugin = plugin.to(places.decoder.layers[0].input_layernorm.weight.device)
+        self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget)
+        self.plugin = plugin.to(places.device)
         return self
 
     def detach(self) -> "VLM":
@@ -153,8 +147,9 @@ class VLM:
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
         ]
-        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        inputs = self.processor(text=texts, images=list(images), return_tensors="pt", padding=True, padding_side="left")
+        processor = self._processor()
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        inputs = processor(text=texts, images=list(images), return_tensors="pt", padding=True, padding_side="left")
         return inputs.to(self.model.device)
 
     @torch.inference_mode()
@@ -167,8 +162,17 @@ class VLM:
 
     def decode(self, sequences: Tensor, prompt_length: int) -> list[str]:
         """Text of generated tokens."""
-        texts = self.processor.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+        texts = self._processor().batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _processor(self) -> Any:
+        if self.processor is None:
+            raise LitPruneError(
+                f"{self.name or 'this model'} has no processor to encode text and images with: random weights come "
+                f"without a tokenizer, and a model object brings none. Give load() one (processor=FOLDER or an "
+                f"object), or pass token ids and pixels to `model` yourself"
+            )
+        return self.processor
 
 
 def as_plugin(

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_prune"
 FLOORS = {
     **dict.fromkeys(["errors", "selection", "moments", "cost", "budget"], 0),
     **dict.fromkeys(["pruners", "repair"], 1),
-    **dict.fromkeys(["host", "plugin", "shapes", "vlm"], 2),
+    **dict.fromkeys(["host", "loading", "plugin", "shapes", "vlm"], 2),
     **dict.fromkeys(
         ["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics", "timing"], 3
     ),

@@ -16,9 +16,10 @@ import lit_prune
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
+from lit_prune.loading import resolve
 from lit_prune.micro.model import build_config, build_processor
 from lit_prune.pruners.random import Random
-from lit_prune.vlm import VLM, plugin_from_yaml, resolve
+from lit_prune.vlm import VLM, plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 

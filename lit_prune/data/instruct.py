@@ -86,7 +86,7 @@ class InstructData(LightningDataModule):
     def processor(self) -> Any:
         """The processor of the base model; may be set before `setup`."""
         if self._processor is None:
-            from lit_prune.vlm import load_processor
+            from lit_prune.loading import load_processor
 
             self._processor, self._loaded_from = load_processor(self.base), self.base
         return self._processor
@@ -211,7 +211,7 @@ def context_length(processor: Any, base: str | None = None) -> int | None:
     """Tokens that a model has positions for: the least that its tokenizer and the config of `base` say, if any does."""
     limits = [processor.tokenizer.model_max_length]
     if base is not None:
-        from lit_prune.vlm import resolve
+        from lit_prune.loading import resolve
 
         with suppress(OSError, ValueError):  # a folder of a processor alone
             config = AutoConfig.from_pretrained(resolve(base)).get_text_config()

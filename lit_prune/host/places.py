@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
@@ -19,9 +20,23 @@ class Places:
     image_token: int
     dims: Dims
 
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's first layer computes; its weights may wait on the CPU or on disk until they are used."""
+        norm = self.layers[0].input_layernorm
+        hook = getattr(norm, "_hf_hook", None)  # accelerate's, on a module that it offloads
+        device = getattr(hook, "execution_device", None)
+        return norm.weight.device if device is None else torch.device(device)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a wrapper of peft, whose forward also `generate()` runs; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 
 def find(model: nn.Module) -> Places:
     """Parts of a `*ForConditionalGeneration`; raises `LitPruneError` for a model that isn't one."""
+    model = unwrap(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(decoder, "layers", None)
     token = getattr(model.config, "image_token_id", None)

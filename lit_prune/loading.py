@@ -1,0 +1,177 @@
+"""Models and processors from wherever they are: this package, a folder, the hub, or a shape with random weights.
+
+Nothing here runs code of a checkpoint, and without a network nothing waits for one.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig
+
+from lit_prune.errors import LitPruneError
+from lit_prune.shapes import names, shipped_config
+
+MICRO = Path(__file__).parent / "micro" / "weights"
+HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
+PROBE_SECONDS = 5.0  # for the one request that tells whether the hub can be reached
+
+
+def resolve(base: str | Path) -> str:
+    """Folder or hub id that a model's name stands for; `micro` is the one shipped with this package.
+
+    A folder holds `config.json`, or `adapter_config.json`: an adapter of peft, which names its base model.
+    """
+    if str(base) == "micro":
+        if not (MICRO / "config.json").is_file():
+            raise LitPruneError(
+                f"the weights of micro-LLaVA are missing from {MICRO}: reinstall, or run jobs/pretrain_micro.sh"
+            )
+        return str(MICRO)
+    path = Path(base).expanduser()
+    looks_local = path.is_absolute() or str(base).startswith((".", "~")) or path.is_dir()
+    if looks_local and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise LitPruneError(f"{base} is no model folder: it has no config.json")
+    return str(path) if looks_local else str(base)
+
+
+def load_processor(base: str | Path) -> Any:
+    """Processor (tokenizer, image processor, chat template) of a model."""
+    from transformers import AutoProcessor
+
+    return _fetch(AutoProcessor.from_pretrained, base)
+
+
+def local_processor(base: str | Path) -> Any | None:
+    """Processor of a model if it lies on this machine, in a folder or in the hub's cache; else None."""
+    from transformers import AutoProcessor
+
+    try:
+        return _fetch(AutoProcessor.from_pretrained, base, local=True)
+    except LitPruneError:
+        return None
+
+
+def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> nn.Module:
+    """Model with its weights; `dtype` by default float32 for micro, else what the checkpoint says.
+
+    Raises:
+        LitPruneError: there are no weights, or they can't be read, with what would help.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if dtype is None:
+        dtype = torch.float32 if str(base) == "micro" else "auto"
+    return _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
+
+
+def random_model(
+    base: str | Path | PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Model of the real shape with random weights, made on `device`: for costs, benchmarks and tests.
+
+    Args:
+        base: a configuration, a folder with `config.json`, the hub id of a shipped shape, or "micro".
+        dtype: by default bfloat16 for models of more than a billion parameters, else float32.
+        device: where the weights are made, such as "cuda"; on "meta" they are never made.
+        seed: of the weights; the library's own initialisation draws them, so the same seed gives the same model.
+        options: of the model, such as `attn_implementation`.
+
+    Raises:
+        LitPruneError: the shape is not known here.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if placed := {"device_map", "quantization_config"}.intersection(options):
+        raise LitPruneError(f"random weights are made on one device and as they are: give device=, not {min(placed)}")
+    config = _config(base)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
+    except ValueError as error:
+        raise LitPruneError(f"{config.model_type} can't be built: {_first_line(error)}") from error
+    if dtype is None and sum(p.numel() for p in model.parameters()) > HALF_FROM:
+        dtype = torch.bfloat16
+    device = torch.device(device)
+    # The generators of all devices are put back as they were.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
+
+
+def _config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if isinstance(base, PreTrainedConfig):
+        return copy.deepcopy(base)
+    if str(base) in names() and not Path(base).is_dir():
+        return shipped_config(str(base))
+    return _fetch(AutoConfig.from_pretrained, base, local=True)
+
+
+def _fetch(function: Callable, base: str | Path, local: bool = False, **options: Any) -> Any:
+    """Call one of the library's `from_pretrained`, and say what would help where it fails."""
+    folder = _place(base, local, {name: options[name] for name in ("revision", "cache_dir") if name in options})
+    options.setdefault("trust_remote_code", False)
+    try:
+        return function(folder, **options)
+    except OSError as error:
+        raise LitPruneError(f"{base} can't be loaded ({_first_line(error)}). {_advice(base)}") from error
+    except ImportError as error:
+        raise LitPruneError(
+            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, "
+            f"such as pip install 'lit-prune[quantized,peft]'"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise LitPruneError(f"{base} can't be loaded: {_first_line(error)}") from error
+
+
+def _place(base: str | Path, local: bool, version: dict[str, Any]) -> str:
+    """Folder of a model, or its hub id where the hub is to be asked: not if `local`, nor if it doesn't answer."""
+    name = resolve(base)
+    if Path(name).is_dir() or (not local and hub_answers()):
+        return name
+    try:
+        return snapshot_download(name, local_files_only=True, **version)
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        reason = "" if local else ", and the hub can't be reached"
+        raise LitPruneError(f"{base} is no folder and not in the hub's cache{reason}. {_advice(base)}") from error
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached: one request, since the library's own retries take most of a minute."""
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the client's errors are its own affair: any of them means no
+        return False
+    return True
+
+
+def _advice(base: str | Path) -> str:
+    if Path(base).expanduser().is_dir():
+        text = "A model folder holds config.json, *.safetensors and the processor's files."
+    else:
+        text = (
+            f"Give a local folder with config.json and *.safetensors, or fetch it on a machine with network: "
+            f"hf download {base} --local-dir FOLDER"
+        )
+    if str(base) in names() or (Path(base).expanduser() / "config.json").is_file():
+        text += f". Benchmarks need no weights: lit_prune.load({str(base)!r}, random_weights=True)"
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
