@@ -4,7 +4,9 @@ Nothing here runs code of a checkpoint, and without a network nothing waits for 
 """
 
 import copy
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,10 @@ def resolve(base: str | Path) -> str:
 
 
 def load_processor(base: str | Path) -> Any:
-    """Processor (tokenizer, image processor, chat template) of a model."""
+    """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's."""
     from transformers import AutoProcessor
 
-    return _fetch(AutoProcessor.from_pretrained, base)
+    return _fetch(AutoProcessor.from_pretrained, _adapted(base) or base)
 
 
 def local_processor(base: str | Path) -> Any | None:
@@ -54,9 +56,20 @@ def local_processor(base: str | Path) -> Any | None:
     from transformers import AutoProcessor
 
     try:
-        return _fetch(AutoProcessor.from_pretrained, base, local=True)
+        return _fetch(AutoProcessor.from_pretrained, _adapted(base) or base, local=True)
     except LitPruneError:
         return None
+
+
+def _adapted(base: str | Path) -> str | None:
+    """The base model that a folder of an adapter alone names; None for any other."""
+    folder = Path(resolve(base))
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return None
+    try:
+        return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LitPruneError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path") from error
 
 
 def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> nn.Module:
@@ -67,6 +80,8 @@ def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **optio
     """
     from transformers import AutoModelForImageTextToText
 
+    if _adapted(base) and find_spec("peft") is None:
+        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: pip install 'lit-prune[peft]'")
     if dtype is None:
         dtype = torch.float32 if str(base) == "micro" else "auto"
     return _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)

@@ -107,6 +107,7 @@ class VLM:
         """
         plugin = as_plugin(pruner, repair, keep)
         places = find(self.model)
+        device = places.device
         budget = plugin.keep if keep is None else keep
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
@@ -114,7 +115,7 @@ class VLM:
         plugin.keep, plugin.base = budget, plugin.base or self.name
         self.detach()
         self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget)
-        self.plugin = plugin.to(places.device)
+        self.plugin = plugin.to(device)
         return self
 
     def detach(self) -> "VLM":

@@ -22,11 +22,24 @@ class Places:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder's first layer computes; its weights may wait on the CPU or on disk until they are used."""
-        norm = self.layers[0].input_layernorm
-        hook = getattr(norm, "_hf_hook", None)  # accelerate's, on a module that it offloads
-        device = getattr(hook, "execution_device", None)
-        return norm.weight.device if device is None else torch.device(device)
+        """Where the decoder computes; offloaded weights may wait elsewhere. Raises `LitPruneError` if it is several.
+
+        Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
+        """
+        devices = {_device(layer.input_layernorm) for layer in self.layers}
+        if len(devices) > 1:
+            raise LitPruneError(
+                f"the decoder is spread over {', '.join(sorted(map(str, devices)))}, and pruning needs its layers on "
+                f"one device: load with a device_map that keeps them together, such as device_map={{'': 0}}, which may "
+                f"offload to 'cpu' or 'disk'"
+            )
+        return devices.pop()
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate's hook says so where it brings the weights in from the CPU or the disk."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
