@@ -5,13 +5,8 @@
 #   LIMIT=256 bash jobs/ablate.sh     compares on the first 256 test questions only
 set -euo pipefail
 
-if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit
-fi
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 RUN="${RUN:-runs/ablate}"
 MORE=("$@")
 ROWS=(full)

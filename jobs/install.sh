@@ -1,10 +1,17 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: goes to the repository's root, makes .venv and installs, unless that is up to date.
+# Sourced by the other scripts: answers --help with the caller's first comment, keeps runs offline unless told otherwise,
+# goes to the repository's root, makes .venv and installs, unless that is up to date.
 #   PYTHON=python3.12 bash jobs/...   uses another Python (3.11 or later)
 #   CONSTRAINTS=                      installs without constraints.txt (another build of torch)
 # Leaves $PY, the environment's Python, and puts its scripts first on PATH.
 
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
+    exit
+fi
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 note() {

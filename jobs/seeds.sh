@@ -4,13 +4,8 @@
 #   SEEDS="0 1 2 3 4" bash jobs/seeds.sh
 set -euo pipefail
 
-if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit
-fi
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 RUN="${RUN:-runs/seeds}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2}"
 MORE=("$@")
@@ -22,21 +17,19 @@ train() { # keep seed folder
         --seed_everything="$2" --model.seed="$2" --data.init_args.seed="$2" "${MORE[@]}"
 }
 
-for keep in 16 32; do
-    folders=()
+for keep in 32 16; do
     for seed in "${SEEDS[@]}"; do
         train "$keep" "$seed" "$RUN/keep_$keep/seed_$seed"
-        folders+=("$RUN/keep_$keep/seed_$seed/plugin")
     done
-    trained=$(IFS=,; echo "${folders[*]}")
-    lit-prune compare -c configs/micro.yaml --keep "$keep" --out "$RUN/keep_$keep" --methods full \
-        random=configs/pruners/random.yaml \
-        uniform=configs/pruners/uniform.yaml \
-        "last-token attention (FastV)=configs/pruners/fastv.yaml" \
-        "all-question attention=configs/pruners/text_attention.yaml" \
-        "word similarity=configs/pruners/text_similarity.yaml" \
-        "RCP untrained=configs/pruners/rcp.yaml" \
-        "RCP trained, repair off=$trained!" \
-        "RCP trained=$trained" \
-        "oracle (ceiling)=configs/pruners/oracle.yaml"
 done
+trained="$RUN/keep_{keep}/seed_{seed}/plugin"
+lit-prune compare -c configs/micro.yaml --keep 32 16 --seeds "${SEEDS[@]}" --out "$RUN" --methods full \
+    random=configs/pruners/random.yaml \
+    uniform=configs/pruners/uniform.yaml \
+    "last-token attention (FastV)=configs/pruners/fastv.yaml" \
+    "all-question attention=configs/pruners/text_attention.yaml" \
+    "word similarity=configs/pruners/text_similarity.yaml" \
+    "RCP untrained=configs/pruners/rcp.yaml" \
+    "RCP trained, repair off=$trained!" \
+    "RCP trained=$trained" \
+    "oracle (ceiling)=configs/pruners/oracle.yaml"

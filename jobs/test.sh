@@ -5,10 +5,6 @@
 #   bash jobs/test.sh tests/test_cli.py -k help -x     arguments go to pytest
 set -euo pipefail
 
-if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit
-fi
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 

@@ -7,14 +7,9 @@
 # About 12 minutes on two CPU cores after the install; nothing is fetched while it runs.
 set -euo pipefail
 
-if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit
-fi
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-export WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT="${WANDB_SILENT:-true}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 CONFIG=configs/micro.yaml
 RUN="${RUN:-runs/try}"
 
@@ -61,4 +56,4 @@ step test lit-prune test -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_p
 # The comparison reads the settings that `fit` resolved and saved; it is quick to repeat and prints the table.
 note "compare"
 lit-prune compare -c "$RUN/config_fit.yaml" --methods "${ROWS[@]}" --out "$RUN"
-note "written: $RUN/table.json"
+note "written: $RUN/results.json, $RUN/table.md and plots"

@@ -28,7 +28,7 @@ class Measured:
     per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
     total: Tensor  # visual tokens of the prompt
     last: Tensor | None  # (batch, N) visual tokens still there after the last stage; None: nothing was dropped
-    embeds: Tensor | None  # (batch, N, width) visual tokens as they enter the decoder; of the plain model only
+    embeds: Tensor  # (batch, N, width) visual tokens as they enter the decoder; where the tower dropped one, anything
 
 
 def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
     that methods are compared on the same text.
     """
-    states, prefill = Record(keep_hidden=True, keep_embeds=not session.prune), Record()
+    states, prefill = Record(keep_hidden=True, keep_embeds=True), Record()
     encoded = encode_images(vlm, batch["inputs"])
     with vlm.using(replace(session, record=states)):
         vlm.model(**encoded, use_cache=False)
@@ -79,9 +79,12 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
 
 
 def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) -> None:
-    """Add a batch to kappa: the plain model's visual tokens, and those that the method left to the last layers."""
+    """Add a batch to kappa: the plain model's visual tokens, and those that the method left to the last layers.
+
+    Both as they enter the decoder: what a method did to them in the vision tower counts, such as merging.
+    """
     real = torch.arange(teacher.embeds.shape[1], device=teacher.total.device) < teacher.total[:, None]
-    metric.update(teacher.embeds, real if measured.last is None else measured.last & real, real)
+    metric.update(teacher.embeds, real if measured.last is None else measured.last & real, real, measured.embeds)
 
 
 def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:

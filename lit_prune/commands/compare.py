@@ -1,173 +1,217 @@
-"""Measure several methods side by side on one data set: accuracy, tokens, FLOPs, shift."""
+"""Measure methods side by side at several budgets: accuracy, tokens, FLOPs, shift; tables and plots."""
 
-import csv
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lit_prune.commands import console
-from lit_prune.commands.trainer import build
-from lit_prune.comparison import Comparison, Contestant
-from lit_prune.data.dataset import move_batch
+from lit_prune.commands.trainer import PruneCLI, build
+from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, describe, digest_of, prepare
+from lit_prune.comparison.measuring import Comparison
+from lit_prune.comparison.plots import figures
+from lit_prune.comparison.tables import Row, as_csv, markdown, overviews, remarks, row
 from lit_prune.errors import LitPruneError
-from lit_prune.plugin import Plugin
-from lit_prune.vlm import as_plugin
+from lit_prune.host.places import find
+from lit_prune.vlm import VLM
 
-METHODS = [
-    "full",
-    "random=configs/pruners/random.yaml",
-    "uniform=configs/pruners/uniform.yaml",
-    "last-token attention (FastV)=configs/pruners/fastv.yaml",
-    "all-question attention=configs/pruners/text_attention.yaml",
-    "word similarity=configs/pruners/text_similarity.yaml",
-    "RCP untrained=configs/pruners/rcp.yaml",
-    "oracle (ceiling)=configs/pruners/oracle.yaml",
-]
+PRUNERS = Path("configs/pruners")
 
 
 def run(
     config: list[str] | None = None,
     methods: list[str] | None = None,
-    keep: int | None = None,
-    draws: int = 3,
+    keep: list[str] | None = None,
+    seeds: list[int] | None = None,
     limit: int | None = None,
     data_seed: int | None = None,
     out: Path = Path("runs/compare"),
+    fresh: bool = False,
+    wandb: bool = False,
 ) -> None:
-    """Measure methods on the test set of a configuration, in one process, batch by batch beside the full model.
+    """Measure methods x budgets x seeds on the test set of a configuration, batch by batch beside the full model.
 
-    Writes table.json, table.csv and table.md into the output folder and prints the table, its rows in the order given.
+    Writes results.json (a list of cells), results.csv, table.md and plots into the output folder and prints the tables.
+    A cell that is done is kept in OUT/cells and not measured again while nothing it depends on has changed: method,
+    weights, budget, seed, base model, data. Budgets are passes, so a run that is cut off loses at most one of them.
+    A budget that a method can't meet is an empty cell with the reason. An error in one method leaves its cell empty,
+    the others go on, and the exit code is 1.
 
     Args:
         config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
             configs/micro.yaml.
-        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; `NAME=A,B,C` averages several
-            (seeds of one run), `NAME=PATH!` leaves the repair adapter out. Default: the controls and the training-free
-            methods of this project.
-        keep: Budget, visual tokens averaged over the decoder layers' inputs. Default: the configuration's.
-        draws: Draws of each random method, averaged.
+        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; NAME=A,B,C are trained runs
+            of one method; {keep} and {seed} in a path stand for each budget and seed, as in
+            RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin; `!` behind the path leaves the repair adapter out. Default:
+            full and all of configs/pruners.
+        keep: Budgets, visual tokens averaged over the decoder layers' inputs, or shares of the model's, e.g. --keep 32
+            16 5.6%. Default: the configuration's.
+        seeds: Draws of random methods, and what {seed} stands for. Default: 0 1 2.
         limit: Number of test samples. Default: all.
         data_seed: Another part of the data's seed range, where the data are generated.
         out: Folder for the results.
+        fresh: Measure every cell again: --fresh.
+        wandb: Log table and plots to Weights & Biases, offline where there is no key: --wandb.
     """
     overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
     made = build(config or ["configs/micro.yaml"], overrides)
-    module, data = made.model, made.datamodule
-    vlm, budget = module.vlm, module.keep if keep is None else keep
-    vlm.detach()
+    vlm, data = made.model.vlm.detach(), made.datamodule
+    _to_gpu(vlm)
+    setting = _load_data(made, limit)
+    visual = find(vlm.model).dims.visual
+    keeps = list(dict.fromkeys(budget(text, visual) for text in keep or [str(made.model.keep)]))
+    chosen = [Method.parse(text) for text in methods or _all_methods()]
+    cells = [cell for method in chosen for cell in method.cells(keeps, [0, 1, 2] if seeds is None else seeds)]
+    full, store = Cell(FULL), Store(out / "cells")
+    prepare([full, *cells], vlm, {**describe(vlm), **setting})
+    results = {} if fresh else {cell.key: found for cell in [full, *cells] if (found := store.read(cell))}
+    _say_found(store, [full, *cells], len(results))
+    passes = [keep for keep in keeps if _pending(cells, keep, results)]
+    for number, keep in enumerate(passes or ([] if full.key in results else [None])):
+        pending = _pending(cells, keep, results)
+        comparison = Comparison(vlm, full, pending, made.model.max_new_tokens)
+        _loop(comparison, data, f"{keep or visual} tokens ({number + 1} of {max(1, len(passes))})", len(pending))
+        if not (measured := comparison.results()):
+            raise LitPruneError("the test set gave no usable sample")
+        for cell, result in measured:
+            store.write(cell, result)
+            results[cell.key] = json.loads(json.dumps(result))
+        rows = [row(cell, results.get(cell.key), results[full.key]) for cell in cells]
+        _write(rows, out, visual)
+    rows = [row(cell, results.get(cell.key), results[full.key]) for cell in cells]
+    _write(rows, out, visual)
+    pictures = _draw(rows, out, visual)
+    _print(rows, visual)
+    if wandb:
+        _log(rows, pictures, out, setting)
+    _judge(cells, results)
+
+
+def _all_methods() -> list[str]:
+    found = sorted(map(str, PRUNERS.glob("*.yaml")))
+    if not found:
+        raise LitPruneError(f"no methods in {PRUNERS}: run from the repository's folder, or give --methods")
+    return [FULL, *found]
+
+
+def _to_gpu(vlm: VLM) -> None:
+    import torch
+
     vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    contestants = [_contestant(spec, draws) for spec in (METHODS if methods is None else methods)]
-    comparison = Comparison(vlm, contestants, budget, module.max_new_tokens)
+
+
+# Data
+
+
+def _load_data(made: PruneCLI, limit: int | None) -> dict[str, Any]:
+    """Set the test data up, cut to `limit`; returns what a result depends on."""
+    from torch.utils.data import Subset
+
+    if limit is not None and limit < 1:
+        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
+    data = made.datamodule
     data.prepare_data()
     data.setup("test")
-    _loop(comparison, data, limit)
-    rows = comparison.rows()
-    _write(rows, out)
-    visual = comparison.dims.visual
-    _print(rows, f"{module.hparams['base']}: {budget} of {visual} visual tokens on average ({budget / visual:.1%})")
+    test = data.datasets["test"]
+    file = digest_of([test.records.path])
+    if limit is not None:
+        data.datasets["test"] = Subset(test, range(min(limit, len(test))))
+    told = json.loads(json.dumps(made.config["data"].as_dict(), default=str))
+    size = len(data.datasets["test"])
+    return {"data": told, "file": file, "samples": size, "max_new_tokens": made.model.max_new_tokens}
 
 
-def _contestant(spec: str, draws: int) -> Contestant:
-    """`full`, PATH or NAME=PATH, several paths with commas between, `!` at the end to leave the repair out."""
-    name, _, path = spec.rpartition("=")
-    repair, path = not path.endswith("!"), path.removesuffix("!")
-    if path == "full":
-        return Contestant(name or "full")
-    plugins = []
-    for part in path.split(","):
-        plugins.append(as_plugin(part))
-        if hasattr(plugins[-1].pruner, "seed"):
-            plugins += [_redraw(part, seed) for seed in range(1, draws)]
-    return Contestant(name or Path(path).stem, plugins, repair)
+def _pending(cells: Sequence[Cell], keep: int | None, results: dict[str, Row]) -> list[Cell]:
+    """What is left to measure at a budget; a cell that was asked for twice is measured once."""
+    here = (cell for cell in cells if cell.keep == keep and cell.plugin is not None)
+    left = {cell.key: cell for cell in here if not cell.reason and cell.key not in results}
+    return list(left.values())
 
 
-def _redraw(path: str, seed: int) -> Plugin:
-    plugin = as_plugin(path)
-    plugin.pruner.seed += seed
-    return plugin
+def _loop(comparison: Comparison, data: Any, title: str, cells: int) -> None:
+    """One pass over the test data."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = len(data.datasets["test"])
+    with Progress(*columns, console=console.err) as progress:
+        samples = progress.add_task(f"{title}: {cells} cells, samples", total=total)
+        bar = progress.add_task("  this batch, cells", total=cells + 1)
+        for batch in data.test_dataloader():
+            batch = data.on_before_batch_transfer(batch, 0)
+            batch = data.transfer_batch_to_device(batch, comparison.vlm.model.device, 0)
+            progress.reset(bar)
+            comparison.update(batch, lambda: progress.advance(bar))
+            progress.advance(samples, len(batch["ids"]))
 
 
-def _loop(comparison: Comparison, data: Any, limit: int | None) -> None:
-    loader, device = data.test_dataloader(), comparison.vlm.model.device
-    total = len(data.datasets["test"]) if limit is None else min(limit, len(data.datasets["test"]))
-    done = 0
-    with Progress(console=console.err) as progress:
-        task = progress.add_task(f"{len(comparison.contestants)} methods", total=total)
-        for batch in loader:
-            batch.pop("skipped", None)
-            comparison.update(move_batch(batch, lambda part: _to(part, device)))
-            done += len(batch["ids"])
-            progress.update(task, completed=done)
-            if limit is not None and done >= limit:
-                break
-    if not done:
-        raise LitPruneError("the test set gave no usable sample")
+# What comes out
 
 
-def _to(part: Any, device: Any) -> Any:
-    from lightning.pytorch.utilities import move_data_to_device
+def _say_found(store: Store, cells: list[Cell], found: int) -> None:
+    if found:
+        console.say(f"{found} cells were measured before")
+    if store.other_code:
+        console.say(f"note: {store.other_code} of them by other code of this package; --fresh measures them again")
+    if others := store.others(cells):
+        console.say(f"note: {others} files in {store.folder} are of other methods, weights or data, and are left alone")
 
-    return move_data_to_device(part, device)
 
-
-def _write(rows: list[dict[str, Any]], out: Path) -> None:
-    """table.json with everything, table.csv with the flat columns, table.md for documents."""
+def _write(rows: list[Row], out: Path, visual: int) -> None:
+    """results.json with everything, results.csv with the flat columns, table.md for documents; each whole or not."""
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "table.json.tmp"
-    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / "table.json")
-    (out / "table.md").write_text(_markdown(rows), encoding="utf-8")
-    flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, flat, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    texts = {
+        "results.json": json.dumps(rows, indent=1) + "\n",
+        "results.csv": as_csv(rows),
+        "table.md": markdown(rows, visual),
+    }
+    for name, text in texts.items():
+        unfinished = out / f"{name}.tmp"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, out / name)
 
 
-COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
+def _draw(rows: list[Row], out: Path, visual: int) -> dict[str, Path]:
+    """The plots as PNG files."""
+    paths = {}
+    for name, figure in figures(rows, visual).items():
+        paths[name] = out / f"{name}.png"
+        figure.savefig(paths[name])
+    return paths
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    """A row under `COLUMNS`; with several runs the accuracy carries its standard deviation."""
-    spread = f" ± {100 * row['accuracy_std']:.1f}" if row["runs"] > 1 else ""
-    return [
-        row["name"],
-        f"{100 * row['accuracy']:.1f}{spread}",
-        f"{100 * row['retained']:.1f}",
-        f"{row['avg_visual_tokens']:.1f}",
-        f"{row['flops'] / 1e6:.0f}",
-        f"{100 * row['flops_reduction']:.1f}",
-        f"{row['kv_bytes'] / 1e3:.0f}",
-        f"{row['w2']:.2f}",
-    ]
-
-
-def _skills(row: dict[str, Any]) -> list[str]:
-    return [row["name"], *(f"{100 * value:.1f}" for value in row["per_skill"].values())]
-
-
-def _print(rows: list[dict[str, Any]], title: str) -> None:
-    """Two narrow tables: what a method keeps and costs, and its accuracy per skill."""
-    costs, skills = Table(title=title), Table(title="accuracy per skill, %")
-    for table, columns, cells in (
-        (costs, COLUMNS, _cells),
-        (skills, ("method", *rows[0]["per_skill"]), _skills),
-    ):
+def _print(rows: list[Row], visual: int) -> None:
+    for title, (columns, *body) in overviews(rows, visual).items():
+        table = Table(title=title)
         for column in columns:
             table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*cells(row))
-    console.out.print(costs, skills)
+        for line in body:
+            table.add_row(*line)
+        console.out.print(table)
+    for line in remarks(rows):
+        console.out.print(f"- {line}", markup=False, highlight=False)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    """The same two tables for a document."""
-    lines = []
-    for columns, cells in ((COLUMNS, _cells), (("method", *rows[0]["per_skill"]), _skills)):
-        lines += [" | ".join(columns).join(("| ", " |")), "|---" + "|---:" * (len(columns) - 1) + "|"]
-        lines += [" | ".join(cells(row)).join(("| ", " |")) for row in rows] + [""]
-    return "\n".join(lines)
+def _log(rows: list[Row], pictures: dict[str, Path], out: Path, setting: dict[str, Any]) -> None:
+    """The cells as a table and the plots as images of one run."""
+    import wandb
+
+    flat = [name for name in rows[0] if not any(isinstance(each[name], dict | list) for each in rows)]
+    with wandb.init(project="lit_prune", job_type="compare", name=out.name, dir=out, config=setting) as logged:
+        logged.log({"cells": wandb.Table(flat, [[each[name] for name in flat] for each in rows])})
+        logged.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+
+
+def _judge(cells: list[Cell], results: dict[str, Row]) -> None:
+    """Say how many cells have no result; raise `LitPruneError` if some should have one."""
+    failed = [cell for cell in cells if cell.failed and cell.key not in results]
+    empty = sum(1 for cell in cells if cell.reason and not cell.failed)
+    if empty:
+        console.say(f"{empty} of {len(cells)} cells are empty: budgets that can't be met, or runs that are not there")
+    if failed:
+        raise LitPruneError(
+            f"{len(failed)} of {len(cells)} cells failed; the first: {failed[0].method} at {failed[0].keep}: "
+            f"{failed[0].reason}"
+        )

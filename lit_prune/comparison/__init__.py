@@ -1,0 +1,1 @@
+"""Several methods at several budgets on one teacher and one data set: cells, measuring, tables, plots."""

@@ -1,0 +1,386 @@
+"""`lit-prune compare` on a few questions of the micro world: cells, resuming, failures, tables and plots."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import ROOT, shake, small_rcp, small_repair
+from torch import nn
+
+from lit_prune import cli, evaluation
+from lit_prune.commands import compare
+from lit_prune.comparison import tables
+from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, describe, prepare
+from lit_prune.comparison.measuring import Comparison
+from lit_prune.data import MicroData
+from lit_prune.errors import LitPruneError
+from lit_prune.moments import kappa
+from lit_prune.plugin import Plugin
+from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.pruners.random import Random
+from lit_prune.vlm import VLM, load
+
+RANDOM, FASTV = (f"configs/pruners/{name}.yaml" for name in ("random", "fastv"))
+QUESTIONS = 14
+
+
+class Broken(Pruner):
+    """Fails when it is asked."""
+
+    def __init__(self, layers: tuple[int, ...] = (0,)) -> None:
+        super().__init__(layers)
+
+    def prune(self, context: Context) -> Kept:
+        raise RuntimeError("no idea")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict:
+    """Options of a small data set."""
+    root = tmp_path_factory.mktemp("world")
+    sizes = {"train_samples": 7, "val_samples": 7, "test_samples": QUESTIONS, "eval_batch_size": 7}
+    return {"root": str(root), **sizes}
+
+
+@pytest.fixture(scope="module")
+def config(small, tmp_path_factory) -> list[str]:
+    """Configuration files of the micro run on that data."""
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
+    file.write_text(yaml.safe_dump({"data": {"init_args": small}}))
+    return [str(ROOT / "configs" / "micro.yaml"), str(file)]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+METHODS = [FULL, f"chance={RANDOM}", FASTV]
+
+
+@pytest.fixture(scope="module")
+def measured(config, tmp_path_factory) -> Path:
+    """The results of a whole run through the command line."""
+    out = tmp_path_factory.mktemp("measured")
+    options = ["--methods", *METHODS, "--keep", "16", "5.6%", "--seeds", "0", "1", "--out", str(out)]
+    before = os.getcwd()
+    os.chdir(ROOT)
+    cli.main(["compare", *(part for file in config for part in ("-c", file)), *options])
+    os.chdir(before)
+    return out
+
+
+def rows_of(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())
+
+
+# -- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_results_are_a_list_of_cells(measured):
+    rows = rows_of(measured)
+    found = [(row["method"], row["keep"], row["seed"], row["status"]) for row in rows]
+    assert found == [
+        ("full", None, None, "measured"),
+        *[("chance", keep, seed, "measured") for keep in (16, 8) for seed in (0, 1)],
+        ("fastv", 16, None, "measured"),
+        ("fastv", 8, None, "empty"),
+    ]
+    full, chance, empty = rows[0], rows[1], rows[-1]
+    assert (full["retained"], full["w2"], full["kappa"], full["flops_reduction"]) == (1.0, 0.0, 0.0, 0.0)
+    assert full["avg_visual_tokens"] == 144
+    assert (chance["avg_visual_tokens"], chance["tokens_per_layer"], chance["kept"]) == (16, [16] * 16, {"0": 16})
+    assert chance["questions"] == QUESTIONS
+    assert chance["retained"] == chance["accuracy"] / full["accuracy"]
+    assert 0 < chance["flops"] < full["flops"]
+    assert chance["kappa"] > 0
+    assert chance["w2"] == pytest.approx(np.mean(chance["w2_per_layer"]))
+    assert rows[1]["w2"] != rows[2]["w2"], "two draws are two"
+    assert chance["accuracy_se"] == pytest.approx((chance["accuracy"] * (1 - chance["accuracy"]) / QUESTIONS) ** 0.5)
+    assert set(empty) == set(chance)
+    assert "at least 9.9" in empty["reason"]
+    assert empty["accuracy"] is empty["flops"] is None
+
+
+def test_csv_and_markdown_say_the_same(measured):
+    rows = rows_of(measured)
+    lines = list(csv.DictReader((measured / "results.csv").open()))
+    assert [line["w2"] for line in lines] == ["" if row["w2"] is None else str(row["w2"]) for row in rows]
+    text = (measured / "table.md").read_text()
+    chance = next(each for each in tables.means(rows) if each["method"] == "chance" and each["keep"] == 16)
+    assert f"| chance | {100 * chance['accuracy']:.1f} ± {100 * chance['accuracy_std']:.1f} |" in text
+    assert "| fastv | – |" in text
+    assert "at least 9.9" in text
+
+
+def test_plots_show_something(measured):
+    for name in ("accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"):
+        picture = Image.open(measured / f"{name}.png").convert("RGB")
+        assert len(picture.getcolors(picture.width * picture.height)) > 100, name
+
+
+def test_one_budget_gives_the_plain_table(config, tmp_path):
+    compare.run(config, [FULL, RANDOM], ["16"], [0], 7, out=tmp_path)
+    text = (tmp_path / "table.md").read_text().splitlines()
+    assert text[0] == "| method | accuracy % | of full % | tokens | MFLOP | saved % | KV kB | W2 |"
+    assert text[2].startswith("| full |")
+    assert rows_of(tmp_path)[0]["questions"] == 7
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_run_goes_on_and_equals_an_uninterrupted_one(config, measured, tmp_path, monkeypatch):
+    """Killed by force in the second pass; the first isn't measured again."""
+    arguments = [*(part for file in config for part in ("-c", file)), "--methods", *METHODS]
+    options = ["--keep", "16", "5.6%", "--seeds", "0", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "lit_prune", "compare", *arguments, *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "cells").glob("*.json"))) < 4 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = {cell.name for cell in (tmp_path / "cells").glob("*.json")}
+    assert 4 <= len(left) < 6, "killed too late to test anything"
+    passes = []
+    make = compare.Comparison
+    monkeypatch.setattr(compare, "Comparison", lambda *a: passes.append([c.keep for c in a[2]]) or make(*a))
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path)
+    assert passes == [[8, 8]]
+    for name in ("results.json", "results.csv", "table.md"):
+        assert (tmp_path / name).read_bytes() == (measured / name).read_bytes()
+
+
+def test_cells_of_other_settings_are_left_alone(config, measured, tmp_path, capsys):
+    """Another limit measures anew; a new name doesn't; a damaged file is named."""
+    shutil.copytree(measured / "cells", tmp_path / "cells")
+    compare.run(config, [f"renamed={RANDOM}"], ["16"], [0], out=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 6
+    compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 8
+    assert "files in" in capsys.readouterr().err
+    for file in (tmp_path / "cells").iterdir():
+        file.write_text("{")
+    with pytest.raises(LitPruneError, match=r"\.json is damaged"):
+        compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path)
+
+
+def keyed(model: nn.Module, pruner: Pruner, keep: int = 12, repair=None, with_repair: bool = True, **setting) -> Cell:
+    vlm = VLM(model, None, "tiny")
+    cell = Cell("x", keep, None, Plugin(pruner, repair).eval(), with_repair)
+    prepare([cell], vlm, {**describe(vlm), **setting})
+    return cell
+
+
+def test_key_holds_everything_that_determines_a_result(tiny_model):
+    same = keyed(tiny_model, small_rcp(), repair=small_repair(), data="a").key
+    assert keyed(tiny_model, small_rcp(), repair=small_repair(), data="a").key == same
+    others = [
+        keyed(tiny_model, small_rcp(), 13, small_repair(), data="a"),
+        keyed(tiny_model, small_rcp(), repair=small_repair(), data="b"),
+        keyed(tiny_model, small_rcp(), repair=small_repair(), with_repair=False, data="a"),
+        keyed(tiny_model, small_rcp(bias=1.0), repair=small_repair(), data="a"),
+        keyed(tiny_model, Random(), data="a"),
+        keyed(tiny_model, Random(seed=1), data="a"),
+    ]
+    trained = small_rcp()
+    keyed(tiny_model, trained, data="a")
+    shake(trained)
+    others.append(keyed(tiny_model, trained, repair=small_repair(), data="a"))
+    assert len({same, *(cell.key for cell in others)}) == 1 + len(others)
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_method_loses_no_other(config, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml.safe_dump({"model": {"pruner": {"class_path": f"{__name__}.Broken"}}}))
+    with pytest.raises(LitPruneError, match="1 of 2 cells failed; the first: broken at 16: RuntimeError: no idea"):
+        compare.run(config, [str(broken), RANDOM], ["16"], [0], 7, out=tmp_path)
+    failed, fine = rows_of(tmp_path)
+    assert (failed["status"], failed["reason"], failed["accuracy"]) == ("failed", "RuntimeError: no idea", None)
+    assert fine["status"] == "measured"
+    assert "failed at 16 tokens, RuntimeError: no idea" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"methods": ["x=nowhere.yaml"]}, "nowhere.yaml: No such file"),
+        ({"methods": ["x=nowhere/{seed}"]}, "x: plug-in nowhere/0"),
+        ({"methods": ["x="]}, "write full, PATH, or NAME=PATH"),
+        ({"methods": [RANDOM], "keep": ["0.1%"]}, "--keep 0.1%: 0 visual tokens"),
+        ({"methods": [RANDOM], "keep": ["few"]}, "--keep few"),
+        ({"methods": [RANDOM], "limit": 0}, "--limit 0"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(config, tmp_path, options, says):
+    with pytest.raises(LitPruneError, match=says):
+        compare.run(config, out=tmp_path, **options)
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(("text", "visual", "keep"), [("48", 144, 48), ("100%", 144, 144), ("2.8%", 576, 16)])
+def test_budgets_are_counts_or_shares(text, visual, keep):
+    assert budget(text, visual) == keep
+    assert [budget(share, 144) for share in ("33.3%", "22.2%", "11.1%", "5.6%", "2.8%")] == [48, 32, 16, 8, 4]
+
+
+# -- methods --------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, keep: int, seed: int) -> None:
+    plugin = Plugin(Random(seed=10 * keep + seed), None, keep)
+    folder.mkdir(parents=True)
+    plugin.save_pretrained(folder)
+
+
+def test_patterns_name_a_run_per_budget_and_seed(tmp_path):
+    save(tmp_path / "16_0", 16, 0)
+    save(tmp_path / "16_1", 16, 1)
+    save(tmp_path / "8_0", 8, 0)
+    cells = Method.parse(f"RCP={tmp_path}/{{keep}}_{{seed}}").cells([16, 8], [0, 1])
+    assert [(c.method, c.keep, c.seed, c.plugin and c.plugin.pruner.seed) for c in cells] == [
+        ("RCP", 16, 0, 160),
+        ("RCP", 16, 1, 161),
+        ("RCP", 8, 0, 80),
+        ("RCP", 8, 1, None),
+    ]
+    assert "8_1" in cells[-1].reason
+    listed = Method.parse(f"both={tmp_path}/16_0,{tmp_path}/16_1!")
+    assert [(c.seed, c.repair, c.plugin.pruner.seed) for c in listed.cells([4], [5, 6, 7])] == [
+        (0, False, 160),
+        (1, False, 161),
+    ]
+
+
+def test_random_methods_are_drawn_once_a_seed():
+    cells = Method.parse(RANDOM).cells([16], [0, 3])
+    assert [(c.method, c.seed, c.plugin.pruner.seed) for c in cells] == [("random", 0, 0), ("random", 3, 3)]
+    assert [c.seed for c in Method.parse(FASTV).cells([16], [0, 3])] == [None]
+
+
+def test_budgets_of_trained_weights_are_told(tiny_model, tmp_path):
+    VLM(tiny_model, None, "tiny").attach(small_rcp(), keep=12).save_pretrained(tmp_path)
+    same, other = Method.parse(str(tmp_path)).cells([12, 9], [0])
+    prepare([same, other], vlm := VLM(tiny_model, None, "tiny"), {})
+    assert vlm.host is None
+    assert (same.note, other.note) == ("", "trained at 12 tokens")
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def micro() -> VLM:
+    return load("micro")
+
+
+@pytest.fixture(scope="module")
+def batch(small) -> dict:
+    data = MicroData("micro", **small)
+    data.prepare_data()
+    data.setup("test")
+    return next(iter(data.test_dataloader()))
+
+
+def test_images_are_encoded_once_for_all_cells(micro, batch, monkeypatch):
+    calls = []
+    encode = micro.model.get_image_features
+    monkeypatch.setattr(micro.model, "get_image_features", lambda **kwargs: calls.append(1) or encode(**kwargs))
+    cells = [Cell("x", keep, 0, Plugin(Random())) for keep in (16, 8)]
+    comparison = Comparison(micro, Cell(FULL), cells, 4)
+    comparison.update(batch)
+    assert calls == [1]
+    assert micro.host is None
+    assert [cell.keep for cell, _ in comparison.results()] == [None, 16, 8]
+
+
+def test_a_cell_alone_equals_the_same_beside_others(micro, batch):
+    def measure(*keeps: int) -> dict:
+        comparison = Comparison(micro, Cell(FULL), [Cell("x", keep, 0, Plugin(Random())) for keep in keeps], 4)
+        comparison.update(batch)
+        results = {cell.keep: result for cell, result in comparison.results()}
+        return {key: value for key, value in results[8].items() if key != "seconds"}
+
+    assert measure(16, 8) == measure(8)
+
+
+def test_kappa_is_that_of_the_projected_tokens_left_at_the_end(micro, batch):
+    """Against the features themselves and the tokens that a second run keeps."""
+    comparison = Comparison(micro, Cell(FULL), [Cell("x", 16, 0, Plugin(Random([0, 8], [3.0, 1.0])))], 4)
+    comparison.update(batch)
+    result = comparison.results()[1][1]
+    with torch.no_grad():
+        full = torch.stack(list(micro.model.get_image_features(**only_pixels(batch)).pooler_output))
+    last = int(result["kept"]["8"])
+    micro.attach(Random([0, 8], [3.0, 1.0]), keep=16)
+    left = evaluation.measure(micro, batch, evaluation.Session(), 4).last
+    micro.detach()
+    assert left.sum(1).tolist() == [last] * 7
+    assert result["kappa"] == pytest.approx(kappa(full, left).mean().item(), rel=1e-4)
+
+
+def only_pixels(batch: dict) -> dict:
+    return {"pixel_values": batch["inputs"]["pixel_values"], "return_dict": True}
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def result(accuracy: float, w2: float) -> dict:
+    values = dict.fromkeys(("flops", "kv_bytes", "kappa", "avg_visual_tokens"), 4.0)
+    return {"accuracy": accuracy, "w2": w2, **values, "per_skill": {"colour": accuracy}, "hits": "10", "seconds": 1.0}
+
+
+def test_means_and_spread_over_seeds():
+    full = result(0.8, 0.0)
+    rows = [tables.row(Cell("a", 8, seed), result(value, 1.0), full) for seed, value in enumerate((0.2, 0.4, 0.6))]
+    rows.append(tables.row(Cell("a", 8, 3, reason="lost", failed=True), None, full))
+    (mean,) = tables.means(rows)
+    assert (mean["accuracy"], mean["accuracy_std"], mean["runs"]) == pytest.approx((0.4, 0.2, 3))
+    assert mean["retained"] == pytest.approx(0.5)
+    assert (mean["keep"], mean["seed"]) == (8, None)
+    assert "hits" not in mean
+    assert tables.remarks(rows)[0] == "a: failed at 8 tokens, lost."
+
+
+def test_rank_correlation_over_all_and_within_budgets():
+    """Over all, more shift goes with less accuracy; within both budgets it goes with more."""
+    points = {16: [(0.7, 1.0), (0.8, 2.0), (0.9, 3.0)], 8: [(0.1, 11.0), (0.2, 12.0), (0.3, 13.0)]}
+    full = result(1.0, 0.0)
+    rows = [
+        tables.row(Cell(f"m{i}", keep), result(*point), full)
+        for keep, at in points.items()
+        for i, point in enumerate(at)
+    ]
+    everywhere, inside = tables.ranks_agree(rows, "w2")
+    ranks = np.argsort(np.argsort([p[0] for at in points.values() for p in at]))
+    shifts = np.argsort(np.argsort([p[1] for at in points.values() for p in at]))
+    assert everywhere == pytest.approx(np.corrcoef(ranks, shifts)[0, 1], rel=1e-5)
+    assert everywhere < 0
+    assert inside == pytest.approx(1.0, rel=1e-5)
+    assert np.isnan(tables.ranks_agree(rows[:2], "w2")[0])
+
+
+def test_store_tells_cells_of_other_code(tmp_path):
+    cell = Cell("x", 8, key="k")
+    Store(tmp_path).write(cell, {"accuracy": 0.5})
+    later = Store(tmp_path)
+    assert (later.read(cell), later.other_code) == ({"accuracy": 0.5}, 0)
+    later.code = "other"
+    later.read(cell)
+    assert later.other_code == 1
+    assert later.read(Cell("x", 8, key="other")) is None
