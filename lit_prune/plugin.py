@@ -71,7 +71,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         """What `plugin.json` says: enough to build the plug-in again, and what it was made for."""
         schedule = None
         if self.dims is not None and self.keep is not None:
-            schedule = self.pruner.schedule(self.keep, self.dims.visual, self.dims.depth)
+            schedule = self.pruner.nominal_schedule(self.keep, self.dims)
         return {
             "format": 1,
             "lit_prune": __version__,

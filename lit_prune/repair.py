@@ -108,17 +108,26 @@ class RepairAdapter(nn.Module):
         ordinal: Int[Tensor, "batch visual"],
         alive: Bool[Tensor, "batch visual"],
         gate: Float[Tensor, "batch visual"],
+        total: Int[Tensor, " batch"] | None = None,
     ) -> Essence:
-        """(e_mask, e_pruned) of one stage. `gate` is 1 for kept tokens; `alive` those present before the stage."""
-        dtype = self.codes.dtype
-        if ordinal.shape[1] and int(ordinal.max()) >= self.codes.shape[0]:
-            raise LitPruneError(
-                f"this repair adapter has position codes for {self.codes.shape[0]} visual tokens, the sample has more"
-            )
+        """(e_mask, e_pruned) of one stage. `gate` is 1 for kept tokens; `alive` those present before the stage.
+
+        `total` counts the sample's visual tokens at the start (`None`: one for each position code). Where it differs
+        from the number of codes, a token has the code at its relative place [ours]: tokens that share a code have the
+        mean of their gates, and a code between two tokens has the gate of the one before.
+        """
+        dtype, count = self.codes.dtype, self.codes.shape[0]
         kept = gate.to(dtype) * alive.to(dtype)
-        mask = torch.zeros(ordinal.shape[0], self.codes.shape[0], dtype=dtype, device=ordinal.device)
+        total = ordinal.new_full(ordinal.shape[:1], count) if total is None else total.clamp(min=1)
+        total, places = total[:, None], torch.arange(count, device=ordinal.device)
         # Filler rows point at ordinal 0 with alive False: adding (not setting) leaves the real token's value.
-        codes = mask.scatter_add(1, ordinal, kept)[..., None] * self.codes
+        mask = torch.zeros(ordinal.shape[0], count, dtype=dtype, device=ordinal.device)
+        mask = mask.scatter_add(1, (ordinal * count // total).clamp(max=count - 1), kept)
+        edges = (torch.arange(count + 1, device=ordinal.device) * total + count - 1) // count
+        sharing = edges[:, 1:] - edges[:, :-1]
+        mask = mask / sharing.clamp(min=1)
+        mask = mask.gather(1, torch.where(sharing > 0, places, places * total // count * count // total))
+        codes = mask[..., None] * self.codes
         weights = (codes @ self.code_query).softmax(-1)
         where = self.where((weights[:, None] @ codes).squeeze(1))
         lost = alive.to(dtype) - kept

@@ -1,33 +1,99 @@
 """Which tokens stay: pure functions from scores to keep masks, gates and packing indices."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def rank(scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"]) -> Int[Tensor, "batch visual"]:
+@dataclass(frozen=True)
+class Images:
+    """Several images in one sample: the number of each token's image, and how many tokens each had at the start."""
+
+    number: Int[Tensor, "batch visual"]
+    sizes: Int[Tensor, "batch images"]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` (batch, visual) over the tokens of each image: (batch, images)."""
+        table = torch.zeros_like(self.sizes, dtype=values.dtype)
+        return table.scatter_add(1, self.number, values)
+
+    def amin(self, values: Tensor) -> Tensor:
+        """Smallest of `values` (batch, visual) in each image, inf where it has none: (batch, images)."""
+        table = torch.full(self.sizes.shape, float("inf"), dtype=values.dtype, device=values.device)
+        return table.scatter_reduce(1, self.number, values, "amin")
+
+    def spread(self, table: Tensor) -> Tensor:
+        """The image's entry of `table` (batch, images) for every token: (batch, visual)."""
+        return table.gather(1, self.number)
+
+
+def rank(
+    scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], images: Images | None = None
+) -> Int[Tensor, "batch visual"]:
     """Place of every token in the descending order of its sample, best = 0; tokens that are not alive come last.
 
-    Ties go to the earlier token, whatever the batch looks like.
+    With `images`, its place in the order of its own image. Ties go to the earlier token, whatever the batch looks like.
     """
     order = scores.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    if images is not None:
+        order = order.gather(1, images.number.gather(1, order).argsort(dim=1, stable=True))
+        number = images.number.gather(1, order)
+        starts = torch.nn.functional.pad(number[:, 1:] != number[:, :-1], (1, 0))
+        places = places - (places * starts).cummax(1).values
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def share(count: Int[Tensor, " batch"], sizes: Int[Tensor, "batch images"]) -> Int[Tensor, "batch images"]:
+    """Split `count` over images in proportion to their sizes: whole numbers, never more than a size.
+
+    The largest remainders are rounded up, of equal ones the earlier. Where an image would go empty though there is one
+    token for each, every image gets one first and the rest is split in proportion to what is left of them [ours].
+    """
+    count = torch.minimum(count, sizes.sum(1))
+    first = (sizes > 0).long()
+    images = first.sum(1)
+    shares = _largest_remainder(count, sizes)
+    one_each = first + _largest_remainder((count - images).clamp(min=0), sizes - first)
+    starving = (shares < first).any(1) & (count >= images)
+    return torch.where(starving[:, None], one_each, shares)
+
+
+def _largest_remainder(count: Tensor, sizes: Tensor) -> Tensor:
+    total = sizes.sum(1, keepdim=True).clamp(min=1)
+    product = count[:, None] * sizes
+    shares, remainders = product // total, product % total
+    places = remainders.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return shares + (places < (count - shares.sum(1))[:, None]).long()
+
+
 def top_k(
-    scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]
+    scores: Float[Tensor, "batch visual"],
+    alive: Bool[Tensor, "batch visual"],
+    count: Int[Tensor, " batch"],
+    images: Images | None = None,
 ) -> Bool[Tensor, "batch visual"]:
-    """Keep the `count` best alive tokens of each sample (all of them where fewer are alive)."""
-    return (rank(scores, alive) < count[:, None]) & alive
+    """Keep the `count` best alive tokens of each sample (all of them where fewer are alive).
+
+    The images of one sample share its count in proportion to their alive tokens and are ranked apart.
+    """
+    limit = count[:, None] if images is None else images.spread(share(count, images.sum(alive.long())))
+    return (rank(scores, alive, images) < limit) & alive
 
 
 def threshold(
-    logits: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], at_least: int = 1
+    logits: Float[Tensor, "batch visual"],
+    alive: Bool[Tensor, "batch visual"],
+    at_least: int = 1,
+    images: Images | None = None,
 ) -> Bool[Tensor, "batch visual"]:
-    """Keep alive tokens with sigmoid(logit) > 0.5, and always the `at_least` best ones (RCP, arXiv 2604.04972)."""
-    floor = torch.full((logits.shape[0],), at_least, device=logits.device)
-    return ((logits > 0) | top_k(logits, alive, floor)) & alive
+    """Keep alive tokens with sigmoid(logit) > 0.5, and always the `at_least` best ones (RCP, arXiv 2604.04972).
+
+    Of several images in a sample, the best ones of each [ours].
+    """
+    return ((logits > 0) | (rank(logits, alive, images) < at_least)) & alive
 
 
 def straight_through(hard: Bool[Tensor, "*shape"], soft: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

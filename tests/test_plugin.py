@@ -58,7 +58,7 @@ def test_folder_says_what_it_is(folder):
     assert settings["lit_prune"] == __version__
     assert settings["base"] == "tiny"
     assert settings["keep"] == KEEP
-    assert settings["dims"] == {"width": 64, "depth": 8, "visual": 36}
+    assert settings["dims"] == {"width": 64, "depth": 8, "visual": 36, "varies": False}
     assert settings["schedule"] == {"1": 16, "3": 8, "5": 4}
     assert settings["pruner"]["class_path"] == "lit_prune.pruners.rcp.RCP"
     assert settings["pruner"]["init_args"]["layers"] == [1, 3, 5]

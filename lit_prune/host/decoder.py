@@ -5,6 +5,7 @@ rotary embeddings that fit; a hook behind the layers repairs answer positions; t
 the original length, so that labels, losses and `generate()` need no change.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,10 +32,16 @@ class DecoderHost:
         model: a `*ForConditionalGeneration`, never modified beyond its hooks.
         pruner: the method; `None` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
-        keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
+        keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
+            the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
+
+    Raises:
+        LitPruneError: stages where this model can't drop tokens, a budget that can't be met, another host on the model.
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: Budget) -> None:
+        if any(isinstance(getattr(hook, "__self__", None), DecoderHost) for hook in model._forward_pre_hooks.values()):
+            raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
         self.places = places.find(model)
         dims = self.places.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
@@ -42,7 +49,8 @@ class DecoderHost:
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         if pruner is not None:
-            self.schedule = pruner.schedule(keep, dims.visual, dims.depth)
+            self.places.check_stages(self.stages)
+            self.schedule = pruner.nominal_schedule(keep, dims)
             if pruner.attention is not None and pruner.attention.layer == "previous" and self.stages[0] == 0:
                 raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
             self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config)
@@ -83,13 +91,11 @@ class DecoderHost:
 
     # -- the model and its decoder ------------------------------------------------------------------------------
 
-    def _counts(self, total: Tensor) -> dict[int, Tensor]:
-        """Kept tokens per stage for samples with `total` visual tokens each."""
-        depth = self.places.dims.depth
-        plans = [
-            self.pruner.schedule(self.keep, n, depth) if n else dict.fromkeys(self.stages, 0) for n in total.tolist()
-        ]
-        return {layer: torch.tensor([plan[layer] for plan in plans], device=total.device) for layer in self.stages}
+    def _counts(self, totals: list[int], device: torch.device) -> dict[int, Tensor]:
+        """Kept tokens per stage for samples with as many visual tokens as `totals` says."""
+        nothing = dict.fromkeys(self.stages, 0)
+        plans = {n: self.pruner.plan(self.keep, n, self.places.dims.depth) if n else nothing for n in set(totals)}
+        return {layer: torch.tensor([plans[n][layer] for n in totals], device=device) for layer in self.stages}
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
@@ -98,7 +104,7 @@ class DecoderHost:
             getattr(cache, CACHE).follow(cache)
             kwargs = _only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
-        forward = begin(kwargs, self.places.image_token, session, self._counts)
+        forward = begin(kwargs, self.places, session, self._counts)
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
@@ -116,6 +122,8 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
             self._continue(forward, getattr(cache, CACHE), kwargs)
+            if forward.counts:
+                _refuse_chunks()
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
@@ -224,6 +232,22 @@ class DecoderHost:
             state.pictured = forward.pictured
         if forward.restaged or past is not None:
             forward.mask = self.runner.mask(hidden, state.valid[index], cache, index)
+
+
+def _refuse_chunks() -> None:
+    """Raise `LitPruneError` inside a `generate()` that feeds the prompt in chunks: each would be pruned by itself.
+
+    A forward is told nothing of this setting, and a chunk looks like a prompt; only the caller's frame knows.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_prefill":
+        frame = frame.f_back
+    config = None if frame is None else frame.f_locals.get("generation_config")
+    if getattr(config, "prefill_chunk_size", None) is not None:
+        raise LitPruneError(
+            "prefill_chunk_size feeds the prompt in chunks, which would be pruned one by one and without the question; "
+            "generate without it: the pruned prefill needs less memory anyway"
+        )
 
 
 def _only_new(kwargs: dict, state: CacheState) -> dict:

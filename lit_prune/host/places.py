@@ -8,17 +8,50 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host.sizes import USUAL
 from lit_prune.pruners.base import Dims
+
+
+# A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
+INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
+TOKENS = {"image": "image_token_id", "video": "video_token_id"}
+# Model types whose images all have the same number of tokens. In the others it depends on the image's size.
+FIXED_GRID = ("llava",)
 
 
 @dataclass(frozen=True)
 class Places:
-    """The parts of a model that pruning touches."""
+    """The parts of a model that pruning touches.
+
+    `tokens`: id of the placeholder of each modality. `image_length`: visual tokens of every image, `None` where images
+    differ. `full_until`: how many of the first layers need all visual tokens behind them (deepstack). `windowed`: layers
+    that see less than the whole context.
+    """
 
     decoder: nn.Module
     layers: nn.ModuleList
-    image_token: int
+    tokens: dict[str, int]
     dims: Dims
+    image_length: int | None
+    full_until: int
+    windowed: tuple[int, ...]
+
+    def check_stages(self, stages: tuple[int, ...]) -> None:
+        """Raise `LitPruneError` where visual tokens can't be dropped before these layers."""
+        if not stages:
+            return
+        if stages[0] < self.full_until:
+            raise LitPruneError(
+                f"no visual token may be dropped before layer {stages[0]}: this model adds vision features to all of them "
+                f"behind its layers 0 to {self.full_until - 1} (deepstack); prune before layer {self.full_until} or later"
+            )
+        windowed = [layer for layer in self.windowed if layer >= stages[0]]
+        if windowed:
+            raise LitPruneError(
+                f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the context, "
+                f"which counts cached columns, and these are not positions once tokens are dropped; where prompts are "
+                f"shorter than the window, load the model with sliding_window=None in its text_config"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -52,24 +85,44 @@ def find(model: nn.Module) -> Places:
     model = unwrap(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = getattr(decoder, "layers", None)
-    token = getattr(model.config, "image_token_id", None)
-    if layers is None or token is None:
+    ids = {modality: getattr(model.config, name, None) for modality, name in TOKENS.items()}
+    if layers is None or ids["image"] is None:
         raise LitPruneError(
             f"{type(model).__name__} is no vision-language model with a decoder and an image token; "
             f"load a *ForConditionalGeneration, such as LLaVA"
         )
-    text = model.config.get_text_config()
-    dims = Dims(width=text.hidden_size, depth=len(layers), visual=visual_tokens(model.config))
-    return Places(decoder, layers, token, dims)
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    visual, fixed = visual_tokens(model.config), model.config.model_type in FIXED_GRID
+    return Places(
+        decoder=decoder,
+        layers=layers,
+        tokens={modality: token for modality, token in ids.items() if token is not None},
+        dims=Dims(width=text.hidden_size, depth=len(layers), visual=visual, varies=not fixed),
+        image_length=visual if fixed else None,
+        full_until=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+        windowed=_windowed(text),
+    )
 
 
 def visual_tokens(config) -> int:
-    """Visual tokens of one image for models with a fixed number: patches of the vision tower, plus CLS if it stays."""
+    """Visual tokens of one image; where images differ, of one tile, else of a usual image [ours]."""
     if getattr(config, "image_seq_length", None):
         return config.image_seq_length
     vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    return side * side + (getattr(config, "vision_feature_select_strategy", "default") == "full")
+    if hasattr(vision, "image_size"):
+        return (vision.image_size // vision.patch_size) ** 2
+    height, width = (side // (vision.patch_size * vision.spatial_merge_size) for side in USUAL)
+    return height * width
+
+
+def _windowed(text) -> tuple[int, ...]:
+    """Decoder layers whose attention does not reach over the whole context."""
+    window = getattr(text, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
+    if window is not None and window >= text.max_position_embeddings:
+        kinds = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
+    return tuple(layer for layer, kind in enumerate(kinds) if kind != "full_attention")
 
 
 def query_key(

@@ -51,6 +51,7 @@ class Stages:
             total=forward.total,
             seed=forward.seed,
             hints=_per_row(forward.session.hints, columns.shape[0]),
+            images=forward.images(columns, real),
         )
         kept = self.pruner.prune(context)
         reads = None if self.pruner.attention is None else self.pruner.attention.layer
@@ -79,7 +80,9 @@ class Stages:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
             return
         gate = kept.keep.float() if kept.gate is None else kept.gate
-        forward.essence[stage] = self.repair.essence(context.visual, context.ordinal, context.alive, gate)
+        forward.essence[stage] = self.repair.essence(
+            context.visual, context.ordinal, context.alive, gate, context.total
+        )
 
     @staticmethod
     def _note(index: int, columns: Tensor, context: Context, kept: Kept, forward: Forward) -> None:
@@ -121,8 +124,11 @@ class Stages:
         none = torch.zeros_like(forward.valid)
         if forward.session.spare is None or kept.scores is None:
             return none
-        contenders = (kept.keep.sum(1, keepdim=True) * forward.session.spare).ceil()
-        far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive) >= contenders)
+        images, kept_here = forward.images(columns, alive), kept.keep.sum(1, keepdim=True)
+        if images is not None:
+            kept_here = images.spread(images.sum(kept.keep.long()))
+        contenders = (kept_here * forward.session.spare).ceil()
+        far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive, images) >= contenders)
         return none.scatter(1, columns, far)
 
     @staticmethod

@@ -1,13 +1,16 @@
 """What travels with one forward and what outlives it. Nothing here is ever stored on a module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_prune import selection
 from lit_prune.cost import StageTrace, Trace
 from lit_prune.host.attention import Tap
+from lit_prune.host.places import INPUTS, Places
 from lit_prune.repair import Essence
 
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
@@ -106,6 +109,8 @@ class Forward:
     total: Tensor
     pictured: Tensor
     length: int
+    image: Tensor | None = None  # number of the image of each column, where some sample has several
+    sizes: Tensor | None = None  # (batch, images) visual tokens of each image at the start
     record: Record | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
     cache_state: CacheState | None = None
@@ -126,6 +131,12 @@ class Forward:
         grid = torch.full((values.shape[0], width + 1), fill, dtype=values.dtype, device=values.device)
         return grid.scatter(1, place, values)[:, :width]
 
+    def images(self, columns: Tensor, real: Tensor) -> selection.Images | None:
+        """The images of some visual columns, where some sample has several."""
+        if self.image is None:
+            return None
+        return selection.Images(self.image.gather(1, columns) * real, self.sizes)
+
     @property
     def alive(self) -> Tensor:
         """Visual columns that no stage has pruned."""
@@ -139,7 +150,7 @@ class Forward:
         self.columns = self.columns.gather(1, columns)
         self.ordinal = self.ordinal.gather(1, columns)
         self.valid = real
-        for name in ("key_bias", "gone"):
+        for name in ("key_bias", "gone", "image"):
             flags = getattr(self, name)
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:
@@ -166,43 +177,77 @@ class Forward:
         return self.valid.sum(1) - pruned
 
 
-def begin(kwargs: dict, image_token: int, session: Session, counts_for) -> Forward | None:
+def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) -> Forward | None:
     """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do."""
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
     valid = _validity(kwargs.get("attention_mask"), ids)
-    visual = (ids == image_token) & valid if _has_images(kwargs) else torch.zeros_like(valid)
-    labels = kwargs.get("labels")
-    answers = torch.zeros_like(valid) if labels is None else labels != -100
+    visual, starts, pictured = _visual(kwargs, ids, valid, places)
+    labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    answers = columns >= known if labels is None else labels != -100
     prompt = valid & (answers.long().cumsum(1) == 0)
     after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
     text = prompt & ~visual & after_image
     total = visual.sum(1)
+    totals, images = torch.stack([total, starts.sum(1)]).tolist() if pictured else ([], [0])
     record = session.record if session.record is not None and not session.record.begun else None
     if record is not None:
         record.begun, record.trace.total_visual = True, total
-    return Forward(
+    forward = Forward(
         session=session,
         record=record,
-        columns=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+        columns=columns,
         valid=valid,
         visual=visual,
         text=text,
-        gate=_gate(valid, labels, kwargs.get("logits_to_keep", 0)),
+        gate=_gate(valid, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0)),
         ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
         seed=_seed(ids, prompt & ~visual),
         total=total,
         pictured=total > 0,
         length=ids.shape[1],
-        counts=counts_for(total) if session.prune and bool(visual.any()) else {},
+        counts=counts_for(totals, ids.device) if session.prune and any(totals) else {},
     )
+    if max(images) > 1:
+        forward.image = (starts.long().cumsum(1) - 1).clamp(min=0)
+        forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.image, visual.long())
+    return forward
 
 
-def _has_images(kwargs: dict) -> bool:
-    """By what is passed, not by ids: a decoding step may feed back a generated token with the image token's id."""
+def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[Tensor, Tensor, bool]:
+    """Visual columns, the first column of every image, and whether this forward carries any image or video.
+
+    By what is passed, not by ids alone: a decoding step may feed back a generated token with the image token's id.
+    An image is a run of its tokens; where all images have one length, a run may hold several.
+    """
+    visual = starts = torch.zeros_like(valid)
     encoded = kwargs.get("mm_encoder_outputs") or {}
-    return kwargs.get("pixel_values") is not None or encoded.get("image") is not None
+    passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
+    for modality in passed:
+        mine = (ids == places.tokens[modality]) & valid
+        visual, starts = visual | mine, starts | (mine & ~pad(mine[:, :-1], (1, 0)))
+    if passed and places.image_length is not None:
+        place = visual.long().cumsum(1) - 1
+        inside = place - (place * starts).cummax(1).values
+        starts = starts | (visual & (inside % places.image_length == 0))
+    return visual, starts, bool(passed)
+
+
+def _prompt_length(kwargs: dict, ids: Tensor) -> int:
+    """Columns of the prompt: all, except where `generate(use_cache=False)` feeds prompt and answer so far again.
+
+    The prompt is remembered on the encoded image, which lives as long as that call to `generate()`.
+    """
+    encoded = next((out for out in (kwargs.get("mm_encoder_outputs") or {}).values() if out is not None), None)
+    if encoded is None or kwargs.get("use_cache") is not False or kwargs.get("labels") is not None:
+        return ids.shape[1]
+    prompt = getattr(encoded, CACHE, None)
+    if prompt is None or not torch.equal(prompt, ids[:, : prompt.shape[1]]):
+        prompt = ids
+        setattr(encoded, CACHE, prompt)
+    return prompt.shape[1]
 
 
 def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
@@ -217,15 +262,15 @@ def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
     return mask[:, -ids.shape[1] :].bool()
 
 
-def _gate(valid: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor:
-    """Positions that predict answer tokens: before each label, else the last ones of the prompt.
+def _gate(valid: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions that predict answer tokens: before each label, else the `last` real columns.
 
-    Without labels that is the last real column; assisted decoding asks for the logits of all its candidates, which
-    follow an answer's start, so as many columns are repaired.
+    Without labels that is the prompt's last column, and what was answered since; assisted decoding asks for the logits
+    of all its candidates, which follow an answer's start, so as many columns are repaired.
     """
     if labels is not None:
-        return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) & valid
-    count = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else 1
+        return pad(labels[:, 1:] != -100, (0, 1)) & valid
+    count = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > last else last
     from_end = valid.flip(1).long().cumsum(1).flip(1)
     return valid & (from_end <= count)
 

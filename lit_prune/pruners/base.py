@@ -20,11 +20,15 @@ from lit_prune.errors import LitPruneError
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of the host's decoder that a pruner or adapter may be built for."""
+    """Sizes of the host's decoder that a pruner or adapter may be built for.
+
+    `visual`: visual tokens of one image; a nominal number where it `varies` from image to image.
+    """
 
     width: int
     depth: int
     visual: int
+    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,10 @@ class Context:
     """What a stage may look at. Rows whose mask is False are filler.
 
     `alive` marks the visual tokens that earlier stages kept; with physical dropping that is all real ones. `ordinal` is
-    the token's place in the image, 0 to N-1. `states` are inputs of the stage's layer after its input norm, `embeds`
-    the inputs of the decoder itself. `hints` carries what only the caller can know, such as the asked regions.
+    the token's place among the sample's `total` visual tokens, 0 to total-1; `images` tells several images of one
+    sample apart and is None where no sample of the batch has several. `states` are inputs of the stage's layer after
+    its input norm, `embeds` the inputs of the decoder itself. `hints` carries what only the caller can know, such as
+    the asked regions.
     """
 
     stage: int
@@ -62,6 +68,7 @@ class Context:
     total: Int[Tensor, " batch"]
     seed: Int[Tensor, " batch"]
     hints: dict[str, Tensor] = field(default_factory=dict)
+    images: selection.Images | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,26 @@ class Pruner(nn.Module):
             return given(keep, self.stages(depth))
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
 
+    def plan(self, keep: Budget, visual: int, depth: int) -> Schedule:
+        """Schedule of one sample with `visual` visual tokens, of one image or several; with `keep` or fewer, all stay.
+
+        Raises `LitPruneError` if `keep` is used up by the layers before the first stage.
+        """
+        return self.schedule(keep if isinstance(keep, dict) else min(keep, visual), visual, depth)
+
+    def nominal_schedule(self, keep: Budget, dims: Dims) -> Schedule | None:
+        """Schedule to show before anything ran; None where images differ and the budget doesn't fit the nominal one.
+
+        Raises `LitPruneError` where all images have `dims.visual` tokens and `keep` can't be met.
+        """
+        if not dims.varies:
+            return self.schedule(keep, dims.visual, dims.depth)
+        self.stages(dims.depth)
+        try:
+            return self.plan(keep, dims.visual, dims.depth)
+        except LitPruneError:
+            return None
+
     def build(self, dims: Dims) -> None:
         """Create what depends on the host's sizes, once; nothing for methods without parameters."""
 
@@ -111,9 +138,9 @@ class Pruner(nn.Module):
         raise NotImplementedError
 
     def prune(self, context: Context) -> Kept:
-        """Keep the `context.count` best tokens of each sample."""
+        """Keep the `context.count` best tokens of each sample, shared among its images."""
         scores = self.score(context)
-        return Kept(selection.top_k(scores, context.alive, context.count), scores=scores)
+        return Kept(selection.top_k(scores, context.alive, context.count, context.images), scores=scores)
 
     def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:
         """FLOPs of scoring one stage (1 MAC = 2), beside the attention rows, which the host counts."""

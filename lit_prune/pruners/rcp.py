@@ -150,21 +150,25 @@ class RCP(Pruner):
         noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
         noisy = logits + noise
         if self.select == "threshold":
-            keep, cut = selection.threshold(noisy, context.alive), 0.0
+            keep, cut = selection.threshold(noisy, context.alive, images=context.images), 0.0
         else:
-            keep = selection.top_k(noisy, context.alive, context.count)
-            cut = self._cut(noisy, keep, context.alive)
+            keep = selection.top_k(noisy, context.alive, context.count, context.images)
+            cut = self._cut(noisy, keep, context.alive, context.images)
         if not self.training:
             return Kept(keep, scores=logits)
         soft = torch.sigmoid((noisy - cut) / self.tau)
         return Kept(keep, selection.straight_through(keep, soft), logits)
 
     @staticmethod
-    def _cut(logits: Tensor, keep: Tensor, alive: Tensor) -> Tensor:
+    def _cut(logits: Tensor, keep: Tensor, alive: Tensor, images: selection.Images | None) -> Tensor:
         """Where top-k cuts: half-way between the worst kept and the best dropped logit, without gradient [ours]."""
         logits = logits.detach()
-        worst = logits.masked_fill(~keep, float("inf")).amin(1, keepdim=True)
-        best = logits.masked_fill(keep | ~alive, float("-inf")).amax(1, keepdim=True)
+        worst = logits.masked_fill(~keep, float("inf"))
+        best = logits.masked_fill(keep | ~alive, float("-inf"))
+        if images is None:
+            worst, best = worst.amin(1, keepdim=True), best.amax(1, keepdim=True)
+        else:
+            worst, best = images.spread(images.amin(worst)), images.spread(-images.amin(-best))
         return torch.where(best.isfinite() & worst.isfinite(), (worst + best) / 2, torch.zeros_like(worst))
 
     def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_prune import selection
 from lit_prune.pruners.base import Context, Pruner
 
 
@@ -15,7 +16,8 @@ class Uniform(Pruner):
     """A regular grid over the image, of as many cells as tokens are kept.
 
     Ours: papers differ in how they spread a budget that is no square. Where a cell of the grid isn't there (an earlier
-    stage dropped it), the nearest one that is takes its place.
+    stage dropped it), the nearest one that is takes its place. An image whose tokens are no square grid (crops, unpadded
+    or wide images, newline tokens) keeps evenly spaced ones in raster order.
     """
 
     def __init__(
@@ -24,10 +26,14 @@ class Uniform(Pruner):
         super().__init__(layers, shape, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Closeness to the nearest cell of the grid for this count."""
+        """Closeness to the nearest cell of the grid for this count, image by image."""
+        counts, sizes = context.count[:, None], context.total[:, None]
+        if context.images is not None:
+            sizes = context.images.sizes
+            counts = selection.share(context.count, sizes)
         tables = [
-            _closeness(count, total)
-            for count, total in zip(context.count.tolist(), context.total.tolist(), strict=True)
+            torch.cat([_closeness(*image) for image in zip(*sample, strict=True)])
+            for sample in zip(counts.tolist(), sizes.tolist(), strict=True)
         ]
         table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).to(context.ordinal.device)
         return table.gather(1, context.ordinal)
@@ -37,17 +43,20 @@ class Uniform(Pruner):
 def _closeness(count: int, total: int) -> Tensor:
     """Minus the squared distance of each of `total` cells to the nearest of `count` evenly spread ones.
 
-    About sqrt(count) bands of rows share the count; each band's tokens lie evenly on its middle row.
+    In a square grid about sqrt(count) bands of rows share the count and each band's tokens lie evenly on its middle row;
+    else the cells are a line.
     """
-    side = max(1, math.ceil(math.sqrt(total)))
-    bands = max(1, round(math.sqrt(count)))
-    wanted = []
-    for band in range(bands):
-        here = (band + 1) * count // bands - band * count // bands
-        middle = int((band + 0.5) * side / bands)
-        wanted += [(middle, int((i + 0.5) * side / here)) for i in range(here)]
-    if not wanted:
-        return torch.zeros(max(1, total))
-    cells = torch.stack([torch.arange(side * side) // side, torch.arange(side * side) % side], 1)
+    side = math.isqrt(total)
+    if not min(count, total):
+        return torch.zeros(total)
+    if side * side != total:
+        cells, wanted = torch.arange(total)[:, None], [(int((i + 0.5) * total / count),) for i in range(count)]
+    else:
+        cells, wanted = torch.stack([torch.arange(total) // side, torch.arange(total) % side], 1), []
+        bands = max(1, round(math.sqrt(count)))
+        for band in range(bands):
+            here = (band + 1) * count // bands - band * count // bands
+            middle = int((band + 0.5) * side / bands)
+            wanted += [(middle, int((i + 0.5) * side / here)) for i in range(here)]
     distance = (cells[:, None] - torch.tensor(wanted)).square().sum(-1)
-    return -distance.amin(1)[: max(1, total)].to(torch.float32)
+    return -distance.amin(1).to(torch.float32)
