@@ -52,6 +52,30 @@ def test_essence_equals_its_formula(repair):
     torch.testing.assert_close(what[0], repair.what(states[0, 1]))
 
 
+def essence_by_places(repair, gate, total):
+    """e_mask for one sample whose tokens are all there."""
+    tokens = gate.shape[0]
+    alive = torch.ones(1, tokens, dtype=torch.bool)
+    return repair.essence(torch.zeros(1, tokens, 6), torch.arange(tokens)[None], alive, gate[None], total)[0]
+
+
+def test_tokens_share_position_codes_by_their_place(repair):
+    """Five codes: of ten tokens two share one by their mean; of three, at places 0, 1 and 3, the gaps repeat them."""
+    gate = torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    expected = essence_by_places(repair, gate.view(5, 2).mean(1), None)
+    assert torch.equal(essence_by_places(repair, gate, torch.tensor([10])), expected)
+    stretched = essence_by_places(repair, torch.tensor([1.0, 0, 0, 1, 1]), None)
+    assert torch.equal(essence_by_places(repair, torch.tensor([1.0, 0, 1]), torch.tensor([3])), stretched)
+    seven = torch.tensor([1.0, 1, 0, 1, 1, 0, 1])  # places 0, 0, 1, 2, 2, 3, 4 of seven tokens
+    expected = essence_by_places(repair, torch.tensor([1.0, 0, 1, 0, 1]), None)
+    assert torch.equal(essence_by_places(repair, seven, torch.tensor([7])), expected)
+
+
+def test_as_many_tokens_as_codes_change_nothing(repair):
+    gate = torch.rand(5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(essence_by_places(repair, gate, torch.tensor([5])), essence_by_places(repair, gate, None))
+
+
 def test_essence_ignores_filler(repair):
     states = torch.randn(1, 3, 6)
     ordinal, alive, gate = torch.tensor([[1, 2, 4]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0.0, 1, 1]])
@@ -133,12 +157,6 @@ def test_repair_of_a_stage_that_is_not_there():
 def test_one_stage_per_repair_layer():
     with pytest.raises(LitPruneError, match="one feeding stage each"):
         RepairAdapter([6, 7], [0])
-
-
-def test_more_visual_tokens_than_codes(repair):
-    ordinal = torch.tensor([[0, 5]])
-    with pytest.raises(LitPruneError, match="position codes for 5 visual tokens"):
-        repair.essence(torch.randn(1, 2, 6), ordinal, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2))
 
 
 def test_layers_move_with_the_depth():

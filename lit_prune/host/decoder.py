@@ -20,7 +20,7 @@ from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
 from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
-from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin
+from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin, one_mask
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 
@@ -252,7 +252,7 @@ def _refuse_chunks() -> None:
 
 def _only_new(kwargs: dict, state: CacheState) -> dict:
     """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned."""
-    ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    ids, positions, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), one_mask(kwargs.get("attention_mask"))
     if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
         return kwargs
     # Without a mask there is no padding, and positions count columns.

@@ -11,7 +11,6 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.sizes import USUAL
 from lit_prune.pruners.base import Dims
 
-
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
 INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
@@ -23,9 +22,9 @@ FIXED_GRID = ("llava",)
 class Places:
     """The parts of a model that pruning touches.
 
-    `tokens`: id of the placeholder of each modality. `image_length`: visual tokens of every image, `None` where images
-    differ. `full_until`: how many of the first layers need all visual tokens behind them (deepstack). `windowed`: layers
-    that see less than the whole context.
+    `tokens`: id of each modality's placeholder. `image_length`: visual tokens of every image, `None` where images
+    differ. `full_until`: how many of the first layers need all visual tokens behind them (deepstack). `windowed`:
+    layers that see less than the whole context.
     """
 
     decoder: nn.Module
@@ -42,15 +41,16 @@ class Places:
             return
         if stages[0] < self.full_until:
             raise LitPruneError(
-                f"no visual token may be dropped before layer {stages[0]}: this model adds vision features to all of them "
-                f"behind its layers 0 to {self.full_until - 1} (deepstack); prune before layer {self.full_until} or later"
+                f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to "
+                f"{self.full_until - 1} this model adds vision features to all of them (deepstack); prune before layer "
+                f"{self.full_until} or later"
             )
         windowed = [layer for layer in self.windowed if layer >= stages[0]]
         if windowed:
             raise LitPruneError(
-                f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the context, "
-                f"which counts cached columns, and these are not positions once tokens are dropped; where prompts are "
-                f"shorter than the window, load the model with sliding_window=None in its text_config"
+                f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the "
+                f"context, which counts cached columns, and these are not positions once tokens are dropped; where "
+                f"prompts are shorter than the window, load the model with sliding_window=None in its text_config"
             )
 
     @property

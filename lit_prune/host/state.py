@@ -182,7 +182,7 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
-    valid = _validity(kwargs.get("attention_mask"), ids)
+    valid = _validity(one_mask(kwargs.get("attention_mask")), ids)
     visual, starts, pictured = _visual(kwargs, ids, valid, places)
     labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -248,6 +248,11 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
         prompt = ids
         setattr(encoded, CACHE, prompt)
     return prompt.shape[1]
+
+
+def one_mask(mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    """The mask that sees the whole context, where `generate()` made one for each kind of layer."""
+    return mask["full_attention"] if isinstance(mask, dict) else mask
 
 
 def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:

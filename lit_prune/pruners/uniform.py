@@ -16,8 +16,8 @@ class Uniform(Pruner):
     """A regular grid over the image, of as many cells as tokens are kept.
 
     Ours: papers differ in how they spread a budget that is no square. Where a cell of the grid isn't there (an earlier
-    stage dropped it), the nearest one that is takes its place. An image whose tokens are no square grid (crops, unpadded
-    or wide images, newline tokens) keeps evenly spaced ones in raster order.
+    stage dropped it), the nearest one that is takes its place. An image whose tokens are no square grid (crops,
+    unpadded or wide images, newline tokens) keeps evenly spaced ones in raster order.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Uniform(Pruner):
 def _closeness(count: int, total: int) -> Tensor:
     """Minus the squared distance of each of `total` cells to the nearest of `count` evenly spread ones.
 
-    In a square grid about sqrt(count) bands of rows share the count and each band's tokens lie evenly on its middle row;
-    else the cells are a line.
+    In a square grid about sqrt(count) bands of rows share the count and each band's tokens lie evenly on its middle
+    row; else the cells are a line.
     """
     side = math.isqrt(total)
     if not min(count, total):

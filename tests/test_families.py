@@ -1,0 +1,427 @@
+"""The battery of `test_equality.py` on tiny models of every family, their samples differing in visual tokens."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import pytest
+import tiny
+import torch
+from families import FAMILIES, IMAGE, KEEP, METHODS, VIDEO, Family, Picture, collate, modalities, prompt, prompts
+from tiny import DEPTH, PAD, forward, gap
+from torch import Tensor
+
+from lit_prune.budget import average
+from lit_prune.errors import LitPruneError
+from lit_prune.host import DecoderHost, Record, Session
+from lit_prune.pruners.random import Random
+from lit_prune.pruners.uniform import Uniform
+from lit_prune.vlm import VLM
+
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+METHOD = pytest.mark.parametrize("method", METHODS)
+TOLERANCE = 5e-4  # in fp32; the sequences are twice as long as those of test_equality.py
+MROPE = pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+
+
+@lru_cache
+def built(name: str):
+    """The family's model; read-only."""
+    return FAMILIES[name].build()
+
+
+@pytest.fixture
+def attach() -> Iterator[Callable[..., VLM]]:
+    """Attaches a method to a family's model until the next one or the end of the test."""
+    attached: list[VLM] = []
+
+    def make(name: str, method: str = "rcp", keep: int = KEEP, model=None, **options) -> VLM:
+        for vlm in attached:
+            vlm.detach()
+        pruner, repair = METHODS[method]
+        attached.append(tiny.attach(model or built(name), pruner(), keep, repair(), **options))
+        return attached[-1]
+
+    yield make
+    for vlm in attached:
+        vlm.detach()
+
+
+def generate(vlm: VLM, inputs: dict[str, Tensor], tokens: int = 5, **options):
+    return tiny.generate(vlm, inputs, tokens, suppress_tokens=[IMAGE, VIDEO, PAD], **options)
+
+
+def text(inputs: dict[str, Tensor]) -> Tensor:
+    ids = inputs["input_ids"]
+    return inputs["attention_mask"].bool() & (ids != IMAGE) & (ids != VIDEO)
+
+
+def longer(inputs: dict[str, Tensor], sequences: Tensor, prompt_length: int) -> dict[str, Tensor]:
+    """The inputs with what was generated behind them, as labels too."""
+    labels = sequences.clone()
+    labels[:, :prompt_length] = -100
+    new = sequences.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(labels), new, dtype=torch.long)], 1)
+    found = {**inputs, "input_ids": sequences, "attention_mask": mask, "labels": labels}
+    return {**found, "mm_token_type_ids": modalities(sequences)} if "mm_token_type_ids" in inputs else found
+
+
+def assert_alone_equals_batch(vlm: VLM, family: Family, samples: list, tokens: int = 5, **options) -> None:
+    together = generate(vlm, collate(family, samples), tokens, **options)
+    for row, sample in enumerate(samples):
+        alone = generate(vlm, collate(family, [sample]), tokens, **options)
+        assert alone.sequences[0, -tokens:].tolist() == together.sequences[row, -tokens:].tolist()
+
+
+# -- keep-all, drop and mask ----------------------------------------------------------------------------------------
+
+
+@EVERY
+@METHOD
+def test_keep_all_without_repair_strength_is_the_plain_model(attach, name, method):
+    samples = prompts(FAMILIES[name])
+    inputs = collate(FAMILIES[name], samples[::2] if name == "llava-1.5" else samples)  # one image, so that keep fits
+    options = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO, PAD]}
+    with torch.no_grad():
+        logits = built(name)(**inputs).logits
+        plain = built(name).generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    vlm = attach(name, method, keep=36 if name == "llava-1.5" else 1000)
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    found, record = forward(vlm, inputs)
+    assert all(torch.equal(stage.kept.sum(1), record.trace.total_visual) for stage in record.stages)
+    assert torch.equal(found, logits)
+    again = generate(vlm, inputs)
+    assert torch.equal(again.sequences, plain.sequences)
+    assert torch.equal(again.logits, torch.stack(plain.logits, 1))
+
+
+@EVERY
+@METHOD
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dropping_equals_masking_at_the_same_budget(attach, name, method, side):
+    """And the budget of every sample is spent exactly, whatever its images."""
+    inputs = {**collate(FAMILIES[name], prompts(FAMILIES[name]), side, answers=3), "use_cache": False}
+    vlm = attach(name, method)
+    dropped, hard = forward(vlm, inputs)
+    masked, soft = forward(vlm, inputs, soft=True)
+    for one, other in zip(hard.stages, soft.stages, strict=True):
+        assert torch.equal(one.kept, other.kept)
+    real = text(inputs)
+    assert gap(dropped[real], masked[real]) <= TOLERANCE
+    totals = hard.trace.total_visual.tolist()
+    planned = [average(vlm.plugin.pruner.plan(KEEP, n, DEPTH), n, DEPTH) for n in totals]
+    assert hard.trace.average_visual().tolist() == soft.trace.average_visual().tolist() == pytest.approx(planned)
+    assert planned == pytest.approx([KEEP] * 3, abs=0.4), "within what whole counts allow"
+    assert gap(dropped[real], forward(vlm, inputs, prune=False, repair=False)[0][real]) > 0.3
+
+
+@EVERY
+def test_dropping_equals_masking_in_double_precision(attach, name):
+    family = FAMILIES[name]
+    inputs = {**collate(family, prompts(family), answers=3), "use_cache": False}
+    inputs = {key: value.double() if key.startswith("pixel") else value for key, value in inputs.items()}
+    vlm = attach(name, model=family.build().double())
+    dropped, masked = forward(vlm, inputs)[0], forward(vlm, inputs, soft=True, eps=1e-30)[0]
+    real = text(inputs)
+    assert gap(dropped[real], masked[real]) <= 1e-5  # norms and repair stay in fp32
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@METHOD
+def test_cached_decoding_equals_recomputation(attach, name, method):
+    """By labels, and by `generate()` without a cache."""
+    inputs = collate(FAMILIES[name], prompts(FAMILIES[name]))
+    vlm = attach(name, method)
+    out, start = generate(vlm, inputs), inputs["input_ids"].shape[1]
+    whole = longer(inputs, out.sequences, start)
+    assert gap(forward(vlm, whole)[0][:, start - 1 : -1], out.logits) <= TOLERANCE
+    assert gap(forward(vlm, whole, repair=False)[0][:, start - 1 : -1], out.logits) > 0.05, "repair took no part"
+    uncached = generate(vlm, inputs, use_cache=False)
+    assert uncached.sequences.tolist() == out.sequences.tolist()
+    assert gap(uncached.logits, out.logits) <= TOLERANCE
+
+
+@EVERY
+@METHOD
+def test_second_turn_on_the_pruned_cache(attach, name, method):
+    family, samples = FAMILIES[name], prompts(FAMILIES[name])
+    question = torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
+    vlm = attach(name, method)
+
+    def dialogue(inputs, question):
+        first = generate(vlm, inputs, 4)
+        ids = torch.cat([first.sequences, question], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 10, dtype=torch.long)], 1)
+        turn = {"input_ids": ids, "attention_mask": mask}
+        return generate(vlm, turn, 4, past_key_values=first.past_key_values)
+
+    inputs = collate(family, samples)
+    out, start = dialogue(inputs, question), inputs["input_ids"].shape[1]
+    whole = longer(inputs, out.sequences, start)
+    whole["labels"][:, start + 4 : start + 10] = -100
+    assert gap(forward(vlm, whole)[0][:, start + 9 : -1], out.logits) <= TOLERANCE
+    for row, sample in enumerate(samples):
+        alone = dialogue(collate(family, [sample]), question[row : row + 1])
+        assert alone.sequences[0, -4:].tolist() == out.sequences[row, -4:].tolist()
+
+
+@EVERY
+@METHOD
+def test_static_cache_equals_dynamic(attach, name, method):
+    inputs = collate(FAMILIES[name], prompts(FAMILIES[name]))
+    vlm = attach(name, method)
+    dynamic = generate(vlm, inputs)
+    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    assert gap(static.logits, dynamic.logits) <= TOLERANCE
+
+
+@EVERY
+@METHOD
+def test_assisted_decoding_equals_greedy(attach, name, method):
+    family = FAMILIES[name]
+    inputs = collate(family, prompts(family)[:1])
+    vlm = attach(name, method)
+    greedy = generate(vlm, inputs, 12)
+    assisted = generate(vlm, inputs, 12, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert assisted.sequences.tolist() == greedy.sequences.tolist()
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@METHOD
+def test_generation_of_a_batch_equals_its_samples_alone(attach, name, method):
+    family = FAMILIES[name]
+    samples = [*prompts(family), prompt(family, [], 9, 5)]
+    assert_alone_equals_batch(attach(name, method), family, samples)
+
+
+@EVERY
+def test_beams_of_a_batch_equal_the_beams_of_its_samples(attach, name):
+    family = FAMILIES[name]
+    assert_alone_equals_batch(attach(name), family, prompts(family), 4, num_beams=3)
+
+
+@EVERY
+def test_sampling_with_a_seed_equals_recomputation(attach, name):
+    inputs = collate(FAMILIES[name], prompts(FAMILIES[name]))
+    vlm = attach(name)
+    torch.manual_seed(0)
+    out, start = generate(vlm, inputs, 4, do_sample=True, temperature=0.8), inputs["input_ids"].shape[1]
+    assert not torch.equal(out.sequences, generate(vlm, inputs, 4).sequences)
+    whole = longer(inputs, out.sequences, start)
+    assert gap(forward(vlm, whole)[0][:, start - 1 : -1], out.logits) <= TOLERANCE
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("soft", [True, False])
+def test_training_step_reaches_every_plugin(attach, name, soft):
+    """Of the pruner and the repair; nothing of the model itself."""
+    inputs = {**collate(FAMILIES[name], prompts(FAMILIES[name]), "right", answers=3), "use_cache": False}
+    vlm = attach(name)
+    vlm.plugin.pruner.train()
+    with vlm.using(Session(soft=soft, eps=1e-4)):
+        vlm.model(**inputs).loss.backward()
+    missing = [key for key, p in vlm.plugin.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert missing == []
+    still = [key for key, p in vlm.plugin.named_parameters() if not p.grad.any() and "code" not in key]
+    assert still == []
+    assert all(p.grad is None for p in vlm.model.parameters())
+
+
+# -- positions ------------------------------------------------------------------------------------------------------
+
+
+@MROPE
+def test_positions_are_the_plain_models(attach, name):
+    """Kept tokens keep their three-part positions, and decoding goes on from where the plain model would."""
+    family = FAMILIES[name]
+    inputs = collate(family, prompts(family))
+    seen: list[Tensor] = []
+    decoder = built(name).model.language_model
+    spy = decoder.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    try:
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        built(name).generate(**inputs, **options)
+        plain, seen = seen, []
+        generate(attach(name), inputs, 4)
+    finally:
+        spy.remove()
+    assert len(plain) == len(seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+    assert plain[0].shape[0] == 3
+    assert not torch.equal(plain[0][0], plain[0][1]), "time and height differ inside an image"
+
+
+@MROPE
+def test_rotary_embeddings_follow_the_kept_tokens(attach, name):
+    family = FAMILIES[name]
+    inputs = {**collate(family, prompts(family)[:1]), "use_cache": False}
+    vlm, ropes = attach(name), {}
+    layers = vlm.host.places.layers
+
+    def spy(index):
+        return lambda _, args, kwargs: ropes.update({index: kwargs["position_embeddings"]})
+
+    handles = [layers[i].register_forward_pre_hook(spy(i), with_kwargs=True) for i in (0, 7)]
+    _, record = forward(vlm, inputs)
+    for handle in handles:
+        handle.remove()
+    visual = inputs["input_ids"][0] == IMAGE
+    stays = ~visual
+    stays[visual] = record.stages[-1].kept[0]
+    for whole, part in zip(ropes[0], ropes[7], strict=True):
+        assert torch.equal(whole[:, stays], part)
+
+
+# -- several images -------------------------------------------------------------------------------------------------
+
+
+def kept_per_image(family: Family, record: Record, row: int, pictures: list[Picture]) -> list[list[int]]:
+    ends = torch.tensor([family.length(p) for p in pictures]).cumsum(0).tolist()
+    return [
+        [int(stage.kept[row, a:b].sum()) for a, b in zip([0, *ends[:-1]], ends, strict=True)] for stage in record.stages
+    ]
+
+
+@EVERY
+@METHOD
+def test_images_of_one_prompt_share_its_budget(attach, name, method):
+    """In proportion to their tokens at every stage, and a batch equals its samples alone."""
+    family = FAMILIES[name]
+    pictures = [Picture(size, 20 + i) for i, size in enumerate(family.sizes)]
+    pair = pictures[::2]
+    samples = [prompt(family, pictures, 6, 3), prompt(family, pictures[:1], 5, 4), prompt(family, pair, 8, 5)]
+    vlm = attach(name, method, keep=34 if name == "llava-1.5" else 60)
+    _, record = forward(vlm, collate(family, samples))
+    for row, mine in ((0, pictures), (2, pair)):
+        sizes = torch.tensor([family.length(p) for p in mine])
+        for counts in kept_per_image(family, record, row, mine):
+            fair = sum(counts) * sizes / sizes.sum()
+            assert (torch.tensor(counts) - fair).abs().max() < 2
+            assert min(counts) > 0
+    assert_alone_equals_batch(vlm, family, samples, 4)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("llava-1.5", [3, 3]), ("internvl", [4, 2])])
+def test_images_without_a_word_between_them(attach, name, kept):
+    """Where all images have one length they are told apart still; else a run of visual tokens is one image."""
+    family = FAMILIES[name]
+    pictures = [Picture(family.sizes[0], 3), Picture(family.sizes[0], 4)]
+    inputs = collate(family, [prompt(family, pictures, 6, 1, between=0)])
+    model = built(name)
+    vlm = VLM(model, None).attach(Halves(), keep={2: 6})
+    try:
+        _, record = forward(vlm, inputs)
+    finally:
+        vlm.detach()
+    half = family.length(pictures[0])
+    found = record.stages[0].kept[0]
+    assert [int(found[:half].sum()), int(found[half:].sum())] == (kept if name == "llava-1.5" else [6, 0])
+
+
+class Halves(Random):
+    """Prefers early tokens."""
+
+    def __init__(self) -> None:
+        super().__init__([2])
+
+    def score(self, context):
+        return -context.ordinal.float()
+
+
+# -- videos ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava-onevision", "qwen2.5-vl"])
+@METHOD
+def test_video_and_image_share_one_budget(attach, name, method):
+    family = FAMILIES[name]
+    video = Picture(family.video, 9, "video")
+    image = Picture(family.sizes[0], 8)
+    samples = [prompt(family, [video], 5, 1), prompt(family, [video, image], 6, 2), prompt(family, [image], 7, 3)]
+    vlm = attach(name, method, keep=28)
+    inputs = collate(family, samples)
+    _, record = forward(vlm, inputs)
+    assert record.trace.total_visual.tolist() == [sum(family.length(p) for p in s.pictures) for s in samples]
+    assert record.trace.average_visual().tolist() == pytest.approx([28] * 3, abs=0.4)
+    for shares in kept_per_image(family, record, 1, [video, image]):
+        assert min(shares) > 0
+    assert_alone_equals_batch(vlm, family, samples, 4)
+    out, start = generate(vlm, inputs), inputs["input_ids"].shape[1]
+    assert gap(forward(vlm, longer(inputs, out.sequences, start))[0][:, start - 1 : -1], out.logits) <= TOLERANCE
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_chunked_prefill_is_refused(attach, name):
+    family = FAMILIES[name]
+    inputs = collate(family, prompts(family)[:1])
+    vlm = attach(name)
+    for size in (20, inputs["input_ids"].shape[1] - 2):
+        with pytest.raises(LitPruneError, match="prefill_chunk_size"):
+            generate(vlm, inputs, 2, prefill_chunk_size=size)
+
+
+def test_stages_before_deepstack_is_done_are_refused():
+    model = built("qwen3-vl")
+    with pytest.raises(LitPruneError, match="prune before layer 2 or later"):
+        VLM(model, None).attach(Uniform([1]), keep=KEEP)
+    VLM(model, None).attach(Uniform([2]), keep=KEEP).detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("llava-next-mistral", {"sliding_window": 32}),
+        ("qwen2.5-vl", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}),
+        ("internvl", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}),
+    ],
+)
+def test_windows_of_attention_behind_a_stage_are_refused(name, window):
+    model = FAMILIES[name].build(**window)
+    with pytest.raises(LitPruneError, match=r"sliding_window=None"):
+        VLM(model, None).attach(Uniform([2]), keep=KEEP)
+
+
+def test_windows_as_long_as_the_context_do_nothing(attach):
+    family = FAMILIES["llava-next-mistral"]
+    wide = family.build(sliding_window=512)
+    samples = prompts(family)
+    expected = generate(attach("llava-next-mistral"), collate(family, samples))
+    vlm = attach("llava-next-mistral", model=wide)
+    found = generate(vlm, collate(family, samples))
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert gap(found.logits, expected.logits) <= TOLERANCE
+
+
+def test_budget_that_a_sample_cannot_meet(attach):
+    """The layers before the first stage see all its tokens; the message has the numbers."""
+    family = FAMILIES["llava-next-vicuna"]
+    vlm = attach("llava-next-vicuna", keep=14)
+    with pytest.raises(LitPruneError, match=r"keep=14 can't be reached.*all 88 visual tokens.*at least 22\.8"):
+        forward(vlm, collate(family, prompts(family)))
+    short = [prompt(family, [Picture((16, 32), 1)], 5, 1)]
+    assert forward(vlm, collate(family, short))[1].trace.average_visual().tolist() == pytest.approx([14], abs=0.4)
+
+
+def test_two_hosts_on_one_model_are_refused():
+    model = built("llava-1.5")
+    first = VLM(model, None).attach(Uniform([2]), keep=KEEP)
+    with pytest.raises(LitPruneError, match="detach it first"):
+        VLM(model, None).attach(Uniform([2]), keep=KEEP)
+    first.detach()
+    host = DecoderHost(model, None, None, 0)
+    with pytest.raises(LitPruneError, match="detach it first"):
+        DecoderHost(model, None, None, 0)
+    host.detach()
