@@ -8,7 +8,7 @@ There is one arithmetic: `price` of a `Trace`. The host records the trace of a f
 schedule would leave, `step` the one of a decoding step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor
 class ImageLoad:
     """What one image asks of the vision tower, all its crops together, and what it gives the decoder.
 
-    `tokens`: at the input of every tower layer, class tokens included. `pairs[i]`: (query, key) pairs of layer i's
-    attention, which never leaves a crop or a window. `projected`: rows through the projector. `visual`: tokens that
-    enter the decoder, line breaks included.
+    `tokens[i]`: at the input of tower layer i, class tokens included. `pairs[i]`: (query, key) pairs of its attention,
+    which never leaves a crop or a window. `projected`: rows through the projector. `visual`: tokens that the decoder
+    is given, line breaks included.
     """
 
     patches: int
-    tokens: int
+    tokens: tuple[int, ...]
     pairs: tuple[int, ...]
     projected: int
     visual: int
@@ -60,9 +60,9 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class VisionTrace:
-    """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images, tokens layer by layer.
+    """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images.
 
-    A method that drops tokens inside the tower leaves fewer `tokens` and `pairs` at later layers, and `projected`.
+    A method that drops tokens inside the tower leaves fewer `tokens` and `pairs` at later layers, and fewer `projected`.
     """
 
     patches: Num[Tensor, " batch"]
@@ -72,17 +72,17 @@ class VisionTrace:
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[ImageLoad]]) -> "VisionTrace":
-        """The trace of an unpruned tower, from each sample's images; at least one sample has one."""
+        """The sums over each sample's images; at least one sample has one."""
         depth = max(len(load.pairs) for loads in samples for load in loads)
 
-        def add(rows: Iterable[Iterable[int]]) -> Tensor:
-            return torch.tensor([sum(row) for row in rows], dtype=torch.long)
+        def total(of: Callable[[ImageLoad], int]) -> Tensor:
+            return torch.tensor([sum(of(load) for load in loads) for loads in samples])
 
         return cls(
-            patches=add([load.patches for load in loads] for loads in samples),
-            tokens=[add([load.tokens for load in loads] for loads in samples)] * depth,
-            pairs=[add([load.pairs[i] for load in loads] for loads in samples) for i in range(depth)],
-            projected=add([load.projected for load in loads] for loads in samples),
+            patches=total(lambda load: load.patches),
+            tokens=[total(lambda load, i=i: load.tokens[i]) for i in range(depth)],
+            pairs=[total(lambda load, i=i: load.pairs[i]) for i in range(depth)],
+            projected=total(lambda load: load.projected),
         )
 
 
@@ -236,8 +236,8 @@ def _usual_images(image: ImageLoad | None, visual: Tensor) -> VisionTrace | None
     if image is None:
         return None
     count = visual / image.visual
-    pairs = [count * pairs for pairs in image.pairs]
-    return VisionTrace(count * image.patches, [count * image.tokens] * len(pairs), pairs, count * image.projected)
+    tokens, pairs = ([count * layer for layer in layers] for layers in (image.tokens, image.pairs))
+    return VisionTrace(count * image.patches, tokens, pairs, count * image.projected)
 
 
 def decode(trace: Trace, size: ModelSize, steps: int, repair=None) -> dict[str, Tensor]:

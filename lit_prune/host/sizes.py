@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.image_processing_utils import select_best_resolution
 
 from lit_prune.cost import ImageLoad, ModelSize, VisionTrace
 from lit_prune.errors import LitPruneError
@@ -73,13 +72,13 @@ def crop_load(config: PreTrainedConfig, crops: int, visual: int | None = None) -
     rows, columns = (
         pixels // patch for pixels, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
     )
-    tokens = rows * columns + _tower(config)[0]
+    tokens, depth = rows * columns + _tower(config)[0], vision.num_hidden_layers
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     projected = crops * (tokens if whole else rows * columns) // _merge(config) ** 2
     return ImageLoad(
         patches=crops * rows * columns,
-        tokens=crops * tokens,
-        pairs=(crops * tokens * tokens,) * vision.num_hidden_layers,
+        tokens=(crops * tokens,) * depth,
+        pairs=(crops * tokens * tokens,) * depth,
         projected=projected,
         visual=projected if visual is None else visual,
     )
@@ -88,14 +87,15 @@ def crop_load(config: PreTrainedConfig, crops: int, visual: int | None = None) -
 def grid_load(config: PreTrainedConfig, frames: int, rows: int, columns: int) -> ImageLoad:
     """The load of an image that the tower takes in its own size, as a grid of patches, with or without windows."""
     vision, merge = config.vision_config, _merge(config)
+    depth = vision.num_hidden_layers
     patches = frames * rows * columns
     windowed = full = frames * (rows * columns) ** 2
     if hasattr(vision, "window_size"):
         side = vision.window_size // merge // _pair(vision.patch_size)[0]
         windowed = frames * merge**4 * _squares(rows // merge, side) * _squares(columns // merge, side)
-    whole = getattr(vision, "fullatt_block_indexes", range(vision.num_hidden_layers))
-    pairs = tuple(full if layer in whole else windowed for layer in range(vision.num_hidden_layers))
-    return ImageLoad(patches, patches, pairs, patches // merge**2, patches // merge**2)
+    whole = getattr(vision, "fullatt_block_indexes", range(depth))
+    pairs = tuple(full if layer in whole else windowed for layer in range(depth))
+    return ImageLoad(patches, (patches,) * depth, pairs, patches // merge**2, patches // merge**2)
 
 
 def vision_trace(config: PreTrainedConfig, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
@@ -131,6 +131,8 @@ def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[I
 
 def _any_resolution(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
     """Crops on the best of the model's canvases and the whole image; padding is cut off, rows end in a line break."""
+    from transformers.image_processing_utils import select_best_resolution  # slow to import
+
     crop, patch = config.vision_config.image_size, config.vision_config.patch_size
     canvas = select_best_resolution((height, width), [tuple(size) for size in config.image_grid_pinpoints])
     side = crop // patch
