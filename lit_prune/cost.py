@@ -62,7 +62,7 @@ class ModelSize:
 class VisionTrace:
     """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images.
 
-    A method that drops tokens inside the tower leaves fewer `tokens` and `pairs` at later layers, and fewer `projected`.
+    A method that drops tokens inside the tower leaves fewer `tokens`, `pairs` and `projected` behind.
     """
 
     patches: Num[Tensor, " batch"]

@@ -110,7 +110,7 @@ def random_model(
 
     if placed := {"device_map", "quantization_config"}.intersection(options):
         raise LitPruneError(f"random weights are made on one device and as they are: give device=, not {min(placed)}")
-    config = _config(base)
+    config = load_config(base)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
@@ -125,7 +125,8 @@ def random_model(
         return AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
 
 
-def _config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
+def load_config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of a model: of a folder, a shipped shape, or the hub's cache; the network is not asked."""
     from transformers import AutoConfig
 
     if isinstance(base, PreTrainedConfig):

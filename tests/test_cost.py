@@ -5,16 +5,18 @@ import tiny
 import torch
 from tiny import PRUNERS, VISUAL, batch, forward, generate, samples
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import LlavaForConditionalGeneration
 
-from lit_prune.cost import ModelSize, Trace, decoder_layer, decoder_total, kv_bytes, plan, price
+from lit_prune.budget import average
+from lit_prune.cost import Trace, decode, decoder_layer, decoder_total, kv_bytes, plan, price, step
 from lit_prune.host import Record, Session
 from lit_prune.host.sizes import model_size
 from lit_prune.pruners.base import Dims
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
+from lit_prune.shapes import shipped_config
 
-LLAVA = ModelSize(width=4096, depth=32, heads=32, key_heads=32, head_dim=128, mlp=11008, vocab=32064)
+LLAVA = model_size(shipped_config("llava-hf/llava-1.5-7b-hf"))
 
 
 def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -147,10 +149,28 @@ def tokens(count: float) -> torch.Tensor:
 
 
 def test_llava_prefill_is_8_5_teraflops():
-    """576 visual and 64 text tokens; the same as the counter gives on the meta device."""
-    trace = Trace(queries=[tokens(640)] * 32, keys=[tokens(640)] * 32, visual=[tokens(576)] * 32)
+    """576 visual and 64 text tokens."""
+    trace = plan({}, visual=576, text=64, depth=32)
     assert price(trace, LLAVA)["decoder"].item() == pytest.approx(8.504e12, rel=1e-4)
     assert kv_bytes(trace, LLAVA, 2).item() == pytest.approx(336e6, rel=2e-3)
+
+
+def test_llava_on_the_meta_device():
+    """The real shape without weights, counted by PyTorch: a prefill, then a step on its cache."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(shipped_config("llava-hf/llava-1.5-7b-hf")).eval()
+        ids, pixels = torch.zeros(1, 640, dtype=torch.long), torch.zeros(1, 3, 336, 336)
+        with counter() as prefill:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        with counter() as step_counts:
+            model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+        with counter() as vision:
+            model.get_image_features(pixels)
+    trace = plan({}, visual=576, text=64, depth=32)
+    parts, next_parts = price(trace, LLAVA), price(step(trace, 1), LLAVA)
+    assert prefill.get_total_flops() == parts["decoder"] + parts["lm_head"]
+    assert step_counts.get_total_flops() == next_parts["total"]
+    assert vision.get_total_flops() == parts["vision"] + parts["projector"]
 
 
 @pytest.mark.parametrize(("count", "teramacs"), [(576, 3.82), (192, 1.25), (128, 0.83), (64, 0.42)])
@@ -161,15 +181,69 @@ def test_papers_convention(count, teramacs):
 
 def test_vision_tower_and_projector_of_llava():
     """CLIP-L/14 at 336 pixels: 24 layers of width 1024 over 577 tokens, one crop whatever the image's size."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14,
-    )  # fmt: skip
-    size = model_size(LlavaConfig(vision_config=vision, text_config=LlamaConfig()))
-    parts = price(plan({}, visual=576, text=64, depth=32), size)
+    parts = price(plan({}, visual=576, text=64, depth=32), LLAVA)
     layers = 24 * 577 * (24 * 1024 * 1024 + 4 * 577 * 1024)
     assert parts["vision"].item() == layers + 2 * 576 * 588 * 1024
     assert parts["projector"].item() == 2 * 576 * (1024 * 4096 + 4096 * 4096)
+    assert price(plan({}, visual=1152, text=64, depth=32), LLAVA)["vision"] == 2 * parts["vision"]
+
+
+# Average, pruning layers, kept shares in % and the published reduction of FLOPs in % (RCP, arXiv 2604.04972).
+RCP_7B = [
+    (192, (4, 14, 24), (60.2, 7.5, 1.6), 63.3),
+    (128, (4, 14, 24), (25.8, 4.1, 1.5), 75.0),
+    (64, (1, 13, 25), (16.7, 4.6, 1.4), 85.7),
+]
+
+
+@pytest.mark.parametrize(("keep", "layers", "shares", "published"), RCP_7B)
+def test_reductions_of_rcp(keep, layers, shares, published):
+    """Reached with a short prompt, 22 text tokens; `docs/cost.md` has the rest of the story."""
+    schedule = {layer: round(576 * share / 100) for layer, share in zip(layers, shares, strict=True)}
+    full, pruned = (price(plan(s, visual=576, text=22, depth=32), LLAVA)["decoder"] for s in ({}, schedule))
+    assert 100 * (1 - pruned / full).item() == pytest.approx(published, abs=0.5)
+    assert average(schedule, 576, 32) == pytest.approx(keep, abs=4.2)
+
+
+# -- Schedules and decoding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
+def test_a_plan_is_what_runs(pruned, pruner):
+    """The trace written from a schedule has the price of the one that a forward leaves."""
+    vlm = pruned(pruner)
+    inputs = batch(samples((50,)))
+    _, record = forward(vlm, inputs)
+    plugin, before = vlm.plugin, 2
+    made = plan(
+        plugin.pruner.schedule(tiny.KEEP, VISUAL, tiny.DEPTH), VISUAL, 50 - VISUAL, tiny.DEPTH, plugin.pruner,
+        plugin.repair, question=50 - VISUAL - before,
+    )  # fmt: skip
+    planned, ran = (price(trace, vlm.size, plugin.pruner, plugin.repair) for trace in (made, record.trace))
+    assert {part: flops.item() for part, flops in planned.items()} == {part: f.item() for part, f in ran.items()}
+
+
+def test_decoding_is_priced_step_by_step(pruned):
+    """Five steps of stock `generate()` on a pruned cache, with repair, to the last FLOP."""
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    inputs, record = batch(samples((50,))), Record()
+    forward(vlm, inputs, record=record)
+    with counter() as short:
+        generate(vlm, inputs, tokens=1)
+    with counter() as long:
+        out = generate(vlm, inputs, tokens=6)
+    parts = decode(record.trace, vlm.size, 5, vlm.plugin.repair)
+    assert parts["repair"].item() == 5 * price(step(record.trace, 3), vlm.size, repair=vlm.plugin.repair)["repair"]
+    assert parts["total"].item() == long.get_total_flops() - short.get_total_flops()
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+    assert kv_bytes(step(record.trace, 5), vlm.size, 4).tolist() == [real]
+    assert decode(record.trace, vlm.size, 0)["total"].item() == 0
+
+
+def test_decoding_is_the_sum_of_its_steps():
+    trace = plan({2: 64}, visual=576, text=64, depth=32)
+    steps = sum(price(step(trace, index), LLAVA)["total"].item() for index in range(1, 8))
+    assert decode(trace, LLAVA, 7)["total"].item() == steps
 
 
 def test_trace_averages_over_layers():

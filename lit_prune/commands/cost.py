@@ -13,10 +13,11 @@ from lit_prune.budget import Budget, format_schedule, parse_budget
 from lit_prune.commands import console
 from lit_prune.cost import ModelSize, Trace, decode, decoder_layer, decoder_total, kv_bytes, plan, price, step
 from lit_prune.errors import LitPruneError
-from lit_prune.host.sizes import image_load, model_size
+from lit_prune.host.sizes import model_size
+from lit_prune.loading import load_config
 from lit_prune.plugin import Plugin
-from lit_prune.shapes import names, shipped_config
-from lit_prune.vlm import as_plugin, resolve
+from lit_prune.shapes import names
+from lit_prune.vlm import as_plugin
 
 PARTS = {
     "vision": "vision tower",
@@ -51,17 +52,13 @@ class Bill:
     schedule: dict[int, int]
     average: float
     prefill: dict[str, float]
+    decoder: float  # of the prefill, with all that pruning adds
     step: dict[str, float]  # of the first decoding step
     answer: dict[str, float]  # of all decoding steps
     kv: int
     kv_after: int
     visual: list[int]  # visual tokens at each decoder layer's input
     layers: list[float]  # FLOPs of each decoder layer
-
-    @property
-    def decoder(self) -> float:
-        """Decoder with all that pruning adds."""
-        return decoder_total(self.prefill)
 
 
 def run(
@@ -97,7 +94,10 @@ def run(
         json: File to write the same to: an object, or a list of them for several budgets, e.g. --json cost.json.
         plot: Picture to draw, tokens and FLOPs of every decoder layer, e.g. --plot cost.png.
     """
-    config = load_config(model)
+    try:
+        config = load_config(model)
+    except LitPruneError as error:
+        raise LitPruneError(f"{error}. Shapes known here: micro, {', '.join(names())}") from error
     pixels = _pixels(image_size, visual_tokens)
     size = model_size(config) if pixels is None else model_size(config, pixels)
     visual = size.image.visual if visual_tokens is None else visual_tokens
@@ -113,7 +113,9 @@ def run(
         for name, budget in budgets.items()
     }
     title = f"{model}: {visual} visual and {text_tokens} text tokens, an answer of {answer_tokens}"
-    console.out.print(as_table(escape(title), {"full": full} | {f"keep {name}": b for name, b in bills.items()}, prompt))
+    console.out.print(
+        as_table(escape(title), {"full": full} | {f"keep {name}": b for name, b in bills.items()}, prompt)
+    )
     facts = {"model": model, "pruner": pruner, "dtype": dtype}
     facts |= {"visual_tokens": visual, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
     if json is not None:
@@ -125,21 +127,6 @@ def run(
 
 
 # What is priced
-
-
-def load_config(model: str) -> Any:
-    """A model's configuration: of a local folder, shipped with this package, or in the hub's local cache."""
-    if model in names() and not Path(model).is_dir():
-        return shipped_config(model)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(resolve(model), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise LitPruneError(
-            f"{model} has no configuration on this machine; give a folder with config.json, or one of: "
-            f"micro, {', '.join(names())}"
-        ) from error
 
 
 def _pixels(image_size: list[int] | None, visual_tokens: int | None) -> tuple[int, int] | None:
@@ -180,6 +167,7 @@ def bill(schedule: dict[int, int], prompt: Prompt, size: ModelSize, plugin: Plug
         schedule=schedule,
         average=trace.average_visual().item(),
         prefill=prefill,
+        decoder=decoder_total(prices[0]).item(),
         step=first,
         answer=answer,
         kv=_bytes(trace, size, prompt),

@@ -21,7 +21,9 @@ YES_NO = ("true", "false", "yes", "no")
 def run_verb(verb: str, argv: list[str]) -> None:
     """Parse the arguments of a verb and call its ``run``."""
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
-    parser = ArgumentParser(prog=f"lit-prune {verb}", exit_on_error=False, allow_abbrev=False)
+    # Paragraphs between the first line and the arguments; the parser itself reads the rest of the docstring.
+    about = inspect.getdoc(run).partition("\n\nArgs:")[0].partition("\n\n")[2]
+    parser = ArgumentParser(prog=f"lit-prune {verb}", description=about, exit_on_error=False, allow_abbrev=False)
     own_config = "config" in inspect.signature(run).parameters
     if not own_config:
         parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
