@@ -138,6 +138,19 @@ def test_one_budget_gives_the_plain_table(config, tmp_path):
     assert rows_of(tmp_path)[0]["questions"] == 7
 
 
+def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    shutil.copytree(measured / "cells", tmp_path / "cells")
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, wandb=True)
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/cells_*.table.json")
+    logged = json.loads(table.read_text())
+    at = logged["columns"].index("w2")
+    assert [line[at] for line in logged["data"]] == [row["w2"] for row in rows_of(measured)]
+    images = {path.name.rpartition("_")[0][:-2] for path in tmp_path.glob("wandb/*/files/media/images/*.png")}
+    assert images == {"accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"}
+
+
 # -- resuming -------------------------------------------------------------------------------------------------------
 
 

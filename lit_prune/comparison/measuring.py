@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from lit_prune import evaluation
 from lit_prune.comparison.cells import Cell
@@ -24,7 +24,7 @@ class Meters:
     def __init__(self, depth: int, width: int) -> None:
         self.accuracy, self.agreement, self.shift = SkillAccuracy(), SkillAccuracy(), Shift(depth, width)
         self.kappa = Consistency()
-        self.means: dict[str, dict[Any, MeanMetric]] = {}
+        self.sums: dict[str, dict[Any, float]] = {}
         self.hits: list[bool] = []
         self.seconds = 0.0
 
@@ -44,13 +44,14 @@ class Meters:
         self._add("kept", measured.kept)
         self._add("layers", dict(enumerate(measured.per_layer)))
 
-    def _add(self, group: str, values: dict[Any, Any]) -> None:
-        meters = self.means.setdefault(group, {})
+    def _add(self, group: str, values: dict[Any, Tensor]) -> None:
+        sums = self.sums.setdefault(group, {})
         for name, value in values.items():
-            meters.setdefault(name, MeanMetric()).update(value.cpu().float())
+            sums[name] = sums.get(name, 0.0) + value.double().sum().item()
 
     def _mean(self, group: str) -> dict[Any, float]:
-        return {name: meter.compute().item() for name, meter in self.means[group].items()}
+        """Means per question."""
+        return {name: total / len(self.hits) for name, total in self.sums[group].items()}
 
     def result(self) -> dict[str, Any]:
         """What was measured, as JSON has it; FLOPs and bytes are means per sample.
