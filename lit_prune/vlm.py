@@ -119,15 +119,16 @@ class VLM:
         return self
 
     def detach(self) -> "VLM":
-        """The plain model again, bit for bit."""
-        if self.host is not None:
-            self.host.detach()
+        """The plain model again, bit for bit, also where another VLM of the same model has attached something."""
+        for hook in list(find(self.model).decoder._forward_pre_hooks.values()):
+            if isinstance(host := getattr(hook, "__self__", None), DecoderHost):
+                host.detach()
         self.host, self.plugin = None, None
         return self
 
     def using(self, session: Session) -> AbstractContextManager[Session]:
         """Run the forwards inside under a `Session`: as the teacher, softly masked, recorded."""
-        if self.host is None:
+        if self.host is None or not self.host.handles:
             raise LitPruneError("attach a pruner first")
         return self.host.using(session)
 

@@ -74,6 +74,20 @@ def test_attaching_twice_replaces(tiny_model):
     vlm.detach().detach()
 
 
+def test_a_model_has_one_plugin_at_a_time(tiny_model):
+    """Also where a second VLM is made of the same model, as a notebook does that runs a cell twice."""
+    inputs, plain = batch(samples()), hooks(tiny_model)
+    first = VLM(tiny_model, None, "tiny").attach(Random([0]), keep=KEEP)
+    once = hooks(tiny_model)
+    second = VLM(tiny_model, None, "tiny").attach(Random([0], seed=1), keep=20)
+    assert hooks(tiny_model) == once
+    assert forward(second, inputs)[1].trace.average_visual().tolist() == [20] * 3
+    with pytest.raises(LitPruneError, match="attach a pruner first"):
+        first.using(Session())
+    first.detach()
+    assert hooks(tiny_model) == plain
+
+
 def test_fifty_cycles_leak_nothing(tiny_model):
     inputs, before = batch(samples((45,))), hooks(tiny_model)
     alive = []
