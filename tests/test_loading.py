@@ -126,7 +126,7 @@ def test_random_weights_of_every_family(name):
     assert logits.std() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not name.startswith("Qwen/")])
+@SHAPES
 def test_real_shapes_without_memory(name):
     """On `meta` the real shape is there at once, in the dtype that its weights would have, and takes a pruner."""
     vlm = lit_prune.load(name, random_weights=True, device="meta")
