@@ -90,6 +90,26 @@ def test_gather_rows(scored):
         assert torch.equal(rows[row][real[row]], states[row][scored[1][row]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_their_gradients_are_those_of_gather_and_scatter(dtype):
+    """To the last bit, also where one sequence stands for all samples (rotary embeddings)."""
+    columns = torch.stack([torch.randperm(20)[:7] for _ in range(3)])
+    states = torch.randn(3, 20, 5).to(dtype).requires_grad_()
+    index, weight = columns[..., None].expand(-1, -1, 5), torch.randn(3, 7, 5).to(dtype)
+    pairs = [
+        (selection.gather_rows(states, columns), states.gather(1, index)),
+        (selection.gather_rows(states[:1].expand(3, -1, -1), columns), states[:1].expand(3, -1, -1).gather(1, index)),
+    ]
+    for ours, reference in pairs:
+        assert torch.equal(ours, reference)
+        assert torch.equal(*(torch.autograd.grad((out * weight).sum(), states)[0] for out in (ours, reference)))
+    some = torch.randn(3, 7, 5).to(dtype).requires_grad_()
+    back = selection.put_rows(some, columns, 20)
+    reference = torch.zeros(3, 20, 5, dtype=dtype).scatter(1, index, some)
+    assert torch.equal(back, reference)
+    assert torch.equal(*(torch.autograd.grad((out * states.detach()).sum(), some)[0] for out in (back, reference)))
+
+
 def test_hashed_numbers_are_uniform_and_independent():
     seeds, ordinals = torch.arange(400), torch.arange(576).expand(400, -1)
     numbers = selection.hashed_uniform(seeds, ordinals).double()

@@ -148,8 +148,7 @@ class DecoderHost:
         if forward is None or forward.columns.shape[1] == forward.length:
             return None
         states = output.last_hidden_state * forward.valid[..., None].to(output.last_hidden_state.dtype)
-        full = states.new_zeros(states.shape[0], forward.length, states.shape[2])
-        output.last_hidden_state = full.scatter(1, forward.columns[..., None].expand_as(states), states)
+        output.last_hidden_state = selection.put_rows(states, forward.columns, forward.length)
         return output
 
     # -- layers -------------------------------------------------------------------------------------------------

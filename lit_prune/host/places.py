@@ -140,5 +140,5 @@ def query_key(
         heads = getattr(attention, f"{name}_proj")(states).view(*states.shape[:2], -1, attention.head_dim)
         norm = getattr(attention, f"{name}_norm", None)
         heads = (heads if norm is None else norm(heads)).transpose(1, 2)
-        out.append(rotate(heads, heads, cos, sin)[0])
+        out.append(rotate(heads, heads[:, :0], cos, sin)[0])  # the library rotates two at once; here one is empty
     return out[0], out[1]
