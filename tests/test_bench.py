@@ -1,5 +1,6 @@
 """`lit-prune bench`: every field against its definition, the order of a round, limits; never how fast it is."""
 
+import inspect
 import itertools
 import json
 import time
@@ -17,9 +18,10 @@ from lit_prune.commands import bench
 from lit_prune.cost import decoder_layer
 from lit_prune.errors import LitPruneError
 from lit_prune.host.cut import cut_to
+from lit_prune.host.places import find
 from lit_prune.plugin import Plugin
 from lit_prune.timing import Benchmark, Method, clock_for, cpu_clock, prefill, random_prompt, wall_clock
-from lit_prune.vlm import VLM, plugin_from_yaml
+from lit_prune.vlm import VLM, load, plugin_from_yaml
 
 ROOT = Path(__file__).parent.parent
 TEXT, NEW, BATCHES = 10, 3, [1, 3]
@@ -314,7 +316,7 @@ def test_command(file, tmp_path, capsys, here):
     assert report["rows"][1]["kept"] == {"2": 8}
     header = report["header"]
     assert header["visual_tokens"] == VISUAL
-    assert header["config"]["model_type"] == "llava"
+    assert (header["model"], header["layers"], header["random_weights"]) == ("llava", DEPTH, True)
     assert {"date", "command", "machine", "cores", "threads", "torch", "transformers", "dtype", "clock"} <= set(header)
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
@@ -362,7 +364,7 @@ def test_notes_say_where_noise_won(made):
         (["--methods", "configs/bench/pruners/fastv.yaml@3:8"], "stages are before layers"),
         (["--methods", "configs/bench/pruners/fastv.yaml@few"], "counts by layer"),
         (["--methods", "nowhere.yaml@8"], "nowhere.yaml"),
-        (["--model", "nowhere/at/all"], "can't be loaded"),
+        (["--model", "nowhere/here"], "hf download nowhere/here"),
     ],
 )
 def test_what_a_user_may_get_wrong(file, capsys, change, message, here, monkeypatch):
@@ -403,16 +405,32 @@ def test_help_names_every_option(capsys):
 # -- the shipped files ----------------------------------------------------------------------------------------------
 
 
-def test_shipped_schedule_of_the_cpu(here):
-    """The file's methods build for its own sizes, on the meta device, at the counts that their names promise."""
-    options = yaml.safe_load((ROOT / "configs" / "bench" / "cpu.yaml").read_text())
-    with torch.device("meta"):
-        vlm = bench._build(options["model"], "float32", "meta")
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("cpu", (12, 768, 2048, 12)), ("gpu_7b", (32, 4096, 11008, 32))], ids=["cpu", "gpu_7b"]
+)
+def test_shipped_files(here, name, sizes):
+    """Their sizes, and that each method builds for them, on the meta device, at the counts that its name promises."""
+    options = yaml.safe_load((ROOT / "configs" / "bench" / f"{name}.yaml").read_text())
+    assert set(options) <= set(inspect.signature(bench.run).parameters)
+    model = options["model"]
+    vlm = load(bench._config(model) if isinstance(model, dict) else model, random_weights=True, device="meta")
     size = vlm.size
-    assert (size.depth, size.width, size.mlp, size.heads, options["text_tokens"]) == (12, 768, 2048, 12, 64)
+    assert (size.depth, size.width, size.mlp, size.heads) == sizes
+    assert (find(vlm.model).dims.visual, options["text_tokens"]) == (576, 64)
     for spec in options["methods"]:
         method = bench._method(spec, None)
         if method.plugin is not None:
             schedule = vlm.attach(method.plugin, keep=method.keep).host.schedule
             assert method.name.endswith(" ".join(f"{layer}:{count}" for layer, count in schedule.items()))
             vlm.detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_command_on_cuda(file, tmp_path, here):
+    """Events for a clock, a count of the peak."""
+    out = tmp_path / "bench.json"
+    run("-c", file, "--device", "cuda", "--json", out)
+    report = json.loads(out.read_text())
+    assert report["header"]["clock"] == "cuda events"
+    assert all(row["peak_memory_bytes"] > row["kv_bytes"] for row in report["rows"])

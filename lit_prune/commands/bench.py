@@ -15,6 +15,8 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from lit_prune import timing
 from lit_prune.budget import parse_budget
@@ -22,7 +24,7 @@ from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, load_model
 from lit_prune.errors import LitPruneError
 from lit_prune.timing import Benchmark, Method
-from lit_prune.vlm import VLM, as_plugin
+from lit_prune.vlm import as_plugin
 
 Row = dict[str, Any]
 
@@ -30,6 +32,7 @@ Row = dict[str, Any]
 def run(
     methods: list[str],
     model: str | dict[str, Any] = "micro",
+    random_weights: bool = False,
     keep: int | None = None,
     batch_sizes: list[int] = [1, 4],  # noqa: B006
     text_tokens: int = 64,
@@ -50,6 +53,7 @@ def run(
         methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH, with its own budget as
             PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
         model: "micro", a model folder or a hub id; in a file also the fields of a config.json, for random weights.
+        random_weights: Build the model's shape with random weights, without a download: times need no right answers.
         keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
             plug-in's own.
         batch_sizes: Numbers of prompts at once.
@@ -67,11 +71,12 @@ def run(
     """
     entrants = [_method(spec, keep) for spec in methods]
     with _threads(threads):
-        vlm = _build(model, dtype, device) if isinstance(model, dict) else load_model(model, dtype, device)
+        described = isinstance(model, dict)
+        vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
         bench = Benchmark(
             vlm, entrants, batch_sizes, text_tokens, new_tokens, timing.clock_for(clock, vlm.model.device)
         )
-        header = _header(bench, model, clock)
+        header = {**_header(bench, clock), "random_weights": random_weights or described}
         done = _loop(bench, repeats, warmup, time_limit)
     rows = bench.rows()
     if not rows:
@@ -98,22 +103,12 @@ def _method(spec: str, keep: int | None) -> Method:
     return Method(name or f"{Path(path).stem}{own and ' ' + own}", plugin, budget)
 
 
-def _build(fields: dict[str, Any], dtype: Dtype, device: str) -> VLM:
-    """A model with random weights from the fields of its config.json."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    wanted = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+def _config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration from the fields of its config.json."""
     try:
-        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     except (KeyError, TypeError, ValueError) as error:
         raise LitPruneError(f"`model` describes no model of transformers: {error}") from error
-    with torch.random.fork_rng(), wanted:
-        torch.manual_seed(timing.SEED)
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        )
-    return VLM(model, None, f"{fields['model_type']} with random weights")
 
 
 @contextmanager
@@ -135,16 +130,13 @@ def _loop(bench: Benchmark, repeats: int, warmup: int, time_limit: float | None)
         return bench.run(repeats, warmup, time_limit, lambda: progress.update(task, advance=1, refresh=True))
 
 
-def _header(bench: Benchmark, model: str | dict[str, Any], clock: str) -> dict[str, Any]:
+def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
     """What the numbers were measured on."""
-    from transformers import __version__ as transformers_version
-
     device, dims = bench.vlm.model.device, bench.dims
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "model": bench.vlm.name,
-        "config": model if isinstance(model, dict) else None,
         "layers": dims.depth,
         "width": dims.width,
         "visual_tokens": dims.visual,
@@ -225,10 +217,15 @@ def _number(value: float | None, scale: float, digits: int) -> str:
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
+def _title(header: dict[str, Any]) -> str:
+    weights = ", random weights" if header["random_weights"] else ""
+    return f"{header['model']} ({header['layers']} layers of width {header['width']}{weights})"
+
+
 def _print(rows: list[Row], header: dict[str, Any]) -> None:
     """Two narrow tables: the prefill beside what its FLOPs promise, and whole requests."""
     console.out.print(
-        f"{header['model']}: {header['visual_tokens']} visual + {header['text_tokens']} text tokens, "
+        f"{_title(header)}: {header['visual_tokens']} visual + {header['text_tokens']} text tokens, "
         f"{header['dtype']}, {header['machine']}, {header['threads']} thread(s), {header['clock']} time",
         markup=False,
         highlight=False,
@@ -265,6 +262,6 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     batches = sorted({row["batch"] for row in rows})
     time.set_xticks(batches, [str(batch) for batch in batches])
     time.legend(fontsize=8)
-    figure.suptitle(f"{header['model']}, {header['machine']}, {header['date'][:10]}", fontsize=9)
+    figure.suptitle(f"{_title(header)}, {header['machine']}, {header['date'][:10]}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lit_prune.commands.console import err, say
@@ -35,7 +36,9 @@ def open_image(path: str) -> Image.Image:
         raise LitPruneError(f"image {path} cannot be read: {error}") from error
 
 
-def load_model(model: str, dtype: Dtype = "auto", device: str = "auto") -> VLM:
+def load_model(
+    model: str | PreTrainedConfig, dtype: Dtype = "auto", device: str = "auto", random_weights: bool = False
+) -> VLM:
     """The frozen model on its device; `auto` is the GPU if there is one."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -43,10 +46,9 @@ def load_model(model: str, dtype: Dtype = "auto", device: str = "auto") -> VLM:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LitPruneError(f"device {wanted} can't be used: {str(error).splitlines()[0]}") from error
     transformers_logging.disable_progress_bar()
-    with err.status(f"loading {model}"):
-        vlm = load(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
-        vlm.model.to(wanted)
-    return vlm
+    with err.status("loading the model"):
+        chosen = None if dtype == "auto" else getattr(torch, dtype)
+        return load(model, dtype=chosen, random_weights=random_weights, device=wanted)
 
 
 def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
