@@ -112,12 +112,16 @@ def random_prompt(vlm: VLM, batch: int, text_tokens: int) -> Prompt:
     """
     model, places = vlm.model, find(vlm.model)
     vision, size = model.config.vision_config, model.config.get_text_config().vocab_size
-    if not isinstance(getattr(vision, "image_size", None), int):
-        raise LitPruneError(f"bench knows no images for {type(model).__name__}: its vision tower has no fixed size")
+    if places.image_length is None:
+        raise LitPruneError(
+            f"bench draws images for models whose images all have as many tokens, as in LLaVA-1.5; those of "
+            f"{type(model).__name__} differ"
+        )
     generator = torch.Generator().manual_seed(SEED)
     text = torch.randint(size, (batch, text_tokens), generator=generator)
-    text[text == places.image_token] = (places.image_token + 1) % size
-    image = torch.full((batch, places.dims.visual), places.image_token)
+    token = places.tokens["image"]
+    text[text == token] = (token + 1) % size
+    image = torch.full((batch, places.image_length), token)
     pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator).to(model.dtype)
     inputs = {"input_ids": torch.cat([text[:, :1], image, text[:, 1:]], 1), "pixel_values": pixels}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
