@@ -150,8 +150,12 @@ class RepairAdapter(nn.Module):
         return states.scatter_add(1, columns[..., None].expand_as(change), change)
 
     def context_flops(self, visual: Tensor, total: Tensor, width: int) -> Tensor:
-        """FLOPs of one stage's essence: `visual` tokens present at the stage, `total` of the image."""
-        return 4 * total.double() * self.code + 2 * visual.double() * width + 2 * (self.code + width) * self.condition
+        """FLOPs of one stage's essence: `visual` tokens present at the stage, `total` of the sample.
+
+        There is a position code for each of `total` tokens until the adapter is built, which fixes their number.
+        """
+        codes = torch.full_like(total, self.codes.shape[0]) if self.adapters else total
+        return 4 * codes.double() * self.code + 2 * visual.double() * width + 2 * (self.code + width) * self.condition
 
     def adapter_flops(self, rows: Tensor, width: int) -> Tensor:
         """FLOPs of all adapters over `rows` repaired positions."""

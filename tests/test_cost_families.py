@@ -11,10 +11,16 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from lit_prune.cost import Trace, VisionTrace, kv_bytes, plan, price, step
+from lit_prune.cost import Trace, VisionTrace, decoder_total, kv_bytes, plan, price, step
 from lit_prune.errors import LitPruneError
+from lit_prune.host import Record, Session
 from lit_prune.host.sizes import image_load, model_size, vision_trace
+from lit_prune.pruners.fastv import FastV
+from lit_prune.pruners.rcp import RCP
+from lit_prune.pruners.text_attention import TextAttention
+from lit_prune.repair import RepairAdapter
 from lit_prune.shapes import names, shipped_config
+from lit_prune.vlm import VLM
 
 TEXT, IMAGE, VOCABULARY = 11, 59, 60
 SIZES = [(40, 61), (100, 37)]  # height and width in pixels of a sample's two images
@@ -189,3 +195,27 @@ def test_unknown_tower_is_refused():
     config.vision_config.model_type = "seashell"
     with pytest.raises(LitPruneError, match="vision tower of type seashell"):
         model_size(config)
+
+
+PRUNERS = {
+    "previous": lambda: FastV([2]),
+    "own": lambda: TextAttention([2, 3]),
+    "learned": lambda: RCP([2, 3], [2.0, 1.0], inner=512),
+}
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+def test_pruned_prefill(family, kind):
+    """What ran, with a repair adapter: the tower and the projector as ever, the decoder with all that pruning adds."""
+    name, model = family
+    pruner, repair = PRUNERS[kind](), RepairAdapter([3], [0], bottleneck=512, condition=64, code=4)
+    vlm = VLM(model, None).attach(pruner, repair, keep={layer: 20 - layer for layer in pruner.layers})
+    inputs, record = prompt(name, model.config, SIZES), Record()
+    with vlm.using(Session(record=record)):
+        found, _ = measured(lambda: model(**inputs, logits_to_keep=1))
+    vlm.detach()
+    parts = price(record.trace, vlm.size, pruner, repair)
+    counted = as_counted({**parts, "decoder": decoder_total(parts)})
+    unknown = 2 * repair.codes.numel()  # codes by one query: the counter doesn't know a matrix by a vector
+    assert counted.pop("decoder") - unknown == pytest.approx(found.pop("decoder"), rel=1e-3)
+    assert counted == found
