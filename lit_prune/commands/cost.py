@@ -13,6 +13,7 @@ from lit_prune.budget import Budget, format_schedule, parse_budget
 from lit_prune.commands import console
 from lit_prune.cost import ModelSize, Trace, decode, decoder_layer, decoder_total, kv_bytes, plan, price, step
 from lit_prune.errors import LitPruneError
+from lit_prune.host.places import check_stages
 from lit_prune.host.sizes import model_size
 from lit_prune.loading import load_config
 from lit_prune.plugin import Plugin
@@ -106,6 +107,8 @@ def run(
             raise LitPruneError(f"--{name}-tokens {count} must be at least 1")
     prompt = Prompt(visual, text_tokens, answer_tokens, getattr(torch, dtype).itemsize)
     plugin = None if pruner is None else as_plugin(pruner)
+    if plugin is not None:
+        check_stages(config, plugin.pruner.stages(size.depth))
     full = bill({}, prompt, size)
     budgets = _budgets(plugin, keep)
     bills = {

@@ -49,7 +49,7 @@ class DecoderHost:
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         if pruner is not None:
-            self.places.check_stages(self.stages)
+            places.check_stages(model.config, self.stages)
             self.schedule = pruner.nominal_schedule(keep, dims)
             if pruner.attention is not None and pruner.attention.layer == "previous" and self.stages[0] == 0:
                 raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")

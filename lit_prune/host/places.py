@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.sizes import USUAL
@@ -23,8 +24,7 @@ class Places:
     """The parts of a model that pruning touches.
 
     `tokens`: id of each modality's placeholder. `image_length`: visual tokens of every image, `None` where images
-    differ. `full_until`: how many of the first layers need all visual tokens behind them (deepstack). `windowed`:
-    layers that see less than the whole context.
+    differ.
     """
 
     decoder: nn.Module
@@ -32,26 +32,6 @@ class Places:
     tokens: dict[str, int]
     dims: Dims
     image_length: int | None
-    full_until: int
-    windowed: tuple[int, ...]
-
-    def check_stages(self, stages: tuple[int, ...]) -> None:
-        """Raise `LitPruneError` where visual tokens can't be dropped before these layers."""
-        if not stages:
-            return
-        if stages[0] < self.full_until:
-            raise LitPruneError(
-                f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to "
-                f"{self.full_until - 1} this model adds vision features to all of them (deepstack); prune before layer "
-                f"{self.full_until} or later"
-            )
-        windowed = [layer for layer in self.windowed if layer >= stages[0]]
-        if windowed:
-            raise LitPruneError(
-                f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the "
-                f"context, which counts cached columns, and these are not positions once tokens are dropped; where "
-                f"prompts are shorter than the window, load the model with sliding_window=None in its text_config"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +71,7 @@ def find(model: nn.Module) -> Places:
             f"{type(model).__name__} is no vision-language model with a decoder and an image token; "
             f"load a *ForConditionalGeneration, such as LLaVA"
         )
-    text, vision = model.config.get_text_config(), model.config.vision_config
+    text = model.config.get_text_config()
     visual, fixed = visual_tokens(model.config), model.config.model_type in FIXED_GRID
     return Places(
         decoder=decoder,
@@ -99,9 +79,29 @@ def find(model: nn.Module) -> Places:
         tokens={modality: token for modality, token in ids.items() if token is not None},
         dims=Dims(width=text.hidden_size, depth=len(layers), visual=visual, varies=not fixed),
         image_length=visual if fixed else None,
-        full_until=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
-        windowed=_windowed(text),
     )
+
+
+def check_stages(config: PreTrainedConfig, stages: tuple[int, ...]) -> None:
+    """Raise `LitPruneError` where a model can't drop visual tokens before these decoder layers.
+
+    Its first layers may need all visual tokens behind them (deepstack), later ones may see a window of the context.
+    """
+    if not stages:
+        return
+    full_until = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+    if stages[0] < full_until:
+        raise LitPruneError(
+            f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to {full_until - 1} this "
+            f"model adds vision features to all of them (deepstack); prune before layer {full_until} or later"
+        )
+    windowed = [layer for layer in _windowed(config.get_text_config()) if layer >= stages[0]]
+    if windowed:
+        raise LitPruneError(
+            f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the "
+            f"context, which counts cached columns, and these are not positions once tokens are dropped; where "
+            f"prompts are shorter than the window, load the model with sliding_window=None in its text_config"
+        )
 
 
 def visual_tokens(config) -> int:
