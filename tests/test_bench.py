@@ -12,7 +12,7 @@ import torch
 import yaml
 from tiny import DEPTH, VISUAL
 
-from lit_prune import cli, timing
+from lit_prune import cli
 from lit_prune.budget import average
 from lit_prune.commands import bench
 from lit_prune.cost import decoder_layer
@@ -20,7 +20,8 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.cut import cut_to
 from lit_prune.host.places import find
 from lit_prune.plugin import Plugin
-from lit_prune.timing import Benchmark, Method, clock_for, cpu_clock, prefill, random_prompt, wall_clock
+from lit_prune.timing.benchmark import Benchmark, Method, decode, prefill, random_prompt
+from lit_prune.timing.clocks import clock_for, cpu_clock, noisy, spread, wall_clock
 from lit_prune.vlm import VLM, load, plugin_from_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +180,7 @@ def test_decoding_goes_on_from_the_cache(made):
     prompt = random_prompt(made.vlm, 2, TEXT)
     with torch.no_grad(), made._attached(made.methods[2]):
         token, cache = prefill(made.vlm.model, prompt.pixels)
-        last = timing.decode(made.vlm.model, token, cache, 4)
+        last = decode(made.vlm.model, token, cache, 4)
         mask = torch.ones_like(prompt.pixels["input_ids"])  # else random ids are taken for padding
         whole = made.vlm.model.generate(**prompt.pixels, attention_mask=mask, max_new_tokens=5, do_sample=False)
     assert torch.equal(last[:, 0], whole[:, -1])
@@ -268,10 +269,10 @@ def test_what_does_not_fit_is_left_out(made, monkeypatch):
 
 
 def test_spread():
-    assert timing.spread([1.0]) is None
-    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
-    assert timing.noisy(None)
-    assert not timing.noisy(0.01)
+    assert spread([1.0]) is None
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert noisy(None)
+    assert not noisy(0.01)
 
 
 def test_processor_time_needs_one_thread(monkeypatch):

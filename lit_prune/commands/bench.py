@@ -18,12 +18,11 @@ from rich.table import Table
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from lit_prune import timing
 from lit_prune.budget import parse_budget
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, load_model
 from lit_prune.errors import LitPruneError
-from lit_prune.timing import Benchmark, Method
+from lit_prune.timing import NOISY, Benchmark, Method, clock_for, noisy
 from lit_prune.vlm import as_plugin
 
 Row = dict[str, Any]
@@ -73,9 +72,7 @@ def run(
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
-        bench = Benchmark(
-            vlm, entrants, batch_sizes, text_tokens, new_tokens, timing.clock_for(clock, vlm.model.device)
-        )
+        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, clock_for(clock, vlm.model.device))
         header = {**_header(bench, clock), "random_weights": random_weights or described}
         done = _loop(bench, repeats, warmup, time_limit)
     rows = bench.rows()
@@ -171,7 +168,7 @@ def _notes(bench: Benchmark, rows: list[Row], header: dict[str, Any], limit: flo
         notes.append(f"stopped by the time limit of {limit:g} s: n says how many rounds each row has")
     if noisy := [f"{row['method']} at batch {row['batch']}" for row in rows if row["noisy"]]:
         notes.append(
-            f"too noisy to say (~: spread above {timing.NOISY:.0%}, or a single round): {', '.join(noisy)}; "
+            f"too noisy to say (~: spread above {NOISY:.0%}, or a single round): {', '.join(noisy)}; "
             f"repeat more often, or on a quieter machine"
         )
     load = max(header["load_average_before"], header["load_average_after"])
@@ -210,7 +207,7 @@ def _request_cells(row: Row) -> list[str]:
 
 
 def _time(row: Row, time: str, spread: str) -> str:
-    return f"{'~' if timing.noisy(row[spread]) else ''}{row[time]:.1f}"
+    return f"{'~' if noisy(row[spread]) else ''}{row[time]:.1f}"
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:
