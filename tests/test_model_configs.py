@@ -1,0 +1,60 @@
+"""configs/models/*.yaml: each stands alone and over another file, and suits the shape of its checkpoint."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import ROOT
+
+import lit_prune
+from lit_prune import vlm
+from lit_prune.budget import average
+from lit_prune.commands.trainer import build
+from lit_prune.shapes import names
+
+EVERY = pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda p: p.stem)
+
+
+@cache
+def written(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())["model"]
+
+
+def test_every_shipped_shape_has_its_overlay():
+    bases = [written(path)["base"] for path in (ROOT / "configs" / "models").glob("*.yaml")]
+    assert sorted(bases) == list(names())
+
+
+@EVERY
+def test_overlay_suits_its_model(path):
+    """Layers inside, repair behind the stage that feeds it, and a budget that is met exactly."""
+    model = written(path)
+    host = lit_prune.load(model["base"], random_weights=True, device="meta").attach(path)
+    dims, pruner = host.plugin.dims, host.plugin.pruner
+    assert host.plugin.keep == model["keep"]
+    assert list(host.host.stages) == model["pruner"]["init_args"]["layers"]
+    assert sorted(host.host.feeds) == model["repair"]["init_args"]["layers"]
+    visual = host.size.image.visual  # of a usual image, where images differ
+    assert dims.varies or visual == dims.visual
+    schedule = pruner.plan(model["keep"], visual, dims.depth)
+    assert average(schedule, visual, dims.depth) == model["keep"]
+    counts = list(schedule.values())
+    assert visual > counts[0] > counts[1] > counts[2] > 0
+    count = sum(p.numel() for p in host.plugin.parameters())
+    assert count / sum(p.numel() for p in host.model.parameters()) < 0.006
+
+
+@EVERY
+def test_overlay_goes_through_the_parser(path, monkeypatch, tmp_path):
+    """Over another configuration, whose settings of the same model leave no trace, and alone."""
+    made = lit_prune.load(written(path)["base"], random_weights=True, device="meta")
+    monkeypatch.setattr("lit_prune.training.load", lambda base: vlm.VLM(made.detach().model, None, base))
+    fixed = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    for files in ([ROOT / "configs" / "micro.yaml", path], [path]):
+        module = build([str(file) for file in files], fixed).model
+        model = written(path)
+        assert module.plugin.base == model["base"]
+        assert module.host.keep == model["keep"]
+        assert module.plugin.pruner.config() == model["pruner"]["init_args"]
+        assert module.plugin.repair.config() == model["repair"]["init_args"]
