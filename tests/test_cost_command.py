@@ -1,6 +1,7 @@
 """`lit-prune cost`: the table, the JSON and the plot, without weights."""
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,11 @@ def test_help_explains_the_conventions(capsys):
     told = " ".join(capsys.readouterr().out.split())
     for part in ("multiply-add is two FLOPs", "attention is the full square", "--keep", "no network"):
         assert part in told
+
+
+def test_the_figures_of_the_docs(capsys):
+    """`docs/cost.md` shows what its code prints."""
+    text = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", text, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == shown
