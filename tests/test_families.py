@@ -168,6 +168,53 @@ def test_second_turn_on_the_pruned_cache(attach, name, method):
         assert alone.sequences[0, -4:].tolist() == out.sequences[row, -4:].tolist()
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3-vl"])
+def test_second_turn_on_a_cache_pruned_at_layer_0(name):
+    """The library counts columns by layer 0; with M-RoPE its positions don't count them either."""
+    family, question = FAMILIES[name], torch.randint(2, 50, (1, 6), generator=torch.Generator().manual_seed(7))
+    vlm = tiny.attach(built(name), Random([0, 4]), KEEP, METHODS["text attention"][1]())
+    try:
+        inputs = collate(family, prompts(family)[1:2])
+        start = inputs["input_ids"].shape[1]
+        first = generate(vlm, inputs, 4)
+        ids = torch.cat([first.sequences, question], 1)
+        out = generate(vlm, {"input_ids": ids}, 4, past_key_values=first.past_key_values)
+        whole = longer(inputs, out.sequences, start)
+        whole["labels"][:, start + 4 : start + 10] = -100
+        assert gap(forward(vlm, whole)[0][:, start + 9 : -1], out.logits) <= TOLERANCE
+    finally:
+        vlm.detach()
+
+
+def test_an_image_in_a_later_turn_has_a_budget_of_its_own(attach):
+    """With nothing to prune the dialogue is the plain model's; else each turn's image is pruned by itself."""
+    family, model = FAMILIES["llava-1.5"], built("llava-1.5")
+    first = collate(family, [prompt(family, [Picture((24, 24), 1)], 5, 1)])
+    second = collate(family, [prompt(family, [Picture((24, 24), 2)], 6, 2)])
+
+    def dialogue(run):
+        one = run(first)
+        ids = torch.cat([one.sequences, second["input_ids"]], 1)
+        turn = {"input_ids": ids, "pixel_values": second["pixel_values"], "past_key_values": one.past_key_values}
+        return run(turn)
+
+    def plain(inputs):
+        options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO, PAD]}
+        return model.generate(**inputs, **options, return_dict_in_generate=True)
+
+    expected = dialogue(plain)
+    vlm = attach("llava-1.5", keep=36)
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    same = dialogue(lambda inputs: generate(vlm, inputs, 4))
+    assert torch.equal(same.sequences, expected.sequences)
+    vlm = attach("llava-1.5", keep=12)
+    cache = dialogue(lambda inputs: generate(vlm, inputs, 4)).past_key_values
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    kept = vlm.host.schedule[6]
+    assert lengths[0] - lengths[7] == 2 * (36 - kept)
+
+
 @EVERY
 @METHOD
 def test_static_cache_equals_dynamic(attach, name, method):
@@ -328,6 +375,27 @@ def test_images_without_a_word_between_them(attach, name, kept):
     assert [int(found[:half].sum()), int(found[half:].sum())] == (kept if name == "llava-1.5" else [6, 0])
 
 
+def test_contenders_of_a_soft_mask_are_those_of_each_image():
+    """Twice as many tokens as each image keeps stay in the sequence."""
+    family = FAMILIES["internvl"]
+    pictures = [Picture((2,), 3), Picture((3,), 4)]
+    inputs = collate(family, [prompt(family, pictures, 6, 1)])
+    vlm, seen = VLM(built("internvl"), None).attach(Halves(), keep={2: 10}), []
+    spy = vlm.host.places.layers[7].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    try:
+        _, record = forward(vlm, inputs, soft=True, spare=2.0)
+    finally:
+        spy.remove()
+        vlm.detach()
+    columns = seen[0]["lit_prune_forward"].columns[0]
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    there = torch.isin(visual, columns)
+    assert [int(there[:32].sum()), int(there[32:].sum())] == [8, 12]
+    assert [int(record.stages[0].kept[0, :32].sum()), int(record.stages[0].kept[0, 32:].sum())] == [4, 6]
+
+
 class Halves(Random):
     """Prefers early tokens."""
 
@@ -415,12 +483,17 @@ def test_budget_that_a_sample_cannot_meet(attach):
     assert forward(vlm, collate(family, short))[1].trace.average_visual().tolist() == pytest.approx([14], abs=0.4)
 
 
+def test_embeddings_in_place_of_ids_are_refused(attach):
+    vlm = attach("llava-1.5")
+    embeds = torch.randn(1, 8, tiny.WIDTH)
+    with pytest.raises(LitPruneError, match="give input_ids"):
+        vlm.model(inputs_embeds=embeds)
+    with torch.no_grad(), vlm.using(Session(prune=False)):
+        assert vlm.model(inputs_embeds=embeds).logits.isfinite().all()
+
+
 def test_two_hosts_on_one_model_are_refused():
     model = built("llava-1.5")
-    first = VLM(model, None).attach(Uniform([2]), keep=KEEP)
-    with pytest.raises(LitPruneError, match="detach it first"):
-        VLM(model, None).attach(Uniform([2]), keep=KEEP)
-    first.detach()
     host = DecoderHost(model, None, None, 0)
     with pytest.raises(LitPruneError, match="detach it first"):
         DecoderHost(model, None, None, 0)

@@ -19,6 +19,7 @@ from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.text_similarity import TextSimilarity
 from lit_prune.pruners.uniform import Uniform, _closeness
+from lit_prune.selection import Images, share, top_k
 from lit_prune.vlm import plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
@@ -362,6 +363,58 @@ def test_uniform_spreads(side, count):
 def test_uniform_is_a_regular_grid_where_it_can_be():
     grid = -_closeness(16, 144).view(12, 12)
     assert (grid == 0).nonzero().tolist() == [[y, x] for y in (1, 4, 7, 10) for x in (1, 4, 7, 10)]
+
+
+@pytest.mark.parametrize(("count", "total"), [(5, 88), (16, 90), (1, 7), (7, 7), (12, 52)])
+def test_uniform_without_a_square_grid_is_evenly_spaced_in_raster_order(count, total):
+    alive = torch.ones(1, total, dtype=torch.bool)
+    seen = context(size=1, tokens=total, alive=alive, count=torch.tensor([count]))
+    kept = Uniform([0]).prune(seen).keep[0].nonzero()[:, 0]
+    assert len(kept) == count
+    gaps = kept.diff().tolist()
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
+    assert kept[0] <= total / count
+    assert total - kept[-1] <= total / count + 1
+
+
+def several(**changes) -> Context:
+    """Two images of 16 and 20 tokens in each sample."""
+    number = (torch.arange(VISUAL) >= 16).long().expand(3, -1)
+    return context(images=Images(number, torch.tensor([[16, 20]] * 3)), **changes)
+
+
+def test_uniform_spreads_over_each_image_by_itself():
+    seen = several(alive=torch.ones(3, VISUAL, dtype=torch.bool), count=torch.full((3,), 9))
+    kept = Uniform([0]).prune(seen).keep[0]
+    alone = {}
+    for count, total in ((4, 16), (5, 20)):
+        alone[total] = context(
+            size=1, tokens=total, alive=torch.ones(1, total, dtype=torch.bool), count=torch.tensor([count])
+        )
+    expected = [Uniform([0]).prune(seen).keep[0] for seen in alone.values()]
+    assert torch.equal(kept, torch.cat(expected))
+
+
+@EVERY
+def test_images_of_a_sample_share_the_count(path):
+    """Whatever the method: 16 and 20 tokens, those alive in proportion."""
+    seen = several()
+    pruner = built(path)
+    kept = pruner.prune(seen).keep
+    assert torch.equal(kept, kept & seen.alive)
+    if getattr(pruner, "select", "topk") == "topk":
+        assert torch.equal(seen.images.sum(kept.long()), share(seen.count, seen.images.sum(seen.alive.long())))
+
+
+def test_rcp_cuts_each_image_by_itself():
+    """The gate is at one half between the worst kept and the best dropped token of its image."""
+    seen = several(alive=torch.ones(3, VISUAL, dtype=torch.bool))
+    logits = seen.attention.log()
+    keep = top_k(logits, seen.alive, seen.count, seen.images)
+    cut = RCP._cut(logits, keep, seen.alive, seen.images)
+    for image in (slice(0, 16), slice(16, 36)):
+        alone = RCP._cut(logits[:, image], keep[:, image], seen.alive[:, image], None)
+        assert torch.equal(cut[:, image], alone.expand(3, image.stop - image.start))
 
 
 def test_text_similarity_is_the_largest_cosine():

@@ -132,3 +132,75 @@ def test_hashed_numbers_depend_on_seed_and_ordinal_alone():
     assert torch.equal(selection.hashed_uniform(seeds, ordinals), numbers)
     assert torch.equal(selection.hashed_uniform(seeds[1:2], ordinals[1:2, 7:9]), numbers[1:2, 7:9])
     assert (numbers[0] != numbers[1]).all()
+
+
+# -- several images -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "shares"),
+    [
+        (60, [2880, 576, 0], [50, 10, 0]),
+        (10, [30, 20, 10], [5, 3, 2]),  # 5, 3 1/3, 1 2/3
+        (7, [36, 36, 36], [3, 2, 2]),  # of equal remainders the earlier
+        (9, [16, 0, 0], [9, 0, 0]),
+        (99, [16, 4, 0], [16, 4, 0]),
+        (4, [100, 1, 1], [2, 1, 1]),  # 3.92, 0.04, 0.04: nobody starves
+        (2, [100, 1, 1], [2, 0, 0]),  # there is not one for each
+        (0, [16, 4, 4], [0, 0, 0]),
+        (3, [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_shares_are_in_proportion(count, sizes, shares):
+    assert selection.share(torch.tensor([count]), torch.tensor([sizes])).tolist() == [shares]
+
+
+def test_shares_add_up_and_never_exceed_an_image():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(0, 40, (500, 6), generator=generator) * (torch.rand(500, 6, generator=generator) > 0.3)
+    count = torch.randint(0, 200, (500,), generator=generator)
+    shares = selection.share(count, sizes)
+    assert torch.equal(shares.sum(1), torch.minimum(count, sizes.sum(1)))
+    assert ((shares >= 0) & (shares <= sizes)).all()
+    enough = count >= (sizes > 0).sum(1)
+    assert ((shares > 0) | (sizes == 0))[enough].all()
+    exact = count[:, None] * sizes / sizes.sum(1, keepdim=True).clamp(min=1)
+    fair = (exact >= 1).logical_or(sizes == 0).all(1) & (count <= sizes.sum(1))
+    assert fair.sum() > 50
+    assert ((shares - exact).abs() < 1)[fair].all()
+
+
+@pytest.fixture
+def imaged(scored):
+    """Two to four images a sample, of different sizes."""
+    number = torch.tensor([[0] * 7 + [1] * 13, [0] * 5 + [1] * 5 + [2] * 10, [0] + [1] * 9 + [2] * 9 + [3], [0] * 20])
+    sizes = torch.stack([torch.bincount(row, minlength=4) for row in number])
+    return *scored, selection.Images(number, sizes)
+
+
+def test_images_are_ranked_apart(imaged):
+    scores, alive, images = imaged
+    found = selection.rank(scores, alive, images)
+    for row in range(4):
+        for image in range(4):
+            mine = images.number[row] == image
+            if mine.any():
+                alone = selection.rank(scores[row][mine][None], alive[row][mine][None])
+                assert torch.equal(found[row][mine], alone[0])
+
+
+def test_top_k_of_several_images_keeps_the_best_of_each(imaged):
+    scores, alive, images = imaged
+    count = torch.tensor([5, 6, 7, 4])
+    kept = selection.top_k(scores, alive, count, images)
+    assert kept.sum(1).tolist() == count.tolist()
+    shares = selection.share(count, images.sum(alive.long()))
+    assert torch.equal(images.sum(kept.long()), shares)
+    one = selection.Images(torch.zeros_like(images.number), torch.tensor([[20]] * 4))
+    assert torch.equal(selection.top_k(scores, alive, count, one), selection.top_k(scores, alive, count))
+
+
+def test_threshold_keeps_one_of_each_image(imaged):
+    _, alive, images = imaged
+    kept = selection.threshold(-torch.rand(4, 20), alive, images=images)
+    assert torch.equal(images.sum(kept.long()), (images.sum(alive.long()) > 0).long())

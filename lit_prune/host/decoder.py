@@ -40,9 +40,10 @@ class DecoderHost:
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: Budget) -> None:
-        if any(isinstance(getattr(hook, "__self__", None), DecoderHost) for hook in model._forward_pre_hooks.values()):
-            raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
         self.places = places.find(model)
+        hooks = self.places.decoder._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), DecoderHost) for hook in hooks):
+            raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
         dims = self.places.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
@@ -104,6 +105,8 @@ class DecoderHost:
             getattr(cache, CACHE).follow(cache)
             kwargs = _only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
+        if session.prune and kwargs.get("inputs_embeds") is not None:
+            raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.places, session, self._counts)
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
@@ -142,6 +145,9 @@ class DecoderHost:
                 kwargs["position_ids"] = new[None]
             kwargs["attention_mask"] = torch.cat([state.valid[0], forward.valid], dim=1)
         state.seen += forward.length
+        positions = kwargs.get("position_ids")
+        if 0 in self.stages and positions is not None and positions.ndim == 3:
+            state.lag = positions[-1, 0, -1] + 1 - state.seen
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
@@ -254,10 +260,16 @@ def _only_new(kwargs: dict, state: CacheState) -> dict:
     ids, positions, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), one_mask(kwargs.get("attention_mask"))
     if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
         return kwargs
-    # Without a mask there is no padding, and positions count columns.
-    columns = int(positions.max()) + 1 if mask is None else mask.shape[-1]
-    new = columns - state.seen
+    new = (_columns(positions, state) if mask is None else mask.shape[-1]) - state.seen
     if not 0 < new < ids.shape[1]:
         return kwargs
     trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
     return {**kwargs, **trimmed}
+
+
+def _columns(positions: Tensor, state: CacheState) -> int:
+    """Columns so far by their position ids. Without a mask, when this is asked, there is no padding."""
+    if positions.ndim == 2:
+        return int(positions[0, -1]) + 1
+    # M-RoPE: text positions stand first where there are four rows; else images have made the others lag behind.
+    return int(positions[0, 0, -1]) + 1 if positions.shape[0] == 4 else int(positions[-1, 0, -1] + 1 - state.lag)

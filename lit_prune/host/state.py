@@ -77,13 +77,15 @@ class CacheState:
     """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
 
     `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
-    that are repaired. `seen`: original columns so far.
+    that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
+    takes fewer positions than columns), known where layer 0 is pruned.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
     essence: dict[int, Essence] = field(default_factory=dict)
     pictured: Tensor | None = None
     seen: int = 0
+    lag: int | Tensor = 0
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
