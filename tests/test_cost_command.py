@@ -48,7 +48,7 @@ def test_rcp_on_llava(tmp_path, capsys):
     assert steps[0] > 31 * found["decode_flops_per_token"]
     assert steps[1] > steps[0] > 0.9 * steps[1]
     table = capsys.readouterr().out
-    assert "8.504 TFLOP" in table
+    assert "8.504 T" in table
     assert f"{-found['reduction']:+.1%}" in table
 
 

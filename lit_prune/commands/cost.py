@@ -24,7 +24,7 @@ PARTS = {
     "vision": "vision tower",
     "projector": "projector",
     "decoder": "decoder layers",
-    "scoring": "scoring (attention rows)",
+    "scoring": "scoring",
     "pruner": "pruner",
     "repair": "repair",
     "lm_head": "LM head",
@@ -226,30 +226,30 @@ def as_table(title: str, bills: dict[str, Bill], prompt: Prompt) -> Table:
     def row(label: str, cell: Any) -> None:
         table.add_row(label, *(cell(one) for one in bills.values()))
 
-    row("visual tokens", lambda b: "\n".join(f"{n} from layer {i}" for i, n in b.schedule.items()) or "all")
-    row("average a layer", lambda b: f"{b.average:.1f}")
+    row("layer: kept", lambda b: "\n".join(f"{i}: {kept}" for i, kept in b.schedule.items()) or "all")
+    row("layer average", lambda b: f"{b.average:.1f}")
     table.add_section()
     for part, label in PARTS.items():
-        row(label, lambda b, part=part: _number(b.prefill[part], "FLOP"))
-    row("prefill", lambda b: _number(b.prefill["total"], "FLOP") + _saved(b.prefill["total"], full.prefill["total"]))
-    row("decoder with pruning", lambda b: _number(b.decoder, "FLOP") + _saved(b.decoder, full.decoder))
+        row(label, lambda b, part=part: _number(b.prefill[part]))
+    row("prefill, FLOP", lambda b: _number(b.prefill["total"]) + _saved(b.prefill["total"], full.prefill["total"]))
+    row("decoder in all", lambda b: _number(b.decoder) + _saved(b.decoder, full.decoder))
     table.add_section()
-    row("first decoding step", lambda b: _number(b.step["total"], "FLOP") + _saved(b.step["total"], full.step["total"]))
-    row(f"all {prompt.steps} steps", lambda b: _number(b.answer["total"], "FLOP"))
+    row("a step, FLOP", lambda b: _number(b.step["total"]) + _saved(b.step["total"], full.step["total"]))
+    row(f"all {prompt.steps} steps", lambda b: _number(b.answer["total"]))
     table.add_section()
-    row("KV cache of the prompt", lambda b: _number(b.kv, "B") + _saved(b.kv, full.kv))
-    row("KV cache after the answer", lambda b: _number(b.kv_after, "B"))
+    row("KV cache, bytes", lambda b: _number(b.kv) + _saved(b.kv, full.kv))
+    row("at the end", lambda b: _number(b.kv_after))
     return table
 
 
-def _number(value: float, unit: str) -> str:
+def _number(value: float) -> str:
     prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
     prefix, scale = next((p, s) for p, s in prefixes if value >= s or s == 1)
-    return f"{value / scale:.4g} {prefix}{unit}"
+    return f"{value / scale:.4g} {prefix}".rstrip()
 
 
 def _saved(value: float, full: float) -> str:
-    return "" if value == full else f" ({value / full - 1:+.1%})"
+    return "" if value == full else f" {value / full - 1:+.1%}"
 
 
 def draw(path: Path, title: str, bills: dict[str, Bill]) -> None:
