@@ -1,5 +1,6 @@
 """The battery of `test_equality.py` on tiny models of every family, their samples differing in visual tokens."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -426,6 +427,14 @@ def test_video_and_image_share_one_budget(attach, name, method):
     assert_alone_equals_batch(vlm, family, samples, 4)
     out, start = generate(vlm, inputs), inputs["input_ids"].shape[1]
     assert gap(forward(vlm, longer(inputs, out.sequences, start))[0][:, start - 1 : -1], out.logits) <= TOLERANCE
+
+
+def test_the_example_of_the_docs(capsys):
+    """`docs/models.md` shows what its code prints."""
+    page = (tiny.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", page, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == shown
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
