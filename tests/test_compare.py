@@ -362,6 +362,8 @@ def test_means_and_spread_over_seeds():
     full = result(0.8, 0.0)
     rows = [tables.row(Cell("a", 8, seed), result(value, 1.0), full) for seed, value in enumerate((0.2, 0.4, 0.6))]
     rows.append(tables.row(Cell("a", 8, 3, reason="lost", failed=True), None, full))
+    rows.append(tables.row(Cell("a", 8, 4), None, full))
+    assert [row["status"] for row in rows] == ["measured"] * 3 + ["failed", "pending"]
     (mean,) = tables.means(rows)
     assert (mean["accuracy"], mean["accuracy_std"], mean["runs"]) == pytest.approx((0.4, 0.2, 3))
     assert mean["retained"] == pytest.approx(0.5)

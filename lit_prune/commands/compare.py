@@ -133,7 +133,9 @@ def _pending(cells: Sequence[Cell], keep: int | None, results: dict[str, Row]) -
 
 
 def _loop(comparison: Comparison, data: Any, title: str, cells: int) -> None:
-    """One pass over the test data."""
+    """One pass over the test data; where there is no terminal, its bars come at its end, so its title comes first."""
+    if not console.err.is_terminal:
+        console.say(f"{title}: {cells} cells")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = len(data.datasets["test"])
     with Progress(*columns, console=console.err) as progress:

@@ -18,8 +18,12 @@ COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "K
 
 
 def row(cell: Cell, result: Row | None, full: Row) -> Row:
-    """A cell as `results.json` has it; `full` is the full model's result. Without a result all its values are null."""
-    status = "measured" if result is not None else "failed" if cell.failed else "empty"
+    """A cell as `results.json` has it; `full` is the full model's result. Without a result all its values are null.
+
+    `status` is measured, failed, empty (there is no such result), or pending in a run that isn't over.
+    """
+    missing = "failed" if cell.failed else "empty" if cell.reason else "pending"
+    status = missing if result is None else "measured"
     found: Row = {"method": cell.method, "keep": cell.keep, "seed": cell.seed, "status": status}
     derived = {"retained": None, "flops_reduction": None}
     if result is not None:
