@@ -397,5 +397,6 @@ def test_store_tells_cells_of_other_code(tmp_path):
     assert (later.read(cell), later.other_code) == ({"accuracy": 0.5}, 0)
     later.code = "other"
     later.read(cell)
+    later.read(cell)
     assert later.other_code == 1
     assert later.read(Cell("x", 8, key="other")) is None

@@ -211,11 +211,11 @@ class Store:
     """Finished cells as one JSON file each, written whole or not at all.
 
     A file holds the result, its setting for people, and a digest of this package's code. That is no part of the key,
-    since most changes alter no number: `other_code` counts the cells read that were measured by other code.
+    since most changes alter no number.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.other_code = folder, 0
+        self.folder, self._others = folder, set()
         sources = (path for path in PACKAGE.rglob("*.py") if path.parent.name != "commands")
         self.code = digest_of(sorted(sources))
 
@@ -226,10 +226,16 @@ class Store:
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            self.other_code += found["code"] != self.code
+            if found["code"] != self.code:
+                self._others.add(cell.key)
             return {**found["result"]}
         except (ValueError, TypeError, KeyError) as error:
             raise LitPruneError(f"{file} is damaged ({error}): delete it, and the cell is measured again") from error
+
+    @property
+    def other_code(self) -> int:
+        """How many of the cells read were measured by other code."""
+        return len(self._others)
 
     def write(self, cell: Cell, result: dict[str, Any]) -> None:
         """Keep a result."""
