@@ -348,6 +348,12 @@ def test_forward_of_a_peft_model_is_pruned(adapted):
     assert record.trace.average_visual().tolist() == [24]
 
 
+def test_a_plugin_of_the_plain_base_is_refused(adapted, micro_folder, tmp_path):
+    lit_prune.load(micro_folder).attach(RCP([1], [1.0], inner=16), keep=24).save_pretrained(tmp_path)
+    with pytest.raises(LitPruneError, match="trained for the weights of"):
+        lit_prune.load(adapted).attach(tmp_path)
+
+
 def test_an_adapter_without_a_base(tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
