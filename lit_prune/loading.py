@@ -23,7 +23,7 @@ from lit_prune.shapes import names, shipped_config
 
 MICRO = Path(__file__).parent / "micro" / "weights"
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
-PROBE_SECONDS = 5.0  # for the one request that tells whether the hub can be reached
+PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be reached
 
 
 def resolve(base: str | Path) -> str:

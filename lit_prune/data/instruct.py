@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
-from transformers import AutoConfig
 
 from lit_prune.data.bad_samples import BadSampleLog
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
@@ -211,11 +210,10 @@ def context_length(processor: Any, base: str | None = None) -> int | None:
     """Tokens that a model has positions for: the least that its tokenizer and the config of `base` say, if any does."""
     limits = [processor.tokenizer.model_max_length]
     if base is not None:
-        from lit_prune.loading import resolve
+        from lit_prune.loading import load_config
 
-        with suppress(OSError, ValueError):  # a folder of a processor alone
-            config = AutoConfig.from_pretrained(resolve(base)).get_text_config()
-            limits.append(getattr(config, "max_position_embeddings", None))
+        with suppress(LitPruneError):  # a processor that came without a configuration
+            limits.append(getattr(load_config(base).get_text_config(), "max_position_embeddings", None))
     return min((int(limit) for limit in limits if limit is not None and limit < 1e9), default=None)
 
 
