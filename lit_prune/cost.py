@@ -69,6 +69,7 @@ class VisionTrace:
     tokens: list[Num[Tensor, " batch"]]
     pairs: list[Num[Tensor, " batch"]]
     projected: Num[Tensor, " batch"]
+    scored: Num[Tensor, " batch"] | None = None  # tokens whose keys (or values) a stage projected once more
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[ImageLoad]]) -> "VisionTrace":
@@ -84,6 +85,33 @@ class VisionTrace:
             pairs=[total(lambda load, i=i: load.pairs[i]) for i in range(depth)],
             projected=total(lambda load: load.projected),
         )
+
+
+@dataclass
+class TowerTrace:
+    """One forward of a tower with stages, tile by tile: a tile is an image or one of its crops.
+
+    `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens had their
+    keys (or values) projected once more for a stage.
+    """
+
+    patches: Int[Tensor, " tiles"]
+    tokens: list[Int[Tensor, " tiles"]]
+    projected: Int[Tensor, " tiles"]
+    scored: Int[Tensor, " tiles"]
+
+    def per_sample(self, visual: Num[Tensor, " batch"]) -> VisionTrace:
+        """Tiles handed to samples: one each where the numbers agree, else in proportion to their visual tokens."""
+
+        def share(values: Tensor) -> Tensor:
+            values = values.double().to(visual.device)
+            if len(values) == int((visual > 0).sum()):
+                return torch.zeros_like(visual, dtype=torch.float64).masked_scatter(visual > 0, values)
+            return values.sum() * visual.double() / visual.double().sum()
+
+        tokens = [share(layer) for layer in self.tokens]
+        pairs = [share(layer.square()) for layer in self.tokens]
+        return VisionTrace(share(self.patches), tokens, pairs, share(self.projected), share(self.scored))
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,7 @@ class StageTrace:
 class Trace:
     """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
 
-    Without `vision`, the tower is priced in proportion to `total_visual`: right for models whose crops all give the
+    `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to `total_visual`: right for models whose crops all give the
     same number of tokens.
     """
 
@@ -116,6 +144,7 @@ class Trace:
     stages: list[StageTrace] = field(default_factory=list)
     total_visual: Int[Tensor, " batch"] | None = None
     vision: VisionTrace | None = None
+    tower: TowerTrace | None = None
     repaired: Int[Tensor, " batch"] | None = None
     repair_stages: tuple[int, ...] = ()
 
@@ -211,7 +240,9 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
-    vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
+    vision = trace.vision
+    if vision is None:
+        vision = _usual_images(size.image, visual) if trace.tower is None else trace.tower.per_sample(visual)
     parts = {
         "vision": zero if vision is None else vision_tower(size, vision).to(zero),
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
@@ -221,6 +252,8 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
         "repair": zero,
         "lm_head": zero + 2 * lm_rows * size.width * size.vocab,
     }
+    if vision is not None and vision.scored is not None:
+        parts["scoring"] = parts["scoring"] + 2 * vision.scored * size.vision_width**2
     if pruner is not None:
         parts["pruner"] = sum((pruner.flops(s.visual, s.rows, size.width) for s in trace.stages), zero)
     if repair is not None and trace.repaired is not None:

@@ -32,7 +32,10 @@ class Measured:
 
 
 def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs with the images already through vision tower and projector, so that several forwards share that work."""
+    """Inputs with the images already through vision tower and projector, so that several forwards share that work.
+
+    Pruned there, if the session that this is called under prunes with a method of the tower.
+    """
     if "pixel_values" not in inputs or "image_sizes" in inputs:
         return inputs
     with torch.no_grad():
@@ -51,7 +54,8 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     that methods are compared on the same text.
     """
     states, prefill = Record(keep_hidden=True, keep_embeds=True), Record()
-    encoded = encode_images(vlm, batch["inputs"])
+    with vlm.using(replace(session, record=prefill)):
+        encoded = encode_images(vlm, batch["inputs"])
     with vlm.using(replace(session, record=states)):
         vlm.model(**encoded, use_cache=False)
     prompts = {**encoded, **batch["prompts"]}

@@ -151,13 +151,15 @@ class PruneModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Teacher and student over one batch; losses on the answers."""
         done = self._prepare_step()
-        inputs = evaluation.encode_images(self.vlm, batch["inputs"])
         teacher, student = Record(keep_hidden=True), Record(keep_hidden=True)
         with torch.no_grad(), self.vlm.using(replace(evaluation.TEACHER, record=teacher, watch=self.watch)):
+            inputs = evaluation.encode_images(self.vlm, batch["inputs"])
             target = self.model(**inputs, use_cache=False)
         with self.vlm.using(
             Session(soft=self.train_mode == "soft", spare=self.spare, gate_clip=self.gate_clip, record=student)
         ):
+            if self.plugin.pruner.acts_in_tower:
+                inputs = evaluation.encode_images(self.vlm, batch["inputs"])
             output = self.model(**inputs, use_cache=False)
         losses = self._losses(output, target, batch, student, teacher, done)
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())

@@ -21,13 +21,16 @@ CACHE = pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keep_all_without_repair_strength_is_the_plain_model(request, pruned, pruner, side, attention):
     model = request.getfixturevalue("tiny_model" if attention == "sdpa" else "tiny_eager")
-    if attention == "eager" and "fastv" in pruner.stem:
-        pytest.skip("reads the attention of the layer before, which eager doesn't offer")
     inputs = batch(samples(), side)
     with torch.no_grad():
         logits = model(**inputs).logits
     plain = generate_plain(model, inputs)
-    vlm = pruned(pruner, keep=VISUAL, model=model)
+    try:
+        vlm = pruned(pruner, keep=VISUAL, model=model)
+    except LitPruneError as error:
+        if attention == "sdpa":
+            raise
+        pytest.skip(str(error))
     for adapter in vlm.plugin.repair.adapters:
         adapter.alpha.data.zero_()
     assert torch.equal(forward(vlm, inputs)[0], logits)

@@ -41,12 +41,11 @@ def row_attention(
     query: Float[Tensor, "batch heads rows head"],
     key: Float[Tensor, "batch key_heads seq head"],
     rows: Int[Tensor, "batch rows"],
-    row_mask: Bool[Tensor, "batch rows"],
     valid: Bool[Tensor, "batch seq"],
     scaling: float,
     key_bias: Float[Tensor, "batch seq"] | None = None,
-) -> Float[Tensor, "batch seq"]:
-    """Causal softmax attention of a few rows, averaged over heads and real rows: O(rows x seq), never seq x seq."""
+) -> Float[Tensor, "batch rows seq"]:
+    """Causal softmax attention of a few rows, averaged over heads: O(rows x seq), never seq x seq."""
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, dim)
     logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, -1).float() * scaling
@@ -55,7 +54,13 @@ def row_attention(
     columns = torch.arange(key.shape[2], device=key.device)
     allowed = (columns <= rows[..., None]) & valid[:, None]
     # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.
-    probabilities = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+    return logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+
+
+def row_mean(
+    probabilities: Float[Tensor, "batch rows seq"], row_mask: Bool[Tensor, "batch rows"]
+) -> Float[Tensor, "batch seq"]:
+    """Mean over the real rows."""
     weight = row_mask.to(probabilities.dtype)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
     return (weight[:, None] @ probabilities).squeeze(1)
@@ -98,8 +103,8 @@ def _read(request: Request, query: Tensor, key: Tensor, scaling: float) -> None:
     with torch.no_grad():
         index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
-        rows = query.gather(2, index)
-        tap.scores = row_attention(rows, keys, tap.rows, tap.row_mask, tap.valid, scaling, request.key_bias)
+        each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, request.key_bias)
+        tap.scores = row_mean(each, tap.row_mask)
 
 
 def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

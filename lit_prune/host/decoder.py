@@ -21,6 +21,7 @@ from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
 from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin, one_mask
+from lit_prune.host.vision import TowerHost
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 
@@ -47,22 +48,31 @@ class DecoderHost:
         dims = self.places.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
+        self.tower: TowerHost | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         if pruner is not None:
             places.check_stages(model.config, self.stages)
             self.schedule = pruner.nominal_schedule(keep, dims)
-            if pruner.attention is not None and pruner.attention.layer == "previous" and self.stages[0] == 0:
+            previous = [stage for stage in range(len(self.stages)) if self._reads_previous(stage)]
+            if previous and self.stages[previous[0]] == 0:
                 raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
-            self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config)
-        if model.config._attn_implementation == "eager" and pruner is not None and pruner.attention is not None:
-            self._refuse_eager()
+            if previous and model.config._attn_implementation == "eager":
+                raise LitPruneError("eager attention can't be read; load the model with attn_implementation='sdpa'")
+            self._attach_tower(model)
+            self.runner = Stages(
+                pruner, repair, self.stages, self.places.decoder.config, self.tower and self.tower.tower
+            )
         wrap_attention()
         self.handles = self._hook(model)
 
-    def _refuse_eager(self) -> None:
-        if self.pruner.attention.layer == "previous":
-            raise LitPruneError("eager attention can't be read; load the model with attn_implementation='sdpa'")
+    def _attach_tower(self, model: nn.Module) -> None:
+        if not self.pruner.acts_in_tower:
+            return
+        if self.stages[0] != 0:
+            raise LitPruneError("a pruner with stages in the vision tower needs its first decoder stage at layer 0")
+        keep = self.keep[0] if isinstance(self.keep, dict) else self.keep
+        self.tower = TowerHost(places.tower(model), self.pruner, keep, lambda: self.session)
 
     def _hook(self, model: nn.Module) -> list:
         handles = [
@@ -80,6 +90,8 @@ class DecoderHost:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        if self.tower is not None:
+            self.tower.detach()
 
     @contextmanager
     def using(self, session: Session) -> Iterator[Session]:
@@ -183,8 +195,8 @@ class DecoderHost:
         elif forward.mask is not None:
             kwargs["attention_mask"] = forward.mask
         forward.tap = None
-        if forward.counts and index + 1 in self.stages and self._reads_previous():
-            rows, mask = selection.compact(self.runner.rows(forward))
+        if forward.counts and index + 1 in self.stages and self._reads_previous(self.stages.index(index + 1)):
+            rows, mask = selection.compact(self.runner.rows(forward, self.stages.index(index + 1)))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
         if index in forward.session.watch and forward.record is not None and bool(forward.visual.any()):
@@ -194,8 +206,9 @@ class DecoderHost:
         if forward.tap is not None or forward.key_bias is not None:
             kwargs[REQUEST] = Request(forward.key_bias, forward.tap)
 
-    def _reads_previous(self) -> bool:
-        return self.pruner.attention is not None and self.pruner.attention.layer == "previous"
+    def _reads_previous(self, stage: int) -> bool:
+        asked = self.pruner.reads(stage)
+        return asked is not None and asked.layer == "previous"
 
     def _after(self, index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output):

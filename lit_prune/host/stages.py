@@ -1,16 +1,28 @@
 """One pruning stage at the input of a decoder layer: score, select, then drop or mask."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from lit_prune import selection
-from lit_prune.host.attention import row_attention
-from lit_prune.host.places import query_key
+from lit_prune.host.attention import row_attention, row_mean
+from lit_prune.host.places import Tower, query_key
 from lit_prune.host.state import Forward, StageRecord
+from lit_prune.host.vision import absent
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.repair import RepairAdapter
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a stage reads off the frozen model: attention to every column, row by row too, and keys."""
+
+    attention: Tensor | None = None
+    each: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Stages:
@@ -21,12 +33,18 @@ class Stages:
         repair: adapter that is fed by the stages, if any.
         layers: pruning layers in this decoder.
         config: the decoder's, for its masks.
+        tower: the vision tower, if the pruner has stages inside it.
     """
 
     def __init__(
-        self, pruner: Pruner, repair: RepairAdapter | None, layers: tuple[int, ...], config: PreTrainedConfig
+        self,
+        pruner: Pruner,
+        repair: RepairAdapter | None,
+        layers: tuple[int, ...],
+        config: PreTrainedConfig,
+        tower: Tower | None = None,
     ) -> None:
-        self.pruner, self.repair, self.layers, self.config = pruner, repair, layers, config
+        self.pruner, self.repair, self.layers, self.config, self.tower = pruner, repair, layers, config, tower
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
         """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
@@ -34,9 +52,14 @@ class Stages:
         rope = forward.rope if forward.restaged else kwargs["position_embeddings"]
         normed = module.input_layernorm(hidden)
         columns, real = selection.compact(forward.visual)
-        rows, row_mask = selection.compact(self.rows(forward))
+        asked = self.pruner.reads(stage)
+        rows, row_mask = selection.compact(self.rows(forward, stage))
+        dead = None
+        if stage == 0 and self.tower is not None:
+            dead = forward.visual & absent(hidden, self.tower.newline)
+            forward.gone = dead
         alive = forward.alive.gather(1, columns) & real
-        attention = self._attention(module, normed, rope, rows, row_mask, forward)
+        read = self._read(stage, module, normed, rope, rows, row_mask, forward)
         context = Context(
             stage=stage,
             visual=selection.gather_rows(normed, columns),
@@ -46,35 +69,55 @@ class Stages:
             text_mask=row_mask,
             visual_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, columns),
             text_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, rows),
-            attention=None if attention is None else attention.gather(1, columns),
+            attention=None if read.attention is None else read.attention.gather(1, columns),
             count=forward.counts[index],
             total=forward.total,
             seed=forward.seed,
             hints=_per_row(forward.session.hints, columns.shape[0]),
             images=forward.images(columns, real),
+            states=selection.gather_rows(hidden, columns) if self.pruner.needs_states else None,
+            visual_keys=None if read.keys is None else selection.gather_rows(read.keys, columns),
+            text_keys=None if read.keys is None else selection.gather_rows(read.keys, rows),
+            row_attention=None
+            if read.each is None
+            else read.each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
         )
         kept = self.pruner.prune(context)
-        reads = None if self.pruner.attention is None else self.pruner.attention.layer
-        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1))
+        forward.trace_stage(index, None if asked is None else asked.layer, row_mask.sum(1), kept.keep.sum(1))
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
-        return self._apply(hidden, rope, columns, real, alive, kept, forward)
+        if kept.states is not None:
+            changed = torch.where(kept.keep[..., None], kept.states.to(hidden.dtype), context.states)
+            hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
+        return self._apply(hidden, rope, columns, real, alive, kept, forward, dead)
 
-    def _attention(
-        self, module: nn.Module, normed: Tensor, rope: tuple, rows: Tensor, row_mask: Tensor, forward: Forward
-    ) -> Tensor | None:
-        """Attention rows of the stage's own layer, computed ahead, or those tapped in the layer before."""
-        if self.pruner.attention is None:
-            return None
-        if self.pruner.attention.layer == "previous":
-            return forward.tap.scores
+    def _read(
+        self,
+        stage: int,
+        module: nn.Module,
+        normed: Tensor,
+        rope: tuple,
+        rows: Tensor,
+        row_mask: Tensor,
+        forward: Forward,
+    ) -> "Read":
+        """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
+        asked = self.pruner.reads(stage)
+        if asked is not None and asked.layer == "previous":
+            return Read(forward.tap.scores)
+        if asked is None and not self.pruner.needs_keys:
+            return Read()
         with torch.no_grad():
             cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
             row_rope = (selection.gather_rows(cos, rows), selection.gather_rows(sin, rows))
             query, key = query_key(module, selection.gather_rows(normed, rows), normed, row_rope, (cos, sin))
+            keys = key.transpose(1, 2).flatten(2) if self.pruner.needs_keys else None
+            if asked is None:
+                return Read(keys=keys)
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
             scaling = module.self_attn.scaling
-            return row_attention(query, key, rows, row_mask, forward.valid, scaling, forward.key_bias)
+            each = row_attention(query, key, rows, forward.valid, scaling, forward.key_bias)
+            return Read(row_mean(each, row_mask), each if asked.each else None, keys)
 
     def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
@@ -100,13 +143,24 @@ class Stages:
         record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
 
     def _apply(
-        self, hidden: Tensor, rope: tuple, columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward
+        self,
+        hidden: Tensor,
+        rope: tuple,
+        columns: Tensor,
+        real: Tensor,
+        alive: Tensor,
+        kept: Kept,
+        forward: Forward,
+        dead: Tensor | None,
     ) -> Tensor:
         dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
         self._add_bias(columns, real, alive, kept, forward)
         if forward.session.soft:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
             dropped = self._hopeless(columns, alive, kept, forward)
+        if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
+            dropped = dropped | dead
+            forward.gone = forward.gone if forward.session.soft else None
         if not bool(dropped.any()):
             return hidden
         packed, _ = forward.pack(dropped)
@@ -147,9 +201,10 @@ class Stages:
         bias = zeros.scatter_add(1, columns, bias * real)
         forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
 
-    def rows(self, forward: Forward) -> Tensor:
-        """Columns whose attention the pruner asked for."""
-        if self.pruner.attention is None or self.pruner.attention.rows == "question":
+    def rows(self, forward: Forward, stage: int) -> Tensor:
+        """Columns whose attention the pruner asked for at a stage."""
+        asked = self.pruner.reads(stage)
+        if asked is None or asked.rows == "question":
             return forward.text
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
         return forward.text & last

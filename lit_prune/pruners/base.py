@@ -37,11 +37,12 @@ class AttentionRows:
 
     `layer`: `own` is the pruning layer's attention, from its own norm, query and key projections, before it runs;
     `previous` is that of the layer before, read while it runs. `rows`: every question token (text after the image, up
-    to the answer) or the `last` prompt token.
+    to the answer) or the `last` prompt token. `each`: also give the rows one by one (own attention only).
     """
 
     layer: Literal["own", "previous"]
     rows: Literal["question", "last"]
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Context:
 
     `alive` marks the visual tokens that earlier stages kept; with physical dropping that is all real ones. `ordinal` is
     the token's place among the sample's `total` visual tokens, 0 to total-1; `images` tells several images of one
-    sample apart and is None where no sample of the batch has several. `states` are inputs of the stage's layer after
-    its input norm, `embeds` the inputs of the decoder itself. `hints` carries what only the caller can know, such as
-    the asked regions.
+    sample apart and is None where no sample of the batch has several. `visual` and `text` are inputs of the stage's
+    layer after its input norm, `states` those before it, `embeds` the inputs of the decoder itself, `keys` the layer's
+    keys, heads side by side. What a pruner has not asked for is None. `hints` carries what only the caller can know,
+    such as the asked regions.
     """
 
     stage: int
@@ -69,15 +71,46 @@ class Context:
     seed: Int[Tensor, " batch"]
     hints: dict[str, Tensor] = field(default_factory=dict)
     images: selection.Images | None = None
+    states: Float[Tensor, "batch visual width"] | None = None
+    visual_keys: Float[Tensor, "batch visual inner"] | None = None
+    text_keys: Float[Tensor, "batch text inner"] | None = None
+    row_attention: Float[Tensor, "batch text visual"] | None = None
+
+
+@dataclass(frozen=True)
+class VisionContext:
+    """What a stage inside the vision tower may look at: patch tokens, one row per tile (an image or one of its crops).
+
+    `states` is the residual stream at the stage. `keys`, `values` (heads side by side; values where a pruner
+    `needs_values`) and `attention` are those of the tower layer just run, None at the tower's entrance; `attention` is
+    the class token's, or the mean query's in towers without one [ours], averaged over heads. `alive` is False for
+    filler. `ordinal` is the patch's place on the tile's grid of `side` x `side`. `memory` travels with the forward:
+    what a stage leaves there, over all side x side places, its later stages find.
+    """
+
+    stage: int
+    states: Float[Tensor, "tiles visual width"]
+    keys: Float[Tensor, "tiles visual inner"] | None
+    values: Float[Tensor, "tiles visual inner"] | None
+    attention: Float[Tensor, "tiles visual"] | None
+    alive: Bool[Tensor, "tiles visual"]
+    ordinal: Int[Tensor, "tiles visual"]
+    count: Int[Tensor, " tiles"]
+    side: int
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A stage's decision: which alive tokens stay, and the gate (0 or 1 in value) that carries gradients, if any."""
+    """A stage's decision: which alive tokens stay, and the gate (0 or 1 in value) that carries gradients, if any.
+
+    `states`, in methods that merge: new states before the layer's norm; only those of kept tokens are used.
+    """
 
     keep: Bool[Tensor, "batch visual"]
     gate: Float[Tensor, "batch visual"] | None = None
     scores: Float[Tensor, "batch visual"] | None = None
+    states: Float[Tensor, "batch visual width"] | None = None
 
 
 class Pruner(nn.Module):
@@ -91,6 +124,10 @@ class Pruner(nn.Module):
 
     attention: AttentionRows | None = None
     needs_embeds: bool = False
+    needs_states: bool = False
+    needs_keys: bool = False
+    needs_values: bool = False
+    acts_in_tower: bool = False
 
     def __init__(self, layers: Sequence[int], shape: Sequence[float] | None = None, depth: int | None = None) -> None:
         super().__init__()
@@ -130,6 +167,26 @@ class Pruner(nn.Module):
         except LitPruneError:
             return None
 
+    def reads(self, stage: int) -> AttentionRows | None:
+        """Attention rows that a stage, counted from 0, wants; by default the same for all."""
+        return self.attention
+
+    def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
+        """{tower layer: patches kept per tile of `visual` from its input on}; empty for methods of the decoder alone.
+
+        `depth` layers lead to the features; a stage at `depth` sits behind them. A pruner that acts there has its
+        first decoder stage at layer 0, where the tokens that the tower dropped leave the sequence.
+        """
+        return {}
+
+    def prune_vision(self, context: VisionContext) -> Kept:
+        """Decision of one stage inside the vision tower."""
+        raise NotImplementedError
+
+    def image_side(self, keep: int, side: int) -> int:
+        """Patches along a side of the image that the tower is to see, of `side`; fewer scales the image down."""
+        return side
+
     def build(self, dims: Dims) -> None:
         """Create what depends on the host's sizes, once; nothing for methods without parameters."""
 
@@ -149,6 +206,54 @@ class Pruner(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as they would stand in a YAML file."""
         return init_args(self)
+
+
+class VisionPruner(Pruner):
+    """Base of methods inside the vision tower: the decoder gets the final budget from its layer 0 on.
+
+    Args:
+        vision_layers: tower layers at whose input patches leave, ascending; -1: behind the layer that gives features.
+        vision_shape: patches after each stage in multiples of the budget, never rising; by default the last stage alone
+            cuts, which is for methods with one.
+        vision_depth: tower layers up to the features that `vision_layers` is written for; they are scaled to the
+            host's. `None`: as written.
+    """
+
+    acts_in_tower = True
+
+    def __init__(
+        self,
+        vision_layers: Sequence[int] = (-1,),
+        vision_shape: Sequence[float] | None = None,
+        vision_depth: int | None = None,
+    ) -> None:
+        super().__init__([0])
+        self.vision_layers = [int(layer) for layer in vision_layers]
+        self.vision_shape = (
+            [1.0] * len(self.vision_layers) if vision_shape is None else [float(x) for x in vision_shape]
+        )
+        self.vision_depth = vision_depth
+
+    def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
+        """The budget from layer 0 on; raises `LitPruneError` where it can't be met."""
+        if isinstance(keep, dict):
+            return given(keep, self.stages(depth))
+        return dict(solve(keep, visual, depth, (0,), (1.0,)))
+
+    def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
+        """Patches per tile after each stage: `vision_shape` times the budget, at most all."""
+        inside = tuple(layer for layer in self.vision_layers if layer >= 0)
+        layers = scale_layers(inside, self.vision_depth, depth)
+        layers += (depth,) * (len(self.vision_layers) - len(inside))
+        check_layers(layers, depth + 1)
+        if len(self.vision_shape) != len(layers):
+            raise LitPruneError(f"vision_shape {self.vision_shape} needs one number for each of {self.vision_layers}")
+        counts = (min(visual, round(keep * part)) for part in self.vision_shape)
+        return dict(zip(layers, counts, strict=True))
+
+    def prune(self, context: Context) -> Kept:
+        """Everything that the tower let through."""
+        return Kept(context.alive)
 
 
 def init_args(module: nn.Module) -> dict[str, Any]:

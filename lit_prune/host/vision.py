@@ -1,0 +1,233 @@
+"""Stages inside the vision tower, by hooks: patches that leave are never computed again.
+
+The rest of the model expects a feature per patch, so the places of dropped patches come back behind the tower as rows
+of zeros. That is all that tells later parts what was dropped, and it survives whatever happens to features on their way
+(beams, crops, caching): the projector runs on the other rows only, and the decoder drops rows of zeros at its layer 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from lit_prune import selection
+from lit_prune.cost import TowerTrace
+from lit_prune.host.places import Tower
+from lit_prune.host.state import Session
+from lit_prune.pruners.base import Pruner, VisionContext
+
+PASS = "lit_prune_tower"  # keyword under which a TowerPass travels to the tower's layers
+PACKED = "lit_prune_packed"  # attribute of features on their way through the projector
+
+
+@dataclass
+class TowerPass:
+    """One forward of the tower; (tiles, patches now), packed along with the states, class token apart."""
+
+    ordinal: Tensor | None = None
+    real: Tensor | None = None
+    mask: Tensor | None = None
+    before: Tensor | None = None  # input of the layer before the next stage
+    side: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[Tensor] = field(default_factory=list)
+    scored: int = 0
+
+
+class TowerHost:
+    """A pruner's stages inside one vision tower.
+
+    Args:
+        tower: where its parts are.
+        pruner: the method, with a `vision_schedule`.
+        keep: budget of a sample, visual tokens averaged over the decoder layers' inputs; tiles share it evenly.
+        session: gives the session that a forward runs under.
+    """
+
+    def __init__(self, tower: Tower, pruner: Pruner, keep: int, session: Callable[[], Session]) -> None:
+        self.tower, self.pruner, self.session = tower, pruner, session
+        patches = tower.side**2
+        share = min(patches, -(-keep // tower.tiles))
+        self.schedule = pruner.vision_schedule(share, patches, tower.features)
+        self.side = pruner.image_side(share, tower.side)
+        self.handles = [
+            tower.module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            tower.module.register_forward_hook(self._leave, with_kwargs=True),
+            tower.projector.register_forward_pre_hook(self._enter_projector),
+            tower.projector.register_forward_hook(self._leave_projector),
+        ]
+        for index, layer in enumerate(tower.layers):
+            self.handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict):
+        if not self.session().prune:
+            return None
+        kwargs, state = dict(kwargs), TowerPass(side=self.side)
+        if self.side < self.tower.side:
+            args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)
+        return args, {**kwargs, PASS: state}
+
+    def _before(self, index: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict):
+            state: TowerPass | None = kwargs.get(PASS)
+            if state is None:
+                return None
+            kwargs = {name: value for name, value in kwargs.items() if name != PASS}
+            hidden, *rest = args
+            if index in self.schedule:
+                hidden = self._stage(index, hidden, state)
+            state.lengths.append(self._present(hidden, state))
+            state.before = hidden if index + 1 in self.schedule else None
+            if state.mask is not None:
+                rest = [state.mask, *rest[1:]]
+            return (hidden, *rest), kwargs
+
+        return hook
+
+    def _present(self, hidden: Tensor, state: TowerPass) -> Tensor:
+        if state.real is None:
+            return torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
+        return state.real.sum(1) + self.tower.prefix
+
+    def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
+        """Score, select, merge and pack the patches at one place of the tower."""
+        head, patches = hidden[:, : self.tower.prefix], hidden[:, self.tower.prefix :]
+        if state.ordinal is None:
+            state.ordinal = _grid(patches.shape[0], state.side, self.tower.side, hidden.device)
+            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+        if self.schedule[index] >= patches.shape[1]:
+            return hidden
+        kept = self.pruner.prune_vision(self._context(index, patches, state))
+        if kept.states is not None:
+            patches = torch.where(kept.keep[..., None], kept.states.to(patches.dtype), patches)
+        columns, state.real = selection.compact(kept.keep)
+        state.ordinal = state.ordinal.gather(1, columns)
+        hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
+        state.mask = None
+        if index < self.tower.features and not bool(state.real.all()):
+            valid = torch.nn.functional.pad(state.real, (self.tower.prefix, 0), value=True)
+            state.mask = create_bidirectional_mask(self.tower.module.config, hidden, valid)
+        return hidden
+
+    def _context(self, index: int, patches: Tensor, state: TowerPass) -> VisionContext:
+        keys = values = attention = None
+        if state.before is not None:
+            keys, values, attention = self._read(self.tower.layers[index - 1], state)
+        return VisionContext(
+            stage=list(self.schedule).index(index),
+            states=patches,
+            keys=keys,
+            values=values,
+            attention=attention,
+            alive=state.real,
+            ordinal=state.ordinal,
+            count=torch.full(patches.shape[:1], self.schedule[index], device=patches.device),
+            side=self.tower.side,
+            memory=state.memory,
+        )
+
+    def _read(self, layer: nn.Module, state: TowerPass) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Keys and values of the patches in the layer just run, and its attention to them, projected once more.
+
+        Not every family hands keywords down to its attention function, where queries and keys could be read for free.
+        """
+        own, prefix, normed = layer.self_attn, self.tower.prefix, layer.layer_norm1(state.before)
+        state.scored += normed.shape[1] * (1 + self.pruner.needs_values)
+        keys = own.k_proj(normed)
+        values = own.v_proj(normed[:, prefix:]) if self.pruner.needs_values else None
+        query = own.q_proj(normed[:, :1] if prefix else normed).mean(1)
+        split = keys.unflatten(2, (own.num_heads, -1))
+        logits = torch.einsum("bhd,bnhd->bhn", query.unflatten(1, (own.num_heads, -1)), split).float() * own.scale
+        valid = torch.nn.functional.pad(state.real, (prefix, 0), value=True)
+        attention = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+        return keys[:, prefix:], values, attention[:, prefix:]
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        """The last stage, behind the layer that gives the features, and their places back."""
+        state: TowerPass | None = kwargs.get(PASS)
+        if state is None:
+            return None
+        features = output.hidden_states[self.tower.features]
+        if self.tower.features in self.schedule:
+            features = self._stage(self.tower.features, features, state)
+        if state.side < self.tower.side and state.ordinal is None:
+            state.ordinal = _grid(features.shape[0], state.side, self.tower.side, features.device)
+            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+        self._note(features, state)
+        if state.ordinal is None or features.shape[1] == self.tower.prefix + self.tower.side**2:
+            return None
+        states = list(output.hidden_states)
+        states[self.tower.features] = self._places_back(features, state)
+        output.hidden_states = tuple(states)
+        return output
+
+    def _note(self, features: Tensor, state: TowerPass) -> None:
+        record = self.session().record
+        if record is None or record.trace.tower is not None:
+            return
+        tiles = torch.ones(features.shape[:1], dtype=torch.long, device=features.device)
+        # transformers runs the layers behind the features too; they see no fewer tokens than the features have.
+        record.trace.tower = TowerTrace(
+            patches=tiles * state.side**2,
+            tokens=state.lengths,
+            projected=self._present(features, state) - self.tower.prefix,
+            scored=tiles * state.scored,
+        )
+
+    def _places_back(self, features: Tensor, state: TowerPass) -> Tensor:
+        head, patches = features[:, : self.tower.prefix], features[:, self.tower.prefix :]
+        patches = patches * state.real[..., None].to(patches.dtype)
+        full = patches.new_zeros(patches.shape[0], self.tower.side**2, patches.shape[2])
+        index = state.ordinal[..., None].expand_as(patches)
+        return torch.cat([head, full.scatter_add(1, index, patches)], 1)
+
+    @staticmethod
+    def _enter_projector(module: nn.Module, args: tuple):
+        features = args[0]
+        there = (features != 0).any(-1)
+        if bool(there.all()):
+            return None
+        columns, real = selection.compact(there)
+        packed = selection.gather_rows(features, columns)
+        # The hook behind the projector gets this very tensor again: what it needs rides along.
+        setattr(packed, PACKED, (columns, real, features.shape[1]))
+        return (packed, *args[1:])
+
+    @staticmethod
+    def _leave_projector(module: nn.Module, args: tuple, output: Tensor):
+        if not hasattr(args[0], PACKED):
+            return None
+        columns, real, length = getattr(args[0], PACKED)
+        output = output * real[..., None].to(output.dtype)
+        full = output.new_zeros(output.shape[0], length, output.shape[2])
+        return full.scatter_add(1, columns[..., None].expand_as(output), output)
+
+
+def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:
+    """Which embeddings stand for patches that the tower dropped, and, in their samples, line breaks of rows."""
+    gone = (embeds == 0).all(-1)
+    if newline is None:
+        return gone
+    return gone | ((embeds == newline.to(embeds)).all(-1) & gone.any(1, keepdim=True))
+
+
+def _grid(tiles: int, side: int, full: int, device: torch.device) -> Tensor:
+    """Place of each patch of a `side` x `side` grid on the grid of `full` x `full`: the nearest."""
+    steps = ((torch.arange(side, device=device) + 0.5) * full / side).long()
+    return (steps[:, None] * full + steps).flatten().expand(tiles, -1).contiguous()
+
+
+def _smaller(args: tuple, kwargs: dict, size: int) -> tuple[tuple, dict]:
+    """The tower's arguments with images scaled down and position embeddings that follow."""
+    pixels = kwargs.pop("pixel_values", None)
+    pixels = args[0] if pixels is None else pixels
+    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    return (pixels, *args[1:]), {**kwargs, "interpolate_pos_encoding": True}
