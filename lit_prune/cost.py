@@ -134,8 +134,8 @@ class StageTrace:
 class Trace:
     """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
 
-    `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to `total_visual`: right for models whose crops all give the
-    same number of tokens.
+    `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
+    `total_visual`: right for models whose crops all give the same number of tokens.
     """
 
     queries: list[Int[Tensor, " batch"]] = field(default_factory=list)
