@@ -166,14 +166,17 @@ def plan(
 
     `schedule` is {decoder layer: visual tokens kept from its input on}, empty for the full model. `question` of the
     `text` tokens stand behind the image [ours: all of them unless told otherwise]; they are what a pruner reads.
-    `pruner` and `repair` are asked what they read and which stages feed the repair; one position is repaired.
+    `pruner` and `repair` are asked what they read and which stages feed the repair; one position is repaired. What a
+    method does inside the vision tower is the caller's to add, as `Trace.tower`.
     """
-    reads = getattr(pruner, "attention", None)
-    rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
     trace, now = Trace(total_visual=_one(visual)), visual
     for layer in range(depth):
         if layer in schedule:
             kept = min(now, schedule[layer])
+            if layer == 0 and getattr(pruner, "acts_in_tower", False):
+                now = kept  # no more than these leave the tower
+            reads = None if pruner is None else pruner.reads(len(trace.stages))
+            rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
             sizes = (_one(size) for size in (rows, now + text, now, kept))
             trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes))
             now = kept

@@ -12,7 +12,7 @@ from tiny import DEPTH, KEEP, PRUNERS, VISUAL, WIDTH, batch, forward, samples
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
-from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, init_args
+from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext, init_args
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.oracle import Oracle
 from lit_prune.pruners.random import Random
@@ -23,6 +23,9 @@ from lit_prune.selection import Images, share, top_k
 from lit_prune.vlm import plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
+IN_TOWER = [path for path in PRUNERS if plugin_from_yaml(path).pruner.acts_in_tower]
+TOWER = pytest.mark.parametrize("path", IN_TOWER, ids=lambda path: path.stem)
+DECODER = pytest.mark.parametrize("path", [p for p in PRUNERS if p not in IN_TOWER], ids=lambda path: path.stem)
 DIMS = Dims(WIDTH, DEPTH, VISUAL)
 
 
@@ -46,6 +49,22 @@ def context(seed: int = 0, size: int = 3, tokens: int = VISUAL, **changes) -> Co
         hints=tiny.hints(size),
     )
     return replace(made, **changes)
+
+
+def vision_context(size: int = 3) -> VisionContext:
+    """What a stage inside the vision tower may see, at random; some tiles have filler."""
+    torch.manual_seed(0)
+    return VisionContext(
+        stage=0,
+        states=torch.randn(size, VISUAL, 32),
+        keys=torch.randn(size, VISUAL, 32),
+        values=torch.randn(size, VISUAL, 32),
+        attention=torch.rand(size, VISUAL).softmax(-1),
+        alive=torch.arange(VISUAL) < VISUAL - torch.tensor([0, 4, 2])[:size, None],
+        ordinal=torch.arange(VISUAL).expand(size, -1),
+        count=torch.full((size,), 6),
+        side=6,
+    )
 
 
 def built(path) -> Pruner:
@@ -78,7 +97,7 @@ def test_configuration_is_what_the_file_says(path):
         assert plugin.repair.config() == model["repair"]["init_args"]
 
 
-@EVERY
+@DECODER
 def test_keeps_the_count_among_the_alive(path):
     kept = built(path).prune(context())
     assert kept.keep.sum(1).tolist() == [6, 6, 6]
@@ -86,11 +105,33 @@ def test_keeps_the_count_among_the_alive(path):
     assert kept.gate is None
 
 
-@EVERY
+@DECODER
 def test_scores_are_finite_where_alive(path):
     scores = built(path).score(context())
     assert scores.shape == (3, VISUAL)
     assert scores[context().alive].isfinite().all()
+
+
+@TOWER
+def test_tower_keeps_at_most_the_count_among_the_alive(path):
+    kept = built(path).prune_vision(vision_context())
+    assert kept.keep.any(1).all()
+    assert not (kept.keep & ~vision_context().alive).any()
+    if kept.states is not None:
+        assert kept.states[kept.keep].isfinite().all()
+
+
+@TOWER
+def test_towers_decision_is_the_tiles_own(path):
+    """The same alone as in a batch, each time anew."""
+    pruner, full = built(path), vision_context()
+    together = pruner.prune_vision(full)
+    for row in range(3):
+        one = {k: value[row : row + 1] if isinstance(value, torch.Tensor) else value for k, value in vars(full).items()}
+        alone = pruner.prune_vision(VisionContext(**one | {"memory": {}}))
+        assert torch.equal(alone.keep[0], together.keep[row])
+        if together.states is not None:
+            assert tiny.gap(alone.states[0][alone.keep[0]], together.states[row][alone.keep[0]]) < 1e-5
 
 
 @EVERY

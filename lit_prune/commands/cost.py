@@ -8,13 +8,25 @@ from typing import Any, Literal
 import torch
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedConfig
 
 from lit_prune.budget import Budget, format_schedule, parse_budget
 from lit_prune.commands import console
-from lit_prune.cost import ModelSize, Trace, decode, decoder_layer, decoder_total, kv_bytes, plan, price, step
+from lit_prune.cost import (
+    ModelSize,
+    TowerTrace,
+    Trace,
+    decode,
+    decoder_layer,
+    decoder_total,
+    kv_bytes,
+    plan,
+    price,
+    step,
+)
 from lit_prune.errors import LitPruneError
 from lit_prune.host.places import check_stages
-from lit_prune.host.sizes import model_size
+from lit_prune.host.sizes import model_size, tower_size, tower_trace
 from lit_prune.loading import load_config
 from lit_prune.plugin import Plugin
 from lit_prune.shapes import names
@@ -112,7 +124,13 @@ def run(
     full = bill({}, prompt, size)
     budgets = _budgets(plugin, keep)
     bills = {
-        name: bill(plugin.pruner.schedule(budget, visual, size.depth), prompt, size, plugin)
+        name: bill(
+            plugin.pruner.schedule(budget, visual, size.depth),
+            prompt,
+            size,
+            plugin,
+            _tower(config, plugin, budget, size),
+        )
         for name, budget in budgets.items()
     }
     title = f"{model}: {visual} visual and {text_tokens} text tokens, an answer of {answer_tokens}"
@@ -156,10 +174,25 @@ def _budgets(plugin: Plugin | None, keep: list[str] | None) -> dict[str, Budget]
     return {format_schedule(own) if isinstance(own, dict) else str(own): own}
 
 
-def bill(schedule: dict[int, int], prompt: Prompt, size: ModelSize, plugin: Plugin | None = None) -> Bill:
+def _tower(config: PreTrainedConfig, plugin: Plugin, keep: Budget, size: ModelSize) -> TowerTrace | None:
+    """What the image's tiles ask of a vision tower that the method prunes inside."""
+    if not plugin.pruner.acts_in_tower:
+        return None
+    tiles = max(1, size.image.patches // tower_size(config).side ** 2)
+    return tower_trace(config, plugin.pruner, keep[0] if isinstance(keep, dict) else keep, tiles)
+
+
+def bill(
+    schedule: dict[int, int],
+    prompt: Prompt,
+    size: ModelSize,
+    plugin: Plugin | None = None,
+    tower: TowerTrace | None = None,
+) -> Bill:
     """Price a prompt under a schedule; an empty one is the full model."""
     pruner, repair = (None, None) if plugin is None else (plugin.pruner, plugin.repair)
     trace = plan(schedule, prompt.visual, prompt.text, size.depth, pruner, repair)
+    trace.tower = tower
     prices = [
         price(trace, size, pruner, repair),
         price(step(trace, 1), size, repair=repair),

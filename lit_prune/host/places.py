@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.sizes import USUAL
+from lit_prune.host.sizes import USUAL, TowerSize, tower_size
 from lit_prune.pruners.base import Dims
 
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
@@ -21,15 +21,12 @@ FIXED_GRID = ("llava",)
 
 @dataclass(frozen=True)
 class Tower:
-    """A CLIP-like vision tower, one token per patch, as far as pruning inside it needs to know."""
+    """The parts of a model that pruning inside its vision tower touches."""
 
+    size: TowerSize
     module: nn.Module
     layers: nn.ModuleList
     projector: nn.Module
-    features: int  # layers that lead to the features; `hidden_states[features]` is what leaves
-    prefix: int  # tokens before the patches: the class token, if there is one
-    side: int  # patches along a side of a tile
-    tiles: int  # tiles of one image, nominally: that of LLaVA-NeXT and four crops
     newline: Tensor | None  # embedding put behind each row of crops
 
 
@@ -119,30 +116,10 @@ def check_stages(config: PreTrainedConfig, stages: tuple[int, ...]) -> None:
 
 
 def tower(model: nn.Module) -> Tower:
-    """The tower of LLaVA-1.5 and LLaVA-NeXT; raises `LitPruneError` for models that merge or resample patches."""
-    inner = getattr(model, "model", None)
-    module, projector = getattr(inner, "vision_tower", None), getattr(inner, "multi_modal_projector", None)
-    layers = getattr(getattr(module, "encoder", None), "layers", None)
-    chosen = getattr(model.config, "vision_feature_layer", None)
-    if layers is None or projector is None or model.config.model_type not in ("llava", "llava_next"):
-        raise LitPruneError(
-            f"{type(model).__name__} merges or resamples patches behind its vision tower, so stages inside the tower "
-            f"can't say which visual tokens go; use a method of the decoder, or LLaVA-1.5 or LLaVA-NeXT"
-        )
-    if not isinstance(chosen, int):
-        raise LitPruneError(f"vision_feature_layer {chosen}: stages inside the tower need features of one layer")
-    vision = model.config.vision_config
-    grid = getattr(model.config, "image_grid_pinpoints", None)
-    return Tower(
-        module=module,
-        layers=layers,
-        projector=projector,
-        features=chosen if chosen >= 0 else len(layers) + 1 + chosen,
-        prefix=int(hasattr(module.embeddings, "class_embedding")),
-        side=vision.image_size // vision.patch_size,
-        tiles=5 if grid else 1,
-        newline=getattr(inner, "image_newline", None),
-    )
+    """The vision tower of a model; raises `LitPruneError` for families whose tower can't be pruned inside."""
+    size, inner = tower_size(model.config), model.model
+    newline = getattr(inner, "image_newline", None)
+    return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
 
 def visual_tokens(config) -> int:

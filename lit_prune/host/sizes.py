@@ -1,14 +1,17 @@
 """Sizes for `lit_prune.cost`, read off a transformers configuration; no model is needed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lit_prune.cost import ImageLoad, ModelSize, VisionTrace
+from lit_prune.cost import ImageLoad, ModelSize, TowerTrace, VisionTrace
 from lit_prune.errors import LitPruneError
+from lit_prune.pruners.base import Pruner
 
 # Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
 TOWERS = {
@@ -171,6 +174,65 @@ def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
 def _squares(length: int, side: int) -> int:
     """Sum of squares of the pieces when `length` is cut into pieces of `side`."""
     return length // side * side**2 + (length % side) ** 2
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """A CLIP-like vision tower, one visual token per patch, as far as stages inside it need to know.
+
+    `features` layers of `layers` lead to what the projector gets; `prefix` tokens (the class token) precede the patches
+    of a tile of `side` x `side`; an image has nominally `tiles` tiles: that of LLaVA-NeXT and four crops.
+    """
+
+    layers: int
+    features: int
+    prefix: int
+    side: int
+    tiles: int
+
+    def share(self, keep: int) -> int:
+        """Patches of each tile for a budget of `keep` visual tokens, rounded up."""
+        return min(self.side**2, -(-keep // self.tiles))
+
+
+def tower_size(config: PreTrainedConfig) -> TowerSize:
+    """Sizes of the tower of LLaVA-1.5 and LLaVA-NeXT.
+
+    Raises `LitPruneError` for models that merge or resample patches: which visual token a patch is can't be told there.
+    """
+    if config.model_type not in ("llava", "llava_next"):
+        raise LitPruneError(
+            f"models of type {config.model_type} merge or resample patches behind their vision tower, so stages inside "
+            f"the tower can't say which visual tokens go; use a method of the decoder, or LLaVA-1.5 or LLaVA-NeXT"
+        )
+    vision, chosen = config.vision_config, config.vision_feature_layer
+    if not isinstance(chosen, int):
+        raise LitPruneError(f"vision_feature_layer {chosen}: stages inside the tower need features of one layer")
+    layers = vision.num_hidden_layers
+    return TowerSize(
+        layers=layers,
+        features=chosen if chosen >= 0 else layers + 1 + chosen,
+        prefix=_tower(config)[0],
+        side=vision.image_size // vision.patch_size,
+        tiles=5 if hasattr(config, "image_grid_pinpoints") else 1,
+    )
+
+
+def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: int, tiles: int) -> TowerTrace:
+    """What `tiles` tiles would ask of the tower under a pruner's stages; nothing runs."""
+    size = tower_size(config)
+    share, patches = size.share(keep), size.side**2
+    schedule = pruner.vision_schedule(share, patches, size.features)
+    now, tokens, scored = pruner.image_side(share, size.side) ** 2, [], 0
+    entered = now
+    for layer in range(size.layers + 1):
+        if schedule.get(layer, now) < now:
+            scored += (now + size.prefix) * (1 + pruner.needs_values) * (layer > 0)
+            now = schedule[layer]
+        if layer < size.layers:
+            tokens.append(torch.full((tiles,), now + size.prefix))
+    one = torch.ones(tiles, dtype=torch.long)
+    return TowerTrace(one * entered, tokens, one * now, one * scored)
 
 
 def _tower(config: PreTrainedConfig) -> tuple[int, int]:

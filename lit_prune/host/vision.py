@@ -48,10 +48,9 @@ class TowerHost:
 
     def __init__(self, tower: Tower, pruner: Pruner, keep: int, session: Callable[[], Session]) -> None:
         self.tower, self.pruner, self.session = tower, pruner, session
-        patches = tower.side**2
-        share = min(patches, -(-keep // tower.tiles))
-        self.schedule = pruner.vision_schedule(share, patches, tower.features)
-        self.side = pruner.image_side(share, tower.side)
+        size, share = tower.size, tower.size.share(keep)
+        self.schedule = pruner.vision_schedule(share, size.side**2, size.features)
+        self.side = pruner.image_side(share, size.side)
         self.handles = [
             tower.module.register_forward_pre_hook(self._enter, with_kwargs=True),
             tower.module.register_forward_hook(self._leave, with_kwargs=True),
@@ -71,7 +70,7 @@ class TowerHost:
         if not self.session().prune:
             return None
         kwargs, state = dict(kwargs), TowerPass(side=self.side)
-        if self.side < self.tower.side:
+        if self.side < self.tower.size.side:
             args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)
         return args, {**kwargs, PASS: state}
 
@@ -95,13 +94,13 @@ class TowerHost:
     def _present(self, hidden: Tensor, state: TowerPass) -> Tensor:
         if state.real is None:
             return torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
-        return state.real.sum(1) + self.tower.prefix
+        return state.real.sum(1) + self.tower.size.prefix
 
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
         """Score, select, merge and pack the patches at one place of the tower."""
-        head, patches = hidden[:, : self.tower.prefix], hidden[:, self.tower.prefix :]
+        head, patches = hidden[:, : self.tower.size.prefix], hidden[:, self.tower.size.prefix :]
         if state.ordinal is None:
-            state.ordinal = _grid(patches.shape[0], state.side, self.tower.side, hidden.device)
+            state.ordinal = _grid(patches.shape[0], state.side, self.tower.size.side, hidden.device)
             state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
         if self.schedule[index] >= patches.shape[1]:
             return hidden
@@ -112,8 +111,8 @@ class TowerHost:
         state.ordinal = state.ordinal.gather(1, columns)
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
         state.mask = None
-        if index < self.tower.features and not bool(state.real.all()):
-            valid = torch.nn.functional.pad(state.real, (self.tower.prefix, 0), value=True)
+        if index < self.tower.size.features and not bool(state.real.all()):
+            valid = torch.nn.functional.pad(state.real, (self.tower.size.prefix, 0), value=True)
             state.mask = create_bidirectional_mask(self.tower.module.config, hidden, valid)
         return hidden
 
@@ -130,7 +129,7 @@ class TowerHost:
             alive=state.real,
             ordinal=state.ordinal,
             count=torch.full(patches.shape[:1], self.schedule[index], device=patches.device),
-            side=self.tower.side,
+            side=self.tower.size.side,
             memory=state.memory,
         )
 
@@ -139,7 +138,7 @@ class TowerHost:
 
         Not every family hands keywords down to its attention function, where queries and keys could be read for free.
         """
-        own, prefix, normed = layer.self_attn, self.tower.prefix, layer.layer_norm1(state.before)
+        own, prefix, normed = layer.self_attn, self.tower.size.prefix, layer.layer_norm1(state.before)
         state.scored += normed.shape[1] * (1 + self.pruner.needs_values)
         keys = own.k_proj(normed)
         values = own.v_proj(normed[:, prefix:]) if self.pruner.needs_values else None
@@ -155,17 +154,17 @@ class TowerHost:
         state: TowerPass | None = kwargs.get(PASS)
         if state is None:
             return None
-        features = output.hidden_states[self.tower.features]
-        if self.tower.features in self.schedule:
-            features = self._stage(self.tower.features, features, state)
-        if state.side < self.tower.side and state.ordinal is None:
-            state.ordinal = _grid(features.shape[0], state.side, self.tower.side, features.device)
+        features = output.hidden_states[self.tower.size.features]
+        if self.tower.size.features in self.schedule:
+            features = self._stage(self.tower.size.features, features, state)
+        if state.side < self.tower.size.side and state.ordinal is None:
+            state.ordinal = _grid(features.shape[0], state.side, self.tower.size.side, features.device)
             state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
         self._note(features, state)
-        if state.ordinal is None or features.shape[1] == self.tower.prefix + self.tower.side**2:
+        if state.ordinal is None or features.shape[1] == self.tower.size.prefix + self.tower.size.side**2:
             return None
         states = list(output.hidden_states)
-        states[self.tower.features] = self._places_back(features, state)
+        states[self.tower.size.features] = self._places_back(features, state)
         output.hidden_states = tuple(states)
         return output
 
@@ -178,14 +177,14 @@ class TowerHost:
         record.trace.tower = TowerTrace(
             patches=tiles * state.side**2,
             tokens=state.lengths,
-            projected=self._present(features, state) - self.tower.prefix,
+            projected=self._present(features, state) - self.tower.size.prefix,
             scored=tiles * state.scored,
         )
 
     def _places_back(self, features: Tensor, state: TowerPass) -> Tensor:
-        head, patches = features[:, : self.tower.prefix], features[:, self.tower.prefix :]
+        head, patches = features[:, : self.tower.size.prefix], features[:, self.tower.size.prefix :]
         patches = patches * state.real[..., None].to(patches.dtype)
-        full = patches.new_zeros(patches.shape[0], self.tower.side**2, patches.shape[2])
+        full = patches.new_zeros(patches.shape[0], self.tower.size.side**2, patches.shape[2])
         index = state.ordinal[..., None].expand_as(patches)
         return torch.cat([head, full.scatter_add(1, index, patches)], 1)
 
