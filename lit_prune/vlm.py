@@ -60,6 +60,10 @@ def load(
     elif isinstance(base, PreTrainedConfig):
         raise LitPruneError("a configuration has no weights: load it with random_weights=True")
     else:
+        if device is not None and "device_map" in options:
+            raise LitPruneError("give either device or device_map: a map says where each part of the model is")
+        if device is not None and "quantization_config" in options:  # such weights are made in place, not moved
+            options["device_map"], device = {"": device}, None
         model, name = loading.load_model(base, dtype, **options), str(base)
         processor = processor or name
     if processor is None:

@@ -5,7 +5,9 @@ import logging
 import shutil
 import time
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -287,6 +289,11 @@ def test_device_map(micro_folder, plain, tmp_path, device_map):
     assert works(vlm, tmp_path) == plain
 
 
+def test_a_device_and_a_map_are_too_much(micro_folder):
+    with pytest.raises(LitPruneError, match="either device or device_map"):
+        lit_prune.load(micro_folder, device="cpu", device_map="cpu")
+
+
 def test_a_decoder_on_two_devices_is_refused(micro_folder):
     hooks = pytest.importorskip("accelerate.hooks")
     vlm = lit_prune.load(micro_folder)
@@ -303,7 +310,7 @@ def test_quantized(micro_folder, tmp_path, bits):
     kinds = pytest.importorskip("bitsandbytes").nn
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each call
-    vlm = lit_prune.load(micro_folder, quantization_config=config)
+    vlm = lit_prune.load(micro_folder, quantization_config=config, device="cpu")
     projection = vlm.model.get_decoder().layers[0].self_attn.q_proj
     assert isinstance(projection, kinds.Linear4bit if bits == 4 else kinds.Linear8bitLt)
     works(vlm, tmp_path)
@@ -367,6 +374,7 @@ def test_an_adapter_without_a_base(tmp_path):
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub: connections are refused at once, and the cache is empty."""
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)  # so that the hub is asked
     monkeypatch.setattr(loading.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(loading.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -382,6 +390,19 @@ def test_no_weights_and_no_network(offline):
     with pytest.raises(LitPruneError) as error:
         lit_prune.load("someone/else")
     assert "random_weights" not in str(error.value)
+
+
+def test_a_hub_that_answers(offline, monkeypatch):
+    """Any answer will do, and the user's word that the machine is offline is taken."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
+        monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert not loading.hub_answers()
+        monkeypatch.setattr(loading.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert loading.hub_answers()
+        monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+        assert not loading.hub_answers()
+        server.shutdown()
 
 
 def test_the_cache_is_used_without_network(offline, micro_folder, tmp_path, plain):
