@@ -73,7 +73,7 @@ class Family:
     """How to build a tiny model of one family, and what its processor makes of images.
 
     `sizes`: three images of different numbers of tokens where the family has them. `visual`: visual tokens of one.
-    `inputs`: model inputs of all images of a batch.
+    `inputs`: model inputs of all images of a batch. `frames_apart`: prompts name each frame of a video.
     """
 
     config: Callable[..., PreTrainedConfig]
@@ -83,6 +83,7 @@ class Family:
     inputs: Callable[[Sequence[Picture]], dict[str, Tensor]]
     video: Size | None = None
     video_visual: Callable[[Size], int] | None = None
+    frames_apart: bool = False
     options: dict = field(default_factory=dict)
 
     def build(self, seed: int = 0, **options) -> nn.Module:
@@ -218,7 +219,14 @@ FAMILIES = {
     "qwen2.5-vl": Family(
         _qwen25, Qwen2_5_VLForConditionalGeneration, **GRID, video=(3, 8, 8), video_visual=_grid_tokens
     ),
-    "qwen3-vl": Family(_qwen3, Qwen3VLForConditionalGeneration, **GRID),
+    "qwen3-vl": Family(
+        _qwen3,
+        Qwen3VLForConditionalGeneration,
+        **GRID,
+        video=(3, 8, 8),
+        video_visual=_grid_tokens,
+        frames_apart=True,
+    ),
     "internvl": Family(
         _internvl, InternVLForConditionalGeneration, [(2,), (5,), (3,)], lambda size: size[0] * 16, _tiles
     ),
@@ -242,7 +250,10 @@ def prompt(family: Family, pictures: Sequence[Picture], words: int, seed: int, b
     parts = [torch.randint(2, 50, (2,), generator=draw)]
     for picture in pictures:
         token = IMAGE if picture.modality == "image" else VIDEO
-        parts += [torch.full((family.length(picture),), token), torch.randint(2, 50, (between,), generator=draw)]
+        runs = picture.size[0] if picture.modality == "video" and family.frames_apart else 1
+        for _ in range(runs):
+            words_between = torch.randint(2, 50, (between,), generator=draw)
+            parts += [torch.full((family.length(picture) // runs,), token), words_between]
     return Prompt(torch.cat([*parts, torch.randint(2, 50, (words,), generator=draw)]), tuple(pictures))
 
 

@@ -251,8 +251,12 @@ def test_generation_of_a_batch_equals_its_samples_alone(attach, name, method):
 
 @EVERY
 def test_beams_of_a_batch_equal_the_beams_of_its_samples(attach, name):
-    family = FAMILIES[name]
-    assert_alone_equals_batch(attach(name), family, prompts(family), 4, num_beams=3)
+    """Also where each step feeds the whole sequence again."""
+    family, vlm = FAMILIES[name], attach(name)
+    assert_alone_equals_batch(vlm, family, prompts(family), 4, num_beams=3)
+    inputs = collate(family, prompts(family))
+    cached, uncached = (generate(vlm, inputs, 4, num_beams=3, use_cache=cache) for cache in (True, False))
+    assert cached.sequences.tolist() == uncached.sequences.tolist()
 
 
 @EVERY
@@ -410,7 +414,7 @@ class Halves(Random):
 # -- videos ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llava-onevision", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].video is not None])
 @METHOD
 def test_video_and_image_share_one_budget(attach, name, method):
     family = FAMILIES[name]
