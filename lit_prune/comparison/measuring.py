@@ -127,8 +127,8 @@ class Comparison:
             self.vlm.host = DecoderHost(self.vlm.model, None, None, self.dims.visual)
             return evaluation.measure(self.vlm, shared, evaluation.TEACHER, self.max_new_tokens)
         self.vlm.attach(cell.plugin, keep=cell.keep)
-        own = getattr(cell.plugin.pruner, "acts_in_tower", False)
-        return evaluation.measure(self.vlm, batch if own else shared, session, self.max_new_tokens)
+        inputs = batch if cell.plugin.pruner.acts_in_tower else shared
+        return evaluation.measure(self.vlm, inputs, session, self.max_new_tokens)
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The full model's result and those of all cells that didn't fail."""
