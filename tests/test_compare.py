@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import ROOT, shake, small_rcp, small_repair
+from tiny import PRUNERS, ROOT, shake, small_rcp, small_repair
 from torch import nn
 
 from lit_prune import cli, evaluation
@@ -29,7 +29,7 @@ from lit_prune.moments import kappa
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.random import Random
-from lit_prune.vlm import VLM, load
+from lit_prune.vlm import VLM, as_plugin, load
 
 RANDOM, FASTV = (f"configs/pruners/{name}.yaml" for name in ("random", "fastv"))
 QUESTIONS = 14
@@ -319,6 +319,23 @@ def test_images_are_encoded_once_for_all_cells(micro, batch, monkeypatch):
     assert calls == [1]
     assert micro.host is None
     assert [cell.keep for cell, _ in comparison.results()] == [None, 16, 8]
+
+
+def test_methods_of_the_tower_encode_their_own_images(micro, batch):
+    """A cell beside them still gets the plain features: it equals itself alone."""
+    towers = [plugin for path in PRUNERS if (plugin := as_plugin(path)).pruner.acts_in_tower]
+    assert towers
+    found = {}
+    for plugins in ([], towers[:1]):
+        cells = [*(Cell("tower", 8, None, plugin) for plugin in plugins), Cell("x", 8, 0, Plugin(Random()))]
+        comparison = Comparison(micro, Cell(FULL), cells, 4)
+        comparison.update(batch)
+        found[len(plugins)] = {cell.method: result for cell, result in comparison.results()}
+    assert found[1]["x"]["w2_per_layer"] == found[0]["x"]["w2_per_layer"]
+    tower = found[1]["tower"]
+    assert tower["avg_visual_tokens"] == 8
+    assert tower["flops_parts"]["projector"] < found[1]["x"]["flops_parts"]["projector"]
+    assert tower["kappa"] != found[1]["x"]["kappa"] > 0
 
 
 def test_a_cell_alone_equals_the_same_beside_others(micro, batch):
