@@ -243,9 +243,9 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
-    vision = trace.vision
-    if vision is None:
-        vision = _usual_images(size.image, visual) if trace.tower is None else trace.tower.per_sample(visual)
+    vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
+    if trace.tower is not None:
+        vision = trace.tower.per_sample(visual if vision is None else vision.patches.to(visual))
     parts = {
         "vision": zero if vision is None else vision_tower(size, vision).to(zero),
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),

@@ -14,10 +14,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from lit_prune.cost import Trace, VisionTrace, decoder_total, kv_bytes, plan, price, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.host.sizes import image_load, model_size, vision_trace
+from lit_prune.host.sizes import image_load, model_size, tower_trace, vision_trace
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.text_attention import TextAttention
+from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.repair import RepairAdapter
 from lit_prune.shapes import names, shipped_config
 from lit_prune.vlm import VLM
@@ -219,3 +220,26 @@ def test_pruned_prefill(family, kind):
     unknown = 2 * repair.codes.numel()  # codes by one query: the counter doesn't know a matrix by a vector
     assert counted.pop("decoder") - unknown == pytest.approx(found.pop("decoder"), rel=1e-3)
     assert counted == found
+
+
+@pytest.mark.parametrize("name", [FIXED, CROPPED[0]])
+def test_pruned_tower(name):
+    """A method inside the tower, over all crops of two images: fewer tokens in its last layers and the projector."""
+    torch.manual_seed(0)
+    config = shrunk(name)
+    config.vision_feature_layer = -2
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    vlm = VLM(model, None).attach(VisionZip(), keep=20)
+    inputs, record = prompt(name, config, SIZES), Record()
+    with vlm.using(Session(record=record)):
+        found, _ = measured(lambda: model(**inputs, logits_to_keep=1))
+    parts = price(record.trace, vlm.size, vlm.plugin.pruner)
+    total = sum(image_load(config, *size).visual for size in SIZES)
+    full = price(plan({}, total, TEXT, 4), vlm.size)
+    assert as_counted(parts) == found
+    ran = record.trace.tower
+    planned = tower_trace(config, vlm.plugin.pruner, 20, len(ran.patches))
+    assert torch.equal(torch.stack(ran.tokens), torch.stack(planned.tokens))
+    assert torch.equal(ran.projected, planned.projected)
+    assert parts["scoring"] > 0
+    assert found["projector"] < 0.7 * full["projector"]

@@ -225,11 +225,13 @@ def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: int, tiles: int)
     schedule = pruner.vision_schedule(share, patches, size.features)
     now, tokens, scored = pruner.image_side(share, size.side) ** 2, [], 0
     entered = now
-    for layer in range(size.layers + 1):
+    for layer in range(size.features + 1):
+        if layer == size.features:  # the layers behind the features run too, before the stage there
+            tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
         if schedule.get(layer, now) < now:
             scored += (now + size.prefix) * (1 + pruner.needs_values) * (layer > 0)
             now = schedule[layer]
-        if layer < size.layers:
+        if layer < size.features:
             tokens.append(torch.full((tiles,), now + size.prefix))
     one = torch.ones(tiles, dtype=torch.long)
     return TowerTrace(one * entered, tokens, one * now, one * scored)

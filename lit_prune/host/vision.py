@@ -81,10 +81,10 @@ class TowerHost:
                 return None
             kwargs = {name: value for name, value in kwargs.items() if name != PASS}
             hidden, *rest = args
-            if index in self.schedule:
-                hidden = self._stage(index, hidden, state)
+            if index < self.tower.size.features:  # layers behind the features run too, but no stage is theirs
+                hidden = self._stage(index, hidden, state) if index in self.schedule else hidden
+                state.before = hidden if index + 1 in self.schedule else None
             state.lengths.append(self._present(hidden, state))
-            state.before = hidden if index + 1 in self.schedule else None
             if state.mask is not None:
                 rest = [state.mask, *rest[1:]]
             return (hidden, *rest), kwargs
