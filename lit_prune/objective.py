@@ -5,9 +5,10 @@ Values marked [R] were read in drafts of the method; all are arguments.
 
 import math
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_prune.host import Record
@@ -87,6 +88,11 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
         found, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (found, target))
         parts.append(moment_loss(found, target, weights.variance))
     return torch.stack(parts).mean()
+
+
+def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
+    """Share of its own visual tokens that a budget leaves a sample: the mean over the samples with an image."""
+    return mean(min(keep, n) / n for n in total.tolist() if n)
 
 
 def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:

@@ -19,7 +19,15 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.metrics import Consistency, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
-from lit_prune.objective import Anneal, LossWeights, attention_loss, distillation, repair_loss, visual_share
+from lit_prune.objective import (
+    Anneal,
+    LossWeights,
+    attention_loss,
+    budget_share,
+    distillation,
+    repair_loss,
+    visual_share,
+)
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
@@ -180,7 +188,8 @@ class PruneModule(LightningModule):
             losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
         if getattr(self.plugin.pruner, "select", "topk") == "threshold":
             share = visual_share(student, self.plugin.dims.depth)
-            losses["budget"] = (share - self.anneal.target(self.keep / self.plugin.dims.visual, done)).abs()
+            final = budget_share(self.keep, student.trace.total_visual)
+            losses["budget"] = (share - self.anneal.target(final, done)).abs()
         if self.loss.attention:
             losses["attention"] = attention_loss(student, teacher, self.loss.sharpen)
         if self.loss.distill:

@@ -7,7 +7,7 @@ import torch
 from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, StageRecord
 from lit_prune.metrics import Shift, SkillAccuracy
-from lit_prune.objective import Anneal, LossWeights, distillation, repair_loss, visual_share
+from lit_prune.objective import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
 
 # -- accuracy -------------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,12 @@ def test_repair_loss_is_the_mean_over_layers():
         s, t = student[layer].double().numpy(), teacher[layer].double().numpy()
         parts.append(((s.mean(0) - t.mean(0)) ** 2).mean() + 3 * ((s.var(0) - t.var(0)) ** 2).mean())
     assert loss.item() == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_budget_share_is_of_each_samples_own_tokens():
+    """A sample with fewer than the budget keeps all; one without an image doesn't count."""
+    assert budget_share(16, torch.tensor([144, 144, 144])) == 16 / 144
+    assert budget_share(16, torch.tensor([64, 0, 10])) == (16 / 64 + 1) / 2
 
 
 def test_visual_share_is_the_average_over_layers():

@@ -158,7 +158,7 @@ def _try(cell: Cell, vlm: VLM) -> None:
         cell.fail(error)
         try:  # a budget that the method can't meet is no failure
             dims = find(vlm.model).dims
-            cell.plugin.pruner.schedule(cell.keep, dims.visual, dims.depth)
+            cell.plugin.pruner.nominal_schedule(cell.keep, dims)
         except LitPruneError:
             cell.failed = False
 
