@@ -131,22 +131,30 @@ def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[T
     return values
 
 
-def pack(keep: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
+def pack(
+    keep: Bool[Tensor, "batch seq"], width: int | None = None
+) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Columns that stay, in order and packed to the right, and which of them are real.
 
     Samples that keep fewer columns than the fullest one get filler columns on the left, the layout of left padding.
+    `width`: how many the fullest one keeps, if that is known; else the device is asked.
     """
     counts = keep.sum(1)
-    width = int(counts.max())
+    width = int(counts.max()) if width is None else width
     columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
     real = torch.arange(width, device=keep.device) >= (width - counts)[:, None]
     return columns, real
 
 
-def compact(flags: Bool[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch found"], Bool[Tensor, "batch found"]]:
-    """Columns where `flags` is set, in order and packed to the left, and which of them are real."""
+def compact(
+    flags: Bool[Tensor, "batch seq"], width: int | None = None
+) -> tuple[Int[Tensor, "batch found"], Bool[Tensor, "batch found"]]:
+    """Columns where `flags` is set, in order and packed to the left, and which of them are real.
+
+    `width`: how many the fullest sample has, or more, if that is known; else the device is asked.
+    """
     counts = flags.sum(1)
-    width = int(counts.max())
+    width = int(counts.max()) if width is None else width
     columns = (~flags).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     real = torch.arange(width, device=flags.device) < counts[:, None]
     return columns, real

@@ -104,11 +104,11 @@ class DecoderHost:
 
     # -- the model and its decoder ------------------------------------------------------------------------------
 
-    def _counts(self, totals: list[int], device: torch.device) -> dict[int, Tensor]:
+    def _counts(self, totals: list[int]) -> dict[int, list[int]]:
         """Kept tokens per stage for samples with as many visual tokens as `totals` says."""
         nothing = dict.fromkeys(self.stages, 0)
         plans = {n: self.pruner.plan(self.keep, n, self.places.dims.depth) if n else nothing for n in set(totals)}
-        return {layer: torch.tensor([plans[n][layer] for n in totals], device=device) for layer in self.stages}
+        return {layer: [plans[n][layer] for n in totals] for layer in self.stages}
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
@@ -196,11 +196,11 @@ class DecoderHost:
             kwargs["attention_mask"] = forward.mask
         forward.tap = None
         if forward.counts and index + 1 in self.stages and self._reads_previous(self.stages.index(index + 1)):
-            rows, mask = selection.compact(self.runner.rows(forward, self.stages.index(index + 1)))
+            rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
         if index in forward.session.watch and forward.record is not None and bool(forward.visual.any()):
-            forward.tap = Tap(*selection.compact(forward.text), forward.valid)
+            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
         if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
         if forward.tap is not None or forward.key_bias is not None:
@@ -238,18 +238,23 @@ class DecoderHost:
             trace = forward.record.trace
             trace.repaired = gate.sum(1)
             trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
-        return self.repair(output, essence, gate, adapter)
+        return self.repair(output, essence, gate, adapter, forward.most_gate)
 
     def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
         state, cache = forward.cache_state, kwargs["past_key_values"]
         past = state.valid.get(index)
         state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
+        padded = forward.padded
+        if past is not None:
+            # A decoding step feeds one real token per sample; of more at once only the device knows.
+            padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
+        state.padded[index] = padded
         if forward.counts:
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
         if forward.restaged or past is not None:
-            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index)
+            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)
 
 
 def _refuse_chunks() -> None:

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask
 
 from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
+from lit_prune.host.lengths import on_device
 from lit_prune.host.places import Tower, query_key
 from lit_prune.host.state import Forward, StageRecord
 from lit_prune.host.vision import absent
@@ -51,9 +52,9 @@ class Stages:
         stage = self.layers.index(index)
         rope = forward.rope if forward.restaged else kwargs["position_embeddings"]
         normed = module.input_layernorm(hidden)
-        columns, real = selection.compact(forward.visual)
+        columns, real = selection.compact(forward.visual, forward.most_visual)
         asked = self.pruner.reads(stage)
-        rows, row_mask = selection.compact(self.rows(forward, stage))
+        rows, row_mask = self.rows(forward, stage)
         dead = None
         if stage == 0 and self.tower is not None:
             dead = forward.visual & absent(hidden, self.tower.newline)
@@ -70,7 +71,7 @@ class Stages:
             visual_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, columns),
             text_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, rows),
             attention=None if read.attention is None else read.attention.gather(1, columns),
-            count=forward.counts[index],
+            count=on_device(forward.counts[index], hidden.device),
             total=forward.total,
             seed=forward.seed,
             hints=_per_row(forward.session.hints, columns.shape[0]),
@@ -89,7 +90,8 @@ class Stages:
         if kept.states is not None:
             changed = torch.where(kept.keep[..., None], kept.states.to(hidden.dtype), context.states)
             hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
-        return self._apply(hidden, rope, columns, real, alive, kept, forward, dead)
+        exact = forward.counts[index] if self.pruner.exact and not forward.session.soft else None
+        return self._apply(hidden, rope, columns, real, alive, kept, forward, dead, exact)
 
     def _read(
         self,
@@ -152,6 +154,7 @@ class Stages:
         kept: Kept,
         forward: Forward,
         dead: Tensor | None,
+        exact: list[int] | None,
     ) -> Tensor:
         dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
         self._add_bias(columns, real, alive, kept, forward)
@@ -161,16 +164,16 @@ class Stages:
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
             dropped = dropped | dead
             forward.gone = forward.gone if forward.session.soft else None
-        if not bool(dropped.any()):
+        if not forward.shorten(dropped, exact):
             return hidden
-        packed, _ = forward.pack(dropped)
+        packed = forward.pack(dropped)
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
         forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
         forward.restaged = True
         forward.mask = None
         hidden = selection.gather_rows(hidden, packed)
         if forward.cache_state is None:
-            forward.mask = self.mask(hidden, forward.valid, None, 0)
+            forward.mask = self.mask(hidden, forward.valid, None, 0, forward.padded)
         return hidden
 
     def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor:
@@ -201,23 +204,29 @@ class Stages:
         bias = zeros.scatter_add(1, columns, bias * real)
         forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
 
-    def rows(self, forward: Forward, stage: int) -> Tensor:
-        """Columns whose attention the pruner asked for at a stage."""
+    def rows(self, forward: Forward, stage: int) -> tuple[Tensor, Tensor]:
+        """Columns whose attention the pruner asked for at a stage, and which of them are real."""
         asked = self.pruner.reads(stage)
         if asked is None or asked.rows == "question":
-            return forward.text
+            return selection.compact(forward.text, forward.most_text)
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
-        return forward.text & last
+        return selection.compact(forward.text & last, None if forward.most_text is None else min(1, forward.most_text))
 
-    def mask(self, hidden: Tensor, valid: Tensor, cache: Cache | None, index: int) -> Tensor | None:
-        """Attention mask of the layers from `index` on, sized by that layer's own cache; None where none is needed."""
+    def mask(
+        self, hidden: Tensor, valid: Tensor, cache: Cache | None, index: int, padded: bool | None
+    ) -> Tensor | None:
+        """Attention mask of the layers from `index` on, sized by that layer's own cache; None where none is needed.
+
+        `padded` says whether some columns are filler; None: nobody knows, so the device is asked.
+        """
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
-            attention_mask=valid,
+            attention_mask=None if padded is False else valid,
             past_key_values=cache,
             position_ids=None,
             layer_idx=index,
+            allow_is_causal_skip=not padded,
         )
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from lit_prune import selection
 from lit_prune.cost import StageTrace, Trace
 from lit_prune.host.attention import Tap
+from lit_prune.host.lengths import Lengths
 from lit_prune.host.places import INPUTS, Places
 from lit_prune.repair import Essence
 
@@ -82,6 +83,7 @@ class CacheState:
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
+    padded: dict[int, bool | None] = field(default_factory=dict)  # whether any isn't real, if known
     essence: dict[int, Essence] = field(default_factory=dict)
     pictured: Tensor | None = None
     seen: int = 0
@@ -114,7 +116,11 @@ class Forward:
     image: Tensor | None = None  # number of the image of each column, where some sample has several
     sizes: Tensor | None = None  # (batch, images) visual tokens of each image at the start
     record: Record | None = None
-    counts: dict[int, Tensor] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
+    counts: dict[int, list[int]] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
+    grid: int = 0  # visual tokens of the sample that has most, at the start
+    lengths: Lengths | None = None  # None: only the device knows
+    most_gate: int | None = None
+    most_text: int | None = None
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
@@ -128,7 +134,7 @@ class Forward:
 
     def on_grid(self, values: Tensor, columns: Tensor, real: Tensor, fill: float) -> Tensor:
         """Values of visual columns on the image's grid of N tokens, `fill` elsewhere."""
-        width = int(self.total.max())
+        width = self.grid
         place = self.ordinal.gather(1, columns).masked_fill(~real, width)
         grid = torch.full((values.shape[0], width + 1), fill, dtype=values.dtype, device=values.device)
         return grid.scatter(1, place, values)[:, :width]
@@ -144,9 +150,29 @@ class Forward:
         """Visual columns that no stage has pruned."""
         return self.visual & self.valid if self.gone is None else self.visual & self.valid & ~self.gone
 
-    def pack(self, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave out the `dropped` columns and all padding; returns the packing for the states."""
-        columns, real = selection.pack(self.valid & ~dropped)
+    @property
+    def most_visual(self) -> int | None:
+        """Visual columns of the sample that has most now, if known."""
+        return None if self.lengths is None else max(self.lengths.visual)
+
+    @property
+    def padded(self) -> bool | None:
+        """Whether there is padding or filler among the columns, if known."""
+        return None if self.lengths is None else min(self.lengths.valid) < self.columns.shape[1]
+
+    def shorten(self, dropped: Tensor, exact: list[int] | None) -> bool:
+        """Whether a stage drops anything; `exact` counts say it without a look at the device."""
+        if exact is None:
+            there = bool(dropped.any())
+            self.lengths = None if there else self.lengths
+            return there
+        if self.lengths is None:
+            return bool(dropped.any())
+        return self.lengths.drop(exact)
+
+    def pack(self, dropped: Tensor) -> Tensor:
+        """Leave out the `dropped` columns and all padding; returns the columns that stay, for the states."""
+        columns, real = selection.pack(self.valid & ~dropped, None if self.lengths is None else max(self.lengths.valid))
         for name in ("visual", "text", "gate"):
             setattr(self, name, getattr(self, name).gather(1, columns) & real)
         self.columns = self.columns.gather(1, columns)
@@ -157,7 +183,7 @@ class Forward:
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:
             self.embeds = selection.gather_rows(self.embeds, columns)
-        return columns, real
+        return columns
 
     def trace_layer(self) -> None:
         """Note the lengths at a layer's input."""
@@ -193,7 +219,10 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
     after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
     text = prompt & ~visual & after_image
     total = visual.sum(1)
-    totals, images = torch.stack([total, starts.sum(1)]).tolist() if pictured else ([], [0])
+    gate = _gate(valid, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
+    # The one look at the device: everything that later layers need to know of lengths, at once.
+    parts = (total, starts.sum(1), valid.sum(1), text.sum(1), gate.sum(1))
+    totals, images, lengths, texts, gates = torch.stack(parts).tolist() if pictured else ([], [0], [], [0], [0])
     record = session.record if session.record is not None and not session.record.begun else None
     if record is not None:
         record.begun, record.trace.total_visual = True, total
@@ -204,14 +233,19 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
         valid=valid,
         visual=visual,
         text=text,
-        gate=_gate(valid, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0)),
+        gate=gate,
         ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
         seed=_seed(ids, prompt & ~visual),
         total=total,
         pictured=total > 0,
         length=ids.shape[1],
-        counts=counts_for(totals, ids.device) if session.prune and any(totals) else {},
+        counts=counts_for(totals) if session.prune and any(totals) else {},
     )
+    if pictured:
+        forward.grid, forward.most_text, forward.most_gate = max(totals), max(texts), max(gates)
+        forward.lengths = Lengths(totals, lengths)
+    elif ids.shape[1] == 1:
+        forward.most_gate = 1
     if max(images) > 1:
         forward.image = (starts.long().cumsum(1) - 1).clamp(min=0)
         forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.image, visual.long())

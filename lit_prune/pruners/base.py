@@ -167,6 +167,11 @@ class Pruner(nn.Module):
         except LitPruneError:
             return None
 
+    @property
+    def exact(self) -> bool:
+        """Whether every stage keeps `context.count` tokens of each sample, or all where there are fewer."""
+        return type(self).prune is Pruner.prune
+
     def reads(self, stage: int) -> AttentionRows | None:
         """Attention rows that a stage, counted from 0, wants; by default the same for all."""
         return self.attention

@@ -117,6 +117,11 @@ class RCP(Pruner):
         self.tau, self.noise = 1.0, 0.0
         self.scorers = nn.ModuleList()
 
+    @property
+    def exact(self) -> bool:
+        """A threshold keeps as many as it likes."""
+        return self.select == "topk"
+
     def build(self, dims: Dims) -> None:
         """One scorer for each pruning layer, for the host's hidden size."""
         if not self.scorers:

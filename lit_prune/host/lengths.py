@@ -1,0 +1,34 @@
+"""Lengths of a forward as Python numbers, so that packing need not wait for the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Lengths:
+    """What is known of each sample without looking at the device.
+
+    Args:
+        visual: visual columns present now.
+        valid: real columns present now, text included.
+    """
+
+    visual: list[int]
+    valid: list[int]
+
+    def drop(self, counts: list[int]) -> bool:
+        """Keep at most `counts` visual columns of each sample; says whether any went."""
+        kept = [min(now, count) for now, count in zip(self.visual, counts, strict=True)]
+        gone = [now - left for now, left in zip(self.visual, kept, strict=True)]
+        self.visual = kept
+        self.valid = [length - less for length, less in zip(self.valid, gone, strict=True)]
+        return any(gone)
+
+
+def on_device(counts: list[int], device: torch.device) -> Tensor:
+    """Counts as a tensor; equal ones without a copy from the host, which would wait for the device."""
+    if len(set(counts)) == 1:
+        return torch.full((len(counts),), counts[0], device=device)
+    return torch.tensor(counts, device=device)
