@@ -87,7 +87,7 @@ def test_each_part_alone():
         part.build(dims)
     with counter() as counts:
         rcp.scorers[0](states, alive, text, torch.ones(1, words, dtype=torch.bool))
-    price_of = rcp.flops(torch.tensor([visual]), torch.tensor([words]), width)
+    price_of = rcp.flops(torch.tensor([visual]), torch.tensor([words]), width, torch.tensor([visual]))
     assert price_of.item() == pytest.approx(counts.get_total_flops(), rel=1e-3)
     with counter() as counts:
         essence = repair.essence(states, torch.arange(visual)[None], alive, torch.rand(1, visual).round())

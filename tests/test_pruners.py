@@ -47,6 +47,10 @@ def context(seed: int = 0, size: int = 3, tokens: int = VISUAL, **changes) -> Co
         total=torch.full((size,), tokens),
         seed=torch.tensor([11, 22, 33])[:size],
         hints=tiny.hints(size),
+        states=torch.randn(size, tokens, WIDTH),
+        visual_keys=torch.randn(size, tokens, 32),
+        text_keys=torch.randn(size, 5, 32),
+        row_attention=torch.rand(size, 5, tokens).softmax(-1),
     )
     return replace(made, **changes)
 
@@ -165,7 +169,7 @@ def test_layers_fit_any_depth(path):
 
 @EVERY
 def test_price_is_not_negative(path):
-    flops = built(path).flops(torch.tensor([VISUAL, 0]), torch.tensor([5, 3]), WIDTH)
+    flops = built(path).flops(torch.tensor([VISUAL, 0]), torch.tensor([5, 3]), WIDTH, torch.tensor([6, 0]))
     assert flops.dtype == torch.float64
     assert (flops >= 0).all()
 

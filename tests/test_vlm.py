@@ -209,7 +209,7 @@ def test_configuration_goes_through_the_parser(deep_folder, tmp_path, path):
 @EVERY
 def test_overlay_is_what_attach_makes(micro_folder, tmp_path, pruner):
     """Nothing of the file below it shines through."""
-    cli = parsed(micro_folder, [ROOT / "configs" / "micro.yaml", pruner], tmp_path, "--model.keep=24")
+    cli = parsed(micro_folder, [ROOT / "configs" / "micro.yaml", pruner], tmp_path, "--model.keep=48")
     attached = plugin_from_yaml(pruner)
     found = cli.model.plugin
     assert type(found.pruner) is type(attached.pruner)
@@ -217,7 +217,7 @@ def test_overlay_is_what_attach_makes(micro_folder, tmp_path, pruner):
     assert (found.repair is None) == (attached.repair is None)
     if found.repair is not None:
         assert found.repair.config() == attached.repair.config()
-    assert cli.model.host.keep == 24
+    assert cli.model.host.keep == 48
 
 
 def test_file_without_a_method(tmp_path):

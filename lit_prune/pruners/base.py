@@ -204,8 +204,11 @@ class Pruner(nn.Module):
         scores = self.score(context)
         return Kept(selection.top_k(scores, context.alive, context.count, context.images), scores=scores)
 
-    def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:
-        """FLOPs of scoring one stage (1 MAC = 2), beside the attention rows, which the host counts."""
+    def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
+        """FLOPs of deciding one stage (1 MAC = 2), beside the attention rows, which the host counts.
+
+        Per sample: `visual` tokens came, `kept` of them stay, `text` rows were looked at.
+        """
         return torch.zeros_like(visual, dtype=torch.float64)
 
     def config(self) -> dict[str, Any]:

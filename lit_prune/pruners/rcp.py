@@ -176,7 +176,7 @@ class RCP(Pruner):
             worst, best = images.spread(images.amin(worst)), images.spread(-images.amin(-best))
         return torch.where(best.isfinite() & worst.isfinite(), (worst + best) / 2, torch.zeros_like(worst))
 
-    def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:
+    def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """FLOPs of one scorer over V visual tokens: key and token projections, queries, MLP."""
         visual = visual.to(torch.float64)
         per_token = 2 * width * self.inner * 2 + 2 * self.queries * self.inner + 2 * self.queries

@@ -27,6 +27,6 @@ class TextSimilarity(Pruner):
         cosine = (visual @ words.transpose(1, 2)).masked_fill(~context.text_mask[:, None], -1.0)
         return cosine.amax(-1)
 
-    def flops(self, visual: Tensor, text: Tensor, width: int) -> Tensor:
+    def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """One product of all visual with all question tokens."""
         return 2.0 * visual.to(torch.float64) * text * width

@@ -1,0 +1,38 @@
+"""PyramidDrop: last-token attention, in stages of half the tokens each."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_prune.pruners.base import AttentionRows, Context, Pruner
+
+
+class PyramidDrop(Pruner):
+    """Attention from the last instruction token at the end of each segment of layers (arXiv 2410.17247, section 3).
+
+    The paper ranks behind layer l by the norm, queries and keys of the next layer: that is the own attention of the
+    layer whose input is cut. A decoder of 32 has four segments of eight layers, and each is left by half the tokens
+    that came [paper: lambda = 0.5]. The first segment sees all tokens, so the average can't go below a quarter of them:
+    budgets under it are refused, and need earlier `layers`. Counts keep to the ratios of `shape` and are scaled to the
+    budget [ours]; positions stay the original ones [ours, the paper counts anew].
+
+    Args:
+        layers: decoder layers at whose input tokens are dropped [paper: 8, 16, 24 of 32].
+        shape: counts of the stages relative to each other [paper: a half, a quarter, an eighth].
+        depth: see `Pruner`.
+    """
+
+    attention = AttentionRows("own", "last")
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (8, 16, 24),
+        shape: Sequence[float] | None = (0.5, 0.25, 0.125),
+        depth: int | None = None,
+    ) -> None:
+        super().__init__(layers, shape, depth)
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Head-mean attention of the last instruction token to each visual token."""
+        return context.attention
