@@ -41,6 +41,7 @@ FIELDS = {
     "ttft_speedup": float,
     "decode_speedup": float,
     "overhead": float | None,
+    "overhead_spread": float | None,
     "flops": float,
     "kv_bytes": int,
     "peak_memory_bytes": int | None,
@@ -127,6 +128,7 @@ def test_times_are_those_of_the_clock(tiny_model):
     assert (pruned["prefill_ms"], pruned["ttft_ms"], pruned["decode_ms_per_token"]) == (8_000, 9_000, 5_000)
     assert pruned["spread"] == (13 - 6) / 8
     assert pruned["overhead"] == 1 - 11 / 8, "the median of 1 - 7/4, 1 - 11/8 and 1 - 21/18"
+    assert pruned["overhead_spread"] == pytest.approx((7 / 4 - 21 / 18) / 2), "quartiles lie half-way to the ends"
     assert pruned["noisy"]
 
 
@@ -161,14 +163,15 @@ def test_cache_bytes_are_the_schedules_arithmetic(made):
         assert row["kv_bytes"] == row["batch"] * sum(lengths_of(schedule)) * 2 * 2 * 16 * 4
 
 
-def test_cut_model_runs_at_the_given_lengths(tiny_model):
+@pytest.mark.parametrize("schedule", [SCHEDULE, {0: 9}], ids=["three stages", "before the decoder"])
+def test_cut_model_runs_at_the_given_lengths(tiny_model, schedule):
     """Lengths in its cache, and the numbers of a shorter sequence: after layer 0 only the last columns count."""
-    prompt, lengths = random_prompt(VLM(tiny_model, None), 2, TEXT), lengths_of(SCHEDULE)
+    prompt, lengths = random_prompt(VLM(tiny_model, None), 2, TEXT), lengths_of(schedule)
     with torch.no_grad():
-        with cut_to(tiny_model, lengths):
+        with cut_to(tiny_model, lengths, VISUAL + TEXT):
             _, cache = prefill(tiny_model, prompt.features)
         whole, _ = prefill(tiny_model, prompt.features)
-        with cut_to(tiny_model, lengths_of({})):
+        with cut_to(tiny_model, lengths_of({}), VISUAL + TEXT):
             uncut, _ = prefill(tiny_model, prompt.features)
     assert [layer.keys.shape[2] for layer in cache.layers] == lengths
     assert torch.equal(whole, uncut)
@@ -184,6 +187,16 @@ def test_decoding_goes_on_from_the_cache(made):
         mask = torch.ones_like(prompt.pixels["input_ids"])  # else random ids are taken for padding
         whole = made.vlm.model.generate(**prompt.pixels, attention_mask=mask, max_new_tokens=5, do_sample=False)
     assert torch.equal(last[:, 0], whole[:, -1])
+
+
+def test_methods_of_the_tower_make_their_own_features(tiny_model):
+    """VisionZip drops patches inside the tower, so the features of the plain model would not do."""
+    plugin = plugin_from_yaml(ROOT / "configs" / "pruners" / "visionzip.yaml")
+    made = Benchmark(VLM(tiny_model, None), [Method("VisionZip", plugin, 9)], [2], TEXT, NEW, cpu_clock)
+    assert made.run(repeats=1, warmup=0)
+    row = made.rows()[1]
+    assert row["avg_visual_tokens"] == pytest.approx(9, abs=0.5)
+    assert row["flops_ratio"] > 1
 
 
 def test_prompts(tiny_model):

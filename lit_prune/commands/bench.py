@@ -182,14 +182,14 @@ def _write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json_format.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-PREFILL = ("batch", "method", "prefill ms", "± %", "speed-up", "FLOPs", "eff. %", "over. %", "n")
+PREFILL = ("batch", "method", "prefill ms", "± %", "speed-up", "FLOPs", "eff. %", "over. %", "±", "n")
 REQUEST = ("batch", "method", "TTFT ms", "gain", "ms/token", "gain", "tokens/s", "KV MB", "peak MB")
 
 
 def _prefill_cells(row: Row) -> list[str]:
     """A row under `PREFILL`."""
     gains = [_number(row[key], 1, 2) for key in ("speedup", "flops_ratio")]
-    shares = [_number(row[key], 100, 1) for key in ("efficiency", "overhead")]
+    shares = [_number(row[key], 100, 1) for key in ("efficiency", "overhead", "overhead_spread")]
     return [_time(row, "prefill_ms", "spread"), _number(row["spread"], 100, 1), *gains, *shares, str(row["n"])]
 
 

@@ -48,13 +48,13 @@ def row_attention(
     """Causal softmax attention of a few rows, averaged over heads: O(rows x seq), never seq x seq."""
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, dim)
-    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, -1).float() * scaling
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, -1).float().mul_(scaling)
     if key_bias is not None:
         logits = logits + key_bias[:, None, None].float()
     columns = torch.arange(key.shape[2], device=key.device)
     allowed = (columns <= rows[..., None]) & valid[:, None]
     # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.
-    return logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
+    return logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
 
 
 def row_mean(

@@ -9,8 +9,8 @@ from lit_prune.host import places
 
 
 @contextmanager
-def cut_to(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Prefill with `lengths[i]` columns at the input of decoder layer i, by a slice that keeps the last ones.
+def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None]:
+    """Prefill `full` columns with `lengths[i]` at the input of decoder layer i, by a slice that keeps the last ones.
 
     Nothing is scored, gathered, repaired or put back, so what a method takes longer than this is what it adds. For
     batches without padding and without a cache to continue; the outputs are those of a shorter sequence.
@@ -29,7 +29,7 @@ def cut_to(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     handles = [
         layer.register_forward_pre_hook(cut(length), with_kwargs=True)
         for layer, length in zip(layers, lengths, strict=True)
-        if length < lengths[0]
+        if length < full
     ]
     try:
         yield

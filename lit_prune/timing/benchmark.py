@@ -8,7 +8,7 @@ always runs in the wake of the same neighbour. Nothing is timed while plug-ins a
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -163,10 +163,11 @@ class Benchmark:
         """One turn of one method at one batch size."""
         if batch not in self.prompts:
             self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens)
-        model, prompt = self.vlm.model, self.prompts[batch]
+        model = self.vlm.model
         if (batch, method.name) not in self.ran:
-            self.ran[batch, method.name] = self._inspect(method, prompt)
+            self.ran[batch, method.name] = self._inspect(method, self.prompts[batch])
         with self._attached(method):
+            prompt = self._prompt(method, self.prompts[batch])
             times.prefill.append(self.clock(lambda: prefill(model, prompt.features))[0])
             _reset_peak(model.device)
             first, (token, cache) = self.clock(lambda: prefill(model, prompt.pixels))
@@ -176,8 +177,15 @@ class Benchmark:
         times.peak_bytes = _peak(model.device, times.peak_bytes)
         del cache
         if method.plugin is not None:
-            with cut_to(model, self.ran[batch, method.name].lengths):
-                times.cut.append(self.clock(lambda: prefill(model, prompt.features))[0])
+            features = self.prompts[batch].features
+            with cut_to(model, self.ran[batch, method.name].lengths, features["input_ids"].shape[1]):
+                times.cut.append(self.clock(lambda: prefill(model, features))[0])
+
+    def _prompt(self, method: Method, prompt: Prompt) -> Prompt:
+        """With features of the method's own making, where it prunes inside the vision tower."""
+        if method.plugin is None or not method.plugin.pruner.acts_in_tower:
+            return prompt
+        return replace(prompt, features=encode_images(self.vlm, prompt.pixels))
 
     @contextmanager
     def _attached(self, method: Method) -> Iterator[None]:
@@ -196,6 +204,7 @@ class Benchmark:
         """Run one prefill twice: recorded, and for the cache that it leaves."""
         record, model = Record(), self.vlm.model
         with self._attached(method):
+            prompt = self._prompt(method, prompt)
             host = self.vlm.host or DecoderHost(model, None, None, 0)
             with host.using(Session(record=record)):
                 prefill(model, prompt.features)
@@ -232,6 +241,7 @@ class Benchmark:
             gains["efficiency"] = gains["speedup"] / gains["flops_ratio"]
             gains["ttft_speedup"] = float(np.median(reference.first)) / first
             gains["decode_speedup"] = float(np.median(reference.decode)) / decode_s
+        overhead, overhead_spread = _overhead(times)
         spreads = {"spread": spread(times.prefill), "ttft_spread": spread(times.first)}
         spreads["decode_spread"] = spread(times.decode)
         return {
@@ -242,7 +252,8 @@ class Benchmark:
             "decode_ms_per_token": 1e3 * decode_s,
             "tokens_per_s": batch * self.new_tokens / (first + decode_s * (self.new_tokens - 1)),
             **gains,
-            "overhead": _overhead(times),
+            "overhead": overhead,
+            "overhead_spread": overhead_spread,
             "flops": ran.flops,
             "kv_bytes": ran.kv_bytes,
             "peak_memory_bytes": times.peak_bytes,
@@ -268,10 +279,13 @@ def decode(model: nn.Module, token: Tensor, cache: Any, steps: int) -> Tensor:
     return token
 
 
-def _overhead(times: Times) -> float | None:
-    """Share of a pruned prefill that the plain model, cut to its lengths, does without: the rounds' median."""
-    pairs = list(zip(times.prefill, times.cut, strict=False))
-    return float(np.median([1.0 - cut / pruned for pruned, cut in pairs])) if pairs else None
+def _overhead(times: Times) -> tuple[float | None, float | None]:
+    """Share of a pruned prefill that the plain model, cut to its lengths, does without: median, interquartile range."""
+    if not times.cut:
+        return None, None
+    shares = [1.0 - cut / pruned for pruned, cut in zip(times.prefill, times.cut, strict=False)]
+    low, middle, high = np.percentile(shares, [25, 50, 75])
+    return float(middle), float(high - low)
 
 
 def _widths(trace: Trace) -> list[int]:
