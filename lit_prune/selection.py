@@ -83,6 +83,25 @@ def top_k(
     return (rank(scores, alive, images) < limit) & alive
 
 
+def pick(
+    gains: Float[Tensor, "batch visual"],
+    open_to: Bool[Tensor, "batch visual"],
+    order: Int[Tensor, "batch visual"],
+    count: Int[Tensor, " batch"],
+) -> tuple[Int[Tensor, "batch 1"], Bool[Tensor, "batch 1"], Int[Tensor, "batch visual"]]:
+    """One step of a greedy method: the best token that is not picked yet; of equal ones the earlier.
+
+    `order` is the step at which each token was picked, -1 where it was not. Returns the column of the pick, whether
+    there was one (not where a sample has its `count` or nothing is left that is `open_to` be picked), and the order
+    with it.
+    """
+    steps = order.amax(1, keepdim=True) + 1
+    free = open_to & (order < 0)
+    best = gains.masked_fill(~free, float("-inf")).argmax(1, keepdim=True)
+    found = (steps < count[:, None]) & free.any(1, keepdim=True)
+    return best, found, order.scatter(1, best, torch.where(found, steps, order.gather(1, best)))
+
+
 def threshold(
     logits: Float[Tensor, "batch visual"],
     alive: Bool[Tensor, "batch visual"],

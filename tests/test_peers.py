@@ -1,6 +1,7 @@
 """Published methods against slow, literal re-statements of their formulas: plain loops in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Context
+from lit_prune.pruners.by_image import BY_TOKEN
+from lit_prune.pruners.cdpruner import CDPruner
+from lit_prune.pruners.divprune import DivPrune
 from lit_prune.pruners.pyramiddrop import PyramidDrop
+from lit_prune.selection import Images, share
 
 COUNTS = (9, 14, 5, 60)  # of 24, 19, 24 and 12 alive ones
 TOKENS, WORDS = 24, 6
@@ -89,3 +94,97 @@ def test_pyramiddrop_halves():
 def test_pyramiddrop_below_its_first_segment():
     with pytest.raises(LitPruneError, match=r"at least 144\.8"):
         PyramidDrop().schedule(144, 576, 32)
+
+
+# -- DivPrune -------------------------------------------------------------------------------------------------------
+
+
+def divprune_by_hand(seen: Context, row: int, count: int) -> list[int]:
+    """Picks in order."""
+    tokens, states = alive_of(seen, row), seen.visual_embeds[row]
+    distance = {(i, j): 1 - cosine(states[i], states[j]) for i in tokens for j in tokens}
+    picks = [max(tokens, key=lambda i: min(distance[i, j] for j in tokens if j != i))]
+    while len(picks) < min(count, len(tokens)):
+        rest = [i for i in tokens if i not in picks]
+        picks.append(max(rest, key=lambda i: min(distance[i, j] for j in picks)))
+    return picks
+
+
+def test_divprune_picks_what_its_formula_picks():
+    seen = context()
+    picks = [divprune_by_hand(seen, row, count) for row, count in enumerate(COUNTS)]
+    assert kept_by(DivPrune(), seen) == [set(tokens) for tokens in picks]
+    scores = DivPrune().score(seen)
+    for row, tokens in enumerate(picks):
+        assert scores[row].masked_fill(~seen.alive[row], -9).argsort(descending=True)[: len(tokens)].tolist() == tokens
+
+
+def test_divprune_starts_the_same_whatever_the_blocks(monkeypatch):
+    seen = context()
+    kept = kept_by(DivPrune(), seen)
+    monkeypatch.setattr("lit_prune.pruners.divprune.BLOCK", 5)
+    assert kept_by(DivPrune(), seen) == kept
+
+
+# -- CDPruner -------------------------------------------------------------------------------------------------------
+
+
+def cdpruner_by_hand(seen: Context, row: int, count: int) -> set[int]:
+    """The determinants themselves: each pick makes that of the kernel over the picks as large as it can be."""
+    tokens, states = alive_of(seen, row), seen.visual_embeds[row]
+    words = [seen.text_embeds[row, word] for word in words_of(seen, row)]
+    raw = {i: sum(cosine(states[i], word) for word in words) / len(words) for i in tokens}
+    low, high = min(raw.values()), max(raw.values())
+    relevance = {i: (raw[i] - low) / (high - low) for i in tokens}
+
+    def volume(chosen: list[int]) -> float:
+        kernel = [[relevance[i] * cosine(states[i], states[j]) * relevance[j] for j in chosen] for i in chosen]
+        return torch.tensor(kernel, dtype=torch.float64).det().item()
+
+    picks: list[int] = []
+    while len(picks) < min(count, len(tokens)):
+        picks.append(max((i for i in tokens if i not in picks), key=lambda i: volume([*picks, i])))
+    return set(picks)
+
+
+def test_cdpruner_picks_what_its_formula_picks():
+    seen = context()
+    assert kept_by(CDPruner(), seen) == [cdpruner_by_hand(seen, row, count) for row, count in enumerate(COUNTS)]
+
+
+def test_cdpruner_after_all_directions_are_taken_goes_by_relevance():
+    """Tokens in a plane: two picks span it, the rest of the count is by relevance."""
+    seen = context()
+    plane = seen.visual_embeds.clone()
+    plane[..., 2:] = 0
+    seen = replace(seen, visual_embeds=plane, count=torch.full((4,), 6))
+    pruner = CDPruner()
+    scores = pruner.score(seen)
+    unit = torch.nn.functional.normalize(plane.float(), dim=-1)
+    relevance = pruner._relevance(unit, seen).masked_fill(~seen.alive, -1)
+    for row, kept in enumerate(kept_by(pruner, seen)):
+        first = set(scores[row].argsort(descending=True)[:2].tolist())
+        rest = [i for i in relevance[row].argsort(descending=True).tolist() if i not in first][:4]
+        assert kept == first | set(rest)
+
+
+# -- several images -------------------------------------------------------------------------------------------------
+
+CHOOSERS = [DivPrune(), CDPruner()]
+
+
+@pytest.mark.parametrize("pruner", CHOOSERS, ids=lambda pruner: type(pruner).__name__)
+def test_images_decide_alone(pruner):
+    """Two images in one prompt keep what each would keep with its share of the count, states included."""
+    seen = context()
+    number = (torch.arange(TOKENS) >= 10).long().expand(4, -1)
+    together = replace(seen, images=Images(number, torch.tensor([[10, 14]] * 4)))
+    kept = pruner.prune(together)
+    shares = share(seen.count, together.images.sum(seen.alive.long()))
+    for image, part in enumerate((slice(0, 10), slice(10, TOKENS))):
+        cut = {name: getattr(seen, name)[:, part] for name in (*BY_TOKEN, "alive")}
+        rows = replace(seen, **cut, count=shares[:, image], row_attention=seen.row_attention[..., part])
+        alone = pruner.prune(rows)
+        assert torch.equal(kept.keep[:, part], alone.keep)
+        if alone.states is not None:
+            torch.testing.assert_close(kept.states[:, part][alone.keep], alone.states[alone.keep])

@@ -1,0 +1,84 @@
+"""Several images in one prompt, for methods whose choice of a token depends on the others: each image decides alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from lit_prune import selection
+from lit_prune.pruners.base import Context, Kept
+
+BY_TOKEN = ("visual", "ordinal", "visual_embeds", "attention", "states", "visual_keys")  # what has a visual axis second
+BY_SAMPLE = ("text", "text_mask", "text_embeds", "text_keys", "seed")
+
+
+def image_by_image(prune: Callable[..., Kept]) -> Callable[..., Kept]:
+    """Make a `prune` that knows nothing of images decide on each image of a sample by itself.
+
+    The images of a sample become rows of a larger batch, with the sample's text each and a share of its count in
+    proportion to their alive tokens, as in `selection.top_k`. Contexts without several images pass unchanged. Gates are
+    not carried, and hints are handed on as they are, by sample.
+    """
+
+    @wraps(prune)
+    def decide(self, context: Context) -> Kept:
+        if context.images is None:
+            return prune(self, context)
+        rows, columns, real = _rows(context)
+        kept = prune(self, rows)
+        batch = context.alive.shape[0]
+        columns, real = columns.reshape(batch, -1), real.reshape(batch, -1)
+
+        def back(values: Tensor, fill: float) -> Tensor:
+            flat = values.reshape(batch, -1).masked_fill(~real, fill)
+            full = torch.full(context.alive.shape, fill, dtype=flat.dtype, device=flat.device)
+            return full.scatter_reduce(1, columns, flat, "amax")
+
+        keep = back(kept.keep.float(), 0.0).bool()
+        scores = None if kept.scores is None else back(kept.scores, float("-inf"))
+        return Kept(keep, scores=scores, states=_states_back(kept, context, columns, real))
+
+    return decide
+
+
+def _rows(context: Context) -> tuple[Context, Tensor, Tensor]:
+    """One row for each image: its context, and the columns of its tokens in the sample, packed to the left."""
+    images = context.images
+    batch, number = images.sizes.shape
+    mine = images.number[:, None] == torch.arange(number, device=images.number.device)[:, None]
+    columns, real = selection.compact((mine & context.alive[:, None]).flatten(0, 1))
+    wanted = columns.reshape(batch, -1)
+
+    def split(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        found = values.gather(1, wanted) if values.ndim == 2 else selection.gather_rows(values, wanted)
+        return found.view(*columns.shape, *values.shape[2:])
+
+    def repeat(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat_interleave(number, 0)
+
+    each = context.row_attention
+    alone = replace(
+        context,
+        alive=real,
+        images=None,
+        count=selection.share(context.count, images.sum(context.alive.long())).flatten(),
+        total=images.sizes.flatten(),
+        row_attention=None if each is None else split(each.transpose(1, 2)).transpose(1, 2),
+        **{name: split(getattr(context, name)) for name in BY_TOKEN},
+        **{name: repeat(getattr(context, name)) for name in BY_SAMPLE},
+    )
+    return alone, columns, real
+
+
+def _states_back(kept: Kept, context: Context, columns: Tensor, real: Tensor) -> Tensor | None:
+    """New states at their columns; those of no image's tokens stay."""
+    if kept.states is None:
+        return None
+    batch, width, spare = columns.shape[0], kept.states.shape[-1], context.alive.shape[1]
+    full = torch.nn.functional.pad(context.states.to(kept.states.dtype), (0, 0, 0, 1))
+    index = columns.masked_fill(~real, spare)[..., None].expand(-1, -1, width)
+    return full.scatter(1, index, kept.states.reshape(batch, -1, width))[:, :spare]

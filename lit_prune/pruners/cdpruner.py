@@ -1,0 +1,78 @@
+"""CDPruner: tokens that are different from each other, given what is asked."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lit_prune import selection
+from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.pruners.by_image import image_by_image
+
+NOTHING = 1e-6  # what is left of a token's squared length when the picks span it, in fp32
+
+
+class CDPruner(Pruner):
+    """Conditional diversity: greedy MAP of a determinantal point process (CDPruner, arXiv 2506.10967, section 3).
+
+    Kernel r_i cos(i, j) r_j over the projected visual tokens; r is the relevance to the question, min-max per sample.
+    Each pick has the largest part that the picks so far don't span, by an incremental Cholesky factor: O(kept x visual)
+    memory, O(kept^2 x visual) time beside the cosines. Tokens of which nothing is left come last, by relevance [ours].
+
+    Relevance [ours]: mean cosine to the question's word embeddings, at the decoder's input. The paper asks CLIP's text
+    tower, which LLaVA doesn't carry. Several images of a prompt are pruned one by one, min-max too [ours]; the price
+    is then an upper bound.
+
+    Args:
+        layers: decoder layers at whose input tokens are dropped [paper: before the decoder, so 0].
+        shape, depth: see `Pruner`.
+    """
+
+    needs_embeds = True
+
+    def __init__(
+        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
+    ) -> None:
+        super().__init__(layers, shape, depth)
+
+    @image_by_image
+    def prune(self, context: Context) -> Kept:
+        """The `context.count` picks of each image."""
+        return super().prune(context)
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """The earlier a token was picked the higher, 1 for the last; of the rest the relevance, moved below 0."""
+        unit, alive = normalize(context.visual_embeds.detach().float(), dim=-1), context.alive
+        relevance = self._relevance(unit, context)
+        order = torch.full(alive.shape, -1, device=alive.device)
+        steps = min(int(context.count.max()), alive.shape[1])
+        factor = unit.new_zeros(*alive.shape, steps)  # of the kernel, one column for each pick
+        left = relevance.square()  # the kernel's diagonal less what the picks span
+        for step in range(steps):
+            best, found, order = selection.pick(left, alive & (left > NOTHING), order, context.count)
+            cosine = (unit @ selection.gather_rows(unit, best).transpose(1, 2)).squeeze(2)
+            spanned = factor[..., :step] @ selection.gather_rows(factor, best)[..., :step].transpose(1, 2)
+            kernel = relevance * cosine * relevance.gather(1, best)
+            column = (kernel - spanned.squeeze(2)) * left.gather(1, best).clamp(min=NOTHING).rsqrt()
+            factor[..., step] = torch.where(found, column, 0.0)
+            left = left - factor[..., step].square()
+        return torch.where(order >= 0, (context.count[:, None] - order).to(unit.dtype), relevance - 2.0)
+
+    @staticmethod
+    def _relevance(unit: Tensor, context: Context) -> Tensor:
+        """Mean cosine to the question's words, from 0 to 1 over the sample's alive tokens; 1 where all are equal."""
+        words = normalize(context.text_embeds.detach().float(), dim=-1) * context.text_mask[..., None]
+        mean = words.sum(1, keepdim=True) / context.text_mask.sum(1).clamp(min=1)[:, None, None]
+        cosine = (unit @ mean.transpose(1, 2)).squeeze(2)
+        low = cosine.masked_fill(~context.alive, float("inf")).amin(1, keepdim=True)
+        high = cosine.masked_fill(~context.alive, float("-inf")).amax(1, keepdim=True)
+        flat = ~(high > low)
+        scaled = (cosine - low) / torch.where(flat, 1.0, high - low)
+        return torch.where(flat | ~context.alive, 1.0, scaled)
+
+    def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
+        """Cosines to the mean word and to each pick, and the growing Cholesky factor."""
+        visual, kept = visual.to(torch.float64), kept.to(torch.float64)
+        return 2 * width * visual * (1 + kept) + visual * kept * (kept - 1)
