@@ -380,6 +380,21 @@ def test_images_without_a_word_between_them(attach, name, kept):
     assert [int(found[:half].sum()), int(found[half:].sum())] == (kept if name == "llava-1.5" else [6, 0])
 
 
+def test_an_image_with_its_class_token_is_one_image():
+    """Its length is read off the tower, not off `image_seq_length`, which such checkpoints leave as it is."""
+    config = FAMILIES["llava-1.5"].config()
+    config.vision_feature_select_strategy = "full"
+    model = FAMILIES["llava-1.5"].model(config).eval()
+    ids = torch.cat([torch.tensor([3, 4]), torch.full((2 * 37,), IMAGE), torch.tensor([5, 6, 7])])[None]
+    vlm = VLM(model, None).attach(Halves(), keep={2: 6})
+    try:
+        pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        _, record = forward(vlm, {"input_ids": ids, "pixel_values": pixels})
+    finally:
+        vlm.detach()
+    assert [int(half.sum()) for half in record.stages[0].kept[0].split(37)] == [3, 3]
+
+
 def test_contenders_of_a_soft_mask_are_those_of_each_image():
     """Twice as many tokens as each image keeps stay in the sequence."""
     family = FAMILIES["internvl"]

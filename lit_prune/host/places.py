@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.sizes import USUAL, TowerSize, tower_size
+from lit_prune.host.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.pruners.base import Dims
 
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
@@ -82,8 +82,9 @@ def find(model: nn.Module) -> Places:
             f"{type(model).__name__} is no vision-language model with a decoder and an image token; "
             f"load a *ForConditionalGeneration, such as LLaVA"
         )
-    text = model.config.get_text_config()
-    visual, fixed = visual_tokens(model.config), model.config.model_type in FIXED_GRID
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    fixed = model.config.model_type in FIXED_GRID and vision.model_type in TOWERS
+    visual = crop_load(model.config, 1).visual if fixed else nominal_tokens(model.config)
     return Places(
         decoder=decoder,
         layers=layers,
@@ -122,8 +123,8 @@ def tower(model: nn.Module) -> Tower:
     return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
 
-def visual_tokens(config) -> int:
-    """Visual tokens of one image; where images differ, of one tile, else of a usual image [ours]."""
+def nominal_tokens(config) -> int:
+    """Visual tokens that stand for an image's where images differ: those of one tile, else of a usual image [ours]."""
     if getattr(config, "image_seq_length", None):
         return config.image_seq_length
     vision = config.vision_config
