@@ -130,6 +130,19 @@ class VLM:
         self.host, self.plugin = None, None
         return self
 
+    def compile(self, **options: Any) -> "VLM":
+        """Compile each decoder layer for good; plug-ins may come and go, before and after.
+
+        Layers are compiled one by one, since hooks that are added to a model compiled as a whole are silently ignored.
+        With a fixed budget a layer meets two lengths, prefill and decoding; other prompts' lengths make it dynamic.
+
+        Args:
+            options: of `torch.compile` (`mode`, `backend`, `dynamic`, ...).
+        """
+        for layer in find(self.model).layers:
+            layer.forward = torch.compile(layer.forward, isolate_recompiles=True, **options)
+        return self
+
     def using(self, session: Session) -> AbstractContextManager[Session]:
         """Run the forwards inside under a `Session`: as the teacher, softly masked, recorded."""
         if self.host is None or not self.host.handles:

@@ -42,6 +42,11 @@ class DecoderHost:
 
     def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: Budget) -> None:
         self.places = places.find(model)
+        if any(part._compiled_call_impl for part in (model, self.places.decoder, *self.places.layers)):
+            raise LitPruneError(
+                "this model was compiled by its own compile(), which ignores hooks that come later, silently: load it "
+                "again and compile with VLM.compile() instead"
+            )
         hooks = self.places.decoder._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), DecoderHost) for hook in hooks):
             raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
