@@ -119,7 +119,7 @@ class StageTrace:
     """One pruning stage as it ran.
 
     `reads`: whose attention rows it used; those of its `own` layer were projected ahead, those of the `previous` one
-    were read where they are computed anyway.
+    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves.
     """
 
     layer: int
@@ -128,6 +128,7 @@ class StageTrace:
     sequence: Int[Tensor, " batch"]
     visual: Int[Tensor, " batch"]
     kept: Int[Tensor, " batch"]
+    keys: bool = False
 
 
 @dataclass
@@ -178,7 +179,8 @@ def plan(
             reads = None if pruner is None else pruner.reads(len(trace.stages))
             rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
             sizes = (_one(size) for size in (rows, now + text, now, kept))
-            trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes))
+            keys = getattr(pruner, "needs_keys", False)
+            trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes, keys))
             now = kept
         trace.queries.append(_one(now + text))
         trace.keys.append(_one(now + text))
@@ -226,13 +228,14 @@ def projector(size: ModelSize, rows: Tensor) -> Tensor:
 
 
 def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
-    """FLOPs of reading a stage's attention rows; own rows also pay the layer's key and query projections."""
+    """FLOPs of reading a stage's attention rows and keys; own rows pay the layer's key and query projections too."""
     rows, sequence = stage.rows.double(), stage.sequence.double()
-    if stage.reads is None:
-        return torch.zeros_like(rows)
-    cost = 2 * rows * sequence * size.heads * size.head_dim
+    key_projection = 2 * size.width * size.head_dim * sequence * size.key_heads
+    cost = key_projection if stage.keys else torch.zeros_like(rows)
+    if stage.reads is not None:
+        cost = cost + 2 * rows * sequence * size.heads * size.head_dim
     if stage.reads == "own":
-        cost = cost + 2 * size.width * size.head_dim * (sequence * size.key_heads + rows * size.heads)
+        cost = cost + key_projection + 2 * size.width * size.head_dim * rows * size.heads
     return cost
 
 

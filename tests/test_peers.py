@@ -10,9 +10,10 @@ from tiny import VISUAL, WIDTH, batch, forward, samples
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
-from lit_prune.pruners.base import Context
+from lit_prune.pruners.base import Context, Kept
 from lit_prune.pruners.by_image import BY_TOKEN
 from lit_prune.pruners.cdpruner import CDPruner
+from lit_prune.pruners.dart import DART
 from lit_prune.pruners.divprune import DivPrune
 from lit_prune.pruners.pyramiddrop import PyramidDrop
 from lit_prune.selection import Images, share
@@ -168,9 +169,58 @@ def test_cdpruner_after_all_directions_are_taken_goes_by_relevance():
         assert kept == first | set(rest)
 
 
+# -- DART -----------------------------------------------------------------------------------------------------------
+
+
+def dart_by_hand(seen: Context, row: int, count: int) -> set[int]:
+    def by_norm(tokens: list[int], keys: Tensor) -> list[int]:
+        return sorted(tokens, key=lambda i: -sum(abs(x) for x in keys[i].tolist()))
+
+    tokens, count = alive_of(seen, row), min(count, len(alive_of(seen, row)))
+    visual = by_norm(tokens, seen.visual_keys[row])[: min(4, count)]
+    words = by_norm(words_of(seen, row), seen.text_keys[row])[:4]
+    pivots = [seen.visual[row, i] for i in visual] + [seen.text[row, i] for i in words]
+    kept = set(visual)
+    parts, left_over = divmod(count - len(visual), len(pivots))
+    for index, pivot in enumerate(pivots):
+        rest = sorted((i for i in tokens if i not in kept), key=lambda i: cosine(seen.visual[row, i], pivot))
+        kept |= set(rest[: parts + (index < left_over)])
+    return kept
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (3, 4, 21, 1)])
+def test_dart_keeps_what_its_formula_keeps(counts):
+    seen = context(count=torch.tensor(counts))
+    assert kept_by(DART(), seen) == [dart_by_hand(seen, row, count) for row, count in enumerate(counts)]
+
+
+def test_dart_reads_its_own_layers_keys(tiny_model):
+    """Before their rotation, heads side by side, of visual and question tokens: what the layer's projection gives."""
+    seen: list[Context] = []
+
+    class Spy(DART):
+        def prune(self, context: Context) -> Kept:
+            seen.append(context)
+            return Kept(context.alive)
+
+    inputs, projected = batch(samples()), []
+    projection = tiny_model.model.language_model.layers[3].self_attn.k_proj
+    handle = projection.register_forward_hook(lambda module, args, output: projected.append(output))
+    vlm = tiny.attach(tiny_model, Spy([3]), keep=20, shaken=False)
+    forward(vlm, inputs, repair=False)
+    vlm.detach()
+    handle.remove()
+    keys = projected[-1]  # the layer itself; nothing was dropped before it
+    for row, ids in enumerate(inputs["input_ids"]):
+        image = ids == tiny.IMAGE
+        assert tiny.gap(seen[0].visual_keys[row], keys[row, image]) < 1e-5
+        question = keys[row, image.nonzero()[-1, 0] + 1 :]
+        assert tiny.gap(seen[0].text_keys[row][seen[0].text_mask[row]], question) < 1e-5
+
+
 # -- several images -------------------------------------------------------------------------------------------------
 
-CHOOSERS = [DivPrune(), CDPruner()]
+CHOOSERS = [DivPrune(), CDPruner(), DART()]
 
 
 @pytest.mark.parametrize("pruner", CHOOSERS, ids=lambda pruner: type(pruner).__name__)

@@ -144,6 +144,15 @@ def _windowed(text) -> tuple[int, ...]:
     return tuple(layer for layer, kind in enumerate(kinds) if kind != "full_attention")
 
 
+@torch.no_grad()
+def plain_keys(layer: nn.Module, states: Tensor) -> Tensor:
+    """The layer's own keys of normed `states` (batch, seq, width), before their rotation: (batch, seq, inner)."""
+    attention = layer.self_attn
+    keys = attention.k_proj(states)
+    norm = getattr(attention, "k_norm", None)
+    return keys if norm is None else norm(keys.view(*keys.shape[:2], -1, attention.head_dim)).flatten(2)
+
+
 def query_key(
     layer: nn.Module, queries: Tensor, keys: Tensor, query_rope: tuple[Tensor, Tensor], key_rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:

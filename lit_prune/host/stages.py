@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.lengths import on_device
-from lit_prune.host.places import Tower, query_key
+from lit_prune.host.places import Tower, plain_keys, query_key
 from lit_prune.host.state import Forward, StageRecord
 from lit_prune.host.vision import absent
 from lit_prune.pruners.base import Context, Kept, Pruner
@@ -84,7 +84,8 @@ class Stages:
             else read.each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
         )
         kept = self.pruner.prune(context)
-        forward.trace_stage(index, None if asked is None else asked.layer, row_mask.sum(1), kept.keep.sum(1))
+        reads = None if asked is None else asked.layer
+        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1), self.pruner.needs_keys)
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
         if kept.states is not None:
@@ -105,17 +106,15 @@ class Stages:
     ) -> "Read":
         """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
         asked = self.pruner.reads(stage)
-        if asked is not None and asked.layer == "previous":
-            return Read(forward.tap.scores)
-        if asked is None and not self.pruner.needs_keys:
-            return Read()
+        keys = plain_keys(module, normed) if self.pruner.needs_keys else None
+        if asked is None:
+            return Read(keys=keys)
+        if asked.layer == "previous":
+            return Read(forward.tap.scores, keys=keys)
         with torch.no_grad():
             cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
             row_rope = (selection.gather_rows(cos, rows), selection.gather_rows(sin, rows))
             query, key = query_key(module, selection.gather_rows(normed, rows), normed, row_rope, (cos, sin))
-            keys = key.transpose(1, 2).flatten(2) if self.pruner.needs_keys else None
-            if asked is None:
-                return Read(keys=keys)
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
             scaling = module.self_attn.scaling
             each = row_attention(query, key, rows, forward.valid, scaling, forward.key_bias)

@@ -193,10 +193,10 @@ class Forward:
             self.record.trace.keys.append(present)
             self.record.trace.visual.append(self.alive.sum(1))
 
-    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor) -> None:
+    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool) -> None:
         """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
         if self.record is not None:
-            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept)
+            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys)
             self.record.trace.stages.append(stage)
 
     def _present(self) -> Tensor:

@@ -53,8 +53,8 @@ class Context:
     the token's place among the sample's `total` visual tokens, 0 to total-1; `images` tells several images of one
     sample apart and is None where no sample of the batch has several. `visual` and `text` are inputs of the stage's
     layer after its input norm, `states` those before it, `embeds` the inputs of the decoder itself, `keys` the layer's
-    keys, heads side by side. What a pruner has not asked for is None. `hints` carries what only the caller can know,
-    such as the asked regions.
+    keys before their rotation (which depends on where padding put the sample), heads side by side. What a pruner has
+    not asked for is None. `hints` carries what only the caller can know, such as the asked regions.
     """
 
     stage: int
