@@ -10,12 +10,14 @@ from tiny import VISUAL, WIDTH, batch, forward, samples
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
+from lit_prune.merging import density_peaks
 from lit_prune.pruners.base import Context, Kept
 from lit_prune.pruners.by_image import BY_TOKEN
 from lit_prune.pruners.cdpruner import CDPruner
 from lit_prune.pruners.dart import DART
 from lit_prune.pruners.divprune import DivPrune
 from lit_prune.pruners.pyramiddrop import PyramidDrop
+from lit_prune.pruners.sparsevlm import SparseVLM
 from lit_prune.selection import Images, share
 
 COUNTS = (9, 14, 5, 60)  # of 24, 19, 24 and 12 alive ones
@@ -218,9 +220,121 @@ def test_dart_reads_its_own_layers_keys(tiny_model):
         assert tiny.gap(seen[0].text_keys[row][seen[0].text_mask[row]], question) < 1e-5
 
 
+# -- SparseVLM ------------------------------------------------------------------------------------------------------
+
+
+def sparsevlm_score_by_hand(seen: Context, row: int) -> dict[int, float]:
+    tokens, words = alive_of(seen, row), words_of(seen, row)
+    similarity = dict.fromkeys(words, 0.0)
+    for i in tokens:
+        products = {j: (seen.visual_embeds[row, i] * seen.text_embeds[row, j]).sum().item() for j in words}
+        total = sum(math.exp(p - max(products.values())) for p in products.values())
+        for j in words:
+            similarity[j] += math.exp(products[j] - max(products.values())) / total / len(tokens)
+    mean = sum(similarity.values()) / len(words)
+    raters = [j for j in words if similarity[j] >= mean - 1e-12]
+    return {i: sum(seen.row_attention[row, j, i].item() for j in raters) / len(raters) for i in tokens}
+
+
+def density_peaks_by_hand(states: dict[int, Tensor], clusters: int, neighbours: int = 5) -> dict[int, list[int]]:
+    """{centre: its members}, by the exponentials and products of the formula."""
+    tokens = list(states)
+    squared = {(i, j): sum(x * x for x in (states[i] - states[j]).tolist()) for i in tokens for j in tokens}
+    unit = math.sqrt(sum(squared.values()) / len(squared)) or 1.0
+    distance = {pair: math.sqrt(value) / unit for pair, value in squared.items()}
+    rho, delta = {}, {}
+    for i in tokens:
+        nearest = sorted(distance[i, j] for j in tokens if j != i)[:neighbours]
+        rho[i] = math.exp(-sum(d * d for d in nearest) / max(1, len(nearest)))
+    for i in tokens:
+        denser = [distance[i, j] for j in tokens if rho[j] > rho[i] or (rho[j] == rho[i] and j < i)]
+        delta[i] = min(denser) if denser else max(distance[i, j] for j in tokens)
+    centres = sorted(tokens, key=lambda i: -rho[i] * delta[i])[:clusters]
+    members: dict[int, list[int]] = {centre: [] for centre in centres}
+    for i in tokens:
+        members[i if i in centres else min(centres, key=lambda c: distance[i, c])].append(i)
+    return members
+
+
+def sparsevlm_by_hand(seen: Context, row: int, count: int) -> dict[int, Tensor]:
+    """{kept token: its state}."""
+    score = sparsevlm_score_by_hand(seen, row)
+    order = sorted(score, key=lambda i: -score[i])
+    candidates = int(0.3 * max(0, len(order) - count) + 1e-9)
+    clusters = min(candidates // 3 + 1, candidates, count // 2)
+    best, rest = order[: count - clusters], order[count - clusters :]
+    kept = {i: seen.states[row, i] for i in best}
+    if clusters:
+        members = density_peaks_by_hand({i: seen.states[row, i] for i in sorted(rest[:candidates])}, clusters)
+        kept |= {c: sum(seen.states[row, i] for i in group) / len(group) for c, group in members.items()}
+    return kept
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (2, 6, 1, 3)])
+def test_sparsevlm_keeps_and_recycles_what_its_formula_says(counts):
+    """Three tokens a cluster, so that there are several."""
+    seen = context(count=torch.tensor(counts))
+    kept = SparseVLM(per_cluster=3).prune(seen)
+    scores = SparseVLM().score(seen)
+    recycled = 0
+    for row, count in enumerate(counts):
+        by_hand = sparsevlm_by_hand(seen, row, count)
+        assert set(kept.keep[row].nonzero()[:, 0].tolist()) == set(by_hand)
+        for token, state in by_hand.items():
+            assert tiny.gap(kept.states[row, token], state) < 1e-5
+            recycled += tiny.gap(kept.states[row, token], seen.states[row, token]) > 0.1
+        for token, score in sparsevlm_score_by_hand(seen, row).items():
+            assert scores[row, token].item() == pytest.approx(score, abs=1e-6)
+    assert recycled >= 2
+
+
+def test_density_peaks_of_many_tokens():
+    """Four clouds, their middles far apart, and filler; the same where states are as long as micro's."""
+    generator = torch.Generator().manual_seed(0)
+    clouds = torch.arange(24) % 4
+    middles = torch.randn(4, 16, generator=generator, dtype=torch.float64)
+    features = middles[clouds] + 0.1 * torch.randn(2, 24, 16, generator=generator, dtype=torch.float64)
+    real = torch.arange(24) < torch.tensor([24, 17])[:, None]
+    centres, centre = density_peaks(features, real, torch.tensor([4, 3]), 5)
+    for row, clusters in enumerate((4, 3)):
+        tokens = real[row].nonzero()[:, 0].tolist()
+        by_hand = density_peaks_by_hand({i: features[row, i] for i in tokens}, clusters)
+        assert set(centres[row].nonzero()[:, 0].tolist()) == set(by_hand)
+        assert all(centre[row, i] == c for c, group in by_hand.items() for i in group)
+    assert sorted(clouds[centres[0]].tolist()) == [0, 1, 2, 3]
+    assert torch.equal(density_peaks(1e3 * features, real, torch.tensor([4, 3]), 5)[0], centres)
+
+
+def test_sparsevlm_puts_means_into_the_sequence(tiny_model):
+    """The layer gets the means at their centres' columns, rotated as those were; the kept ones are untouched."""
+    decisions: list[tuple[Context, Kept]] = []
+
+    class Spy(SparseVLM):
+        def prune(self, context: Context) -> Kept:
+            decisions.append((context, super().prune(context)))
+            return decisions[-1][1]
+
+    inputs, entered = batch(samples((50,))), []
+    vlm = tiny.attach(tiny_model, Spy([2], [1.0], per_cluster=2), keep=17, shaken=False)
+    layer = tiny_model.model.language_model.layers[2]
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append((args[0], kwargs["position_embeddings"])), with_kwargs=True
+    )
+    forward(vlm, inputs, repair=False)
+    handle.remove()
+    vlm.detach()
+    (seen, kept), (hidden, rope) = decisions[0], entered[0]
+    tokens = kept.keep[0].nonzero()[:, 0]
+    assert torch.equal(hidden[0, 2 : 2 + len(tokens)], kept.states[0, tokens])
+    assert (kept.states[0, tokens] != seen.states[0, tokens]).any(1).sum() >= 2
+    with torch.no_grad():
+        full = tiny_model.model.language_model.rotary_emb(hidden, torch.arange(50)[None])
+    assert torch.equal(rope[0][0, 2 : 2 + len(tokens)], full[0][0, tokens + 2])
+
+
 # -- several images -------------------------------------------------------------------------------------------------
 
-CHOOSERS = [DivPrune(), CDPruner(), DART()]
+CHOOSERS = [DivPrune(), CDPruner(), DART(), SparseVLM(per_cluster=2)]
 
 
 @pytest.mark.parametrize("pruner", CHOOSERS, ids=lambda pruner: type(pruner).__name__)

@@ -1,0 +1,99 @@
+"""SparseVLM: what the telling words look at, and means of the best of the rest."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lit_prune import merging, selection
+from lit_prune.pruners.base import AttentionRows, Context, Kept, Pruner
+from lit_prune.pruners.by_image import image_by_image
+
+
+class SparseVLM(Pruner):
+    """Text-guided sparsification with recycling (SparseVLM, arXiv 2410.04417, section 3).
+
+    Raters are the question's tokens whose similarity to the image is at or above the mean: the softmax over the words
+    of visual x word embeddings at the decoder's input, averaged over visual tokens. A token's score is the attention
+    of the raters to it, averaged over heads and raters. Of the tokens dropped, the best ones are clustered by density
+    peaks and come back as the clusters' means.
+
+    Ours: attention is the pruning layer's own, read before it runs, and tokens leave at its input. Raters are chosen
+    anew among the visual tokens still there. Counts are fixed by the budget instead of the attention's rank, and
+    recycled tokens count within it, at most half of it; the paper adds them to its counts. A mean is over the residual
+    stream, unweighted, and takes the place (column, position) of its cluster's centre. Several images of a prompt are
+    pruned one by one; the price is then approximate.
+
+    Args:
+        layers: decoder layers at whose input tokens are dropped [paper: 2, 6, 15 of 32].
+        shape: relative counts of the stages [paper: 66, 30, 17 for 64 tokens; 303, 110, 36 for 128; 300, 200, 110 for
+            192].
+        depth: see `Pruner`.
+        recycled: share of the tokens over the budget that are clustered, the best ones [paper: 0.3].
+        per_cluster: one cluster for so many of them, and one more [paper: 10]. 0: no recycling, for the ablation.
+        neighbours: nearest neighbours in the density [ours: 5].
+    """
+
+    attention = AttentionRows("own", "question", each=True)
+    needs_embeds = True
+    needs_states = True
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (2, 6, 15),
+        shape: Sequence[float] | None = (66.0, 30.0, 17.0),
+        depth: int | None = None,
+        recycled: float = 0.3,
+        per_cluster: int = 10,
+        neighbours: int = 5,
+    ) -> None:
+        super().__init__(layers, shape, depth)
+        self.recycled, self.per_cluster, self.neighbours = recycled, per_cluster, neighbours
+
+    def score(self, context: Context) -> Float[Tensor, "batch visual"]:
+        """Attention averaged over heads and raters."""
+        weight = self._raters(context).to(context.row_attention.dtype)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
+        return (weight[:, None] @ context.row_attention).squeeze(1)
+
+    @staticmethod
+    def _raters(context: Context) -> Bool[Tensor, "batch text"]:
+        """Words that the visual tokens are on average at least as similar to as to the mean word; all if none is."""
+        products = context.visual_embeds.detach().float() @ context.text_embeds.detach().float().transpose(1, 2)
+        words = context.text_mask
+        shares = products.masked_fill(~words[:, None], torch.finfo(products.dtype).min).softmax(2)
+        visual = context.alive[..., None]
+        similarity = (shares * visual).sum(1) / visual.sum(1).clamp(min=1)
+        raters = words & (similarity >= 1 / words.sum(1, keepdim=True).clamp(min=1))  # shares sum to one: their mean
+        return torch.where(raters.any(1, keepdim=True), raters, words)
+
+    @image_by_image
+    def prune(self, context: Context) -> Kept:
+        """The best tokens, and cluster centres that carry the means of what is recycled."""
+        scores = self.score(context)
+        candidates, clusters = self._counts(context.alive.sum(1), context.count)
+        best = selection.top_k(scores, context.alive, context.count - clusters)
+        columns, real = selection.compact(selection.top_k(scores, context.alive & ~best, candidates))
+        if not columns.shape[1]:
+            return Kept(best, scores=scores)
+        states = selection.gather_rows(context.states, columns)
+        centres, centre = merging.density_peaks(states.detach(), real, clusters, self.neighbours)
+        means = merging.group_means(states, centre, real.float())
+        changed = torch.where(centres[..., None], means, states.float())
+        states = context.states.float().scatter(1, columns[..., None].expand_as(changed), changed)
+        return Kept(best | torch.zeros_like(best).scatter(1, columns, centres), scores=scores, states=states)
+
+    def _counts(self, visual: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens are clustered, and into how many, where `kept` of `visual` stay."""
+        if not self.per_cluster:
+            return torch.zeros_like(visual), torch.zeros_like(visual)
+        candidates = ((visual - kept).clamp(min=0) * self.recycled + 1e-6).long()
+        clusters = torch.minimum(candidates // self.per_cluster + 1, torch.minimum(candidates, kept // 2))
+        return candidates, clusters
+
+    def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
+        """Visual by word embeddings, the mean over raters, distances between what is clustered."""
+        candidates = self._counts(visual, kept)[0].to(torch.float64)
+        visual = visual.to(torch.float64)
+        return 2 * width * (visual * text + candidates.square()) + 2 * visual * text
