@@ -261,7 +261,9 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     if vision is not None and vision.scored is not None:
         parts["scoring"] = parts["scoring"] + 2 * vision.scored * size.vision_width**2
     if pruner is not None:
-        parts["pruner"] = sum((pruner.flops(s.visual, s.rows, size.width, s.kept) for s in trace.stages), zero)
+        stages = enumerate(trace.stages)
+        costs = (pruner.stage_flops(i, s.visual, s.rows, size.width, s.kept) for i, s in stages)
+        parts["pruner"] = sum(costs, zero)
     if repair is not None and trace.repaired is not None:
         for index in trace.repair_stages:
             parts["repair"] = parts["repair"] + repair.context_flops(trace.stages[index].visual, visual, size.width)

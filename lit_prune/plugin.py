@@ -20,7 +20,7 @@ from torch import nn
 from lit_prune import __version__
 from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
-from lit_prune.pruners.base import Dims, Pruner
+from lit_prune.pruners.base import Dims, Pruner, spec
 from lit_prune.repair import RepairAdapter
 
 SETTINGS, WEIGHTS = "plugin.json", "plugin.safetensors"
@@ -80,8 +80,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             "dims": None if self.dims is None else vars(self.dims),
             "keep": self.keep,
             "schedule": schedule,
-            "pruner": _spec(self.pruner),
-            "repair": None if self.repair is None else _spec(self.repair),
+            "pruner": spec(self.pruner),
+            "repair": None if self.repair is None else spec(self.repair),
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -138,11 +138,6 @@ def _same(a: list[float], b: list[float]) -> bool:
     return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2 * max(map(abs, a)))
 
 
-def _spec(module: Pruner | RepairAdapter) -> dict[str, Any]:
-    kind = type(module)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": module.config()}
-
-
 def _build(spec: dict[str, Any], kind: type, folder: Path) -> Any:
     """A pruner or adapter from its class path; never imports a module outside this project."""
     module, _, name = spec["class_path"].rpartition(".")
@@ -157,7 +152,8 @@ def _build(spec: dict[str, Any], kind: type, folder: Path) -> Any:
             f"{folder / SETTINGS} names {spec['class_path']}, which is no {kind.__name__} that is imported here; "
             f"import its module first, if you trust it"
         )
-    return found(**spec["init_args"])
+    parts = {name: a for name, a in spec["init_args"].items() if isinstance(a, dict) and "class_path" in a}
+    return found(**spec["init_args"] | {name: _build(part, Pruner, folder) for name, part in parts.items()})
 
 
 def _budget(keep: Any) -> Budget | None:

@@ -179,14 +179,14 @@ class PruneModule(LightningModule):
         done = self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
         step = f"{self.seed}/{self.trainer.current_epoch}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}"
         torch.manual_seed(zlib.crc32(step.encode()))
-        self.plugin.pruner.tau, self.plugin.pruner.noise = self.anneal.tau(done), self.anneal.noise_scale(done)
+        self.plugin.pruner.anneal(self.anneal.tau(done), self.anneal.noise_scale(done))
         return done
 
     def _losses(self, output, target, batch, student: Record, teacher: Record, done: float) -> dict[str, Tensor]:
         losses = {"task": output.loss}
         if self.host.feeds:
             losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
-        if getattr(self.plugin.pruner, "select", "topk") == "threshold":
+        if self.plugin.pruner.free:
             share = visual_share(student, self.plugin.dims.depth)
             final = budget_share(self.keep, student.trace.total_visual)
             losses["budget"] = (share - self.anneal.target(final, done)).abs()
@@ -206,7 +206,7 @@ class PruneModule(LightningModule):
     def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
         depth, visual = self.plugin.dims.depth, self.plugin.dims.visual
         values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
-        values["tau"] = self.plugin.pruner.tau
+        values["tau"] = self.anneal.tau(done)
         values["budget/target"] = self.anneal.target(self.keep / visual, done) * visual
         values["budget/actual"] = student.trace.average_visual().mean()
         values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}

@@ -91,7 +91,7 @@ class Stages:
         if kept.states is not None:
             changed = torch.where(kept.keep[..., None], kept.states.to(hidden.dtype), context.states)
             hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
-        exact = forward.counts[index] if self.pruner.exact and not forward.session.soft else None
+        exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
         return self._apply(hidden, rope, columns, real, alive, kept, forward, dead, exact)
 
     def _read(

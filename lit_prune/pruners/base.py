@@ -168,9 +168,16 @@ class Pruner(nn.Module):
             return None
 
     @property
-    def exact(self) -> bool:
-        """Whether every stage keeps `context.count` tokens of each sample, or all where there are fewer."""
+    def free(self) -> bool:
+        """Whether the method keeps as many as it likes, so that only a budget loss can hold it to its budget."""
+        return False
+
+    def exact(self, stage: int) -> bool:
+        """Whether a stage keeps `context.count` tokens of each sample, or all where there are fewer."""
         return type(self).prune is Pruner.prune
+
+    def anneal(self, tau: float, noise: float) -> None:
+        """Temperature and noise of the training gates, set between steps; nothing for methods that don't train."""
 
     def reads(self, stage: int) -> AttentionRows | None:
         """Attention rows that a stage, counted from 0, wants; by default the same for all."""
@@ -210,6 +217,10 @@ class Pruner(nn.Module):
         Per sample: `visual` tokens came, `kept` of them stay, `text` rows were looked at.
         """
         return torch.zeros_like(visual, dtype=torch.float64)
+
+    def stage_flops(self, stage: int, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
+        """`flops` of one stage, for methods whose stages differ."""
+        return self.flops(visual, text, width, kept)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as they would stand in a YAML file."""
@@ -273,4 +284,11 @@ def init_args(module: nn.Module) -> dict[str, Any]:
             f"{type(module).__name__} can't be saved: it keeps no attribute for its argument(s) {', '.join(missing)}; "
             f"store each constructor argument under its own name"
         )
-    return {name: getattr(module, name) for name in names}
+    values = {name: getattr(module, name) for name in names}
+    return {name: spec(value) if isinstance(value, Pruner) else value for name, value in values.items()}
+
+
+def spec(module: nn.Module) -> dict[str, Any]:
+    """A plug-in as a configuration names it: its class and its arguments."""
+    kind = type(module)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": module.config()}

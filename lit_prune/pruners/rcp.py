@@ -113,14 +113,22 @@ class RCP(Pruner):
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
         self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
         self.attention_score = attention_score
-        # Set by the trainer between steps, never in forward: temperature and noise of the straight-through gate.
+        # Set by `anneal` between steps, never in forward.
         self.tau, self.noise = 1.0, 0.0
         self.scorers = nn.ModuleList()
 
     @property
-    def exact(self) -> bool:
+    def free(self) -> bool:
         """A threshold keeps as many as it likes."""
-        return self.select == "topk"
+        return self.select == "threshold"
+
+    def exact(self, stage: int) -> bool:
+        """Top-k keeps its count."""
+        return not self.free
+
+    def anneal(self, tau: float, noise: float) -> None:
+        """Temperature and noise of the straight-through gate."""
+        self.tau, self.noise = tau, noise
 
     def build(self, dims: Dims) -> None:
         """One scorer for each pruning layer, for the host's hidden size."""
