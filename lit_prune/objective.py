@@ -87,7 +87,7 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
         found = moments(student.hidden[layer])
         found, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (found, target))
         parts.append(moment_loss(found, target, weights.variance))
-    return torch.stack(parts).mean()
+    return torch.stack(parts).mean() if parts else watched.new_zeros(())
 
 
 def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
@@ -121,12 +121,14 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
     """KL of each stage's scores, as a distribution over the tokens then alive, from the teacher's watched attention.
 
     The target is the mean over the watched layers to the power `sharpen`, renormalised over those tokens; samples
-    without an image count 0.
+    without an image count 0. Stages whose scores don't train are left out.
     """
     watched = torch.stack(list(teacher.attention.values())).mean(0)
     watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
     parts = []
     for stage in student.stages:
+        if stage.scores is None or not stage.scores.requires_grad:
+            continue
         alive = stage.scores.isfinite()
         target = watched.masked_fill(~alive, 0.0)
         target = target / target.sum(1, keepdim=True).clamp(min=1e-9)
@@ -134,4 +136,4 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
         parts.append(
             torch.nn.functional.kl_div(scores, target, reduction="none").masked_fill(~alive, 0.0).sum(1).mean()
         )
-    return torch.stack(parts).mean()
+    return torch.stack(parts).mean() if parts else watched.new_zeros(())

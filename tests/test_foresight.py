@@ -30,13 +30,15 @@ def test_watched_attention_equals_eager(tiny_model, tiny_eager):
 
 def test_attention_loss_is_the_closed_form_and_ignores_pruned_tokens():
     watched = torch.tensor([[0.4, 0.2, 0.1, 0.3]])
-    scores = torch.tensor([[1.0, 0.0, float("-inf"), -1.0]])
+    scores = torch.tensor([[1.0, 0.0, float("-inf"), -1.0]], requires_grad=True)
     stage = StageRecord(1, scores.isfinite(), scores.isfinite().float(), scores)
-    student, teacher = Record(stages=[stage]), Record(attention={6: watched, 7: watched})
+    fixed = StageRecord(0, scores.isfinite(), scores.isfinite().float(), scores.detach() * 3)
+    student, teacher = Record(stages=[fixed, stage]), Record(attention={6: watched, 7: watched})
     target = torch.tensor([0.4, 0.2, 0.3]).double() ** 2
     target = target / target.sum()
     expected = (target * (target.log() - torch.tensor([1.0, 0.0, -1.0]).double().log_softmax(0))).sum()
     assert abs(attention_loss(student, teacher, 2.0).item() - expected.item()) < 1e-6
+    assert attention_loss(Record(stages=[fixed]), teacher, 2.0) == 0, "nothing to train"
 
 
 def test_clip_gradient_bounds_each_sample_and_keeps_values_and_direction():
