@@ -87,7 +87,7 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
         found = moments(student.hidden[layer])
         found, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (found, target))
         parts.append(moment_loss(found, target, weights.variance))
-    return torch.stack(parts).mean() if parts else watched.new_zeros(())
+    return torch.stack(parts).mean()
 
 
 def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
