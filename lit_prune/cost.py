@@ -92,26 +92,28 @@ class TowerTrace:
     """One forward of a tower with stages, tile by tile: a tile is an image or one of its crops.
 
     `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens had their
-    keys (or values) projected once more for a stage.
+    keys (or values) projected once more for a stage. `stages`: patches that each stage found and kept.
     """
 
     patches: Int[Tensor, " tiles"]
     tokens: list[Int[Tensor, " tiles"]]
     projected: Int[Tensor, " tiles"]
     scored: Int[Tensor, " tiles"]
+    stages: list[tuple[Int[Tensor, " tiles"], Int[Tensor, " tiles"]]] = field(default_factory=list)
+
+    def share(self, values: Num[Tensor, " tiles"], visual: Num[Tensor, " batch"]) -> Num[Tensor, " batch"]:
+        """Tiles handed to samples: one each where the numbers agree, else in proportion to their visual tokens."""
+        values = values.double().to(visual.device)
+        if len(values) == int((visual > 0).sum()):
+            return torch.zeros_like(visual, dtype=torch.float64).masked_scatter(visual > 0, values)
+        return values.sum() * visual.double() / visual.double().sum()
 
     def per_sample(self, visual: Num[Tensor, " batch"]) -> VisionTrace:
-        """Tiles handed to samples: one each where the numbers agree, else in proportion to their visual tokens."""
-
-        def share(values: Tensor) -> Tensor:
-            values = values.double().to(visual.device)
-            if len(values) == int((visual > 0).sum()):
-                return torch.zeros_like(visual, dtype=torch.float64).masked_scatter(visual > 0, values)
-            return values.sum() * visual.double() / visual.double().sum()
-
-        tokens = [share(layer) for layer in self.tokens]
-        pairs = [share(layer.square()) for layer in self.tokens]
-        return VisionTrace(share(self.patches), tokens, pairs, share(self.projected), share(self.scored))
+        """What each sample's tiles ran."""
+        tokens = [self.share(layer, visual) for layer in self.tokens]
+        pairs = [self.share(layer.square(), visual) for layer in self.tokens]
+        patches, projected, scored = (self.share(v, visual) for v in (self.patches, self.projected, self.scored))
+        return VisionTrace(patches, tokens, pairs, projected, scored)
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,10 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
         stages = enumerate(trace.stages)
         costs = (pruner.stage_flops(i, s.visual, s.rows, size.width, s.kept) for i, s in stages)
         parts["pruner"] = sum(costs, zero)
+        if trace.tower is not None:
+            for found, kept in trace.tower.stages:
+                inside = pruner.vision_flops(found, kept, size.vision_width)
+                parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
     if repair is not None and trace.repaired is not None:
         for index in trace.repair_stages:
             parts["repair"] = parts["repair"] + repair.context_flops(trace.stages[index].visual, visual, size.width)

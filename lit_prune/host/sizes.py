@@ -223,18 +223,18 @@ def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: int, tiles: int)
     size = tower_size(config)
     share, patches = size.share(keep), size.side**2
     schedule = pruner.vision_schedule(share, patches, size.features)
-    now, tokens, scored = pruner.image_side(share, size.side) ** 2, [], 0
-    entered = now
+    now, tokens, scored, stages = pruner.image_side(share, size.side) ** 2, [], 0, []
+    entered, one = now, torch.ones(tiles, dtype=torch.long)
     for layer in range(size.features + 1):
         if layer == size.features:  # the layers behind the features run too, before the stage there
             tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
         if schedule.get(layer, now) < now:
             scored += (now + size.prefix) * (1 + pruner.needs_values) * (layer > 0)
+            stages.append((one * now, one * schedule[layer]))
             now = schedule[layer]
         if layer < size.features:
             tokens.append(torch.full((tiles,), now + size.prefix))
-    one = torch.ones(tiles, dtype=torch.long)
-    return TowerTrace(one * entered, tokens, one * now, one * scored)
+    return TowerTrace(one * entered, tokens, one * now, one * scored, stages)
 
 
 def _tower(config: PreTrainedConfig) -> tuple[int, int]:

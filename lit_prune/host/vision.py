@@ -34,6 +34,7 @@ class TowerPass:
     memory: dict[str, Tensor] = field(default_factory=dict)
     lengths: list[Tensor] = field(default_factory=list)
     scored: int = 0
+    stages: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # patches that each stage found and kept
 
 
 class TowerHost:
@@ -107,6 +108,7 @@ class TowerHost:
         kept = self.pruner.prune_vision(self._context(index, patches, state))
         if kept.states is not None:
             patches = torch.where(kept.keep[..., None], kept.states.to(patches.dtype), patches)
+        state.stages.append((state.real.sum(1), kept.keep.sum(1)))
         columns, state.real = selection.compact(kept.keep)
         state.ordinal = state.ordinal.gather(1, columns)
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
@@ -179,6 +181,7 @@ class TowerHost:
             tokens=state.lengths,
             projected=self._present(features, state) - self.tower.size.prefix,
             scored=tiles * state.scored,
+            stages=state.stages,
         )
 
     def _places_back(self, features: Tensor, state: TowerPass) -> Tensor:

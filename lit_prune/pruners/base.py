@@ -222,6 +222,10 @@ class Pruner(nn.Module):
         """`flops` of one stage, for methods whose stages differ."""
         return self.flops(visual, text, width, kept)
 
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+        """FLOPs of a stage in a tower of `width` that kept `kept` of `visual` patches; the host's projections apart."""
+        return torch.zeros_like(visual, dtype=torch.float64)
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as they would stand in a YAML file."""
         return init_args(self)

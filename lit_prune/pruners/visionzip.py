@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lit_prune import merging, selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
@@ -37,3 +38,8 @@ class VisionZip(VisionPruner):
         means = merging.group_means(context.states, centre, rest.float())
         states = torch.where(centres[..., None], means, context.states.float())
         return Kept(dominant | centres, scores=context.attention, states=states)
+
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+        """Cosines of all tokens with the contextual ones."""
+        visual, kept = visual.double(), kept.double()
+        return 2 * visual * (kept * self.contextual).round() * width
