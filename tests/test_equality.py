@@ -125,6 +125,21 @@ def test_dropping_equals_masking_in_double_precision(pruned, pruner):
     assert gap(dropped[text], masked[text]) <= 1e-6  # norms and repair stay in fp32
 
 
+def test_attention_of_the_layer_before_may_be_rcps_baseline(pruned):
+    """Dropping equals masking, cached decoding equals recomputation, and it is another choice than by own attention."""
+    inputs = {**batch(samples(), answers=4)}
+    vlm = pruned(tiny.small_rcp(attention_layer="previous"), repair=tiny.small_repair())
+    dropped, hard = forward(vlm, inputs)
+    masked, soft = forward(vlm, inputs, soft=True)
+    assert_same_choice(hard, soft)
+    assert gap(dropped[real_text(inputs)], masked[real_text(inputs)]) <= TOLERANCE
+    out = generate(vlm, batch(samples()))
+    assert gap(recomputed(vlm, batch(samples()), out), out.logits) <= TOLERANCE
+    assert {stage.reads for stage in hard.trace.stages} == {"previous"}
+    _, own = forward(pruned(tiny.small_rcp(), repair=tiny.small_repair()), inputs)
+    assert not torch.equal(own.stages[0].kept, hard.stages[0].kept)
+
+
 @SIDES
 @CACHE
 def test_dropping_equals_masking_with_unequal_budgets(pruned, side, cache):

@@ -86,11 +86,11 @@ class RCP(Pruner):
         dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
         baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
         floor: attention is clamped here before the log [R: 1e-6].
+        attention_layer: whose attention is the baseline: the pruning layer's `own` (paper), whose keys are projected ahead
+            for all tokens, or the `previous` layer's, read where it is computed anyway [ours].
         attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
             the uniform weight 1 / tokens, so that a short training run can move it [ours].
     """
-
-    attention = AttentionRows("own", "question")
 
     def __init__(
         self,
@@ -106,13 +106,15 @@ class RCP(Pruner):
         baseline: Literal["attention", "none"] = "attention",
         floor: float = 1e-6,
         attention_score: Literal["weight", "relative"] = "weight",
+        attention_layer: Literal["own", "previous"] = "own",
     ) -> None:
         super().__init__(layers, shape, depth)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
         self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
-        self.attention_score = attention_score
+        self.attention_score, self.attention_layer = attention_score, attention_layer
+        self.attention = AttentionRows(attention_layer, "question")
         # Set by `anneal` between steps, never in forward.
         self.tau, self.noise = 1.0, 0.0
         self.scorers = nn.ModuleList()
