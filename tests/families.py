@@ -34,6 +34,7 @@ from transformers import (
 
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.rcp import RCP
+from lit_prune.pruners.sparsevlm import SparseVLM
 from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.repair import RepairAdapter
 
@@ -300,6 +301,10 @@ METHODS = {
     "fastv": (lambda: FastV([2]), lambda: RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)),
     "text attention": (
         lambda: TextAttention([2, 5]),
+        lambda: RepairAdapter([6], [1], bottleneck=16, condition=8, code=4),
+    ),
+    "sparsevlm": (  # merges, reads rows one by one, decides image by image
+        lambda: SparseVLM([2, 5], [2.0, 1.0], per_cluster=2),
         lambda: RepairAdapter([6], [1], bottleneck=16, condition=8, code=4),
     ),
 }

@@ -352,3 +352,21 @@ def test_images_decide_alone(pruner):
         assert torch.equal(kept.keep[:, part], alone.keep)
         if alone.states is not None:
             torch.testing.assert_close(kept.states[:, part][alone.keep], alone.states[alone.keep])
+
+
+# -- nothing asked --------------------------------------------------------------------------------------------------
+
+PEERS = ["cdpruner", "dart", "divprune", "pyramiddrop", "sparsevlm"]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_image_without_a_question(pruned, name):
+    """Two words, the image, and nothing behind it: alone, and beside a sample with a question."""
+    vlm = pruned(tiny.ROOT / "configs" / "pruners" / f"{name}.yaml")
+    kept = []
+    for prompts in (samples((2 + VISUAL,)), samples((2 + VISUAL, 45))):
+        logits, record = forward(vlm, batch(prompts))
+        assert logits[0].isfinite().all()
+        assert record.trace.average_visual().tolist() == [tiny.KEEP] * len(prompts)
+        kept.append([stage.kept[0].tolist() for stage in record.stages])
+    assert kept[0] == kept[1]

@@ -47,8 +47,8 @@ def row_attention(
 ) -> Float[Tensor, "batch rows seq"]:
     """Causal softmax attention of a few rows, averaged over heads: O(rows x seq), never seq x seq."""
     batch, heads, count, dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, dim)
-    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, -1).float().mul_(scaling)
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1] * count, dim)
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).float().mul_(scaling)
     if key_bias is not None:
         logits = logits + key_bias[:, None, None].float()
     columns = torch.arange(key.shape[2], device=key.device)

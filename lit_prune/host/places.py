@@ -150,7 +150,7 @@ def plain_keys(layer: nn.Module, states: Tensor) -> Tensor:
     attention = layer.self_attn
     keys = attention.k_proj(states)
     norm = getattr(attention, "k_norm", None)
-    return keys if norm is None else norm(keys.view(*keys.shape[:2], -1, attention.head_dim)).flatten(2)
+    return keys if norm is None else norm(keys.unflatten(2, (-1, attention.head_dim))).flatten(2)
 
 
 def query_key(
@@ -165,7 +165,7 @@ def query_key(
     rotate: Callable = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     out = []
     for states, (cos, sin), name in ((queries, query_rope, "q"), (keys, key_rope, "k")):
-        heads = getattr(attention, f"{name}_proj")(states).view(*states.shape[:2], -1, attention.head_dim)
+        heads = getattr(attention, f"{name}_proj")(states).unflatten(2, (-1, attention.head_dim))
         norm = getattr(attention, f"{name}_norm", None)
         heads = (heads if norm is None else norm(heads)).transpose(1, 2)
         out.append(rotate(heads, heads[:, :0], cos, sin)[0])  # the library rotates two at once; here one is empty
