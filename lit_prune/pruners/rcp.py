@@ -86,8 +86,8 @@ class RCP(Pruner):
         dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
         baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
         floor: attention is clamped here before the log [R: 1e-6].
-        attention_layer: whose attention is the baseline: the pruning layer's `own` (paper), whose keys are projected ahead
-            for all tokens, or the `previous` layer's, read where it is computed anyway [ours].
+        attention_layer: whose attention is the baseline: the pruning layer's `own` (paper), whose keys are projected
+            ahead for all tokens, or the `previous` layer's, read where it is computed anyway [ours].
         attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
             the uniform weight 1 / tokens, so that a short training run can move it [ours].
     """
