@@ -353,6 +353,16 @@ def test_text_only_input_is_untouched(tiny_model, pruned, pruner):
     assert record.stages == []
 
 
+@EVERY
+def test_prompts_without_a_question_are_pruned_too(pruned, pruner):
+    """Nothing stands behind the image: methods that read the question have nothing to read."""
+    prompts = [(ids[: 2 + VISUAL], pixels) for ids, pixels in samples()]
+    vlm = pruned(pruner)
+    logits, record = forward(vlm, batch(prompts))
+    assert logits[:, -1].isfinite().all()
+    assert record.trace.average_visual().tolist() == [KEEP] * 3
+
+
 # -- what was kept --------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,8 @@ class TextSimilarity(Pruner):
         visual = normalize(context.visual_embeds.float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1)
         cosine = (visual @ words.transpose(1, 2)).masked_fill(~context.text_mask[:, None], -1.0)
-        return cosine.amax(-1)
+        # One more column, so that prompts without a question rank all tokens alike.
+        return torch.nn.functional.pad(cosine, (0, 1), value=-1.0).amax(-1)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """One product of all visual with all question tokens."""
