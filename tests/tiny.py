@@ -25,15 +25,22 @@ TOLERANCE = 1e-4
 Sample = tuple[Tensor, Tensor | None]  # ids with the image's columns, pixels
 
 
-def build_model(attention: str = "sdpa", seed: int = 0, depth: int = DEPTH, width: int = WIDTH) -> nn.Module:
-    """The random LLaVA, in fp32 and evaluation mode.
+def build_model(
+    attention: str = "sdpa", seed: int = 0, depth: int = DEPTH, width: int = WIDTH, grid: int = 6
+) -> nn.Module:
+    """The random LLaVA, in fp32 and evaluation mode; `grid` patches a side, so grid**2 visual tokens.
 
     Frozen, as `lit_prune.load` gives it: PyTorch's matmul takes another path for weights that require gradients, which
     costs a last bit here and there.
     """
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=4 * grid,
+        patch_size=4,
     )
     text = LlamaConfig(
         hidden_size=width,
@@ -42,7 +49,7 @@ def build_model(attention: str = "sdpa", seed: int = 0, depth: int = DEPTH, widt
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         initializer_range=0.2,
         pad_token_id=PAD,
         bos_token_id=1,
@@ -52,7 +59,7 @@ def build_model(attention: str = "sdpa", seed: int = 0, depth: int = DEPTH, widt
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE,
-        image_seq_length=VISUAL,
+        image_seq_length=grid**2,
         vision_feature_layer=-1,
     )
     config._attn_implementation = attention

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -213,7 +214,7 @@ class Stages:
 
     def mask(
         self, hidden: Tensor, valid: Tensor, cache: Cache | None, index: int, padded: bool | None
-    ) -> Tensor | None:
+    ) -> Tensor | BlockMask | None:
         """Attention mask of the layers from `index` on, sized by that layer's own cache; None where none is needed.
 
         `padded` says whether some columns are filler; None: nobody knows, so the device is asked.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from lit_prune import selection
@@ -124,7 +125,7 @@ class Forward:
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
     restaged: bool = False  # some stage has passed: later layers get this forward's mask and rope
     key_bias: Tensor | None = None
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
