@@ -1,6 +1,7 @@
 """Methods of the tower against slow re-statements of their formulas: one tile, one token at a time, float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -271,6 +272,18 @@ def test_tatcs(weight):
             worth = {i: (1 - weight) * alike(i, centre) + weight * asked[i].max().item() for i in members}
             chosen.append(max(worth, key=worth.get))
         assert kept.keep[row].nonzero()[:, 0].tolist() == sorted(chosen)
+
+
+def test_clusters_without_a_question():
+    """No word at all, and a question of some samples only: those without one choose by the tokens alone."""
+    found = decoder_context(5)
+    nothing = replace(found, text=found.text[:, :0], text_embeds=found.text[:, :0], text_mask=found.text_mask[:, :0])
+    plain = DCPPrune(text=0.0).prune(found).keep
+    kept = DCPPrune(text=0.5).prune(nothing).keep
+    assert kept.sum(1).tolist() == plain.sum(1).tolist() == [5, 5, 5]
+    blank = replace(found, text_mask=torch.zeros_like(found.text_mask))
+    assert torch.equal(DCPPrune(text=0.5).prune(blank).keep, kept)
+    assert torch.equal(kept, plain)
 
 
 def test_halves_can_be_switched_off():

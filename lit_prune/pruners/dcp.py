@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from lit_prune import graphs, selection
 from lit_prune.errors import LitPruneError
@@ -130,7 +130,9 @@ class DCPPrune(VisionPruner):
         centres = graphs.facility_location(alike, real.float(), real, context.count, real.float())
         told = normalize(asked, dim=-1)
         mixed = torch.lerp(alike, told @ told.transpose(1, 2), self.text)
-        chosen = self._one_each(mixed, asked.masked_fill(~context.text_mask[:, None], -1.0).amax(-1), centres, real)
+        # Padded by one word that is no word, since a prompt may have no question.
+        relevance = pad(asked.masked_fill(~context.text_mask[:, None], -1.0), (0, 1), value=-1.0).amax(-1)
+        chosen = self._one_each(mixed, relevance, centres, real)
         return Kept(torch.zeros_like(context.alive).scatter(1, columns, chosen & real) & context.alive)
 
     def _one_each(self, alike: Tensor, relevance: Tensor, centres: Tensor, real: Tensor) -> Bool[Tensor, "batch some"]:
