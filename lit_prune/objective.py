@@ -91,17 +91,24 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
 
 
 def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
-    """Share of its own visual tokens that a budget leaves a sample: the mean over the samples with an image."""
-    return mean(min(keep, n) / n for n in total.tolist() if n)
+    """Share of its own visual tokens that a budget leaves a sample: the mean over the samples with an image.
+
+    1 where no sample has one: there is nothing to drop.
+    """
+    shares = [min(keep, n) / n for n in total.tolist() if n]
+    return mean(shares) if shares else 1.0
 
 
 def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
     """Share of visual tokens over the decoder layers: (n_0 + sum_i n_i mean(c_i)) / depth, with gradients.
 
-    The mean of a sample's cumulative gate is over its own visual tokens, then over the samples with an image.
+    The mean of a sample's cumulative gate is over its own visual tokens, then over the samples with an image; 1
+    where no sample has one.
     """
     layers = [stage.layer for stage in record.stages]
     total = record.trace.total_visual
+    if not layers:
+        return torch.ones((), device=total.device)
     pictured = (total > 0).float()
     share = torch.tensor(float(layers[0]), device=total.device)
     for stage, end in zip(record.stages, [*layers[1:], depth], strict=True):
@@ -123,6 +130,8 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
     The target is the mean over the watched layers to the power `sharpen`, renormalised over those tokens; samples
     without an image count 0. Stages whose scores don't train are left out.
     """
+    if not student.stages:
+        return torch.zeros(())
     watched = torch.stack(list(teacher.attention.values())).mean(0)
     watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
     parts = []

@@ -42,6 +42,8 @@ class PruneModule(LightningModule):
         pruner: the method. repair: its repair adapter, if any.
         keep: budget, visual tokens averaged over the decoder layers' inputs.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
+        random_weights: build the base's real shape with random weights and download nothing: to measure and to test.
+        dtype: of the frozen weights; by default what `lit_prune.load` chooses. What trains stays float32.
         train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
         spare: soft mode only: let gradients reach the best `spare` times as many tokens as are kept, and drop the
             others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
@@ -64,6 +66,8 @@ class PruneModule(LightningModule):
         repair: RepairAdapter | None = None,
         keep: int = 16,
         plugin: str | None = None,
+        random_weights: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
         spare: float | None = None,
         gate_clip: float | None = None,
@@ -92,7 +96,8 @@ class PruneModule(LightningModule):
         if (plugin is None) == (pruner is None):
             raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin)
-        self.vlm = load(base)
+        frozen = None if dtype is None else getattr(torch, dtype)
+        self.vlm = load(base, frozen, random_weights=random_weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(made, keep=keep)
@@ -171,6 +176,8 @@ class PruneModule(LightningModule):
             output = self.model(**inputs, use_cache=False)
         losses = self._losses(output, target, batch, student, teacher, done)
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())
+        if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
+            total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
         self._log_step(total, losses, student, teacher, done, len(batch["ids"]))
         return total
 
@@ -204,10 +211,11 @@ class PruneModule(LightningModule):
 
     @torch.no_grad()
     def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
-        depth, visual = self.plugin.dims.depth, self.plugin.dims.visual
+        depth, visual = self.plugin.dims.depth, student.trace.total_visual
         values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
         values["tau"] = self.anneal.tau(done)
-        values["budget/target"] = self.anneal.target(self.keep / visual, done) * visual
+        share = self.anneal.target(budget_share(self.keep, visual), done)
+        values["budget/target"] = share * visual.double().mean()
         values["budget/actual"] = student.trace.average_visual().mean()
         values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
         parts = price(student.trace, self.vlm.size, self.plugin.pruner, self.plugin.repair)

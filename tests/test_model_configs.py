@@ -1,6 +1,6 @@
 """configs/models/*.yaml: each stands alone and over another file, and suits the shape of its checkpoint."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,6 @@ import yaml
 from tiny import ROOT
 
 import lit_prune
-from lit_prune import vlm
 from lit_prune.budget import average
 from lit_prune.commands.trainer import build
 from lit_prune.shapes import names
@@ -48,9 +47,9 @@ def test_overlay_suits_its_model(path):
 @EVERY
 def test_overlay_goes_through_the_parser(path, monkeypatch, tmp_path):
     """Over another configuration, whose settings of the same model leave no trace, and alone."""
-    made = lit_prune.load(written(path)["base"], random_weights=True, device="meta")
-    monkeypatch.setattr("lit_prune.training.load", lambda base: vlm.VLM(made.detach().model, None, base))
+    monkeypatch.setattr("lit_prune.training.load", partial(lit_prune.load, device="meta"))
     fixed = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    fixed += ["--model.random_weights=true", "--model.dtype=bfloat16"]
     for files in ([ROOT / "configs" / "micro.yaml", path], [path]):
         module = build([str(file) for file in files], fixed).model
         model = written(path)

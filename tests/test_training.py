@@ -18,7 +18,7 @@ from tiny import ROOT, batch, forward, samples
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.objective import LossWeights
+from lit_prune.objective import Anneal, LossWeights
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
@@ -347,3 +347,67 @@ def test_run_killed_by_force_equals_an_uninterrupted_one(micro_folder, tmp_path)
     assert ends[0]["global_step"] == ends[1]["global_step"] == 12
     for key in ("state_dict", "optimizer_states"):
         assert same(ends[0][key], ends[1][key]), key
+
+
+# -- batches without an image, and bases in half precision ---------------------------------------------------------
+
+
+def steps(module, batch, folder, count: int = 2) -> Trainer:
+    """Train on one batch, again and again."""
+    run = trainer(folder, max_steps=count)
+    run.fit(module, torch.utils.data.DataLoader([batch] * count, batch_size=None))
+    return run
+
+
+def without_images(batch: dict, image_token: int) -> dict:
+    inputs = {name: value for name, value in batch["inputs"].items() if name != "pixel_values"}
+    return {
+        **batch,
+        "inputs": {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == image_token, 5)},
+    }
+
+
+@pytest.fixture(scope="module")
+def training_batch(world):
+    data = world()
+    data.prepare_data()
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def test_a_batch_without_any_image_trains_nothing(student, training_batch, tmp_path):
+    module = student("threshold", loss=LossWeights(attention=1.0), watch=[8])
+    before = copies(module)
+    run = steps(module, without_images(training_batch, module.model.config.image_token_id), tmp_path)
+    assert run.callback_metrics["loss/budget"] == 0
+    assert run.callback_metrics["loss/attention"] == 0
+    assert run.callback_metrics["budget/target"] == run.callback_metrics["budget/actual"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_the_logged_target_counts_each_samples_own_tokens(student, training_batch, tmp_path):
+    """Half of the samples without an image: both logged averages are over all samples."""
+    module = student(anneal=Anneal(target_share=0.0))
+    image = module.model.config.image_token_id
+    ids = training_batch["inputs"]["input_ids"].clone()
+    half = len(ids) // 2
+    ids[half:] = ids[half:].masked_fill(ids[half:] == image, 5)
+    inputs = {**training_batch["inputs"], "input_ids": ids}
+    inputs["pixel_values"] = inputs["pixel_values"][:half]
+    run = steps(module, {**training_batch, "inputs": inputs}, tmp_path, 1)
+    assert run.callback_metrics["budget/target"] == pytest.approx(KEEP * half / len(ids))
+    assert run.callback_metrics["budget/actual"] == pytest.approx(KEEP * half / len(ids))
+
+
+@pytest.mark.parametrize("mode", ["soft", "drop"])
+def test_a_base_of_random_weights_in_bfloat16_trains_a_plug_in_in_float32(student, training_batch, tmp_path, mode):
+    module = student(train_mode=mode, random_weights=True, dtype="bfloat16")
+    assert {p.dtype for p in module.model.parameters()} == {torch.bfloat16}
+    before, seen = copies(module), []
+    module.on_before_optimizer_step = lambda _: seen.extend(p.grad for p in module.plugin.parameters())
+    run = steps(module, training_batch, tmp_path)
+    assert math.isfinite(run.callback_metrics["loss/total"])
+    assert {grad.dtype for grad in seen} == {torch.float32}
+    assert all(grad.isfinite().all() for grad in seen)
+    assert {p.dtype for p in module.plugin.parameters()} == {torch.float32}
+    assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters() if name.startswith("plugin."))
