@@ -20,6 +20,7 @@ from torch import nn
 from lit_prune import __version__
 from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
+from lit_prune.host.options import HostOptions
 from lit_prune.pruners.base import Dims, Pruner, spec
 from lit_prune.repair import RepairAdapter
 
@@ -34,12 +35,19 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         repair: repair adapter, or None.
         keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
         base: name of the model it was made for.
+        options: settings that every method has alike.
     """
 
     def __init__(
-        self, pruner: Pruner, repair: RepairAdapter | None = None, keep: Budget | None = None, base: str = ""
+        self,
+        pruner: Pruner,
+        repair: RepairAdapter | None = None,
+        keep: Budget | None = None,
+        base: str = "",
+        options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
+        self.options = options
         self.pruner, self.repair, self.keep, self.base = pruner, repair, keep, base
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
@@ -80,6 +88,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             "dims": None if self.dims is None else vars(self.dims),
             "keep": self.keep,
             "schedule": schedule,
+            **vars(self.options),
             "pruner": spec(self.pruner),
             "repair": None if self.repair is None else spec(self.repair),
         }
@@ -102,7 +111,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         try:
             pruner = _build(settings["pruner"], Pruner, path)
             repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, path)
-            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"])
+            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"], _options(settings, path))
             plugin._restore(settings, path)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LitPruneError(f"{path / SETTINGS} can't be used: {error}") from error
@@ -154,6 +163,14 @@ def _build(spec: dict[str, Any], kind: type, folder: Path) -> Any:
         )
     parts = {name: a for name, a in spec["init_args"].items() if isinstance(a, dict) and "class_path" in a}
     return found(**spec["init_args"] | {name: _build(part, Pruner, folder) for name, part in parts.items()})
+
+
+def _options(settings: dict[str, Any], folder: Path) -> HostOptions:
+    """Those that the file names; older files name none."""
+    try:
+        return HostOptions(**{name: settings[name] for name in vars(HostOptions()) if name in settings})
+    except LitPruneError as error:
+        raise LitPruneError(f"{folder / SETTINGS}: {error}") from error
 
 
 def _budget(keep: Any) -> Budget | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
+from lit_prune.host.options import HostOptions, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
 from lit_prune.plugin import Plugin, fingerprint
@@ -96,15 +98,18 @@ class VLM:
         pruner: Pruner | Plugin | str | Path,
         repair: RepairAdapter | None = None,
         keep: Budget | None = None,
+        *,
+        positions: Positions | None = None,
     ) -> "VLM":
         """Prune from now on, in forward and `generate()`.
 
         Args:
-            pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep`), or a folder
-                (or hub id) written by `save_pretrained`.
+            pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep` and so on), or
+                a folder (or hub id) written by `save_pretrained`.
             repair: repair adapter for a `Pruner` object.
             keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
                 {pruning layer: count}; overrides the file's.
+            positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
 
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
@@ -115,10 +120,12 @@ class VLM:
         budget = plugin.keep if keep is None else keep
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
+        asked = {"positions": positions}
+        options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))
-        plugin.keep, plugin.base = budget, plugin.base or self.name
+        plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
         self.detach()
-        self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget)
+        self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget, options)
         self.plugin = plugin.to(device)
         return self
 
@@ -225,9 +232,12 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     parser.add_argument("--pruner", type=Pruner)
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--keep", type=int | None)
+    parser.add_argument("--positions", type=Positions, default="original")
+    names = ("pruner", "repair", "keep", *vars(HostOptions()))
     try:
-        chosen = {key: model[key] for key in ("pruner", "repair", "keep") if key in model}
+        chosen = {key: model[key] for key in names if model.get(key) is not None}
         built = parser.instantiate(parser.parse_object(chosen))
     except ArgumentError as error:
         raise LitPruneError(f"{path}: {error}") from error
-    return Plugin(built.pruner, built.get("repair"), built.get("keep")).eval()
+    options = HostOptions(**{name: built[name] for name in vars(HostOptions())})
+    return Plugin(built.pruner, built.get("repair"), built.get("keep"), options=options).eval()

@@ -123,6 +123,7 @@ def attach(
     keep: int = KEEP,
     repair: RepairAdapter | None = None,
     shaken: bool = True,
+    **options,
 ) -> VLM:
     """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start."""
     plugin = None if isinstance(pruner, Pruner) else plugin_from_yaml(pruner)
@@ -130,7 +131,7 @@ def attach(
         pruner, repair = plugin.pruner, plugin.repair or repair
     repair = repair or RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)
     torch.manual_seed(3)
-    vlm = VLM(model, None, "tiny").attach(pruner, repair, keep)
+    vlm = VLM(model, None, "tiny").attach(pruner, repair, keep, **options)
     if shaken:
         shake(vlm.plugin)
     return vlm

@@ -175,11 +175,12 @@ def _identity(cell: Cell) -> Any:
         return FULL
     settings = cell.plugin.settings()
     parts = {"pruner": cell.plugin.pruner, "repair": cell.plugin.repair if cell.repair else None}
-    return {
+    found = {
         name: {"is": settings[name], "weights": _weights(part), "source": _source(part)}
         for name, part in parts.items()
         if part is not None
     }
+    return found | cell.plugin.options.changed()
 
 
 def _weights(module: nn.Module) -> str:

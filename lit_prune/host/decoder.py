@@ -18,6 +18,8 @@ from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.options import HostOptions
+from lit_prune.host.positions import Renumbering
 from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin, one_mask
@@ -35,12 +37,20 @@ class DecoderHost:
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
             the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
+        options: settings that every method has alike.
 
     Raises:
         LitPruneError: stages where this model can't drop tokens, a budget that can't be met, another host on the model.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner | None, repair: RepairAdapter | None, keep: Budget) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner | None,
+        repair: RepairAdapter | None,
+        keep: Budget,
+        options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         self.places = places.find(model)
         if any(part._compiled_call_impl for part in (model, self.places.decoder, *self.places.layers)):
             raise LitPruneError(
@@ -55,6 +65,7 @@ class DecoderHost:
         self.session = Session()
         self.tower: TowerHost | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
+        self.renumbering = Renumbering(self.places.decoder) if options.positions == "renumbered" else None
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         if pruner is not None:
             places.check_stages(model.config, self.stages)
@@ -182,23 +193,35 @@ class DecoderHost:
             if forward is None:
                 return None
             hidden, kwargs = args[0], dict(kwargs)
-            if index in self.stages and forward.counts:
-                hidden = self.runner.run(index, module, hidden, forward, kwargs)
-            if index in self.stages and forward.cache_state is not None:
-                self._remember(index, hidden, forward, kwargs)
+            if index in self.stages:
+                hidden = self._stage(index, module, hidden, forward, kwargs)
             self._pass_on(index, forward, kwargs)
             forward.trace_layer()
             return (hidden, *args[1:]), kwargs
 
         return hook
 
+    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
+        """Drop tokens, where this forward carries images, and note what later forwards have to know."""
+        if self.renumbering is not None:
+            self.renumbering.enter(forward, kwargs)
+        if forward.counts:
+            hidden = self.runner.run(index, module, hidden, forward, kwargs)
+        if self.renumbering is not None:
+            self.renumbering.leave(index, hidden, forward)
+        if forward.cache_state is not None:
+            self._remember(index, hidden, forward, kwargs)
+        return hidden
+
     def _pass_on(self, index: int, forward: Forward, kwargs: dict) -> None:
         """Give a layer the mask, rotary embeddings, bias and tap of this forward."""
         if forward.restaged:
             # Positions are in the rotary embeddings; ids with gaps would be read as packed sequences.
-            kwargs.update(attention_mask=forward.mask, position_embeddings=forward.rope, position_ids=None)
+            kwargs.update(attention_mask=forward.mask, position_ids=None)
         elif forward.mask is not None:
             kwargs["attention_mask"] = forward.mask
+        if forward.rope is not None:
+            kwargs["position_embeddings"] = forward.rope
         forward.tap = None
         if forward.counts and index + 1 in self.stages and self._reads_previous(self.stages.index(index + 1)):
             rows, mask = self.runner.rows(forward, self.stages.index(index + 1))

@@ -51,7 +51,7 @@ class Stages:
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
         """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
         stage = self.layers.index(index)
-        rope = forward.rope if forward.restaged else kwargs["position_embeddings"]
+        rope = kwargs["position_embeddings"] if forward.rope is None else forward.rope
         normed = module.input_layernorm(hidden)
         columns, real = selection.compact(forward.visual, forward.most_visual)
         asked = self.pruner.reads(stage)
@@ -156,15 +156,18 @@ class Stages:
         dead: Tensor | None,
         exact: list[int] | None,
     ) -> Tensor:
-        dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
+        leaving = dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
         self._add_bias(columns, real, alive, kept, forward)
         if forward.session.soft:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
             dropped = self._hopeless(columns, alive, kept, forward)
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
-            dropped = dropped | dead
+            dropped, leaving = dropped | dead, leaving | dead
             forward.gone = forward.gone if forward.session.soft else None
-        if not forward.shorten(dropped, exact):
+        if not (there := forward.shorten(dropped, exact)) and not forward.session.soft:
+            return hidden
+        forward.move_up(leaving)
+        if not there:
             return hidden
         packed = forward.pack(dropped)
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)

@@ -80,7 +80,8 @@ class CacheState:
 
     `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
-    takes fewer positions than columns), known where layer 0 is pruned.
+    takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
+    anew, how many of each sample's have left before a stage's layers.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class CacheState:
     pictured: Tensor | None = None
     seen: int = 0
     lag: int | Tensor = 0
+    removed: dict[int, Tensor] = field(default_factory=dict)
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
@@ -127,6 +129,8 @@ class Forward:
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | BlockMask | None = None
     restaged: bool = False  # some stage has passed: later layers get this forward's mask and rope
+    positions: Tensor | None = None  # where tokens are numbered anew: position ids, less those that left in front
+    removed: Tensor | None = None  # and how many have left of each sample
     key_bias: Tensor | None = None
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
     tap: Tap | None = None
@@ -171,6 +175,13 @@ class Forward:
             return bool(dropped.any())
         return self.lengths.drop(exact)
 
+    def move_up(self, leaving: Tensor) -> None:
+        """Number the columns behind `leaving` ones anew, if this forward does so."""
+        if self.positions is not None:
+            self.positions = (self.positions - leaving.long().cumsum(1)).clamp(min=0)  # padding may go below
+            left = leaving.sum(1)
+            self.removed = left if self.removed is None else self.removed + left
+
     def pack(self, dropped: Tensor) -> Tensor:
         """Leave out the `dropped` columns and all padding; returns the columns that stay, for the states."""
         columns, real = selection.pack(self.valid & ~dropped, None if self.lengths is None else max(self.lengths.valid))
@@ -179,7 +190,7 @@ class Forward:
         self.columns = self.columns.gather(1, columns)
         self.ordinal = self.ordinal.gather(1, columns)
         self.valid = real
-        for name in ("key_bias", "gone", "image"):
+        for name in ("key_bias", "gone", "image", "positions"):
             flags = getattr(self, name)
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:

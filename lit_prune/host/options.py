@@ -1,0 +1,33 @@
+"""What the host does with tokens that a method left, whatever the method."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lit_prune.errors import LitPruneError
+
+Positions = Literal["original", "renumbered"]
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """Settings that every method has alike.
+
+    Args:
+        positions: `original`: a kept token keeps its position, and decoding goes on behind the whole prompt.
+            `renumbered`: from each stage on, tokens are numbered anew without gaps, and decoding goes on from there.
+
+    Raises:
+        LitPruneError: a value that there is not.
+    """
+
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("positions", get_args(Positions)),):
+            if (value := getattr(self, name)) not in allowed:
+                raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+    def changed(self) -> dict[str, Any]:
+        """Options that differ from their defaults."""
+        default = HostOptions()
+        return {name: value for name, value in vars(self).items() if value != getattr(default, name)}

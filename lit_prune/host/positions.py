@@ -1,0 +1,50 @@
+"""Positions without gaps: from each stage on, tokens are numbered anew, and cached sequences go on from there."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lit_prune.errors import LitPruneError
+from lit_prune.host.state import Forward
+
+
+class Renumbering:
+    """Rotary embeddings of a decoder whose tokens move up where others have left.
+
+    A layer before a stage keeps the numbers that it had: its cached keys carry them. Everything that changes is in the
+    `Forward` and in its `CacheState`.
+
+    Args:
+        decoder: the model's decoder, with a rotary embedding that all layers share.
+
+    Raises:
+        LitPruneError: a decoder whose tokens have more than one position, or whose layers have several embeddings.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.rotary = getattr(decoder, "rotary_emb", None)
+        if self.rotary is None or not _one_position(decoder.config):
+            raise LitPruneError(
+                "positions: renumbered needs one position per token and one rotary embedding for all layers; this "
+                "model's tokens have several (M-RoPE: time, height, width), or its layers differ: use "
+                "positions: original"
+            )
+
+    def enter(self, forward: Forward, kwargs: dict) -> None:
+        """Take the position ids that the decoder gave its layers, before the first stage changes any."""
+        if forward.positions is None:
+            forward.positions = kwargs["position_ids"].expand(forward.columns.shape[0], -1)
+
+    def leave(self, index: int, hidden: Tensor, forward: Forward) -> None:
+        """Give the layers from `index` on, a stage's, the embeddings of the new numbers, if any token has left."""
+        state, removed = forward.cache_state, forward.removed
+        past = None if state is None else state.removed.get(index)
+        if removed is None and past is None:
+            return
+        forward.rope = self.rotary(hidden, forward.positions if past is None else forward.positions - past[:, None])
+        if removed is not None and state is not None:
+            state.removed[index] = removed if past is None else past + removed
+
+
+def _one_position(config: PreTrainedConfig) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return "mrope_section" not in rope and not any(isinstance(value, dict) for value in rope.values())
