@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES, IMAGE, KEEP, METHODS, VIDEO, Family, Picture, collate, modalities, prompt, prompts
 from tiny import DEPTH, PAD, forward, gap
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from lit_prune.budget import average
 from lit_prune.errors import LitPruneError
@@ -526,3 +527,17 @@ def test_two_hosts_on_one_model_are_refused():
     with pytest.raises(LitPruneError, match="detach it first"):
         DecoderHost(model, None, None, 0)
     host.detach()
+
+
+@pytest.mark.parametrize("family", ["paligemma", "gemma3"])
+def test_image_tokens_that_see_both_ways_are_refused(family):
+    """Their masks would become causal behind a stage."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64}
+    vision = {**sizes, "image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"}
+    text_type = "gemma" if family == "paligemma" else "gemma3_text"
+    config = CONFIG_MAPPING[family](text_config={**text, "model_type": text_type}, vision_config=vision)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(LitPruneError, match="both directions"):
+        VLM(model, None).attach(Uniform([2]), keep=8)

@@ -17,6 +17,8 @@ INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
 # Model types whose images all have the same number of tokens. In the others it depends on the image's size.
 FIXED_GRID = ("llava",)
+# Families whose image tokens attend to each other in both directions.
+BIDIRECTIONAL = ("paligemma", "gemma3", "gemma4", "gemma4_unified", "molmo2")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def check_stages(config: PreTrainedConfig, stages: tuple[int, ...]) -> None:
     """
     if not stages:
         return
+    if config.model_type in BIDIRECTIONAL:
+        raise LitPruneError(
+            f"models of the family {config.model_type} can't be pruned: their image tokens attend to each other in "
+            f"both directions, and the masks behind a stage are causal"
+        )
     full_until = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     if stages[0] < full_until:
         raise LitPruneError(
