@@ -115,6 +115,17 @@ def threshold(
     return ((logits > 0) | (rank(logits, alive, images) < at_least)) & alive
 
 
+def top_mass(
+    logits: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], mass: float
+) -> Bool[Tensor, "batch visual"]:
+    """Keep the fewest alive tokens whose share of softmax(logits) reaches `mass`: few where the logits are sure."""
+    share = logits.float().masked_fill(~alive, float("-inf")).softmax(1)
+    order = share.argsort(dim=1, descending=True, stable=True)
+    sorted_share = share.gather(1, order)
+    before = sorted_share.cumsum(1) - sorted_share
+    return torch.zeros_like(alive).scatter(1, order, before < mass) & alive
+
+
 def straight_through(hard: Bool[Tensor, "*shape"], soft: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Value of `hard` (0 or 1), gradient of `soft`."""
     return hard.to(soft.dtype) + soft - soft.detach()

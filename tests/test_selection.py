@@ -204,3 +204,21 @@ def test_threshold_keeps_one_of_each_image(imaged):
     _, alive, images = imaged
     kept = selection.threshold(-torch.rand(4, 20), alive, images=images)
     assert torch.equal(images.sum(kept.long()), (images.sum(alive.long()) > 0).long())
+
+
+def test_top_mass_keeps_the_fewest_that_hold_the_share():
+    """Against sums by hand: a sure sample keeps one token, an unsure one most, a dead token never counts."""
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.2], [5.0, 1.0, 1.0, 0.0]])
+    alive = torch.tensor([[True] * 4, [True] * 4, [False, True, True, True]])
+    keep = selection.top_mass(logits, alive, 0.8)
+    assert keep.tolist() == [
+        [True, False, False, False],
+        [True, True, True, True],
+        [False, True, True, False],
+    ]
+    assert selection.top_mass(logits, alive, 1.0)[1].all()
+    for row, (values, there) in enumerate(zip(logits.tolist(), alive.tolist(), strict=True)):
+        weights = {i: 2.718281828459045**v for i, (v, a) in enumerate(zip(values, there, strict=True)) if a}
+        best = sorted(weights, key=lambda i: (-weights[i], i))
+        count = next(n for n in range(1, 5) if sum(weights[i] for i in best[:n]) >= 0.8 * sum(weights.values()))
+        assert set(keep[row].nonzero()[:, 0].tolist()) == set(best[:count])

@@ -81,7 +81,9 @@ class RCP(Pruner):
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
         shape: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
-        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss) or `topk` [ours].
+        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss), `topk` [ours], or
+            `mass` [ours]: as few as hold the share `mass` of softmax(logits), so that images on which the pruner is
+            sure get fewer tokens; which share gives a budget on average is found by `jobs/adapt.py`.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
         dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
         baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
@@ -97,7 +99,7 @@ class RCP(Pruner):
         layers: Sequence[int] = (1, 13, 25),
         shape: Sequence[float] | None = (16.7, 4.6, 1.4),
         depth: int | None = None,
-        select: Literal["threshold", "topk"] = "threshold",
+        select: Literal["threshold", "topk", "mass"] = "threshold",
         inner: int = 512,
         queries: int = 16,
         heads: int = 4,
@@ -107,13 +109,16 @@ class RCP(Pruner):
         floor: float = 1e-6,
         attention_score: Literal["weight", "relative"] = "weight",
         attention_layer: Literal["own", "previous"] = "own",
+        mass: float = 0.9,
     ) -> None:
         super().__init__(layers, shape, depth)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
         self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
-        self.attention_score, self.attention_layer = attention_score, attention_layer
+        if not 0 < mass <= 1:
+            raise LitPruneError(f"mass={mass} must lie above 0 and at most be 1")
+        self.attention_score, self.attention_layer, self.mass = attention_score, attention_layer, mass
         self.attention = AttentionRows(attention_layer, "question")
         # Set by `anneal` between steps, never in forward.
         self.tau, self.noise = 1.0, 0.0
@@ -121,8 +126,8 @@ class RCP(Pruner):
 
     @property
     def free(self) -> bool:
-        """A threshold keeps as many as it likes."""
-        return self.select == "threshold"
+        """A threshold, or a mass, keeps as many as it likes."""
+        return self.select != "topk"
 
     def exact(self, stage: int) -> bool:
         """Top-k keeps its count."""
@@ -167,7 +172,10 @@ class RCP(Pruner):
         if self.select == "threshold":
             keep, cut = selection.threshold(noisy, context.alive, images=context.images), 0.0
         else:
-            keep = selection.top_k(noisy, context.alive, context.count, context.images)
+            if self.select == "mass":
+                keep = selection.top_mass(noisy.detach(), context.alive, self.mass)
+            else:
+                keep = selection.top_k(noisy, context.alive, context.count, context.images)
             cut = self._cut(noisy, keep, context.alive, context.images)
         if not self.training:
             return Kept(keep, scores=logits)
