@@ -121,7 +121,8 @@ class StageTrace:
     """One pruning stage as it ran.
 
     `reads`: whose attention rows it used; those of its `own` layer were projected ahead, those of the `previous` one
-    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves.
+    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves. `mass`:
+    the nearest kept token of each dropped one was looked for.
     """
 
     layer: int
@@ -131,6 +132,7 @@ class StageTrace:
     visual: Int[Tensor, " batch"]
     kept: Int[Tensor, " batch"]
     keys: bool = False
+    mass: bool = False
 
 
 @dataclass
@@ -230,10 +232,15 @@ def projector(size: ModelSize, rows: Tensor) -> Tensor:
 
 
 def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
-    """FLOPs of reading a stage's attention rows and keys; own rows pay the layer's key and query projections too."""
+    """FLOPs of reading a stage's attention rows and keys, and of handing mass on.
+
+    Own rows pay the layer's key and query projections too.
+    """
     rows, sequence = stage.rows.double(), stage.sequence.double()
     key_projection = 2 * size.width * size.head_dim * sequence * size.key_heads
     cost = key_projection if stage.keys else torch.zeros_like(rows)
+    if stage.mass:
+        cost = cost + 2 * stage.visual * stage.kept * size.width
     if stage.reads is not None:
         cost = cost + 2 * rows * sequence * size.heads * size.head_dim
     if stage.reads == "own":

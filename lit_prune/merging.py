@@ -9,18 +9,40 @@ from lit_prune import selection
 
 
 def nearest(
-    features: Float[Tensor, "batch visual width"], centres: Bool[Tensor, "batch visual"]
+    features: Float[Tensor, "batch visual width"], centres: Bool[Tensor, "batch visual"], most: int | None = None
 ) -> Int[Tensor, "batch visual"]:
     """Column of the centre with the largest cosine similarity to each token; a centre's own is itself.
 
-    O(visual x centres). Ties go to the earlier centre.
+    O(visual x centres). Ties go to the earlier centre. `most`: centres of the sample that has most, or more, if known.
     """
     unit = normalize(features.float(), dim=-1)
-    columns, real = selection.compact(centres)
+    columns, real = selection.compact(centres, most)
+    own = torch.arange(features.shape[1], device=features.device).expand_as(centres)
+    if not columns.shape[1]:
+        return own
     likeness = unit @ selection.gather_rows(unit, columns).transpose(1, 2)
     best = columns.gather(1, likeness.masked_fill(~real[:, None], -2.0).argmax(2))
-    own = torch.arange(features.shape[1], device=features.device).expand_as(best)
     return torch.where(centres, own, best)
+
+
+def collect_mass(
+    states: Float[Tensor, "batch visual width"],
+    mass: Float[Tensor, "batch visual"],
+    alive: Bool[Tensor, "batch visual"],
+    keep: Bool[Tensor, "batch visual"],
+    weighted: bool = False,
+    most: int | None = None,
+) -> Float[Tensor, "batch visual"]:
+    """Mass of each token after those that are alive and not kept gave theirs to the nearest kept one, by cosine.
+
+    `weighted`: they give their mass times that cosine, at least 0. Tokens that leave keep their own number.
+    """
+    centre = nearest(states, keep, most)
+    given = mass * (alive & ~keep)
+    if weighted:
+        unit = normalize(states.float(), dim=-1)
+        given = given * (unit * selection.gather_rows(unit, centre)).sum(2).clamp(min=0)
+    return mass.scatter_add(1, centre, given)
 
 
 def group_means(

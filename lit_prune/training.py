@@ -17,7 +17,7 @@ from lit_prune import evaluation
 from lit_prune.cost import decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.host.options import Positions
+from lit_prune.host.options import Mass, Positions
 from lit_prune.metrics import Consistency, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
 from lit_prune.objective import (
@@ -46,6 +46,7 @@ class PruneModule(LightningModule):
         random_weights: build the base's real shape with random weights and download nothing: to measure and to test.
         dtype: of the frozen weights; by default what `lit_prune.load` chooses. What trains stays float32.
         positions: position ids of kept tokens, `original` or `renumbered`; by default the plug-in's, else original.
+        mass: attention that kept tokens get for dropped ones, `none`, `count` or `similarity`; by default likewise.
         train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
         spare: soft mode only: let gradients reach the best `spare` times as many tokens as are kept, and drop the
             others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
@@ -71,6 +72,7 @@ class PruneModule(LightningModule):
         random_weights: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         positions: Positions | None = None,
+        mass: Mass | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
         spare: float | None = None,
         gate_clip: float | None = None,
@@ -102,7 +104,7 @@ class PruneModule(LightningModule):
         self.vlm = load(base, frozen, random_weights=random_weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vlm.attach(made, keep=keep, positions=positions)
+            self.vlm.attach(made, keep=keep, positions=positions, mass=mass)
         named = {"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made

@@ -16,7 +16,7 @@ from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
-from lit_prune.host.options import HostOptions, Positions
+from lit_prune.host.options import HostOptions, Mass, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
 from lit_prune.plugin import Plugin, fingerprint
@@ -100,6 +100,7 @@ class VLM:
         keep: Budget | None = None,
         *,
         positions: Positions | None = None,
+        mass: Mass | None = None,
     ) -> "VLM":
         """Prune from now on, in forward and `generate()`.
 
@@ -110,6 +111,7 @@ class VLM:
             keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
                 {pruning layer: count}; overrides the file's.
             positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
+            mass: attention that kept tokens get for dropped ones, see `HostOptions`; overrides the file's.
 
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
@@ -120,7 +122,7 @@ class VLM:
         budget = plugin.keep if keep is None else keep
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
-        asked = {"positions": positions}
+        asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))
         plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
@@ -233,6 +235,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--keep", type=int | None)
     parser.add_argument("--positions", type=Positions, default="original")
+    parser.add_argument("--mass", type=Mass, default="none")
     names = ("pruner", "repair", "keep", *vars(HostOptions()))
     try:
         chosen = {key: model[key] for key in names if model.get(key) is not None}

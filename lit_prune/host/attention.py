@@ -31,10 +31,19 @@ class Tap:
 
 @dataclass(frozen=True)
 class Request:
-    """What one layer's attention call is asked: a bias per key of this forward, and a tap."""
+    """What one layer's attention call is asked: a bias per key of this forward, a tap, a bias per cached key."""
 
     key_bias: Float[Tensor, "batch seq"] | None = None
     tap: Tap | None = None
+    past_bias: Float[Tensor, "batch past"] | None = None
+
+    def bias(self, keys: int) -> Tensor | None:
+        """Bias of all `keys`: cached ones in front, zeros for what follows those that have one."""
+        parts = [part for part in (self.past_bias, self.key_bias) if part is not None]
+        if not parts:
+            return None
+        bias = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return bias if bias.shape[1] == keys else torch.nn.functional.pad(bias, (0, keys - bias.shape[1]))
 
 
 def row_attention(
@@ -74,10 +83,10 @@ def wrap_attention() -> None:
         except KeyError:
             continue
         if not getattr(function, "lit_prune", False):
-            ALL_ATTENTION_FUNCTIONS[name] = _wrap(function)
+            ALL_ATTENTION_FUNCTIONS[name] = _wrap(name, function)
 
 
-def _wrap(function: Callable) -> Callable:
+def _wrap(name: str, function: Callable) -> Callable:
     @wraps(function)
     def attention(module, query, key, value, attention_mask, **kwargs):
         request: Request | None = kwargs.pop(REQUEST, None)
@@ -86,10 +95,14 @@ def _wrap(function: Callable) -> Callable:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if request.tap is not None:
             _read(request, query, key, scaling)
-        if request.key_bias is None:
+        bias = request.bias(key.shape[2])
+        if bias is None:
             return function(module, query, key, value, attention_mask, **kwargs)
+        if name == "sdpa" and query.shape[2] == 1 and not bias.requires_grad:
+            # A decoding step: a mask of one row is cheaper than a copy of all cached keys with a channel more.
+            return function(module, query, key, value, _added(attention_mask, bias.to(query.dtype)), **kwargs)
         dim = value.shape[-1]
-        query, key, value = _biased(query, key, value, request.key_bias, scaling)
+        query, key, value = _biased(query, key, value, bias, scaling)
         output, weights = function(module, query, key, value, attention_mask, **{**kwargs, "scaling": scaling})
         return output[..., :dim], weights
 
@@ -105,6 +118,14 @@ def _read(request: Request, query: Tensor, key: Tensor, scaling: float) -> None:
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
         each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, request.key_bias)
         tap.scores = row_mean(each, tap.row_mask)
+
+
+def _added(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A bias per key (batch, keys) as a float mask of one row, on top of the mask that there is."""
+    bias = bias[:, None, None]
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else mask + bias
 
 
 def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.sizes import vision_trace
@@ -66,6 +67,7 @@ class DecoderHost:
         self.tower: TowerHost | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.renumbering = Renumbering(self.places.decoder) if options.positions == "renumbered" else None
+        self.mass = MassGivenBack(options.mass) if options.mass != "none" else None
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         if pruner is not None:
             places.check_stages(model.config, self.stages)
@@ -75,10 +77,11 @@ class DecoderHost:
                 raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
             if previous and model.config._attn_implementation == "eager":
                 raise LitPruneError("eager attention can't be read; load the model with attn_implementation='sdpa'")
+            if self.mass is not None and model.config._attn_implementation == "eager":
+                raise LitPruneError("mass: eager attention takes no bias per key; load the model with sdpa attention")
             self._attach_tower(model)
-            self.runner = Stages(
-                pruner, repair, self.stages, self.places.decoder.config, self.tower and self.tower.tower
-            )
+            tower = self.tower and self.tower.tower
+            self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config, tower, self.mass)
         wrap_attention()
         self.handles = self._hook(model)
 
@@ -231,8 +234,8 @@ class DecoderHost:
             forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
         if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
-        if forward.tap is not None or forward.key_bias is not None:
-            kwargs[REQUEST] = Request(forward.key_bias, forward.tap)
+        if forward.tap is not None or forward.key_bias is not None or forward.past_bias is not None:
+            kwargs[REQUEST] = Request(forward.key_bias, forward.tap, forward.past_bias)
 
     def _reads_previous(self, stage: int) -> bool:
         asked = self.pruner.reads(stage)
@@ -272,6 +275,8 @@ class DecoderHost:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
         state, cache = forward.cache_state, kwargs["past_key_values"]
         past = state.valid.get(index)
+        if self.mass is not None:
+            self.mass.remember(index, forward, 0 if past is None else past.shape[1])
         state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
         padded = forward.padded
         if past is not None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from lit_prune.errors import LitPruneError
 
 Positions = Literal["original", "renumbered"]
+Mass = Literal["none", "count", "similarity"]
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,18 @@ class HostOptions:
     Args:
         positions: `original`: a kept token keeps its position, and decoding goes on behind the whole prompt.
             `renumbered`: from each stage on, tokens are numbered anew without gaps, and decoding goes on from there.
+        mass: what tokens that a decoder stage drops leave to kept ones: `none`, or their share of attention, in full
+            (`count`) or times the similarity of the two (`similarity`). See `MassGivenBack`.
 
     Raises:
         LitPruneError: a value that there is not.
     """
 
     positions: str = "original"
+    mass: str = "none"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("positions", get_args(Positions)),):
+        for name, allowed in (("positions", get_args(Positions)), ("mass", get_args(Mass))):
             if (value := getattr(self, name)) not in allowed:
                 raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.lengths import on_device
+from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.places import Tower, plain_keys, query_key
 from lit_prune.host.state import Forward, StageRecord
 from lit_prune.host.vision import absent
@@ -36,6 +37,7 @@ class Stages:
         layers: pruning layers in this decoder.
         config: the decoder's, for its masks.
         tower: the vision tower, if the pruner has stages inside it.
+        mass: gives the attention of dropped tokens to kept ones, if that is asked.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Stages:
         layers: tuple[int, ...],
         config: PreTrainedConfig,
         tower: Tower | None = None,
+        mass: MassGivenBack | None = None,
     ) -> None:
+        self.mass = mass
         self.pruner, self.repair, self.layers, self.config, self.tower = pruner, repair, layers, config, tower
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
@@ -86,7 +90,8 @@ class Stages:
         )
         kept = self.pruner.prune(context)
         reads = None if asked is None else asked.layer
-        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1), self.pruner.needs_keys)
+        needs_keys, given = self.pruner.needs_keys, self.mass is not None
+        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1), needs_keys, given)
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
         if kept.states is not None:
@@ -167,6 +172,8 @@ class Stages:
         if not (there := forward.shorten(dropped, exact)) and not forward.session.soft:
             return hidden
         forward.move_up(leaving)
+        if self.mass is not None:
+            self.mass.give(hidden, columns, alive, kept.keep, forward)
         if not there:
             return hidden
         packed = forward.pack(dropped)

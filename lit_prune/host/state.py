@@ -81,7 +81,8 @@ class CacheState:
     `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
     takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
-    anew, how many of each sample's have left before a stage's layers.
+    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: where mass is given back, what is
+    added to the attention logits of the cached keys of a stage's layers; those behind have none.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class CacheState:
     seen: int = 0
     lag: int | Tensor = 0
     removed: dict[int, Tensor] = field(default_factory=dict)
+    bias: dict[int, Tensor] = field(default_factory=dict)
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
@@ -98,6 +100,8 @@ class CacheState:
         for layer, valid in self.valid.items():
             cropped = valid.shape[1] - int(cache.get_seq_length(layer))
             self.valid[layer] = valid[:, : valid.shape[1] - cropped]
+            if layer in self.bias:
+                self.bias[layer] = self.bias[layer][:, : valid.shape[1] - cropped]
         self.seen -= cropped
 
 
@@ -132,6 +136,8 @@ class Forward:
     positions: Tensor | None = None  # where tokens are numbered anew: position ids, less those that left in front
     removed: Tensor | None = None  # and how many have left of each sample
     key_bias: Tensor | None = None
+    past_bias: Tensor | None = None  # that of the cached keys
+    mass: Tensor | None = None  # where it is given back: tokens that each column stands for
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
     tap: Tap | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
@@ -190,7 +196,7 @@ class Forward:
         self.columns = self.columns.gather(1, columns)
         self.ordinal = self.ordinal.gather(1, columns)
         self.valid = real
-        for name in ("key_bias", "gone", "image", "positions"):
+        for name in ("key_bias", "mass", "gone", "image", "positions"):
             flags = getattr(self, name)
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:
@@ -205,10 +211,10 @@ class Forward:
             self.record.trace.keys.append(present)
             self.record.trace.visual.append(self.alive.sum(1))
 
-    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool) -> None:
+    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, mass: bool) -> None:
         """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
         if self.record is not None:
-            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys)
+            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys, mass)
             self.record.trace.stages.append(stage)
 
     def _present(self) -> Tensor:

@@ -1,0 +1,217 @@
+"""Attention mass given back: equal to a literal attention with log-mass bias, in prefill and in decoding."""
+
+import pytest
+import tiny
+import torch
+from test_equality import generate_plain, recomputed, second_turn
+from test_syncs import looks
+from tiny import IMAGE, PRUNERS, TOLERANCE, VISUAL, Chosen, batch, forward, gap, generate, real_text, samples
+
+from lit_prune.cost import price
+from lit_prune.errors import LitPruneError
+from lit_prune.host import Session
+from lit_prune.merging import collect_mass
+from lit_prune.plugin import Plugin
+from lit_prune.vlm import VLM, plugin_from_yaml
+
+HOW = pytest.mark.parametrize("how", ["count", "similarity"])
+# A learned method with three stages, one that reads the layer before, one that reads its own, one that merges.
+SOME = [path for path in PRUNERS if path.stem in ("rcp", "fastv", "text_attention", "sparsevlm")]
+EACH = pytest.mark.parametrize("pruner", SOME, ids=lambda path: path.stem)
+
+
+def literal_mass(states, mass, alive, keep, how):
+    """Token by token, in float64."""
+    found = mass.clone()
+    for token in range(len(states)):
+        if alive[token] and not keep[token]:
+            near = [torch.cosine_similarity(states[token], states[k], dim=0).item() for k in keep.nonzero()[:, 0]]
+            best = max(range(len(near)), key=near.__getitem__)
+            found[keep.nonzero()[best, 0]] += mass[token] * (max(near[best], 0.0) if how == "similarity" else 1.0)
+    return found
+
+
+@HOW
+def test_mass_is_collected_as_written(how):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 20, 8, generator=generator, dtype=torch.float64)
+    mass = 1 + 3 * torch.rand(3, 20, generator=generator, dtype=torch.float64)
+    alive = torch.rand(3, 20, generator=generator) < 0.8
+    keep = alive & (torch.rand(3, 20, generator=generator) < 0.4)
+    found = collect_mass(states, mass, alive, keep, weighted=how == "similarity")
+    for row in range(3):
+        assert gap(found[row], literal_mass(states[row], mass[row], alive[row], keep[row], how)) < 1e-6
+    if how == "count":
+        kept, there = (found * keep).sum(1), (mass * alive).sum(1)
+        assert gap(kept, there) < 1e-9, "none is lost"
+
+
+def test_mass_of_a_sample_that_keeps_nothing_is_lost():
+    states, alive = torch.randn(1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
+    assert collect_mass(states, torch.ones(1, 5), alive, ~alive).isfinite().all()
+
+
+@HOW
+def test_dropping_equals_attention_with_log_mass(pruned, how):
+    """A plain forward at full length, in float64, with a 4-D float mask: -inf on dropped keys, log mass on others."""
+    model = tiny.build_model().double()
+    ids, pixels = samples((50,))[0]
+    inputs = batch([(ids, pixels.double())])
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randperm(VISUAL, generator=generator)[:14]
+    keep = torch.zeros(2, VISUAL, dtype=torch.bool)
+    keep[0, first], keep[1, first[:5]] = True, True
+    image = (ids == IMAGE).nonzero()[:, 0]
+    mass, alive, masks = torch.ones(VISUAL).double(), torch.ones(VISUAL, dtype=torch.bool), {}
+
+    def literal(index):
+        def hook(module, args, kwargs):
+            nonlocal mass, alive
+            if index in (2, 5):
+                mine = keep[(2, 5).index(index)] & alive
+                mass, alive = literal_mass(args[0][0, image], mass, alive, mine, how), mine
+                bias = torch.zeros(50).double()
+                bias[image] = torch.where(alive, mass.log(), float("-inf"))
+                masks[index] = torch.full((50, 50), float("-inf")).double().triu(1) + bias
+            mask = masks.get(5, masks.get(2))
+            return None if mask is None else (args, {**kwargs, "attention_mask": mask[None, None]})
+
+        return hook
+
+    layers = model.model.language_model.layers
+    handles = [layer.register_forward_pre_hook(literal(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for handle in handles:
+        handle.remove()
+    vlm = pruned(Chosen([2, 5], keep), model=model, mass=how)
+    text = real_text(inputs)
+    found = forward(vlm, inputs, repair=False)[0]
+    assert gap(found[text], expected[text]) <= 1e-6
+    bare = forward(pruned(Chosen([2, 5], keep), model=model), inputs, repair=False)[0]
+    assert gap(bare[text], expected[text]) > 0.1, "mass changes something"
+
+
+@EACH
+@HOW
+def test_cached_decoding_equals_recomputation(pruned, pruner, how):
+    inputs = batch(samples())
+    vlm = pruned(pruner, mass=how)
+    out = generate(vlm, inputs)
+    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
+    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
+    assert gap(static.logits, out.logits) <= TOLERANCE
+    bare = generate(pruned(pruner), inputs)
+    assert gap(bare.logits[:, 0], out.logits[:, 0]) > 0.05
+
+
+@EACH
+def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
+    prompts = samples((45, 14, 52), (True, False, True))
+    vlm = pruned(pruner, mass="count", positions="renumbered")
+    together = generate(vlm, batch(prompts))
+    beams = generate(vlm, batch(prompts), tokens=5, num_beams=3).sequences[:, -5:]
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]), rows=[row])
+        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
+        single = generate(vlm, batch([sample]), tokens=5, rows=[row], num_beams=3).sequences[0, -5:]
+        assert single.tolist() == beams[row].tolist()
+
+
+@EACH
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masking_equals_dropping(pruned, pruner, side):
+    inputs = batch(samples(), side, answers=4)
+    vlm = pruned(pruner, mass="count")
+    text = real_text(inputs)
+    assert gap(forward(vlm, inputs)[0][text], forward(vlm, inputs, soft=True, eps=1e-30)[0][text]) <= TOLERANCE
+
+
+@EACH
+def test_second_turn_attends_with_the_mass(pruned, pruner):
+    inputs, question = batch(samples()), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
+    vlm = pruned(pruner, mass="count")
+    _, dialogue, out = second_turn(vlm, inputs, question)
+    start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
+    labels = out.sequences.clone()
+    labels[:, :start] = -100
+    labels[:, start + 4 : length] = -100
+    mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
+    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
+    assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+
+
+def test_a_second_image_finds_the_mass_of_the_first(pruned):
+    """Batch and sample alone agree, and the cache knows the mass of both images."""
+    vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), mass="count")
+    new = batch(samples((44,), seed=9))
+    caches = {}
+    for rows in (1, 2):
+        out = generate(vlm, batch(samples((45, 50))[:rows]), tokens=4)
+        before = (out.sequences != tiny.PAD).long()[:, :-1]
+        again = {name: torch.cat([part] * rows) for name, part in new.items()}
+        again["attention_mask"] = torch.cat([before, again["attention_mask"]], 1)
+        positions = before.sum(1, keepdim=True) + torch.arange(44)
+        with torch.no_grad():
+            logits = vlm.model(**again, position_ids=positions, past_key_values=out.past_key_values).logits
+        caches[rows] = logits[0], out.past_key_values.lit_prune.bias[2][0].exp()
+    assert gap(caches[1][0], caches[2][0]) <= TOLERANCE
+    extra = caches[1][1] - 1
+    assert round(extra.sum().item()) == 2 * VISUAL * 3 // 4
+
+
+def test_assisted_decoding_equals_greedy(pruned):
+    inputs = batch(samples((45,)))
+    vlm = pruned(SOME[0], mass="count")
+    greedy = generate(vlm, inputs, tokens=24)
+    assisted = generate(vlm, inputs, tokens=24, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert assisted.sequences.tolist() == greedy.sequences.tolist()
+
+
+@EACH
+def test_keep_all_is_the_plain_model(tiny_model, pruned, pruner):
+    inputs = batch(samples())
+    with torch.no_grad():
+        logits = tiny_model(**inputs).logits
+    plain = generate_plain(tiny_model, inputs)
+    vlm = pruned(pruner, keep=VISUAL, mass="count")
+    for adapter in vlm.plugin.repair.adapters:
+        adapter.alpha.data.zero_()
+    assert torch.equal(forward(vlm, inputs)[0], logits)
+    assert torch.equal(generate(vlm, inputs).logits, plain.logits)
+
+
+def test_it_takes_no_further_look_at_the_device(tiny_model, pruned, monkeypatch):
+    inputs, counts = batch(samples()), []
+    for how in ("none", "count"):
+        vlm = pruned(SOME[0], mass=how)
+        with torch.no_grad(), vlm.using(Session()), looks(monkeypatch) as found:
+            tiny_model(**inputs)
+        counts.append(found)
+    assert counts[0] == counts[1]
+
+
+def test_the_nearest_kept_token_has_a_price(pruned):
+    inputs, costs = batch(samples()), []
+    for how in ("none", "count"):
+        vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), mass=how)
+        costs.append(price(forward(vlm, inputs)[1].trace, vlm.size)["scoring"][0].item())
+    assert costs[1] - costs[0] == 2 * VISUAL * (VISUAL // 4) * tiny.WIDTH
+
+
+def test_eager_attention_is_refused(pruned, tiny_eager):
+    with pytest.raises(LitPruneError, match="eager"):
+        pruned(PRUNERS[0], model=tiny_eager, mass="count")
+
+
+def test_a_plugin_remembers_it(pruned, tiny_model, tmp_path):
+    pruned(PRUNERS[0], mass="similarity").save_pretrained(tmp_path)
+    assert Plugin.from_pretrained(tmp_path).options.mass == "similarity"
+    again = VLM(tiny_model, None, "tiny").attach(tmp_path, mass="none")
+    assert again.host.mass is None
+    assert again.plugin.settings()["mass"] == "none"
+    again.detach()
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {pruner: {class_path: lit_prune.pruners.uniform.Uniform}, mass: count}")
+    assert plugin_from_yaml(path).options.mass == "count"
