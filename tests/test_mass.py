@@ -16,7 +16,7 @@ from lit_prune.vlm import VLM, plugin_from_yaml
 
 HOW = pytest.mark.parametrize("how", ["count", "similarity"])
 # A learned method with three stages, one that reads the layer before, one that reads its own, one that merges.
-SOME = [path for path in PRUNERS if path.stem in ("rcp", "fastv", "text_attention", "sparsevlm")]
+SOME = [path for path in PRUNERS if path.stem in ("rcp", "fastv", "text_attention", "sparsevlm", "visionzip")]
 EACH = pytest.mark.parametrize("pruner", SOME, ids=lambda path: path.stem)
 
 
@@ -90,6 +90,28 @@ def test_dropping_equals_attention_with_log_mass(pruned, how):
     assert gap(found[text], expected[text]) <= 1e-6
     bare = forward(pruned(Chosen([2, 5], keep), model=model), inputs, repair=False)[0]
     assert gap(bare[text], expected[text]) > 0.1, "mass changes something"
+
+
+def test_what_the_tower_dropped_is_spread_over_what_arrives(tiny_model, pruned):
+    """A plain forward on the tower's features: -inf on places of dropped patches, log(36 / 12) on the others."""
+    inputs = batch(samples((50,)))
+    path = next(path for path in PRUNERS if path.stem == "visionzip")
+    vlm = pruned(path, mass="count", keep=12)
+    found = forward(vlm, inputs, repair=False)[0]
+    with torch.no_grad():
+        features = tiny_model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    vlm.detach()
+    image = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    there = (features.pooler_output[0] != 0).any(-1)
+    bias = torch.zeros(50)
+    bias[image] = torch.where(there, torch.tensor(3.0).log(), float("-inf"))
+    mask = torch.full((50, 50), float("-inf")).triu(1) + bias
+    mask[image[~there], 0] = 0.0  # a row of nothing but -inf has no softmax; nobody looks at these
+    rest = {"input_ids": inputs["input_ids"], "mm_encoder_outputs": {"image": features}}
+    with torch.no_grad():
+        expected = tiny_model(**rest, attention_mask=mask[None, None], position_ids=torch.arange(50)[None]).logits
+    assert there.sum() == 12
+    assert gap(found[real_text(inputs)], expected[real_text(inputs)]) <= TOLERANCE
 
 
 @EACH

@@ -15,8 +15,8 @@ class MassGivenBack:
 
     (ToMe, arXiv 2210.09461, section 3: softmax(q k^T / sqrt(d) + log s).) Every token starts with mass 1, and one that
     a decoder stage drops gives its mass to the nearest kept one of its sample, by cosine of the layer's input states
-    [ours]. What was dropped inside the vision tower left no states to compare and gives nothing. Everything that
-    changes is in the `Forward` and in its `CacheState`.
+    [ours]. What was dropped inside the vision tower left no states to compare: its mass is spread evenly over the
+    tokens that arrive [ours]. Everything that changes is in the `Forward` and in its `CacheState`.
 
     Args:
         how: `count` gives all of the mass; `similarity` that times the cosine of the two, at least 0 (in the spirit of
@@ -27,16 +27,26 @@ class MassGivenBack:
         self.how = how
 
     @torch.no_grad()
-    def give(self, hidden: Tensor, columns: Tensor, alive: Tensor, keep: Tensor, forward: Forward) -> None:
-        """Hand the mass of the visual `columns` that are not kept to those that are, before they are packed."""
+    def give(
+        self, hidden: Tensor, columns: Tensor, alive: Tensor, keep: Tensor, forward: Forward, dead: Tensor | None
+    ) -> None:
+        """Hand the mass of the visual `columns` that are not kept to those that are, before they are packed.
+
+        `dead`: columns that stand for what the vision tower dropped, if this is where it arrives.
+        """
         states = selection.gather_rows(hidden, columns)
-        before = torch.ones(forward.valid.shape, device=hidden.device) if forward.mass is None else forward.mass
+        known = torch.ones(forward.valid.shape, device=hidden.device) if forward.mass is None else forward.mass
+        before = known
+        if dead is not None:
+            arrived = forward.visual & ~dead
+            each = forward.total / arrived.sum(1).clamp(min=1)
+            before = torch.where(arrived, each[:, None], known)
         most = None if forward.session.soft else forward.most_visual
         mass = merging.collect_mass(
             states, before.gather(1, columns), alive, keep, weighted=self.how == "similarity", most=most
         )
         forward.mass = before.scatter(1, columns, mass)
-        gained = forward.mass.log() - before.log()
+        gained = forward.mass.log() - known.log()
         forward.key_bias = gained if forward.key_bias is None else forward.key_bias + gained
 
     @staticmethod

@@ -173,7 +173,7 @@ class Stages:
             return hidden
         forward.move_up(leaving)
         if self.mass is not None:
-            self.mass.give(hidden, columns, alive, kept.keep, forward)
+            self.mass.give(hidden, columns, alive, kept.keep, forward, dead)
         if not there:
             return hidden
         packed = forward.pack(dropped)
