@@ -8,6 +8,8 @@ set -euo pipefail
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
+# The tests' models are tiny: a second thread gains nothing, and waits where other jobs hold the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 note "ruff"
