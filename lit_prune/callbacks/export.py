@@ -1,4 +1,4 @@
-"""Lightning callbacks of this project."""
+"""Export of the trained plug-in."""
 
 from pathlib import Path
 
