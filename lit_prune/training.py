@@ -11,15 +11,11 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
 from lit_prune import evaluation
-from lit_prune.cost import decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.options import Mass, Positions
-from lit_prune.metrics import Consistency, Shift, SkillAccuracy
-from lit_prune.moments import moments, w2_squared
 from lit_prune.objective import (
     Anneal,
     LossWeights,
@@ -32,6 +28,7 @@ from lit_prune.objective import (
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
+from lit_prune.tracking import Meters, step_figures
 from lit_prune.vlm import load
 
 
@@ -108,14 +105,8 @@ class PruneModule(LightningModule):
         named = {"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
-        self._meters()
-
-    def _meters(self) -> None:
-        dims = self.plugin.dims
-        self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
-        self.shift, self.shift_unrepaired = Shift(dims.depth, dims.width), Shift(dims.depth, dims.width)
-        self.kappa = Consistency()
-        self.costs = torch.nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
+        dims = made.dims
+        self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
 
@@ -217,17 +208,11 @@ class PruneModule(LightningModule):
 
     @torch.no_grad()
     def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
-        depth, visual = self.plugin.dims.depth, student.trace.total_visual
+        target = self.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
         values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
         values["tau"] = self.anneal.tau(done)
-        share = self.anneal.target(budget_share(self.keep, visual), done)
-        values["budget/target"] = share * visual.double().mean()
-        values["budget/actual"] = student.trace.average_visual().mean()
-        values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
-        parts = price(student.trace, self.vlm.size, self.plugin.pruner, self.plugin.repair)
-        values["flops/sample"] = decoder_total(parts).mean()
-        for layer in sorted(self.host.feeds) or [depth - 1]:
-            values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
+        values["budget/target"] = target * student.trace.total_visual.double().mean()
+        values |= step_figures(self.vlm, self.plugin, student, teacher)
         self.log_dict({name: float(value) for name, value in values.items()}, batch_size=size)
         self.log("loss", float(total), prog_bar=True, logger=False, batch_size=size)
 
@@ -259,21 +244,13 @@ class PruneModule(LightningModule):
         hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
         teacher = evaluation.measure(self.vlm, batch, evaluation.TEACHER, self.max_new_tokens)
         student = evaluation.measure(self.vlm, batch, Session(hints=hints), self.max_new_tokens)
-        self.accuracy.update(evaluation.matches(student.texts, batch["answers"]), batch["skills"])
-        self.agreement.update(evaluation.matches(student.texts, teacher.texts), batch["skills"])
-        self.shift.update(student.hidden, teacher.hidden)
-        evaluation.add_consistency(self.kappa, student, teacher)
+        unrepaired = None
         if self.plugin.repair is not None:
             bare = Record(keep_hidden=True)
             with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
                 self.model(**evaluation.encode_images(self.vlm, batch["inputs"]), use_cache=False)
-            self.shift_unrepaired.update(bare.hidden, teacher.hidden)
-        for name, value in (
-            ("visual_tokens", student.visual),
-            ("flops", student.flops),
-            ("kv_bytes", student.kv_bytes),
-        ):
-            self.costs[name].update(value.float())
+            unrepaired = bare.hidden
+        self.meters.update(student, teacher, unrepaired, batch["answers"], batch["skills"])
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same as validation, on the test set."""
@@ -297,20 +274,11 @@ class PruneModule(LightningModule):
         self._log_meters("test")
 
     def _log_meters(self, stage: str) -> None:
-        values = {f"{stage}/accuracy/{skill}": value for skill, value in self.accuracy.compute().items()}
+        values = {f"{stage}/{name}": value for name, value in self.meters.compute().items()}
         if not values:
             return
-        values[f"{stage}/agreement"] = self.agreement.compute()["all"]
-        values[f"{stage}/kappa"] = self.kappa.compute().item()
-        values |= {f"{stage}/{name}": meter.compute().item() for name, meter in self.costs.items()}
-        values |= {f"{stage}/w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
-        if self.plugin.repair is not None:
-            bare = self.shift_unrepaired.compute().tolist()
-            values |= {f"{stage}/w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
         # The meters have gathered over ranks already; sync_dist only says so.
         self.log_dict(values, sync_dist=True)
         name, accuracy = f"{stage}_accuracy", values[f"{stage}/accuracy/all"]
         self.log(name, accuracy, prog_bar=True, logger=False, sync_dist=True)
-        meters = (self.accuracy, self.agreement, self.shift, self.shift_unrepaired, self.kappa, *self.costs.values())
-        for meter in meters:
-            meter.reset()
+        self.meters.reset()

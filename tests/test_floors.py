@@ -15,7 +15,19 @@ FLOORS = {
     **dict.fromkeys(["pruners", "repair"], 1),
     **dict.fromkeys(["host", "loading", "plugin", "shapes", "vlm"], 2),
     **dict.fromkeys(
-        ["training", "objective", "evaluation", "comparison", "callbacks", "pictures", "data", "metrics", "timing"], 3
+        [
+            "training",
+            "tracking",
+            "objective",
+            "evaluation",
+            "comparison",
+            "callbacks",
+            "pictures",
+            "data",
+            "metrics",
+            "timing",
+        ],
+        3,
     ),
     **dict.fromkeys(["cli", "commands", "__main__"], 4),
 }

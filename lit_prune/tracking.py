@@ -1,0 +1,82 @@
+"""What a run logs: the figures of a training step, and the meters of an evaluation."""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_prune import evaluation
+from lit_prune.cost import decoder_total, price
+from lit_prune.evaluation import Measured
+from lit_prune.host import Record
+from lit_prune.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.moments import moments, w2_squared
+from lit_prune.plugin import Plugin
+from lit_prune.vlm import VLM
+
+
+@torch.no_grad()
+def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> dict[str, float]:
+    """What one training step ran: tokens kept, FLOPs of the student's prefill, shift at the repaired layers.
+
+    Args:
+        vlm: the model with `plugin` attached.
+        student: what the step's student left, with hidden states. teacher: the same of its teacher.
+    """
+    layers = sorted(vlm.host.feeds) or [plugin.dims.depth - 1]
+    values = {"budget/actual": student.trace.average_visual().mean()}
+    values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
+    values["flops/sample"] = decoder_total(price(student.trace, vlm.size, plugin.pruner, plugin.repair)).mean()
+    for layer in layers:
+        values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
+    return {name: float(value) for name, value in values.items()}
+
+
+class Meters(nn.Module):
+    """What an evaluation measures, over all batches and ranks.
+
+    Args:
+        depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
+    """
+
+    def __init__(self, depth: int, width: int, repaired: bool) -> None:
+        super().__init__()
+        self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
+        self.shift, self.kappa = Shift(depth, width), Consistency()
+        self.shift_unrepaired = Shift(depth, width) if repaired else None
+        self.costs = nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
+
+    def update(
+        self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, answers: list, skills: list
+    ) -> None:
+        """Take a batch into account; `unrepaired` are the student's answer states without repair."""
+        self.accuracy.update(evaluation.matches(student.texts, answers), skills)
+        self.agreement.update(evaluation.matches(student.texts, teacher.texts), skills)
+        self.shift.update(student.hidden, teacher.hidden)
+        evaluation.add_consistency(self.kappa, student, teacher)
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.update(unrepaired, teacher.hidden)
+        measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
+        for name, value in measured.items():
+            self.costs[name].update(value.float())
+
+    def compute(self) -> dict[str, float]:
+        """The figures by name, the same on every rank; none if no batch had a sample."""
+        accuracy = self.accuracy.compute()
+        if not accuracy:
+            return {}
+        values = {f"accuracy/{skill}": value for skill, value in accuracy.items()}
+        values["agreement"] = self.agreement.compute()["all"]
+        values["kappa"] = self.kappa.compute().item()
+        values |= {name: meter.compute().item() for name, meter in self.costs.items()}
+        values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
+        if self.shift_unrepaired is not None:
+            bare = self.shift_unrepaired.compute().tolist()
+            values |= {f"w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
+        return values
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        for meter in (self.accuracy, self.agreement, self.shift, self.kappa, *self.costs.values()):
+            meter.reset()
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.reset()
