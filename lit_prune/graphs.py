@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lit_prune import selection
+
 
 def centred(
     features: Float[Tensor, "batch visual width"], alive: Bool[Tensor, "batch visual"]
@@ -45,8 +47,7 @@ def spread(
         worth = (scores.float() * (1 - near)).masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
         pick = worth.argmax(1, keepdim=True)
         chosen = chosen | ((turn < count)[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
-        picked = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[2]))
-        alike = (unit * picked).sum(-1).clamp(min=0)
+        alike = (unit * selection.gather_rows(unit, pick)).sum(-1).clamp(min=0)
         close = torch.exp(-squared_distance(place, place.gather(1, pick), side)[..., 0] / (2 * width**2))
         near = near.maximum(alike * close)
     return chosen

@@ -179,7 +179,7 @@ def _tower(config: PreTrainedConfig, plugin: Plugin, keep: Budget, size: ModelSi
     if not plugin.pruner.acts_in_tower:
         return None
     tiles = max(1, size.image.patches // tower_size(config).side ** 2)
-    return tower_trace(config, plugin.pruner, keep[0] if isinstance(keep, dict) else keep, tiles)
+    return tower_trace(config, plugin.pruner, keep, tiles)
 
 
 def bill(

@@ -90,8 +90,7 @@ class DecoderHost:
             return
         if self.stages[0] != 0:
             raise LitPruneError("a pruner with stages in the vision tower needs its first decoder stage at layer 0")
-        keep = self.keep[0] if isinstance(self.keep, dict) else self.keep
-        self.tower = TowerHost(places.tower(model), self.pruner, keep, lambda: self.session)
+        self.tower = TowerHost(places.tower(model), self.pruner, self.keep, lambda: self.session)
 
     def _hook(self, model: nn.Module) -> list:
         handles = [
@@ -161,7 +160,7 @@ class DecoderHost:
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
-            columns, _ = selection.compact(forward.visual)
+            columns, _ = selection.compact(forward.visual, forward.most_visual)
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
 
@@ -230,7 +229,7 @@ class DecoderHost:
             rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
             cache = kwargs.get("past_key_values")
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
-        if index in forward.session.watch and forward.record is not None and bool(forward.visual.any()):
+        if index in forward.session.watch and forward.record is not None and forward.grid:
             forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
         if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
@@ -251,7 +250,7 @@ class DecoderHost:
             if record is not None and record.keep_hidden:
                 record.hidden[index] = repaired[forward.gate]
             if record is not None and index in forward.session.watch and forward.tap is not None:
-                columns, real = selection.compact(forward.visual)
+                columns, real = selection.compact(forward.visual, forward.most_visual)
                 record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
             return None if repaired is output else repaired
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lit_prune.budget import Budget
 from lit_prune.cost import ImageLoad, ModelSize, TowerTrace, VisionTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Pruner
@@ -190,9 +191,10 @@ class TowerSize:
     side: int
     tiles: int
 
-    def share(self, keep: int) -> int:
-        """Patches of each tile for a budget of `keep` visual tokens, rounded up."""
-        return min(self.side**2, -(-keep // self.tiles))
+    def share(self, keep: Budget) -> int:
+        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up."""
+        arriving = keep[0] if isinstance(keep, dict) else keep
+        return min(self.side**2, -(-arriving // self.tiles))
 
 
 def tower_size(config: PreTrainedConfig) -> TowerSize:
@@ -218,7 +220,7 @@ def tower_size(config: PreTrainedConfig) -> TowerSize:
     )
 
 
-def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: int, tiles: int) -> TowerTrace:
+def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: Budget, tiles: int) -> TowerTrace:
     """What `tiles` tiles would ask of the tower under a pruner's stages; nothing runs."""
     size = tower_size(config)
     share, patches = size.share(keep), size.side**2

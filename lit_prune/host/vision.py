@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from lit_prune import selection
+from lit_prune.budget import Budget
 from lit_prune.cost import TowerTrace
 from lit_prune.host.places import Tower
 from lit_prune.host.state import Session
@@ -43,11 +44,11 @@ class TowerHost:
     Args:
         tower: where its parts are.
         pruner: the method, with a `vision_schedule`.
-        keep: budget of a sample, visual tokens averaged over the decoder layers' inputs; tiles share it evenly.
+        keep: budget of a sample; its tiles share evenly what reaches the decoder.
         session: gives the session that a forward runs under.
     """
 
-    def __init__(self, tower: Tower, pruner: Pruner, keep: int, session: Callable[[], Session]) -> None:
+    def __init__(self, tower: Tower, pruner: Pruner, keep: Budget, session: Callable[[], Session]) -> None:
         self.tower, self.pruner, self.session = tower, pruner, session
         size, share = tower.size, tower.size.share(keep)
         self.schedule = pruner.vision_schedule(share, size.side**2, size.features)
@@ -97,12 +98,16 @@ class TowerHost:
             return torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
         return state.real.sum(1) + self.tower.size.prefix
 
+    def _begin(self, state: TowerPass, patches: Tensor) -> None:
+        """Note where the patches are, unless an earlier place of the tower has."""
+        if state.ordinal is None:
+            state.ordinal = _grid(patches.shape[0], state.side, self.tower.size.side, patches.device)
+            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
         """Score, select, merge and pack the patches at one place of the tower."""
         head, patches = hidden[:, : self.tower.size.prefix], hidden[:, self.tower.size.prefix :]
-        if state.ordinal is None:
-            state.ordinal = _grid(patches.shape[0], state.side, self.tower.size.side, hidden.device)
-            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+        self._begin(state, patches)
         if self.schedule[index] >= patches.shape[1]:
             return hidden
         kept = self.pruner.prune_vision(self._context(index, patches, state))
@@ -159,9 +164,8 @@ class TowerHost:
         features = output.hidden_states[self.tower.size.features]
         if self.tower.size.features in self.schedule:
             features = self._stage(self.tower.size.features, features, state)
-        if state.side < self.tower.size.side and state.ordinal is None:
-            state.ordinal = _grid(features.shape[0], state.side, self.tower.size.side, features.device)
-            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+        if state.side < self.tower.size.side:
+            self._begin(state, features)
         self._note(features, state)
         if state.ordinal is None or features.shape[1] == self.tower.size.prefix + self.tower.size.side**2:
             return None
@@ -187,9 +191,7 @@ class TowerHost:
     def _places_back(self, features: Tensor, state: TowerPass) -> Tensor:
         head, patches = features[:, : self.tower.size.prefix], features[:, self.tower.size.prefix :]
         patches = patches * state.real[..., None].to(patches.dtype)
-        full = patches.new_zeros(patches.shape[0], self.tower.size.side**2, patches.shape[2])
-        index = state.ordinal[..., None].expand_as(patches)
-        return torch.cat([head, full.scatter_add(1, index, patches)], 1)
+        return torch.cat([head, selection.put_rows(patches, state.ordinal, self.tower.size.side**2)], 1)
 
     @staticmethod
     def _enter_projector(module: nn.Module, args: tuple):
@@ -208,9 +210,7 @@ class TowerHost:
         if not hasattr(args[0], PACKED):
             return None
         columns, real, length = getattr(args[0], PACKED)
-        output = output * real[..., None].to(output.dtype)
-        full = output.new_zeros(output.shape[0], length, output.shape[2])
-        return full.scatter_add(1, columns[..., None].expand_as(output), output)
+        return selection.put_rows(output * real[..., None].to(output.dtype), columns, length)
 
 
 def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:

@@ -257,12 +257,6 @@ class VisionPruner(Pruner):
         )
         self.vision_depth = vision_depth
 
-    def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
-        """The budget from layer 0 on; raises `LitPruneError` where it can't be met."""
-        if isinstance(keep, dict):
-            return given(keep, self.stages(depth))
-        return dict(solve(keep, visual, depth, (0,), (1.0,)))
-
     def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
         """Patches per tile after each stage: `vision_shape` times the budget, at most all."""
         inside = tuple(layer for layer in self.vision_layers if layer >= 0)

@@ -1,14 +1,15 @@
 """Several images in one prompt, for methods whose choice of a token depends on the others: each image decides alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_prune import selection
-from lit_prune.pruners.base import Context, Kept
+from lit_prune.pruners.base import Context, Kept, Pruner
 
 BY_TOKEN = ("visual", "ordinal", "visual_embeds", "attention", "states", "visual_keys")  # what has a visual axis second
 BY_SAMPLE = ("text", "text_mask", "text_embeds", "text_keys", "seed")
@@ -82,3 +83,31 @@ def _states_back(kept: Kept, context: Context, columns: Tensor, real: Tensor) ->
     full = torch.nn.functional.pad(context.states.to(kept.states.dtype), (0, 0, 0, 1))
     index = columns.masked_fill(~real, spare)[..., None].expand(-1, -1, width)
     return full.scatter(1, index, kept.states.reshape(batch, -1, width))[:, :spare]
+
+
+class PickedOneByOne(Pruner):
+    """Base of methods that pick visual tokens one after the other, each unlike those picked, image by image.
+
+    Args:
+        layers: decoder layers at whose input tokens are dropped [the papers': before the decoder, so 0].
+        shape, depth: see `Pruner`.
+    """
+
+    needs_embeds = True
+
+    def __init__(
+        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
+    ) -> None:
+        super().__init__(layers, shape, depth)
+
+    @image_by_image
+    def prune(self, context: Context) -> Kept:
+        """The `context.count` picks of each image."""
+        return super().prune(context)
+
+    @staticmethod
+    def picks_first(
+        order: Int[Tensor, "batch visual"], count: Int[Tensor, " batch"], rest: Float[Tensor, "batch visual"]
+    ) -> Float[Tensor, "batch visual"]:
+        """Scores: the earlier a token was picked the higher, 1 for the last; `rest`, below 1, where it was not (-1)."""
+        return torch.where(order >= 0, (count[:, None] - order).to(rest.dtype), rest)

@@ -1,20 +1,18 @@
 """CDPruner: tokens that are different from each other, given what is asked."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from lit_prune import selection
-from lit_prune.pruners.base import Context, Kept, Pruner
-from lit_prune.pruners.by_image import image_by_image
+from lit_prune.pruners.base import Context
+from lit_prune.pruners.by_image import PickedOneByOne
 
 NOTHING = 1e-6  # what is left of a token's squared length when the picks span it, in fp32
 
 
-class CDPruner(Pruner):
+class CDPruner(PickedOneByOne):
     """Conditional diversity: greedy MAP of a determinantal point process (CDPruner, arXiv 2506.10967, section 3).
 
     Kernel r_i cos(i, j) r_j over the projected visual tokens; r is the relevance to the question, min-max per sample.
@@ -24,23 +22,7 @@ class CDPruner(Pruner):
     Relevance [ours]: mean cosine to the question's word embeddings, at the decoder's input. The paper asks CLIP's text
     tower, which LLaVA doesn't carry. Several images of a prompt are pruned one by one, min-max too [ours]; the price
     is then an upper bound.
-
-    Args:
-        layers: decoder layers at whose input tokens are dropped [paper: before the decoder, so 0].
-        shape, depth: see `Pruner`.
     """
-
-    needs_embeds = True
-
-    def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
-    ) -> None:
-        super().__init__(layers, shape, depth)
-
-    @image_by_image
-    def prune(self, context: Context) -> Kept:
-        """The `context.count` picks of each image."""
-        return super().prune(context)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """The earlier a token was picked the higher, 1 for the last; of the rest the relevance, moved below 0."""
@@ -58,7 +40,7 @@ class CDPruner(Pruner):
             column = (kernel - spanned.squeeze(2)) * left.gather(1, best).clamp(min=NOTHING).rsqrt()
             factor[..., step] = torch.where(found, column, 0.0)
             left = left - factor[..., step].square()
-        return torch.where(order >= 0, (context.count[:, None] - order).to(unit.dtype), relevance - 2.0)
+        return self.picks_first(order, context.count, relevance - 2.0)
 
     @staticmethod
     def _relevance(unit: Tensor, context: Context) -> Tensor:

@@ -1,43 +1,25 @@
 """DivPrune: the most different tokens."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from lit_prune import selection
-from lit_prune.pruners.base import Context, Kept, Pruner
-from lit_prune.pruners.by_image import image_by_image
+from lit_prune.pruners.base import Context
+from lit_prune.pruners.by_image import PickedOneByOne
 
 BLOCK = 256  # rows of the similarity matrix that exist at a time
 
 
-class DivPrune(Pruner):
+class DivPrune(PickedOneByOne):
     """Max-min diversity of the projected visual tokens, by greedy picks (DivPrune, arXiv 2503.02175, section 3).
 
     Distance is one minus the cosine. The first pick is the token furthest from its nearest neighbour, then always the
     one whose nearest pick is furthest. The question plays no part. The matrix of distances is never held: the start
     sees it in blocks of rows, the picks keep a running minimum, O(kept x visual). Several images of a prompt are
     pruned one by one [ours]; the price is then an upper bound.
-
-    Args:
-        layers: decoder layers at whose input tokens are dropped [paper: before the decoder, so 0].
-        shape, depth: see `Pruner`.
     """
-
-    needs_embeds = True
-
-    def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
-    ) -> None:
-        super().__init__(layers, shape, depth)
-
-    @image_by_image
-    def prune(self, context: Context) -> Kept:
-        """The `context.count` picks of each image."""
-        return super().prune(context)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """The earlier a token was picked the higher, 1 for the last; of the rest minus the cosine to the nearest pick.
@@ -52,7 +34,7 @@ class DivPrune(Pruner):
             to_pick = (unit @ selection.gather_rows(unit, best).transpose(1, 2)).squeeze(2)
             nearest = to_pick if step == 0 else torch.maximum(likeness, to_pick)
             likeness = torch.where(found, nearest, likeness)
-        return torch.where(order >= 0, (context.count[:, None] - order).to(likeness.dtype), -2.0 - likeness)
+        return self.picks_first(order, context.count, -2.0 - likeness)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """All cosines once for the start, then those to each pick."""
