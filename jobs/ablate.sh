@@ -16,9 +16,7 @@ variant() {
     shift
     folder="$RUN/${name//[^a-z0-9]/_}"
     ROWS+=("$name=$folder/plugin")
-    [[ -f $folder/plugin/plugin.json ]] && return
-    note "$name"
-    lit-prune fit -c configs/micro.yaml --trainer.default_root_dir="$folder" --ckpt_path last "$@" "${MORE[@]}"
+    fit_once "$folder" "$@" "${MORE[@]}"
 }
 
 P=--model.pruner.init_args

@@ -43,5 +43,15 @@ install() {
     printf '%s\n' "$wanted" >"$STAMP"
 }
 
+# Trains in a folder unless that has been done there; an interrupted run goes on.
+#   fit_once FOLDER [options of fit]
+fit_once() {
+    local folder=$1
+    shift
+    [[ -f $folder/plugin/plugin.json ]] && return
+    note "$folder"
+    lit-prune fit -c configs/micro.yaml --trainer.default_root_dir="$folder" --ckpt_path last "$@"
+}
+
 install
 export PATH="$PWD/.venv/bin:$PATH"

@@ -8,18 +8,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 RUN="${RUN:-runs/seeds}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2}"
-MORE=("$@")
-
-train() { # keep seed folder
-    [[ -f $3/plugin/plugin.json ]] && return
-    note "keep=$1, seed $2"
-    lit-prune fit -c configs/micro.yaml --trainer.default_root_dir="$3" --ckpt_path last --model.keep="$1" \
-        --seed_everything="$2" --model.seed="$2" --data.init_args.seed="$2" "${MORE[@]}"
-}
 
 for keep in 32 16; do
     for seed in "${SEEDS[@]}"; do
-        train "$keep" "$seed" "$RUN/keep_$keep/seed_$seed"
+        fit_once "$RUN/keep_$keep/seed_$seed" --model.keep="$keep" \
+            --seed_everything="$seed" --model.seed="$seed" --data.init_args.seed="$seed" "$@"
     done
 done
 trained="$RUN/keep_{keep}/seed_{seed}/plugin"

@@ -9,19 +9,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 RUN="${RUN:-runs/table}"
 read -ra SEEDS <<<"${SEEDS:-0 1 2}"
 
-train() { # keep seed folder [overlay]
-    [[ -f $3/plugin/plugin.json ]] && return
-    note "$3"
-    lit-prune fit -c configs/micro.yaml "${@:4}" --trainer.default_root_dir="$3" --ckpt_path last --model.keep="$1" \
-        --seed_everything="$2" --model.seed="$2" --data.init_args.seed="$2"
-}
-
 for seed in "${SEEDS[@]}"; do
+    seeded=(--seed_everything="$seed" --model.seed="$seed" --data.init_args.seed="$seed")
     for keep in 48 32 16; do
-        train "$keep" "$seed" "runs/seeds/keep_$keep/seed_$seed"
+        fit_once "runs/seeds/keep_$keep/seed_$seed" --model.keep="$keep" "${seeded[@]}"
     done
     for keep in 8 4; do
-        train "$keep" "$seed" "runs/dcp_rcp/keep_$keep/seed_$seed" -c configs/pruners/dcp_rcp.yaml
+        fit_once "runs/dcp_rcp/keep_$keep/seed_$seed" -c configs/pruners/dcp_rcp.yaml --model.keep="$keep" "${seeded[@]}"
     done
     [[ -d runs/adaptive/keep_16/seed_$seed ]] ||
         "$PY" jobs/adapt.py "runs/seeds/keep_16/seed_$seed/plugin" --keep 16 --out "runs/adaptive/keep_16/seed_$seed" --questions 256

@@ -220,21 +220,38 @@ def second_turn(vlm, inputs, question, rows=None):
     return first, dialogue, generate(vlm, dialogue, tokens=5, rows=rows, past_key_values=first.past_key_values)
 
 
-@EVERY
-def test_second_turn_on_the_pruned_cache(pruned, pruner):
-    """Equal to the samples alone and to one forward over the whole dialogue."""
-    prompts, question = samples(), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
-    inputs = batch(prompts)
-    vlm = pruned(pruner)
+def dialogue_equals_one_forward(vlm, inputs, question):
+    """Asserts it, and returns the second answer."""
     _, dialogue, out = second_turn(vlm, inputs, question)
     start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
-
     labels = out.sequences.clone()
     labels[:, :start] = -100
     labels[:, start + 4 : length] = -100
     mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
     whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
     assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+    return out
+
+
+def mixed_batch_equals_its_samples(vlm):
+    """Asserts it for greedy answers and for beams; the second sample has no image."""
+    prompts = samples((45, 14, 52), (True, False, True))
+    together = generate(vlm, batch(prompts))
+    beams = generate(vlm, batch(prompts), tokens=5, num_beams=3).sequences[:, -5:]
+    for row, sample in enumerate(prompts):
+        alone = generate(vlm, batch([sample]), rows=[row])
+        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
+        single = generate(vlm, batch([sample]), tokens=5, rows=[row], num_beams=3).sequences[0, -5:]
+        assert single.tolist() == beams[row].tolist()
+
+
+@EVERY
+def test_second_turn_on_the_pruned_cache(pruned, pruner):
+    """Equal to the samples alone and to one forward over the whole dialogue."""
+    prompts, question = samples(), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
+    vlm = pruned(pruner)
+    out = dialogue_equals_one_forward(vlm, batch(prompts), question)
 
     for row, sample in enumerate(prompts):
         _, _, alone = second_turn(vlm, batch([sample]), question[row : row + 1], rows=[row])

@@ -3,7 +3,12 @@
 import pytest
 import tiny
 import torch
-from test_equality import generate_plain, recomputed, second_turn
+from test_equality import (
+    dialogue_equals_one_forward,
+    generate_plain,
+    mixed_batch_equals_its_samples,
+    recomputed,
+)
 from test_syncs import looks
 from tiny import IMAGE, PRUNERS, TOLERANCE, VISUAL, Chosen, batch, forward, gap, generate, real_text, samples
 
@@ -129,16 +134,7 @@ def test_cached_decoding_equals_recomputation(pruned, pruner, how):
 
 @EACH
 def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
-    prompts = samples((45, 14, 52), (True, False, True))
-    vlm = pruned(pruner, mass="count", positions="renumbered")
-    together = generate(vlm, batch(prompts))
-    beams = generate(vlm, batch(prompts), tokens=5, num_beams=3).sequences[:, -5:]
-    for row, sample in enumerate(prompts):
-        alone = generate(vlm, batch([sample]), rows=[row])
-        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
-        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
-        single = generate(vlm, batch([sample]), tokens=5, rows=[row], num_beams=3).sequences[0, -5:]
-        assert single.tolist() == beams[row].tolist()
+    mixed_batch_equals_its_samples(pruned(pruner, mass="count", positions="renumbered"))
 
 
 @EACH
@@ -153,15 +149,7 @@ def test_masking_equals_dropping(pruned, pruner, side):
 @EACH
 def test_second_turn_attends_with_the_mass(pruned, pruner):
     inputs, question = batch(samples()), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
-    vlm = pruned(pruner, mass="count")
-    _, dialogue, out = second_turn(vlm, inputs, question)
-    start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
-    labels = out.sequences.clone()
-    labels[:, :start] = -100
-    labels[:, start + 4 : length] = -100
-    mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
-    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
-    assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+    dialogue_equals_one_forward(pruned(pruner, mass="count"), inputs, question)
 
 
 def test_a_second_image_finds_the_mass_of_the_first(pruned):

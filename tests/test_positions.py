@@ -6,7 +6,12 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from test_equality import generate_plain, recomputed, second_turn
+from test_equality import (
+    dialogue_equals_one_forward,
+    generate_plain,
+    mixed_batch_equals_its_samples,
+    recomputed,
+)
 from tiny import DEPTH, IMAGE, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
 
 from lit_prune.errors import LitPruneError
@@ -135,30 +140,13 @@ def test_masking_equals_dropping(pruned, pruner):
 
 @EACH
 def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
-    prompts = samples((45, 14, 52), (True, False, True))
-    vlm = pruned(pruner, **NEW)
-    together = generate(vlm, batch(prompts))
-    beams = generate(vlm, batch(prompts), tokens=5, num_beams=3).sequences[:, -5:]
-    for row, sample in enumerate(prompts):
-        alone = generate(vlm, batch([sample]), rows=[row])
-        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
-        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
-        single = generate(vlm, batch([sample]), tokens=5, rows=[row], num_beams=3).sequences[0, -5:]
-        assert single.tolist() == beams[row].tolist()
+    mixed_batch_equals_its_samples(pruned(pruner, **NEW))
 
 
 @EACH
 def test_second_turn_goes_on_from_the_new_length(pruned, pruner):
     inputs, question = batch(samples()), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
-    vlm = pruned(pruner, **NEW)
-    _, dialogue, out = second_turn(vlm, inputs, question)
-    start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
-    labels = out.sequences.clone()
-    labels[:, :start] = -100
-    labels[:, start + 4 : length] = -100
-    mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
-    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
-    assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+    dialogue_equals_one_forward(pruned(pruner, **NEW), inputs, question)
 
 
 def test_a_second_image_goes_on_from_the_new_length(pruned):
