@@ -117,7 +117,7 @@ def _load_data(made: PruneCLI, limit: int | None) -> dict[str, Any]:
     data.prepare_data()
     data.setup("test")
     test = data.datasets["test"]
-    file = digest_of([test.records.path])
+    file = digest_of(test.source.files)
     if limit is not None:
         data.datasets["test"] = Subset(test, range(min(limit, len(test))))
     told = json.loads(json.dumps(made.config["data"].as_dict(), default=str))

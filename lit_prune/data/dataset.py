@@ -1,17 +1,17 @@
-"""Samples of an instruction file and the batches made of them, with bad samples replaced or left out."""
+"""Samples of a source and the batches made of them, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from lit_prune.data.conversation import IGNORED, TOKEN_KEYS, encode, image_paths, prompt_length, read_conversation
-from lit_prune.data.images import MAX_PIXELS, read_image
-from lit_prune.data.records import Records
+from lit_prune.data.conversation import IGNORED, TOKEN_KEYS, encode, prompt_length, read_conversation
+from lit_prune.data.images import MAX_PIXELS, decode_image
+from lit_prune.data.sources import ImageFile, Source
 from lit_prune.errors import BadSample, LitPruneError
 
 Mode = Literal["train", "eval", "predict"]
@@ -21,7 +21,7 @@ MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
 
 @dataclass
 class Sample:
-    """One encoded record. `prompt` is the number of tokens before the last answer, `record` its index in the file."""
+    """One encoded record. `prompt` is the number of tokens before the last answer, `record` its index in the source."""
 
     inputs: dict[str, Tensor]
     prompt: int
@@ -43,42 +43,40 @@ class Fetched:
 
 
 class InstructDataset(Dataset):
-    """The records of one file with their images, encoded by the model's processor. Pickles.
+    """The records of a source with their images, encoded by the model's processor. Pickles.
 
     Args:
-        records: the index of the file.
-        images: the image root.
+        source: see `open_source`.
         processor: see `encode`.
         max_length: most tokens a sample may have, or None.
-        mode: "train" replaces a bad sample by the next good one of the file, so that batches keep their size; "eval"
+        mode: "train" replaces a bad sample by the next good one of the source, so that batches keep their size; "eval"
             leaves it out; so does "predict", which needs no answers.
-        max_pixels: see `read_image`.
+        max_pixels: see `decode_image`.
     """
 
     def __init__(
         self,
-        records: Records,
-        images: str | Path,
+        source: Source,
         processor: Any,
         max_length: int | None = None,
         mode: Mode = "train",
         max_pixels: int = MAX_PIXELS,
     ):
-        self.records, self.images, self.processor = records, Path(images), processor
+        self.source, self.processor = source, processor
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         """The encoded record. Raises BadSample, which names file and sample."""
         name: str | int = index
         try:
-            record = self.records[index]
+            record = self.source[index]
             name = _name(record, index)
             return self._encode(record, name, index)
         except BadSample as error:
-            raise BadSample(self.records.path, name, error.reason) from error
+            raise BadSample(self.source.file_of(index), name, error.reason) from error
 
     def __getitems__(self, indices: list[int]) -> Fetched:
         """The samples of an index batch; called by the data loader in place of `__getitem__`."""
@@ -104,7 +102,7 @@ class InstructDataset(Dataset):
     def _encode(self, record: dict, name: str | int, index: int) -> Sample:
         answered = self.mode != "predict"
         conversation = read_conversation(record, answered)
-        images = [read_image(self.images, path, self.max_pixels) for path in image_paths(record)]
+        images = [self._decode(image) for image in self.source.images(index, record)]
         inputs = encode(self.processor, record, images, self.max_length, answered)
         return Sample(
             inputs=inputs,
@@ -116,6 +114,10 @@ class InstructDataset(Dataset):
             boxes=record.get("boxes") or [],
             record=index,
         )
+
+    def _decode(self, image: ImageFile) -> Image.Image:
+        with image.open() as file:
+            return decode_image(file, image.name, self.max_pixels)
 
 
 class Collate:

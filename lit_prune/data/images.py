@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -12,31 +13,52 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs
 
 
 def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `root/relative_path` in RGB.
+    """The image at `root/relative_path` in RGB; see `open_image` and `decode_image` for arguments and errors."""
+    with open_image(root, relative_path) as file:
+        return decode_image(file, relative_path, max_pixels)
+
+
+def open_image(root: str | Path, relative_path: str) -> BinaryIO:
+    """The file at `root/relative_path`, for reading.
 
     Args:
         root: the folder that the path may not leave.
         relative_path: as written in a record, with forward slashes.
+
+    Raises:
+        BadSample: a path that is absolute or leaves the root (`..`, a link), or a file that is missing or may not be
+            read. File and sample are left open.
+    """
+    try:
+        return resolve_image(root, relative_path).open("rb")
+    except OSError as error:
+        raise _bad(f"image {relative_path} cannot be read: {error}") from error
+
+
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in RGB.
+
+    Args:
+        file: a binary file at its begin.
+        name: for messages.
         max_pixels: width times height an image may have at most, read from its header before it is decoded
             (never more than Pillow's own limit).
 
     Raises:
-        BadSample: a path that is absolute or leaves the root (`..`, a link), a missing or unreadable file, or an image
-            that is too large. File and sample are left open.
+        BadSample: unreadable, cut short, or too large. File and sample are left open.
     """
-    path = resolve_image(root, relative_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-                _check_pixels(image, relative_path, max_pixels)
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image, name, max_pixels)
                 return image.convert("RGB")
         except BadSample:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise _bad(f"image {relative_path} is a decompression bomb: {error}") from error
+            raise _bad(f"image {name} is a decompression bomb: {error}") from error
         except Exception as error:  # decoders raise anything on a broken file
-            raise _bad(f"image {relative_path} cannot be read: {error}") from error
+            raise _bad(f"image {name} cannot be read: {error}") from error
 
 
 def resolve_image(root: str | Path, relative_path: str) -> Path:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lit_prune.data.bad_samples import BadSampleLog
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
-from lit_prune.data.records import Records
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
+from lit_prune.data.sources import open_source
 from lit_prune.errors import LitPruneError
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -162,14 +162,8 @@ class InstructData(LightningDataModule):
     # Parts
 
     def _dataset(self, split: str) -> InstructDataset:
-        path = Path(self.paths[split])
-        images = Path(self.images) if self.images else path.parent
-        if not images.is_dir():
-            raise LitPruneError(f"data.images: {images} is no folder")
-        records = Records(path)
-        if not len(records):
-            raise LitPruneError(f"{path}: no samples")
-        return InstructDataset(records, images, self.processor, self._context(), _mode(split))
+        source = open_source(self.paths[split], self.images)
+        return InstructDataset(source, self.processor, self._context(), _mode(split))
 
     def _context(self) -> int | None:
         """The given `max_length`, else the context of the base model as far as it is known."""

@@ -2,13 +2,16 @@
 
 import codecs
 import json
-import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from lit_prune.data.conversation import image_paths
+from lit_prune.data.images import open_image
+from lit_prune.data.sources.base import FileReader, ImageFile, Source
 from lit_prune.errors import BadSample, LitPruneError
 
 CHUNK = 1 << 20
@@ -17,24 +20,29 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 _KINDS = {"{": "an object", '"': "a string", "t": "true", "f": "false", "n": "null"}
 
 
-class Records(Sequence):
+class JsonFile(Source):
     """The records of one JSON list (`.json`) or JSON lines file (`.jsonl`), each parsed when it is asked for.
 
-    Only offsets are held: 16 bytes a record. Pickles, and opens the file anew in every process.
+    Only offsets are held: 16 bytes a record.
+
+    Args:
+        path: the file.
+        images_root: folder of the images; by default the file's own.
 
     Raises:
         LitPruneError: the file is missing, is not UTF-8 or JSON, or is JSON but no list of objects.
         BadSample: on access, a line that is not a JSON object.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, images_root: str | Path | None = None):
         self.path = Path(path)
         if not self.path.is_file():
             raise LitPruneError(f"{path}: no such file")
+        self.images_root = self.path.parent if images_root is None else Path(images_root)
         by_line = self.path.suffix.lower() in LINE_SUFFIXES
         self.size = self.path.stat().st_size
         self.spans = _line_spans(self.path) if by_line else _list_spans(self.path)  # (records, 2): offset, length
-        self._file, self._owner = None, None
+        self._reader = FileReader()
         if by_line:
             self._check_first_line()
 
@@ -45,28 +53,23 @@ class Records(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         offset, length = self.spans[index].tolist()
-        file = self._open()
-        file.seek(offset)
         try:
-            record = json.loads(file.read(length))
+            record = json.loads(self._reader.read(self.path, self.size, offset, length))
         except (ValueError, RecursionError) as error:
             raise BadSample(self.path, index, f"not JSON: {error}") from error
         if not isinstance(record, dict):
             raise BadSample(self.path, index, f"a JSON object was expected, not {type(record).__name__}")
         return record
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None, "_owner": None}
+    def images(self, index: int, record: dict) -> list[ImageFile]:
+        return [ImageFile(path, partial(open_image, self.images_root, path)) for path in image_paths(record)]
 
-    def _open(self):
-        if self._owner != os.getpid():  # a forked worker must not share its parent's file position
-            try:
-                self._file, self._owner = self.path.open("rb"), os.getpid()
-            except OSError as error:
-                raise LitPruneError(f"{self.path}: {error.strerror}") from error
-            if os.fstat(self._file.fileno()).st_size != self.size:
-                raise LitPruneError(f"{self.path}: the file changed after it was opened")
-        return self._file
+    def file_of(self, index: int) -> str:
+        return str(self.path)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def _check_first_line(self) -> None:
         if len(self):

@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 
-from lit_prune.data import records as module
-from lit_prune.data.records import Records
+from lit_prune.data.sources import json_files as module
+from lit_prune.data.sources.json_files import JsonFile
 from lit_prune.errors import BadSample, LitPruneError
 
 SAMPLES = [{"id": i, "text": 'ü[{"]}\\ ' * i, "nested": {"list": [[], {}]}} for i in range(40)]
@@ -21,25 +21,25 @@ def write(folder, text, name="data.json"):
 @pytest.mark.parametrize("indent", [None, 2])
 def test_list(tmp_path, monkeypatch, chunk, ascii_only, indent):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    records = Records(write(tmp_path, json.dumps(SAMPLES, ensure_ascii=ascii_only, indent=indent)))
+    records = JsonFile(write(tmp_path, json.dumps(SAMPLES, ensure_ascii=ascii_only, indent=indent)))
     assert list(records) == SAMPLES
     assert len(records) == 40
     assert records.spans.dtype == "int64"
 
 
 def test_byte_order_mark_and_empty_list(tmp_path):
-    assert list(Records(write(tmp_path, b"\xef\xbb\xbf " + json.dumps(SAMPLES).encode()))) == SAMPLES
-    assert len(Records(write(tmp_path, " [ ] \n"))) == 0
+    assert list(JsonFile(write(tmp_path, b"\xef\xbb\xbf " + json.dumps(SAMPLES).encode()))) == SAMPLES
+    assert len(JsonFile(write(tmp_path, " [ ] \n"))) == 0
 
 
 def test_lines(tmp_path):
     lines = "\n\n".join(json.dumps(sample, ensure_ascii=False) for sample in SAMPLES)
-    assert list(Records(write(tmp_path, lines, "data.jsonl"))) == SAMPLES
-    assert len(Records(write(tmp_path, "", "empty.jsonl"))) == 0
+    assert list(JsonFile(write(tmp_path, lines, "data.jsonl"))) == SAMPLES
+    assert len(JsonFile(write(tmp_path, "", "empty.jsonl"))) == 0
 
 
 def test_a_broken_line_is_one_bad_sample(tmp_path):
-    records = Records(write(tmp_path, b'{"id": 0}\n{"id": \n[1]\n{"id": "\xff"}\n{"id": 4}', "data.jsonl"))
+    records = JsonFile(write(tmp_path, b'{"id": 0}\n{"id": \n[1]\n{"id": "\xff"}\n{"id": 4}', "data.jsonl"))
     assert records[0] == {"id": 0}
     assert records[4] == {"id": 4}
     for index in (1, 2, 3):
@@ -50,7 +50,7 @@ def test_a_broken_line_is_one_bad_sample(tmp_path):
 
 
 def test_pickled_while_open(tmp_path):
-    records = Records(write(tmp_path, json.dumps(SAMPLES)))
+    records = JsonFile(write(tmp_path, json.dumps(SAMPLES)))
     assert records[3] == pickle.loads(pickle.dumps(records))[3]
 
 
@@ -77,15 +77,15 @@ def test_pickled_while_open(tmp_path):
 )
 def test_bad_files(tmp_path, text, message):
     with pytest.raises(LitPruneError, match=rf"data.json: .*{message}"):
-        Records(write(tmp_path, text))
+        JsonFile(write(tmp_path, text))
 
 
 def test_missing_no_lines_and_changed(tmp_path):
     with pytest.raises(LitPruneError, match=r"none.json: no such file"):
-        Records(tmp_path / "none.json")
+        JsonFile(tmp_path / "none.json")
     with pytest.raises(LitPruneError, match="no JSON lines"):
-        Records(write(tmp_path, json.dumps(SAMPLES, indent=1), "data.jsonl"))
-    records = Records(write(tmp_path, json.dumps(SAMPLES)))
+        JsonFile(write(tmp_path, json.dumps(SAMPLES, indent=1), "data.jsonl"))
+    records = JsonFile(write(tmp_path, json.dumps(SAMPLES)))
     write(tmp_path, "[]")
     with pytest.raises(LitPruneError, match="changed"):
         records[0]

@@ -1,0 +1,28 @@
+"""Where instruction data come from: one module a kind of storage, `open_source` to choose."""
+
+from pathlib import Path
+
+from lit_prune.data.sources.base import ImageFile, Source
+from lit_prune.data.sources.json_files import JsonFile
+from lit_prune.errors import LitPruneError
+
+__all__ = ["ImageFile", "Source", "open_source"]
+
+
+def open_source(location: str | Path, images_root: str | Path | None = None) -> Source:
+    """The records at a location.
+
+    Args:
+        location: a JSON list (`.json`) or JSON lines file (`.jsonl`).
+        images_root: folder of the images that records name by a path; by default the one that holds the file.
+
+    Raises:
+        LitPruneError: nothing there, nothing readable, no records at all, or an image root that is no folder.
+    """
+    root = Path(images_root) if images_root is not None else None
+    if root is not None and not root.is_dir():
+        raise LitPruneError(f"image root {root} is no folder")
+    source = JsonFile(location, root)
+    if not len(source):
+        raise LitPruneError(f"{location}: no samples")
+    return source

@@ -1,0 +1,113 @@
+"""What every source of instruction data offers: records by index, their images, and names for messages."""
+
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from lit_prune.errors import LitPruneError
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image's file as it stands, not decoded: `name` for messages, `open` for a binary file at its begin.
+
+    `open` raises BadSample for an image that is missing or may not be read.
+    """
+
+    name: str
+    open: Callable[[], BinaryIO]
+
+
+class Source(ABC):
+    """Records that can be had in any order, with their images.
+
+    Memory does not grow with the number of records but for a few bytes each. A source pickles and can be forked: every
+    process opens its files for itself.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of records, bad ones included."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict:
+        """A record in the `conversations` or the `messages` layout, as `read_conversation` takes it.
+
+        `image` or `images` name its images. Reading a record reads no image.
+
+        Raises:
+            BadSample: nothing that could be a record; with file and index.
+            IndexError: no such index.
+        """
+
+    @abstractmethod
+    def images(self, index: int, record: dict) -> list[ImageFile]:
+        """The images of a record in the order of their names, opened by nobody yet.
+
+        Args:
+            index: of the record.
+            record: what `source[index]` gave.
+
+        Raises:
+            BadSample: images that are neither a path nor bytes. File and sample are left open.
+        """
+
+    @abstractmethod
+    def file_of(self, index: int) -> str:
+        """The file or location that messages about a record name."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The files that hold the records, in their order (not those of an image folder)."""
+
+
+class FileReader:
+    """Reads spans of files. Keeps a bounded number of them open, in each process anew. Pickles.
+
+    Args:
+        limit: most files open at a time; the one that was read longest ago is closed.
+    """
+
+    def __init__(self, limit: int = 16):
+        self.limit = limit
+        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._owner: int | None = None
+
+    def read(self, path: Path, size: int, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on.
+
+        Raises:
+            LitPruneError: the file cannot be opened, or is not `size` bytes long any more.
+        """
+        file = self._file(path, size)
+        file.seek(offset)
+        return file.read(length)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict(), "_owner": None}
+
+    def _file(self, path: Path, size: int) -> BinaryIO:
+        if self._owner != os.getpid():  # a forked worker must not share its parent's file positions
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if path not in self._open:
+            self._open[path] = _opened(path, size)
+            if len(self._open) > self.limit:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return self._open[path]
+
+
+def _opened(path: Path, size: int) -> BinaryIO:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise LitPruneError(f"{path}: {error.strerror}") from error
+    if os.fstat(file.fileno()).st_size != size:
+        file.close()
+        raise LitPruneError(f"{path}: the file changed after it was opened")
+    return file
