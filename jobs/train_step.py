@@ -76,7 +76,7 @@ def measure(base: str, mode: str, args: argparse.Namespace) -> None:
         median = sorted(module.seconds[1:])[args.steps // 2]
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = torch.cuda.max_memory_allocated() if cuda else kib * 1024
-        loss = float(trainer.callback_metrics["loss/total"])
+        loss = float(trainer.callback_metrics["loss"])
         where = torch.cuda.get_device_name() if cuda else "CPU, resident memory of the process so far"
         print(f"{mode} batch {size}: {median:.3f} s a step, peak {peak / 1e9:.2f} GB ({where}), loss {loss:.3f}")
 

@@ -15,7 +15,7 @@ from lit_prune.vlm import VLM
 
 
 @torch.no_grad()
-def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> dict[str, float]:
+def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> dict[str, Tensor]:
     """What one training step ran: tokens kept, FLOPs of the student's prefill, shift at the repaired layers.
 
     Args:
@@ -28,7 +28,17 @@ def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> 
     values["flops/sample"] = decoder_total(price(student.trace, vlm.size, plugin.pruner, plugin.repair)).mean()
     for layer in layers:
         values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
-    return {name: float(value) for name, value in values.items()}
+    return values
+
+
+def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
+    """Scalars as float64 on the CPU: those on a device come in one transfer, so that it is waited for once."""
+    there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    here = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if name not in there}
+    if there:
+        stacked = torch.stack([value.detach().double() for value in there.values()]).cpu()
+        here |= dict(zip(there, stacked.unbind(), strict=True))
+    return {name: here[name] for name in values}
 
 
 class Meters(nn.Module):

@@ -28,7 +28,7 @@ from lit_prune.objective import (
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.tracking import Meters, step_figures
+from lit_prune.tracking import Meters, fetched, step_figures
 from lit_prune.vlm import load
 
 
@@ -208,13 +208,18 @@ class PruneModule(LightningModule):
 
     @torch.no_grad()
     def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
+        """The loss at every step; the other figures where loggers take them, and fetched from the device at once."""
+        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
+        if not self.trainer._logger_connector.should_update_logs:
+            return
         target = self.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
         values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
         values["tau"] = self.anneal.tau(done)
         values["budget/target"] = target * student.trace.total_visual.double().mean()
         values |= step_figures(self.vlm, self.plugin, student, teacher)
-        self.log_dict({name: float(value) for name, value in values.items()}, batch_size=size)
-        self.log("loss", float(total), prog_bar=True, logger=False, batch_size=size)
+        values = fetched(values)
+        self.log_dict(values, batch_size=size)
+        self.log("kept", values["budget/actual"], prog_bar=True, logger=False, batch_size=size)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""

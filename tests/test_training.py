@@ -59,6 +59,7 @@ def student(micro_folder):
 def trainer(folder, callbacks=(), **options) -> Trainer:
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     fixed = {"accelerator": "cpu", "limit_val_batches": 0, "num_sanity_val_steps": 0, "default_root_dir": str(folder)}
+    fixed["log_every_n_steps"] = 1
     saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return Trainer(**{**silent, **fixed, "enable_checkpointing": saving, "callbacks": list(callbacks), **options})
 
