@@ -176,6 +176,7 @@ class PruneModule(LightningModule):
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
         self._log_step(total, losses, student, teacher, done, len(batch["ids"]))
+        self.log_dict({f"data/{name}": value for name, value in batch.get("figures", {}).items()}, batch_size=1)
         return total
 
     def _prepare_step(self) -> float:

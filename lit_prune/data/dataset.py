@@ -21,7 +21,11 @@ MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
 
 @dataclass
 class Sample:
-    """One encoded record. `prompt` is the number of tokens before the last answer, `record` its index in the source."""
+    """One encoded record.
+
+    `prompt` is the number of tokens before the last answer, `record` its index in its source, `source` that one's name
+    in a mixture.
+    """
 
     inputs: dict[str, Tensor]
     prompt: int
@@ -31,6 +35,7 @@ class Sample:
     skill: str
     boxes: list
     record: int
+    source: str = ""
 
 
 @dataclass
@@ -137,6 +142,7 @@ class Collate:
             "skills": [s.skill for s in samples],
             "boxes": [s.boxes for s in samples],
             "records": [s.record for s in samples],
+            "sources": [s.source for s in samples],
             "skipped": fetched.skipped,
         }
         if fetched.failure:

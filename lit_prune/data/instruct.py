@@ -1,6 +1,8 @@
 """LightningDataModule for instruction data: LLaVA JSON or JSON lines with an image folder."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from lit_prune.data.bad_samples import BadSampleLog
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
+from lit_prune.data.mixture import Mixture, WeightedSource, as_sources
+from lit_prune.data.order import Order
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
 from lit_prune.data.sources import open_source
 from lit_prune.errors import LitPruneError
@@ -30,7 +34,9 @@ class InstructData(LightningDataModule):
         prompts: in evaluation only, the same keys without labels, padded on the left: up to and including the
             generation prompt of the last answer. Image tensors are the very objects of `inputs`.
         ids, questions, answers (the last ones' text), skills ("all" if the record names none), boxes (pixels),
-        records (index in the file).
+        records (index in the file), sources (the mixture's, by name; "" in evaluation).
+        figures: in training only, what to log of the data: `share/NAME`, the share of the samples that came of each
+            source of a mixture, on this rank since the run began or was resumed.
     A bad sample is replaced by the next good one in training, and left out in evaluation, where a batch may come out
     empty (`ids == []`, no tensors). It is warned about, listed in `bad_samples.jsonl` in the run's folder, and counted.
 
@@ -38,11 +44,12 @@ class InstructData(LightningDataModule):
 
     Args:
         base: model whose processor makes the inputs: a hub id, a folder, or "micro".
-        train: JSON list or JSON lines file to train on.
+        train: JSON list or JSON lines file to train on; or several, each a file or `data`, `images`, `weight`, `name`.
+            See `Order` for how they are mixed.
         val: the same for validation.
         test: the same for testing.
         predict: the same for prediction; its samples need no answers.
-        images: image root of all files; by default each file's own folder.
+        images: image root of all files that name none; by default each file's own folder.
         batch_size: samples a training batch, on each process.
         eval_batch_size: samples a batch elsewhere.
         num_workers: worker processes a loader; the order of samples does not depend on it.
@@ -58,7 +65,7 @@ class InstructData(LightningDataModule):
     def __init__(
         self,
         base: str,
-        train: str | None = None,
+        train: str | Sequence[str | WeightedSource] | None = None,
         val: str | None = None,
         test: str | None = None,
         predict: str | None = None,
@@ -73,9 +80,11 @@ class InstructData(LightningDataModule):
         super().__init__()
         self.base, self.images = base, images
         self.paths = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = as_sources(train, images) if train is not None else []
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed, self.max_length, self.max_bad_share = seed, max_length, max_bad_share
-        self.datasets: dict[str, InstructDataset] = {}
+        self.datasets: dict[str, InstructDataset | Mixture] = {}
+        self._seen: Counter[str] = Counter()  # training samples on this rank, by source
         self.bad_samples = BadSampleLog(max_bad_share)
         self._processor: Any = None
         self._loaded_from: str | None = None
@@ -102,10 +111,9 @@ class InstructData(LightningDataModule):
                 raise LitPruneError(f"data: {REQUIRED[name]} is not given: {name} needs a JSON or JSON lines file")
             for split in SPLITS[name]:
                 if self.paths[split]:
-                    self.datasets[split] = self._dataset(split)
+                    self.datasets[split] = self._mixture() if split == "train" else self._dataset(split)
         if stage in (None, "fit") and "train" in self.datasets:
-            size = len(self.datasets["train"])
-            self._train_batches = TrainBatches(size, self.batch_size, self.seed, *self._rank_and_world())
+            self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world())
         self._prepare_trainer()
 
     def train_dataloader(self) -> DataLoader:
@@ -136,6 +144,9 @@ class InstructData(LightningDataModule):
         self.bad_samples.update(stage, current, len(batch["ids"]), skipped, share)
         if "failure" in batch:
             raise LitPruneError(batch["failure"])
+        if split == "train":
+            self._seen.update(batch["sources"])
+            batch["figures"] = self._figures()
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -162,8 +173,23 @@ class InstructData(LightningDataModule):
     # Parts
 
     def _dataset(self, split: str) -> InstructDataset:
-        source = open_source(self.paths[split], self.images)
-        return InstructDataset(source, self.processor, self._context(), _mode(split))
+        return self._read(self.paths[split], self.images, split)
+
+    def _mixture(self) -> Mixture:
+        parts = [self._read(source.data, source.images, "train") for source in self.sources]
+        return Mixture(parts, [source.name for source in self.sources])
+
+    def _read(self, location: str, images: str | None, split: str) -> InstructDataset:
+        return InstructDataset(open_source(location, images), self.processor, self._context(), _mode(split))
+
+    def _order(self) -> Order:
+        weights = [source.weight for source in self.sources]
+        return Order(self.datasets["train"].sizes, None if None in weights else tuple(weights), self.seed)
+
+    def _figures(self) -> dict[str, float]:
+        """What is logged of the training data; shares where there are several sources."""
+        names, seen = self.datasets["train"].names, self._seen.total()
+        return {f"share/{name}": self._seen[name] / seen for name in names} if len(names) > 1 else {}
 
     def _context(self) -> int | None:
         """The given `max_length`, else the context of the base model as far as it is known."""

@@ -1,18 +1,20 @@
 """Samplers of index batches: one for training that resumes exactly, one for evaluation that repeats nothing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
 
+from lit_prune.data.order import Order
 from lit_prune.errors import LitPruneError
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of a seeded permutation per epoch, split over ranks, which can begin anywhere in an epoch.
+    """Batches of an order per epoch, split over ranks, which can begin anywhere in an epoch.
 
-    The order depends on `seed`, the epoch and `size` only. A global batch is the next `batch_size * world` indices, of
-    which rank r takes every `world`-th from the r-th; the last incomplete global batch is dropped.
+    A global batch is the next `batch_size * world` indices of `order`, of which rank r takes every `world`-th from the
+    r-th; the last incomplete global batch is dropped.
 
     `epoch` and `consumed` (samples over all ranks) say where the next iterator begins; iterating moves neither, because
     batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
@@ -23,11 +25,13 @@ class TrainBatches(Sampler[list[int]]):
         LitPruneError: fewer samples than one global batch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
-        self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, world: int = 1):
+        self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
         self.global_batch = batch_size * world
-        if size < self.global_batch:
-            raise LitPruneError(f"{size} training samples do not fill one batch of {batch_size} on {world} processes")
+        if len(order) < self.global_batch:
+            raise LitPruneError(
+                f"{len(order)} training samples do not fill one batch of {batch_size} on {world} processes"
+            )
         self.epoch = self.consumed = self.batches = self.shift = 0
         self.resumed = False
 
@@ -37,7 +41,7 @@ class TrainBatches(Sampler[list[int]]):
         return self
 
     def __len__(self) -> int:
-        return self.batches + (self.size - self.consumed) // self.global_batch
+        return self.batches + (len(self.order) - self.consumed) // self.global_batch
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._batches(self.epoch, self.consumed)  # fixed now: workers draw from it later
@@ -48,37 +52,49 @@ class TrainBatches(Sampler[list[int]]):
         if epoch != self.epoch:
             self.epoch, self.consumed, self.batches, self.resumed = epoch, 0, 0, False
 
-    def state_dict(self, epoch: int, batches: int, shift: int | None = None) -> dict[str, int]:
+    def state_dict(self, epoch: int, batches: int, shift: int | None = None) -> dict[str, Any]:
         """The state after `batches` batches of `epoch` (as counted here, shift included) were trained on."""
         begun = (self.consumed, self.batches) if epoch == self.epoch else (0, 0)
         return {
-            "seed": self.seed,
-            "size": self.size,
+            **self._data(),
+            "group": self.order.group,
             "epoch": epoch,
             "consumed": begun[0] + (batches - begun[1]) * self.global_batch,
             "batches": batches,
             "shift": self.shift if shift is None else shift,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, also one of another number of ranks or another batch size.
 
+        Samples grouped by length keep the checkpoint's group, so that the epoch under way stays what it was.
+
         Raises:
-            LitPruneError: the state belongs to another seed or another number of samples.
+            LitPruneError: the state belongs to other data: another seed, other sources or weights.
         """
-        for key in ("seed", "size"):
-            if state[key] != getattr(self, key):
+        for key, value in self._data().items():
+            if state[key] != value:
                 raise LitPruneError(
-                    f"cannot resume: the checkpoint's training data has {key} {state[key]}, "
-                    f"the data given now {getattr(self, key)}"
+                    f"cannot resume: the checkpoint's training data has {key} {state[key]}, the data given now {value}"
                 )
+        self.order = replace(self.order, group=state["group"])
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self.batches, self.shift = state["batches"], state["shift"]
         self.resumed = True
 
+    def _data(self) -> dict[str, Any]:
+        """What the order of samples depends on, beside the epoch."""
+        order = self.order
+        return {
+            "seed": order.seed,
+            "sizes": list(order.sizes),
+            "weights": None if order.weights is None else list(order.weights),
+            "group_by_length": order.lengths is not None,
+        }
+
     def _batches(self, epoch: int, consumed: int) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-        for start in range(consumed, self.size - self.global_batch + 1, self.global_batch):
+        order = self.order.epoch(epoch)
+        for start in range(consumed, len(order) - self.global_batch + 1, self.global_batch):
             yield order[start + self.rank : start + self.global_batch : self.world].tolist()
 
 

@@ -1,6 +1,7 @@
 import json
 import logging
 import pickle
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -10,9 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import IGNORED
 from lit_prune.data.dataset import concatenate
 from lit_prune.data.instruct import InstructData, context_length
+from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
 
 QUIET = {
@@ -97,7 +100,8 @@ def test_evaluation_batch(processor, mixed):
     assert batch["skills"] == ["existence", "all", "all"]
     assert batch["boxes"] == [[[0, 1, 2, 3]], [], []]
     assert batch["records"] == [0, 1, 2]
-    assert set(batch) == {"inputs", "prompts", "ids", "answers", "questions", "skills", "boxes", "records"}
+    assert batch["sources"] == ["", "", ""]
+    assert set(batch) == {"inputs", "prompts", "ids", "answers", "questions", "skills", "boxes", "records", "sources"}
     assert set(inputs) == {"input_ids", "attention_mask", "labels", "pixel_values"}
     assert set(prompts) == set(inputs) - {"labels"}
     assert prompts["pixel_values"] is inputs["pixel_values"]
@@ -228,6 +232,95 @@ def test_wrong_settings(processor, tmp_path):
         make_data(processor, test=str(tmp_path / "empty.json")).setup("test")
 
 
+# Mixtures
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two sources of 30 and 10 samples; every fifth of the second is bad, its images lie elsewhere."""
+    folder = tmp_path_factory.mktemp("two")
+    first = write_samples(folder / "a", 30)
+    second = write_samples(folder / "b", 10, bad=(0, 5), name="data.jsonl")
+    (folder / "b" / "red.png").rename(folder / "red.png")
+    return [WeightedSource(str(first), weight=1), WeightedSource(str(second), str(folder), weight=3)]
+
+
+def test_a_mixture_of_sources(processor, two, tmp_path):
+    data, model = make_data(processor, train=two, batch_size=5, max_bad_share=0.3), Figures()
+    Trainer(max_epochs=2, default_root_dir=tmp_path, **QUIET).fit(model, data)
+    sources = Counter(chain(*model.sources))
+    assert sources == {"data": 2 * 10, "data-2": 2 * 30}
+    assert model.figures["share/data"] == 0.25
+    assert model.figures["share/data-2"] == 0.75
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(line["file"], line["sample"]) for line in lines} == {(two[1].data, "s0"), (two[1].data, "s5")}
+    later = [(name, sample) for name, sample in zip(chain(*model.sources), chain(*model.seen), strict=True)]
+    assert Counter(later)["data-2", "s1"] == 2 * Counter(later)["data-2", "s2"] == 12  # replaced within its source
+    assert all(Counter(later)["data", f"s{i}"] <= 1 for i in range(30))
+
+
+class Figures(Recorder):
+    """Notes where the samples come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources: list[list[str]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.sources.append(batch["sources"])
+        self.figures = batch["figures"]
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_mixture_does_not_depend_on_workers_and_resumes(processor, two, tmp_path):
+    whole = run(processor, two, tmp_path, callbacks=[SaveEverywhere(tmp_path)], max_epochs=2, max_bad_share=0.5)
+    for workers, done in ((0, 3), (2, 11)):
+        checkpoint = next(tmp_path.glob(f"*-batch-{done}.ckpt"))
+        again = run(processor, two, tmp_path, str(checkpoint), workers=workers, max_epochs=2, max_bad_share=0.5)
+        assert again.seen == whole.seen[done:]
+        assert torch.equal(again.weight, whole.weight)
+    two = [WeightedSource(two[0].data, weight=1), WeightedSource(two[1].data, two[1].images, weight=2)]
+    with pytest.raises(LitPruneError, match=r"weights \[1, 3\], the data given now \[1, 2\]"):
+        run(processor, two, tmp_path, str(checkpoint), max_epochs=2)
+
+
+def test_a_list_of_files_is_every_sample_once(processor, tmp_path):
+    paths = [str(write_samples(tmp_path, count, name=name)) for count, name in ((9, "a.json"), (6, "b.jsonl"))]
+    data = make_data(processor, train=paths, batch_size=5)
+    data.setup("fit")
+    seen = [pair for batch in data.train_dataloader() for pair in zip(batch["sources"], batch["ids"], strict=True)]
+    assert sorted(seen) == sorted([("a", f"s{i}") for i in range(9)] + [("b", f"s{i}") for i in range(6)])
+    assert pickle.loads(pickle.dumps(data.datasets["train"])).sizes == (9, 6)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([], "an empty list"),
+        ([WeightedSource("a", weight=1), "b.json"], "some sources have a weight, b.json has none"),
+        ([WeightedSource("a", name="x"), WeightedSource("b", name="x")], "two sources named x"),
+        ([WeightedSource("a/x.json"), WeightedSource("b", name="x")], "two sources named x"),
+    ],
+)
+def test_wrong_mixtures(processor, train, message):
+    with pytest.raises(LitPruneError, match=message):
+        make_data(processor, train=train)
+
+
+def test_a_mixture_from_a_configuration(tmp_path):
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        "data:\n  class_path: lit_prune.data.InstructData\n  init_args:\n    train:\n"
+        "      - {data: a.json, images: ra, weight: 2.0}\n      - {data: b.parquet, weight: 1, name: bees}\n"
+    )
+    micro = ["-c", "configs/micro.yaml", "-c", "configs/pruners/fastv.yaml"]
+    data = PruneCLI(None, [*micro, "-c", str(file)]).datamodule
+    assert data.sources == [WeightedSource("a.json", "ra", 2.0, "a"), WeightedSource("b.parquet", None, 1.0, "bees")]
+    for given, names in (("x/c.json", ["c"]), ("[c.json, d.json]", ["c", "d"])):
+        data = PruneCLI(None, [*micro, "--data=lit_prune.data.InstructData", f"--data.train={given}"]).datamodule
+        assert [source.name for source in data.sources] == names
+
+
 # Resuming
 
 
@@ -252,8 +345,12 @@ class SaveEverywhere(Callback):
         self.save(trainer, "epoch")
 
 
-def run(processor, path, folder, checkpoint=None, callbacks=(), workers=0, **options) -> Recorder:
-    model, data = Recorder(), make_data(processor, train=str(path), val=str(path), num_workers=workers, seed=5)
+def run(processor, train, folder, checkpoint=None, callbacks=(), workers=0, max_bad_share=0.05, **options) -> Recorder:
+    train, val = (train, None) if isinstance(train, list) else (str(train), str(train))
+    model, data = (
+        Recorder(),
+        make_data(processor, train=train, val=val, num_workers=workers, seed=5, max_bad_share=max_bad_share),
+    )
     settings = {**QUIET, "max_epochs": 3, "default_root_dir": folder, **options}
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         settings["enable_checkpointing"] = False
@@ -301,7 +398,7 @@ def test_other_data_is_refused(processor, tmp_path):
     path = write_samples(tmp_path / "data", 22)
     run(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)], max_epochs=1)
     path = write_samples(tmp_path / "data", 30)
-    with pytest.raises(LitPruneError, match=r"cannot resume: .* size 22"):
+    with pytest.raises(LitPruneError, match=r"cannot resume: .* sizes \[22\]"):
         run(processor, path, tmp_path, str(sorted(tmp_path.glob("*.ckpt"))[0]))
 
 

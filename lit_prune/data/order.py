@@ -1,0 +1,105 @@
+"""In which order an epoch takes the samples of one or several sources: a pure function of seed and epoch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lit_prune.errors import LitPruneError
+
+WINDOW = 50  # groups that are sorted by length together; transformers' sampler does so with as many [ours]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Indices into the sources, put one behind the other, in the order of an epoch.
+
+    An epoch has as many samples as all sources together. Source `i` gives its share of them, `weights[i]` over the sum
+    of all weights, rounded to whole samples by the largest remainder. It gives them in passes: no sample of a source
+    comes again before all its others have come, then it is shuffled anew; a pass goes on where the epoch before
+    left it. Which source comes next is shuffled too. Without weights every sample comes once an epoch.
+
+    With `lengths` samples of similar length come together, `group` at a time: in every 50 groups the samples are sorted
+    by length and the groups shuffled. An epoch holds the same samples as without.
+
+    Args:
+        sizes: samples of each source.
+        weights: their weights, or None for the sizes.
+        seed: of all shuffling.
+        lengths: of every sample, in the order of the indices.
+        group: samples that come together; the global batch.
+
+    Raises:
+        LitPruneError: a weight that is no positive number, or gives less than one sample an epoch.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    seed: int = 0
+    lengths: np.ndarray | None = None
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            wrong = [weight for weight in self.weights if not (weight > 0 and math.isfinite(weight))]
+            if wrong or len(self.weights) != len(self.sizes):
+                raise LitPruneError(f"data.train: weights must be positive numbers, one a source: {self.weights}")
+        if not all(self.counts):
+            raise LitPruneError(
+                f"data.train: the weights {self.weights} give source {self.counts.index(0)} less than one sample in an "
+                f"epoch of {len(self)}"
+            )
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples an epoch takes of each source."""
+        return list(self.sizes) if self.weights is None else apportion(len(self), self.weights)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The indices of an epoch (samples,), 8 bytes each. Equal on every machine."""
+        offsets = np.cumsum([0, *self.sizes[:-1]])
+        streams = [offset + self._stream(i, epoch) for i, offset in enumerate(offsets)]
+        if len(streams) == 1:
+            order = streams[0]
+        else:
+            turns = np.repeat(np.arange(len(streams), dtype=np.int16), self.counts)
+            np.random.default_rng([self.seed, epoch, len(streams)]).shuffle(turns)
+            order = np.empty(len(turns), dtype=np.int64)
+            for i, stream in enumerate(streams):
+                order[turns == i] = stream
+        return order if self.lengths is None else self._grouped(order, epoch)
+
+    def _stream(self, source: int, epoch: int) -> np.ndarray:
+        """What an epoch takes of a source: a piece of its endless row of passes."""
+        size, count = self.sizes[source], self.counts[source]
+        at, end, pieces = epoch * count, (epoch + 1) * count, []
+        while at < end:
+            turn, start = divmod(at, size)
+            stop = min(size, start + end - at)
+            # numpy reads a last 0 like none: the first source's order is that of a run with no other
+            pieces.append(np.random.default_rng([self.seed, turn, source]).permutation(size)[start:stop])
+            at += stop - start
+        return np.concatenate(pieces)
+
+    def _grouped(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        draw = np.random.default_rng([self.seed, epoch, len(self.sizes) + 1])
+        whole = len(order) // self.group * self.group
+        for start in range(0, whole, WINDOW * self.group):
+            window = order[start : min(start + WINDOW * self.group, whole)]
+            by_length = window[np.argsort(self.lengths[window], kind="stable")].reshape(-1, self.group)
+            order[start : start + len(window)] = draw.permutation(by_length).reshape(-1)
+        return order
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to the weights that add up to `total`, by the largest remainder (then the first)."""
+    exact = [total * weight / math.fsum(weights) for weight in weights]
+    counts = [math.floor(value) for value in exact]
+    largest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in largest[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
