@@ -77,6 +77,13 @@ class Anneal:
         return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done / self.target_share))
 
 
+def answer_loss(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
+    """Cross entropy per answer token, in float32; 0 where nothing is to be answered."""
+    if not len(targets):
+        return logits.float().sum()
+    return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+
 def repair_loss(student: Record, teacher: Record, layers: list[int], weights: LossWeights) -> Float[Tensor, ""]:
     """Mean over the repair layers of the moment distance between student and teacher on answer positions."""
     parts = []

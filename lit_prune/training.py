@@ -14,11 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
 from lit_prune.errors import LitPruneError
-from lit_prune.host import Record, Session
+from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.options import Mass, Positions
 from lit_prune.objective import (
     Anneal,
     LossWeights,
+    answer_loss,
     attention_loss,
     budget_share,
     distillation,
@@ -159,25 +160,38 @@ class PruneModule(LightningModule):
     # -- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Teacher and student over one batch; losses on the answers."""
+        """Teacher and student over one batch; losses on the answers.
+
+        What both have in common runs once: the images, and the decoder layers below the first stage. The teacher stops
+        behind the last layer that is looked at, and only answer positions get logits.
+        """
         done = self._prepare_step()
-        teacher, student = Record(keep_hidden=True), Record(keep_hidden=True)
-        with torch.no_grad(), self.vlm.using(replace(evaluation.TEACHER, record=teacher, watch=self.watch)):
+        plain, pruned = self._sessions()
+        teacher, student = plain.record, pruned.record
+        with torch.no_grad(), self.vlm.using(plain):
             inputs = evaluation.encode_images(self.vlm, batch["inputs"])
-            target = self.model(**inputs, use_cache=False)
-        with self.vlm.using(
-            Session(soft=self.train_mode == "soft", spare=self.spare, gate_clip=self.gate_clip, record=student)
-        ):
+            target = self.model(**inputs, use_cache=False).logits[0]
+        with self.vlm.using(pruned):
             if self.plugin.pruner.acts_in_tower:
                 inputs = evaluation.encode_images(self.vlm, batch["inputs"])
-            output = self.model(**inputs, use_cache=False)
-        losses = self._losses(output, target, batch, student, teacher, done)
+            logits = self.model(**inputs, use_cache=False).logits[0]
+        losses = self._losses(logits, target, student, teacher, done)
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
         self._log_step(total, losses, student, teacher, done, len(batch["ids"]))
         self.log_dict({f"data/{name}": value for name, value in batch.get("figures", {}).items()}, batch_size=1)
         return total
+
+    def _sessions(self) -> tuple[Session, Session]:
+        """How the teacher and the student run, each with a record of its own."""
+        layers = frozenset(self.host.feeds) or frozenset([self.plugin.dims.depth - 1])
+        teacher, student = Record(keep_hidden=layers), Record(keep_hidden=layers)
+        common = {"answers_only": True, "prefix": Prefix(self.host.shared) if self.host.shared else None}
+        stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
+        plain = replace(evaluation.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
+        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": self.gate_clip}
+        return plain, Session(record=student, **soft, **common)
 
     def _prepare_step(self) -> float:
         """Seed this step, set temperature and noise; returns the share of steps done."""
@@ -187,8 +201,10 @@ class PruneModule(LightningModule):
         self.plugin.pruner.anneal(self.anneal.tau(done), self.anneal.noise_scale(done))
         return done
 
-    def _losses(self, output, target, batch, student: Record, teacher: Record, done: float) -> dict[str, Tensor]:
-        losses = {"task": output.loss}
+    def _losses(
+        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float
+    ) -> dict[str, Tensor]:
+        losses = {"task": answer_loss(logits, student.targets)}
         if self.host.feeds:
             losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
         if self.plugin.pruner.free:
@@ -198,8 +214,7 @@ class PruneModule(LightningModule):
         if self.loss.attention:
             losses["attention"] = attention_loss(student, teacher, self.loss.sharpen)
         if self.loss.distill:
-            answers = batch["inputs"]["labels"][:, 1:] != -100
-            losses["distill"] = distillation(output.logits[:, :-1][answers], target.logits[:, :-1][answers])
+            losses["distill"] = distillation(logits, target)
         return losses
 
     @property

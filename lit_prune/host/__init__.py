@@ -1,6 +1,7 @@
 """The only code that knows transformers: attention wrapper, decoder hooks, where things are."""
 
 from lit_prune.host.decoder import DecoderHost
+from lit_prune.host.idle import Prefix
 from lit_prune.host.state import Record, Session, StageRecord
 
-__all__ = ["DecoderHost", "Record", "Session", "StageRecord"]
+__all__ = ["DecoderHost", "Prefix", "Record", "Session", "StageRecord"]

@@ -18,6 +18,7 @@ from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
 from lit_prune.host.positions import Renumbering
@@ -140,6 +141,10 @@ class DecoderHost:
         forward = begin(kwargs, self.places, session, self._counts)
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
+        if forward is not None and session.answers_only:
+            labels = kwargs.pop("labels", None)
+            if forward.record is not None and labels is not None:
+                forward.record.targets = labels.roll(-1, 1)[forward.gate]
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -181,6 +186,9 @@ class DecoderHost:
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
+        if forward is not None and forward.session.answers_only:
+            output.last_hidden_state = output.last_hidden_state[forward.gate][None]
+            return output
         if forward is None or forward.columns.shape[1] == forward.length:
             return None
         states = output.last_hidden_state * forward.valid[..., None].to(output.last_hidden_state.dtype)
@@ -194,7 +202,10 @@ class DecoderHost:
             forward: Forward | None = kwargs.get(FORWARD)
             if forward is None:
                 return None
-            hidden, kwargs = args[0], dict(kwargs)
+            if forward.session.idle(index):
+                forward.trace_layer()
+                return one_column(args, kwargs)
+            hidden, kwargs = self._at_prefix(index, args[0], forward), dict(kwargs)
             if index in self.stages:
                 hidden = self._stage(index, module, hidden, forward, kwargs)
             self._pass_on(index, forward, kwargs)
@@ -202,6 +213,23 @@ class DecoderHost:
             return (hidden, *args[1:]), kwargs
 
         return hook
+
+    @property
+    def shared(self) -> int:
+        """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
+        if not self.stages:
+            return 0
+        return self.stages[0] - self._reads_previous(0)
+
+    @staticmethod
+    def _at_prefix(index: int, hidden: Tensor, forward: Forward) -> Tensor:
+        """States that another forward left at this layer's input, or these, left for it."""
+        prefix = forward.session.prefix
+        if prefix is None or index != prefix.layer:
+            return hidden
+        if prefix.states is None:
+            prefix.states = hidden
+        return prefix.states
 
     def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
         """Drop tokens, where this forward carries images, and note what later forwards have to know."""
@@ -245,9 +273,11 @@ class DecoderHost:
             forward: Forward | None = kwargs.get(FORWARD)
             if forward is None:
                 return None
+            if forward.session.idle(index):
+                return stretched(output, forward.columns.shape[1])
             repaired = self._repair(index, output, forward)
             record = forward.record
-            if record is not None and record.keep_hidden:
+            if record is not None and record.keeps(index):
                 record.hidden[index] = repaired[forward.gate]
             if record is not None and index in forward.session.watch and forward.tap is not None:
                 columns, real = selection.compact(forward.visual, forward.most_visual)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from lit_prune import selection
 from lit_prune.cost import StageTrace, Trace
 from lit_prune.host.attention import Tap
+from lit_prune.host.idle import Prefix
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.places import INPUTS, Places
 from lit_prune.repair import Essence
@@ -37,19 +38,26 @@ class StageRecord:
 class Record:
     """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
 
-    `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch.
+    `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch; of
+    all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
+    to predict, where labels were given and the session is `answers_only`.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
     `embeds` (batch, N, width) are the visual tokens as they enter the decoder.
     """
 
-    keep_hidden: bool = False
+    keep_hidden: bool | frozenset[int] = False
     keep_embeds: bool = False
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     stages: list[StageRecord] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
+    targets: Tensor | None = None
     begun: bool = False
+
+    def keeps(self, layer: int) -> bool:
+        """Whether the answer states behind a layer are wanted."""
+        return self.keep_hidden if isinstance(self.keep_hidden, bool) else layer in self.keep_hidden
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Session:
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
+    `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
+    vocabulary) row by row over the batch, and no loss. `prefix`: states to leave or to start from. `stop`: decoder
+    layers from here on idle, so that nothing behind them means anything. Both without a cache only.
     """
 
     prune: bool = True
@@ -72,6 +83,14 @@ class Session:
     hints: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None
     watch: tuple[int, ...] = ()
+    answers_only: bool = False
+    prefix: Prefix | None = None
+    stop: int | None = None
+
+    def idle(self, layer: int) -> bool:
+        """Whether a decoder layer's work is left out."""
+        started = self.prefix is not None and self.prefix.states is not None
+        return (started and layer < self.prefix.layer) or (self.stop is not None and layer >= self.stop)
 
 
 @dataclass
@@ -237,7 +256,7 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
     after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
     text = prompt & ~visual & after_image
     total = visual.sum(1)
-    gate = _gate(valid, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
+    gate = _gate(valid, visual, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
     # The one look at the device: everything that later layers need to know of lengths, at once.
     parts = (total, starts.sum(1), valid.sum(1), text.sum(1), gate.sum(1))
     totals, images, lengths, texts, gates = torch.stack(parts).tolist() if pictured else ([], [0], [], [0], [0])
@@ -321,14 +340,15 @@ def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
     return mask[:, -ids.shape[1] :].bool()
 
 
-def _gate(valid: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
+def _gate(valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
     """Positions that predict answer tokens: before each label, else the `last` real columns.
 
     Without labels that is the prompt's last column, and what was answered since; assisted decoding asks for the logits
-    of all its candidates, which follow an answer's start, so as many columns are repaired.
+    of all its candidates, which follow an answer's start, so as many columns are repaired. A label right behind an
+    image has none: the visual token that would predict it may be dropped.
     """
     if labels is not None:
-        return pad(labels[:, 1:] != -100, (0, 1)) & valid
+        return pad(labels[:, 1:] != -100, (0, 1)) & valid & ~visual
     count = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > last else last
     from_end = valid.flip(1).long().cumsum(1).flip(1)
     return valid & (from_end <= count)
