@@ -4,6 +4,8 @@ from pathlib import Path
 
 from lit_prune.data.sources.base import ImageFile, Source
 from lit_prune.data.sources.json_files import JsonFile
+from lit_prune.data.sources.locations import locate
+from lit_prune.data.sources.tables import open_table
 from lit_prune.errors import LitPruneError
 
 __all__ = ["ImageFile", "Source", "open_source"]
@@ -13,8 +15,11 @@ def open_source(location: str | Path, images_root: str | Path | None = None) -> 
     """The records at a location.
 
     Args:
-        location: a JSON list (`.json`) or JSON lines file (`.jsonl`).
-        images_root: folder of the images that records name by a path; by default the one that holds the file.
+        location: a JSON list (`.json`) or JSON lines file (`.jsonl`); `.parquet` or `.arrow` files, given as a file,
+            their folder or a pattern (`train-*.parquet`); a folder written by `Dataset.save_to_disk`; or
+            `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
+        images_root: folder of the images that records name by a path; by default the one that holds the file. Data of
+            the hub have no such folder.
 
     Raises:
         LitPruneError: nothing there, nothing readable, no records at all, or an image root that is no folder.
@@ -22,7 +27,8 @@ def open_source(location: str | Path, images_root: str | Path | None = None) -> 
     root = Path(images_root) if images_root is not None else None
     if root is not None and not root.is_dir():
         raise LitPruneError(f"image root {root} is no folder")
-    source = JsonFile(location, root)
+    found = locate(location)
+    source = JsonFile(found.files[0], root) if found.kind == "json" else open_table(found, root)
     if not len(source):
         raise LitPruneError(f"{location}: no samples")
     return source

@@ -1,0 +1,138 @@
+"""Arrow tables by Hugging Face `datasets`: parquet and arrow files, `save_to_disk` folders, data sets of the hub."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lit_prune.data.sources.base import ImageFile, Source
+from lit_prune.data.sources.locations import HUB, Location
+from lit_prune.data.sources.rows import IMAGE_COLUMNS, TURN_COLUMNS, image_files, record_of
+from lit_prune.errors import BadSample, LitPruneError
+
+
+class Table(Source):
+    """The rows of a memory-mapped table: a column `conversations` or `messages`, and `image` or `images`.
+
+    Images are bytes, paths, or structs of `bytes` and `path`, one or a list of them (the `Image` feature too). Rows are
+    read as they are stored: no decoder of `datasets` runs. A path without bytes is one under the image root.
+
+    Args:
+        data: a `datasets.Dataset`.
+        location: for messages.
+        images_root: folder of the images that are paths; None refuses them.
+
+    Raises:
+        LitPruneError: no column of conversations.
+    """
+
+    def __init__(self, data: Any, location: str, images_root: Path | None = None):
+        check_columns(data.column_names, location)
+        self.rows = data.with_format("arrow")
+        self.location, self.images_root = location, images_root
+        self.text_columns = [name for name in data.column_names if name not in IMAGE_COLUMNS]
+        self.image_columns = [name for name in data.column_names if name in IMAGE_COLUMNS]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = self.rows[index]
+        values = {name: row[name][0].as_py() for name in self.text_columns}
+        values |= {name: _without_bytes(row[name][0]) for name in self.image_columns}
+        try:
+            return record_of(values)
+        except BadSample as error:
+            raise BadSample(self.location, index, error.reason) from error
+
+    def images(self, index: int, record: dict) -> list[ImageFile]:
+        row = self.rows[index]
+        return image_files({name: row[name][0].as_py() for name in self.image_columns}, self.images_root)
+
+    def file_of(self, index: int) -> str:
+        return self.location
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(file["filename"]) for file in self.rows.cache_files]
+
+
+def open_table(location: Location, images_root: Path | None) -> Table:
+    """The table at a location of parquet, arrow or the hub.
+
+    Arrow files are mapped where they lie. Parquet and data sets of the hub are written as arrow to the cache of
+    `datasets` (HF_DATASETS_CACHE, else ~/.cache/huggingface/datasets) the first time.
+
+    Raises:
+        LitPruneError: files that cannot be read or have other columns than the first; a data set of the hub that is not
+            there or cannot be reached.
+    """
+    datasets = library()
+    with explained(location.name):
+        if location.kind == "saved":
+            data = datasets.load_from_disk(str(location.files[0]))
+        elif location.kind == "arrow":
+            data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in location.files])
+        else:
+            data = datasets.load_dataset(**load_arguments(location))
+    return Table(data, location.name, images_root or location.folder)
+
+
+def load_arguments(location: Location) -> dict[str, Any]:
+    """What `datasets.load_dataset` is told. Code of a data set is never run.
+
+    Raises:
+        LitPruneError: a name that is not `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
+    """
+    if location.kind != "hub":
+        return {"path": location.kind, "data_files": [str(file) for file in location.files], "split": "train"}
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?", location.name.removeprefix(HUB))
+    if not found:
+        raise LitPruneError(f"{location.name}: a data set of the hub is written hub:OWNER/NAME[/CONFIGURATION][:SPLIT]")
+    path, configuration, split = found.groups()
+    return {"path": path, "name": configuration, "split": split or "train"}
+
+
+def library() -> ModuleType:
+    """Hugging Face `datasets`. Raises LitPruneError where it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise LitPruneError("parquet, arrow and the hub need `datasets`: pip install 'lit-prune[datasets]'") from error
+    return datasets
+
+
+@contextmanager
+def explained(location: str) -> Iterator[None]:
+    """What `datasets` raises for a broken file or an unreachable hub, as one sentence with the location."""
+    try:
+        yield
+    except ConnectionError as error:
+        hint = "without a network, save it where there is one (Dataset.save_to_disk) and give that folder"
+        raise LitPruneError(f"{location}: {error}; {hint}") from error
+    except (OSError, ValueError, library().exceptions.DatasetsError) as error:
+        raise LitPruneError(f"{location}: {error.__cause__ or error}") from error
+
+
+def check_columns(columns: Sequence[str] | None, location: str) -> None:
+    """Raise LitPruneError if no column holds conversations; columns that are not known yet pass."""
+    if columns is not None and not set(TURN_COLUMNS) & set(columns):
+        raise LitPruneError(f"{location}: no column {' or '.join(TURN_COLUMNS)}; it has {', '.join(columns)}")
+
+
+def _without_bytes(scalar: Any) -> Any:
+    """A pyarrow scalar of an image column as Python has it, but with empty bytes: reads no image."""
+    import pyarrow
+
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pyarrow.StructScalar):
+        return {name: _without_bytes(scalar[name]) for name in scalar}
+    if isinstance(scalar, pyarrow.ListScalar | pyarrow.LargeListScalar):
+        return [_without_bytes(value) for value in scalar]
+    types = pyarrow.types
+    return b"" if types.is_binary(scalar.type) or types.is_large_binary(scalar.type) else scalar.as_py()

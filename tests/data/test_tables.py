@@ -1,0 +1,187 @@
+import io
+import json
+import pickle
+import random
+import tracemalloc
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from instruct_samples import conversation
+from PIL import Image
+
+from lit_prune.data.dataset import Collate, InstructDataset
+from lit_prune.data.sources import open_source
+from lit_prune.errors import BadSample, LitPruneError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven samples in all shapes as JSON lines: no image, one, two; one or two turns; with and without other keys."""
+    folder = tmp_path / "data"
+    (folder / "a").mkdir(parents=True)
+    for name in ("a/x.png", "a/y.jpg"):
+        Image.effect_noise((9, 12), 60).convert("RGB").save(folder / name)
+    turns = conversation("<image>\nQ", "A", "Then", "B")
+    records = [
+        {"id": "one", "images": ["a/x.png"], "conversations": conversation("<image>\nQ", "yes"), "skill": "counting"},
+        {"id": "two", "images": ["a/y.jpg"], "conversations": turns, "boxes": [[0, 1, 2, 3]]},
+        {"id": "text", "images": None, "conversations": conversation("Hi", "Ho")},
+        {"id": "both", "images": ["a/y.jpg", "a/x.png"], "conversations": conversation("<image> <image> Q", "A")},
+        {"id": "bad", "images": ["a/none.png"], "conversations": conversation("<image>\nQ", "yes")},
+        {"id": "open", "images": ["a/x.png"], "conversations": conversation("<image>\nQ")},
+        {"id": "last", "images": ["a/x.png"], "conversations": conversation("No marker", "A")},
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def rows(folder, stored):
+    """The records of the folder as table rows, with each image path as `stored(path)`."""
+    for line in (folder / "data.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield {"skill": None, "boxes": None, **record, "images": [stored(path) for path in record["images"] or []]}
+
+
+def as_bytes(folder):
+    def stored(path):
+        file = folder / path
+        return {"bytes": file.read_bytes() if file.is_file() else b"no image", "path": path}
+
+    return stored
+
+
+def batch_of(source, processor) -> dict:
+    dataset = InstructDataset(source, processor, mode="eval")
+    return Collate(0, "eval")(dataset.__getitems__(list(range(len(dataset)))))
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Bit for bit, and the same samples are bad."""
+    assert found["inputs"].keys() == expected["inputs"].keys()
+    for part in ("inputs", "prompts"):
+        assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
+    for key in ("ids", "answers", "questions", "skills", "boxes", "records"):
+        assert found[key] == expected[key], key
+    assert [sample[1] for sample in found["skipped"]] == [sample[1] for sample in expected["skipped"]]
+
+
+@pytest.mark.parametrize("layout", ["paths", "bytes", "feature", "saved", "arrow", "messages", "two files"])
+def test_every_layout_gives_the_batch_of_json_lines(processor, folder, tmp_path, layout):
+    expected = batch_of(open_source(folder / "data.jsonl"), processor)
+    assert expected["ids"] == ["one", "two", "text", "both", "last"]
+    assert expected["inputs"]["pixel_values"].shape == (5, 3, 8, 8)
+    made = list(rows(folder, (lambda path: path) if layout == "paths" else as_bytes(folder)))
+    if layout == "messages":
+        roles = {"human": "user", "gpt": "assistant"}
+        for row in made:
+            turns = [(roles[turn["from"]], turn["value"]) for turn in row.pop("conversations")]
+            row["messages"] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    data = datasets.Dataset.from_list(made)
+    if layout == "feature":
+        data = data.cast_column("images", datasets.List(datasets.Image()))
+    out, location = tmp_path / "table", tmp_path / "table"
+    out.mkdir()
+    if layout in ("saved", "arrow"):
+        data.save_to_disk(out, num_shards=2)
+        location = out if layout == "saved" else f"{out}/data-*.arrow"
+    elif layout == "two files":
+        data.select(range(3)).to_parquet(out / "1.parquet")
+        data.select(range(3, 7)).to_parquet(out / "2.parquet")
+    else:
+        data.to_parquet(out / "data.parquet")
+    source = open_source(location, folder)
+    assert_same(batch_of(source, processor), expected)
+    assert_same(batch_of(pickle.loads(pickle.dumps(source)), processor), expected)
+    assert source.file_of(0) == str(location)
+    assert all(file.is_file() for file in source.files)
+
+
+def test_one_image_a_row(processor, folder, tmp_path):
+    """Column `image`: bytes, a path, a struct, or nothing."""
+    data = (folder / "a" / "x.png").read_bytes()
+    turns = [{"from": ["human", "gpt"], "value": ["Q", "A"]}] * 2  # as a struct of lists
+    for name, values in {"bytes": [data, None], "paths": ["a/x.png", None], "structs": [{"bytes": data}, None]}.items():
+        table = pyarrow.table({"image": values, "conversations": turns})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        source = open_source(tmp_path / f"{name}.parquet", folder)
+        batch = batch_of(source, processor)
+        assert batch["records"] == [0, 1]
+        assert batch["answers"] == ["A", "A"]
+        assert batch["inputs"]["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_reading_a_record_reads_no_image(tmp_path):
+    data = random.randbytes(4_000_000)
+    row = {"images": [{"bytes": data, "path": "a.png"}, {"bytes": data}], "conversations": conversation("Q", "A")}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "table")
+    source = open_source(tmp_path / "table")
+    allocated = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    record = source[0]
+    assert tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes() - allocated < 1_000_000
+    tracemalloc.stop()
+    assert record == {"conversations": conversation("Q", "A"), "images": ["a.png", "number 1"]}
+    with source.images(0, record)[1].open() as file:
+        assert file.read() == data
+
+
+def test_images_that_cannot_be_had(folder, tmp_path):
+    turns = conversation("Q", "A")
+    stored = [{"bytes": None, "path": path} for path in ("/etc/passwd", "../data.jsonl", "a/x.png", None)]
+    data = datasets.Dataset.from_list([{"images": [image], "conversations": turns} for image in stored])
+    data.save_to_disk(tmp_path / "table")
+    source = open_source(tmp_path / "table", folder)
+    for index, reason in enumerate(["is absolute", "leaves the image root"]):
+        with pytest.raises(BadSample, match=reason):
+            source.images(index, source[index])[0].open()
+    with pytest.raises(BadSample, match=r"table: sample 3: image 0 is neither a path nor bytes"):
+        source[3]
+    source.images_root = None  # as on the hub
+    with pytest.raises(BadSample, match=r"a/x.png is only a path: the folder"):
+        source.images(2, source[2])[0].open()
+
+
+def test_pillow_of_ours_decodes(processor, tmp_path):
+    """The limits of `decode_image` hold for bytes in rows: an EPS, which would start another program, is refused."""
+    script = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(script, "EPS")
+    row = {"image": {"bytes": script.getvalue(), "path": "x.png"}, "conversations": conversation("Q", "A")}
+    datasets.Dataset.from_list([row]).cast_column("image", datasets.Image()).to_parquet(tmp_path / "a.parquet")
+    batch = batch_of(open_source(tmp_path / "a.parquet"), processor)
+    assert batch["ids"] == []
+    assert "image x.png cannot be read" in batch["skipped"][0][2]
+
+
+def test_bad_locations(folder, tmp_path):
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "broken.arrow").write_text("no arrow")
+    (tmp_path / "empty").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "other.parquet")
+    split = datasets.Dataset.from_list([{"messages": []}])
+    datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "splits")
+    for location, message in {
+        "broken.parquet": "broken.parquet: .*Parquet",
+        "broken.arrow": "broken.arrow: ",
+        "broken.*": "arrow and parquet files in one place",
+        "empty": "no .tar, .parquet or .arrow files there",
+        "none*.parquet": "no .tar, .parquet or .arrow files there",
+        "other.parquet": "no column conversations or messages; it has text",
+        "splits": "several splits; name one of .*splits/test, .*splits/train",
+        "data/a/x.png": "x.png: instruction data end in .json",
+    }.items():
+        with pytest.raises(LitPruneError, match=message):
+            open_source(tmp_path / location)
+    with pytest.raises(LitPruneError, match=r"hub:a/b:train: Couldn't reach .*; without a network"):
+        open_source("hub:a/b:train")
+    with pytest.raises(LitPruneError, match="is written hub:OWNER/NAME"):
+        open_source("hub:../b")
