@@ -122,7 +122,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             self.build(Dims(**settings["dims"]), [])
         self.fingerprint = settings["fingerprint"]
         try:
-            self.load_state_dict(load_file(folder / WEIGHTS))
+            tensors = load_file(folder / WEIGHTS)
+            self.load_state_dict({name: value if value.ndim else value[None] for name, value in tensors.items()})
         except (OSError, SafetensorError) as error:
             raise LitPruneError(f"{folder / WEIGHTS} can't be read: {error}") from error
         except RuntimeError as error:

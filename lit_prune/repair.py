@@ -28,7 +28,7 @@ class Adapter(nn.Module):
         self.query = nn.Linear(width, condition)
         self.gamma = nn.Linear(condition, bottleneck)
         self.beta = nn.Linear(condition, bottleneck)
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))  # DeepSpeed takes no parameter without a dimension
         for film in (self.gamma, self.beta):
             nn.init.zeros_(film.weight)
             nn.init.zeros_(film.bias)

@@ -26,6 +26,7 @@ FLOORS = {
             "data",
             "metrics",
             "timing",
+            "strategies",
         ],
         3,
     ),

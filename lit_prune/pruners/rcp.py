@@ -36,7 +36,7 @@ class CrossAttentionScorer(nn.Module):
         self.token_score = nn.Sequential(
             nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, inner // 2), nn.GELU(), nn.Linear(inner // 2, 1)
         )
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.bias = nn.Parameter(torch.full((1,), float(bias)))  # DeepSpeed takes no parameter without a dimension
         nn.init.constant_(self.fold.weight, 1.0 / queries)
         nn.init.zeros_(self.token_score[-1].weight)
         nn.init.zeros_(self.token_score[-1].bias)
