@@ -7,7 +7,11 @@ import pytest
 import tiny
 from torch import nn
 
+from lit_prune.data import MicroData
 from lit_prune.micro.model import build
+from lit_prune.pruners.rcp import RCP
+from lit_prune.repair import RepairAdapter
+from lit_prune.training import PruneModule
 from lit_prune.vlm import VLM
 
 
@@ -47,3 +51,30 @@ def micro_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(micro_folder, tmp_path_factory):
+    """Makes data modules over one small generated world: 12 questions to train on, 3 batches an epoch."""
+    root = tmp_path_factory.mktemp("world")
+    sizes = {"train_samples": 12, "val_samples": 6, "test_samples": 6, "questions_per_image": 3}
+
+    def make(**options) -> MicroData:
+        return MicroData(str(micro_folder), str(root), **sizes, **{"batch_size": 4, "eval_batch_size": 6, **options})
+
+    return make
+
+
+@pytest.fixture
+def student(micro_folder):
+    """Makes modules: RCP with repair, small, noisy and with dropout."""
+
+    def make(select: str = "topk", queries: int = 4, **options) -> PruneModule:
+        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2}
+        shape["attention_score"] = "relative"
+        rcp = RCP(select=select, queries=queries, bias=0.0, **shape)
+        repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
+        given = {"keep": 16, "lr": 3e-3, "weight_decay": 0.0, "max_new_tokens": 2, **options}
+        return PruneModule(str(micro_folder), rcp, repair, **given)
+
+    return make

@@ -13,55 +13,18 @@ import tiny
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import ROOT, batch, forward, samples
+from tiny import ROOT, batch, forward, samples, trainer
 
-from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.objective import Anneal, LossWeights
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
-from lit_prune.repair import RepairAdapter
 from lit_prune.selection import straight_through
 from lit_prune.training import PruneModule
 from lit_prune.vlm import plugin_from_yaml
 
 KEEP = 16
-
-
-@pytest.fixture(scope="module")
-def world(micro_folder, tmp_path_factory):
-    """Makes data modules over one small generated world: 12 questions to train on, 3 batches an epoch."""
-    root = tmp_path_factory.mktemp("world")
-    sizes = {"train_samples": 12, "val_samples": 6, "test_samples": 6, "questions_per_image": 3}
-
-    def make(**options) -> MicroData:
-        return MicroData(str(micro_folder), str(root), **sizes, **{"batch_size": 4, "eval_batch_size": 6, **options})
-
-    return make
-
-
-@pytest.fixture
-def student(micro_folder):
-    """Makes modules: RCP with repair, small, noisy and with dropout."""
-
-    def make(select: str = "topk", queries: int = 4, **options) -> PruneModule:
-        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2}
-        shape["attention_score"] = "relative"
-        rcp = RCP(select=select, queries=queries, bias=0.0, **shape)
-        repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
-        given = {"keep": KEEP, "lr": 3e-3, "weight_decay": 0.0, "max_new_tokens": 2, **options}
-        return PruneModule(str(micro_folder), rcp, repair, **given)
-
-    return make
-
-
-def trainer(folder, callbacks=(), **options) -> Trainer:
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    fixed = {"accelerator": "cpu", "limit_val_batches": 0, "num_sanity_val_steps": 0, "default_root_dir": str(folder)}
-    fixed["log_every_n_steps"] = 1
-    saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    return Trainer(**{**silent, **fixed, "enable_checkpointing": saving, "callbacks": list(callbacks), **options})
 
 
 def teacher_logits(module, inputs):

@@ -6,6 +6,8 @@
 from pathlib import Path
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -185,3 +187,12 @@ def small_rcp(select: str = "topk", **options) -> RCP:
 def small_repair() -> RepairAdapter:
     """Two adapters behind the second and third stage of `small_rcp`."""
     return RepairAdapter([5, 7], [1, 2], bottleneck=16, condition=8, code=4)
+
+
+def trainer(folder, callbacks=(), **options) -> Trainer:
+    """A quiet trainer on the CPU that logs every step and validates only where that is asked."""
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    fixed = {"accelerator": "cpu", "limit_val_batches": 0, "num_sanity_val_steps": 0, "default_root_dir": str(folder)}
+    fixed["log_every_n_steps"] = 1
+    saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(**{**silent, **fixed, "enable_checkpointing": saving, "callbacks": list(callbacks), **options})
