@@ -315,6 +315,17 @@ def test_only_fit_goes_on_without_a_checkpoint(run: Callable[[str], Result]) -> 
     assert "no checkpoint has been written yet" in result.err
 
 
+def test_a_damaged_checkpoint_is_passed_over_or_refused(run: Callable[[str], Result]) -> None:
+    assert run("fit -c base.yaml").code == 0
+    last = Path("run/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"last\.ckpt: the checkpoint is cut short. Going on from .*epoch=0-step=2"):
+        assert run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3").code == 0
+    assert torch.load("run/checkpoints/epoch=0-step=3.ckpt", weights_only=True)["global_step"] == 3
+    refused = run(f"test -c base.yaml --ckpt_path {last}")
+    assert (refused.code, refused.err.splitlines()[-1]) == (1, f"error: {last}: the checkpoint is cut short")
+
+
 def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             "training",
+            "checkpoints",
             "tracking",
             "objective",
             "evaluation",

@@ -16,9 +16,11 @@ from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
+from lit_prune.checkpoints import SafeTrainer, newest, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
@@ -83,6 +85,7 @@ class PruneCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
+            trainer_class=SafeTrainer,
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
             auto_configure_optimizers=False,
@@ -112,17 +115,26 @@ class PruneCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """A checkpoint brings weights, never settings: those are the configuration's and the command line's."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb; only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
-        with warnings.catch_warnings():
-            if subcommand != "fit":
-                warnings.filterwarnings("error", message=".*there is no last checkpoint available")
-            try:
-                super()._run_subcommand(subcommand)
-            except UserWarning as warning:
-                if "no last checkpoint" not in str(warning):
-                    raise
-                raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet") from warning
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Only a checkpoint that is whole is used; `last` is the newest one of the run, from wherever it was saved."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        given = kwargs.get("ckpt_path")
+        if given == "last":
+            kwargs["ckpt_path"] = self._newest(subcommand)
+        elif given is not None and given not in ("best", "hpc") and "://" not in given:
+            verify(Path(given))
+        return kwargs
+
+    def _newest(self, subcommand: str) -> str | None:
+        """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
+        saving = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
+        found = newest({Path(folder) for folder in (*saving, self.trainer.default_root_dir)})
+        if found is not None:
+            return str(found)
+        if subcommand != "fit":
+            raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet")
+        rank_zero_info("--ckpt_path last: no checkpoint has been written yet; training begins")
+        return None
 
 
 def build(config: str | list[str], overrides: list[str] | None = None) -> PruneCLI:
