@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lit_prune.data.conversation import IGNORED, TOKEN_KEYS, encode, prompt_length, read_conversation
 from lit_prune.data.images import MAX_PIXELS, decode_image
-from lit_prune.data.sources import ImageFile, Source
+from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError
 
 Mode = Literal["train", "eval", "predict"]
@@ -78,7 +78,7 @@ class InstructDataset(Dataset):
         name: str | int = index
         try:
             record = self.source[index]
-            name = _name(record, index)
+            name = sample_name(record, index)
             return self._encode(record, name, index)
         except BadSample as error:
             raise BadSample(self.source.file_of(index), name, error.reason) from error
@@ -193,11 +193,6 @@ def pad_token(processor: Any) -> int:
 def error_text(skipped: Skipped) -> str:
     """A skipped sample in words."""
     return str(BadSample(*skipped))
-
-
-def _name(record: dict, index: int) -> str | int:
-    name = record.get("id")
-    return name if isinstance(name, str | int) else index
 
 
 def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:

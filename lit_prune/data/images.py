@@ -1,6 +1,8 @@
 """Reading images that others made: inside their root only, of a sane size, and whole."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -47,12 +49,25 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     Raises:
         BadSample: unreadable, cut short, or too large. File and sample are left open.
     """
+    with _header(file, name, max_pixels) as image:
+        return image.convert("RGB")
+
+
+def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
+    """Pillow's name of the format, one of `FORMATS`, by the header alone; arguments and errors as `decode_image`."""
+    with _header(file, name, max_pixels) as image:
+        return image.format
+
+
+@contextmanager
+def _header(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read; what decoding raises inside is told as a bad sample too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=FORMATS) as image:
                 _check_pixels(image, name, max_pixels)
-                return image.convert("RGB")
+                yield image
         except BadSample:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

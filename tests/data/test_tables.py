@@ -1,5 +1,4 @@
 import io
-import json
 import pickle
 import random
 import tracemalloc
@@ -8,11 +7,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from instruct_samples import conversation
 from PIL import Image
+from source_samples import as_bytes, assert_same, batch_of, rows
 
-from lit_prune.data.dataset import Collate, InstructDataset
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -22,57 +20,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Seven samples in all shapes as JSON lines: no image, one, two; one or two turns; with and without other keys."""
-    folder = tmp_path / "data"
-    (folder / "a").mkdir(parents=True)
-    for name in ("a/x.png", "a/y.jpg"):
-        Image.effect_noise((9, 12), 60).convert("RGB").save(folder / name)
-    turns = conversation("<image>\nQ", "A", "Then", "B")
-    records = [
-        {"id": "one", "images": ["a/x.png"], "conversations": conversation("<image>\nQ", "yes"), "skill": "counting"},
-        {"id": "two", "images": ["a/y.jpg"], "conversations": turns, "boxes": [[0, 1, 2, 3]]},
-        {"id": "text", "images": None, "conversations": conversation("Hi", "Ho")},
-        {"id": "both", "images": ["a/y.jpg", "a/x.png"], "conversations": conversation("<image> <image> Q", "A")},
-        {"id": "bad", "images": ["a/none.png"], "conversations": conversation("<image>\nQ", "yes")},
-        {"id": "open", "images": ["a/x.png"], "conversations": conversation("<image>\nQ")},
-        {"id": "last", "images": ["a/x.png"], "conversations": conversation("No marker", "A")},
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return folder
-
-
-def rows(folder, stored):
-    """The records of the folder as table rows, with each image path as `stored(path)`."""
-    for line in (folder / "data.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        yield {"skill": None, "boxes": None, **record, "images": [stored(path) for path in record["images"] or []]}
-
-
-def as_bytes(folder):
-    def stored(path):
-        file = folder / path
-        return {"bytes": file.read_bytes() if file.is_file() else b"no image", "path": path}
-
-    return stored
-
-
-def batch_of(source, processor) -> dict:
-    dataset = InstructDataset(source, processor, mode="eval")
-    return Collate(0, "eval")(dataset.__getitems__(list(range(len(dataset)))))
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    """Bit for bit, and the same samples are bad."""
-    assert found["inputs"].keys() == expected["inputs"].keys()
-    for part in ("inputs", "prompts"):
-        assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
-    for key in ("ids", "answers", "questions", "skills", "boxes", "records"):
-        assert found[key] == expected[key], key
-    assert [sample[1] for sample in found["skipped"]] == [sample[1] for sample in expected["skipped"]]
 
 
 @pytest.mark.parametrize("layout", ["paths", "bytes", "feature", "saved", "arrow", "messages", "two files"])

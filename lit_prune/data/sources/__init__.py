@@ -2,22 +2,23 @@
 
 from pathlib import Path
 
-from lit_prune.data.sources.base import ImageFile, Source
+from lit_prune.data.sources.base import ImageFile, Source, sample_name
 from lit_prune.data.sources.json_files import JsonFile
-from lit_prune.data.sources.locations import locate
+from lit_prune.data.sources.locations import Location, locate
+from lit_prune.data.sources.shards import Shards, check_finished
 from lit_prune.data.sources.tables import open_table
 from lit_prune.errors import LitPruneError
 
-__all__ = ["ImageFile", "Source", "open_source"]
+__all__ = ["ImageFile", "Source", "open_source", "sample_name"]
 
 
 def open_source(location: str | Path, images_root: str | Path | None = None) -> Source:
     """The records at a location.
 
     Args:
-        location: a JSON list (`.json`) or JSON lines file (`.jsonl`); `.parquet` or `.arrow` files, given as a file,
-            their folder or a pattern (`train-*.parquet`); a folder written by `Dataset.save_to_disk`; or
-            `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
+        location: a JSON list (`.json`) or JSON lines file (`.jsonl`); `.parquet` or `.arrow` files or `.tar` shards,
+            given as a file, their folder or a pattern (`train-*.parquet`); a folder that `Dataset.save_to_disk` wrote;
+            or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
         images_root: folder of the images that records name by a path; by default the one that holds the file. Data of
             the hub have no such folder.
 
@@ -28,7 +29,17 @@ def open_source(location: str | Path, images_root: str | Path | None = None) -> 
     if root is not None and not root.is_dir():
         raise LitPruneError(f"image root {root} is no folder")
     found = locate(location)
-    source = JsonFile(found.files[0], root) if found.kind == "json" else open_table(found, root)
+    source = _open(found, root)
     if not len(source):
         raise LitPruneError(f"{location}: no samples")
     return source
+
+
+def _open(location: Location, images_root: Path | None) -> Source:
+    if location.kind == "json":
+        return JsonFile(location.files[0], images_root)
+    if location.kind == "tar":
+        if Path(location.name).is_dir():
+            check_finished(location.folder)
+        return Shards(location.files)
+    return open_table(location, images_root)

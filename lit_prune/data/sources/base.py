@@ -66,6 +66,12 @@ class Source(ABC):
         """The files that hold the records, in their order (not those of an image folder)."""
 
 
+def sample_name(record: dict, index: int) -> str | int:
+    """What messages call a record: its `id`, else its index."""
+    name = record.get("id")
+    return name if isinstance(name, str | int) else index
+
+
 class FileReader:
     """Reads spans of files. Keeps a bounded number of them open, in each process anew. Pickles.
 
@@ -88,12 +94,21 @@ class FileReader:
         file.seek(offset)
         return file.read(length)
 
+    def close(self) -> None:
+        """Close what is open; reading opens again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __del__(self) -> None:
+        self.close()
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict(), "_owner": None}
 
     def _file(self, path: Path, size: int) -> BinaryIO:
         if self._owner != os.getpid():  # a forked worker must not share its parent's file positions
-            self._open, self._owner = OrderedDict(), os.getpid()
+            self.close()
+            self._owner = os.getpid()
         if path not in self._open:
             self._open[path] = _opened(path, size)
             if len(self._open) > self.limit:

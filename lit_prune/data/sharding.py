@@ -1,0 +1,181 @@
+"""Writing tar shards from any source, so that a run that breaks off can go on: what `lit-prune shard` does."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lit_prune.data.conversation import read_conversation
+from lit_prune.data.images import image_format
+from lit_prune.data.sources import Source, sample_name
+from lit_prune.data.sources.shards import LARGEST_MEMBER, MANIFEST
+from lit_prune.data.sources.tar_index import BLOCK, index_of
+from lit_prune.errors import BadSample, LitPruneError
+
+SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}  # others are called as their format
+
+
+@dataclass
+class Manifest:
+    """What is written so far, kept as `shards.json` in the folder.
+
+    `done` of `records` are packed or skipped. `setting` is what the shards depend on. A shard has `file`, `samples` and
+    `bytes`, a skipped record `file`, `sample` and `reason`.
+    """
+
+    setting: dict
+    records: int
+    done: int = 0
+    shards: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard["samples"] for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard["bytes"] for shard in self.shards)
+
+
+def write_shards(
+    source: Source,
+    name: str,
+    out: Path,
+    size: int,
+    samples: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Manifest:
+    """Pack the records of a source with their images into `out/000000.tar` and so on, in their order.
+
+    The bytes of images are copied as they are; an image that several records show lies in the shard once for each. The
+    same source gives the same bytes. A shard is written under another name, synced and renamed, so that a folder holds
+    whole shards only; those that are there are kept when the same command runs again. Bad records are skipped:
+    conversations that cannot be read, images that are missing or whose header is broken or too large.
+
+    Args:
+        source: where records come from.
+        name: what the source is called; another one cannot go on with the same folder.
+        out: folder for the shards.
+        size: bytes a shard has at most, unless one sample alone has more.
+        samples: samples a shard has at most; None for no such limit.
+        progress: told after every record how many are done.
+
+    Raises:
+        LitPruneError: a folder that holds other files or shards of another source or setting.
+    """
+    files = sum(file.stat().st_size for file in source.files)
+    setting = {"data": name, "bytes": files, "size": size, "samples": samples}
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = _manifest(out, setting, len(source))
+    while manifest.done < manifest.records:
+        _write_shard(source, out / f"{len(manifest.shards):06d}.tar", manifest, progress)
+        _write_whole(out / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    return manifest
+
+
+def _manifest(out: Path, setting: dict, records: int) -> Manifest:
+    """That of the folder, if it goes on with the same, else a new one."""
+    path = out / MANIFEST
+    if not path.is_file():
+        if any(out.glob("*.tar")):
+            raise LitPruneError(f"{out}: tar files of unknown origin; give a folder of its own")
+        return Manifest(setting, records)
+    try:
+        found = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        sizes = {shard["file"]: shard["bytes"] for shard in found.shards}
+    except (ValueError, TypeError, KeyError) as error:
+        raise LitPruneError(f"{path}: not written by lit-prune shard: {error}") from error
+    if (found.setting, found.records) != (setting, records):
+        other = [key for key in setting if found.setting.get(key) != setting[key]] or ["records"]
+        raise LitPruneError(f"{out}: holds shards made with other {', '.join(other)}; give another folder or remove it")
+    for name, size in sizes.items():
+        file = out / Path(name).name
+        if not file.is_file() or file.stat().st_size != size:
+            raise LitPruneError(f"{file}: missing or of another size than {MANIFEST} says; remove {out} and begin anew")
+    return found
+
+
+def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Callable[[int], None]) -> None:
+    """Fill one shard and take it into the manifest."""
+    size, samples = manifest.setting["size"], manifest.setting["samples"]
+    unfinished, count, written = path.with_name(f".{path.name}.tmp"), 0, 0
+    with unfinished.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(manifest.done, manifest.records):
+                try:
+                    members = _pack(source, index)
+                except BadSample as error:
+                    told = {"file": source.file_of(index), "sample": error.sample, "reason": error.reason}
+                    manifest.skipped.append(told)
+                else:
+                    needed = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in members)
+                    if count and (count == samples or written + needed + 2 * BLOCK > size):
+                        break
+                    for suffix, data in members:
+                        _add(tar, f"{index:09d}.{suffix}", data)
+                    count, written = count + 1, written + needed
+                manifest.done = index + 1
+                progress(manifest.done)
+        file.flush()
+        os.fsync(file.fileno())
+    if not count:  # nothing but bad records were left
+        unfinished.unlink()
+        return
+    os.replace(unfinished, path)
+    _sync(path.parent)
+    index_of(path)
+    manifest.shards.append({"file": path.name, "samples": count, "bytes": path.stat().st_size})
+
+
+def _pack(source: Source, index: int) -> list[tuple[str, bytes]]:
+    """The members of a sample: suffix and content. Raises BadSample with the sample's id."""
+    name: str | int = index
+    try:
+        record = source[index]
+        name = sample_name(record, index)
+        read_conversation(record, answered=False)
+        members = [("json", json.dumps(record, ensure_ascii=False).encode())]
+        for number, image in enumerate(source.images(index, record)):
+            with image.open() as file:
+                data = file.read(LARGEST_MEMBER + 1)
+            if len(data) > LARGEST_MEMBER:
+                raise BadSample("", None, f"image {image.name} has more than {LARGEST_MEMBER} bytes")
+            format_ = image_format(io.BytesIO(data), image.name)
+            members.append((f"{number}.{SUFFIXES.get(format_, format_.lower())}", data))
+    except BadSample as error:
+        raise BadSample("", name, error.reason) from error
+    except (TypeError, ValueError) as error:
+        raise BadSample("", name, f"cannot be written as JSON: {error}") from error
+    return members
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its time and owner are 0
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last: the folder's own entry is synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Where the samples of a tar shard lie: read from its headers once, kept in a small file beside it."""
+
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lit_prune.errors import LitPruneError
+
+VERSION = 1
+BLOCK = 512
+SUFFIX = ".index.npy"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Byte spans in a shard of `size` bytes.
+
+    Sample i owns the rows `firsts[i]` to `firsts[i + 1]` of `spans` (offset, length): its record, then its images. A
+    sample without a record has one of length 0.
+    """
+
+    size: int
+    firsts: np.ndarray
+    spans: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
+
+    def of(self, sample: int) -> list[tuple[int, int]]:
+        """Spans of a sample: its record's, then those of its images."""
+        return [tuple(span) for span in self.spans[self.firsts[sample] : self.firsts[sample + 1]].tolist()]
+
+
+def index_of(path: Path) -> TarIndex:
+    """The index of a shard: the one beside it, or made anew where that is missing, broken or of another size.
+
+    A new one is kept beside the shard where the folder can be written.
+
+    Raises:
+        LitPruneError: no plain tar file, one that is cut short, or one with members that are no regular files.
+    """
+    beside = path.with_name(path.name + SUFFIX)
+    index = _load(beside, path.stat().st_size)
+    if index is None:
+        index = _build(path)
+        unfinished = beside.with_name(f".{beside.name}.{os.getpid()}.npy")
+        with suppress(OSError):  # a folder that is only for reading
+            np.save(unfinished, np.concatenate([[VERSION, index.size, len(index)], index.firsts, index.spans.ravel()]))
+            os.replace(unfinished, beside)
+    return index
+
+
+def _load(file: Path, size: int) -> TarIndex | None:
+    try:
+        numbers = np.load(file, allow_pickle=False)
+        version, known_size, samples = numbers[:3].tolist()
+        firsts, spans = np.split(numbers[3:], [samples + 1])
+        spans = spans.reshape(-1, 2)
+    except (OSError, ValueError, EOFError, TypeError, LookupError):
+        return None
+    whole = numbers.dtype == np.int64 and (version, known_size) == (VERSION, size) and len(firsts) == samples + 1
+    if not whole or firsts[0] != 0 or firsts[-1] != len(spans) or (np.diff(firsts) < 1).any():
+        return None
+    return None if (spans < 0).any() or (spans.sum(1) > size).any() else TarIndex(size, firsts, spans)
+
+
+def _build(path: Path) -> TarIndex:
+    firsts, spans = array("q", [0]), array("q")
+    key, record, images = None, (0, 0), []
+
+    def close() -> None:
+        for _, span in [(0, record), *sorted(images)]:
+            spans.extend(span)
+        firsts.append(len(spans) // 2)
+
+    for member in _members(path):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        if (folder, stem) != key:
+            if key is not None:
+                close()
+            key, record, images = (folder, stem), (0, 0), []
+        span, number = (member.offset_data, member.size), extension.partition(".")[0]
+        if extension == "json":
+            record = span
+        elif extension.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+            images.append((int(number) if number.isdecimal() else 0, span))
+    if key is not None:
+        close()
+    return TarIndex(path.stat().st_size, _as_numpy(firsts), _as_numpy(spans).reshape(-1, 2))
+
+
+def _as_numpy(numbers: array) -> np.ndarray:
+    return np.frombuffer(numbers, dtype=np.int64)
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar in their order. Nothing is unpacked; a name is only a name."""
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile would keep them all
+                if not member.isdir():
+                    if not member.isreg() or member.issparse():
+                        raise LitPruneError(f"{path}: member {member.name} is no regular file; links are not followed")
+                    yield member
+                end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+    except tarfile.TarError as error:
+        raise LitPruneError(f"{path}: not a whole, uncompressed tar file: {error}") from error
+    with path.open("rb") as file:  # tarfile takes a broken header for the end
+        file.seek(end)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise LitPruneError(f"{path}: cut short or broken at byte {end}")

@@ -1,0 +1,264 @@
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+from instruct_samples import conversation
+from PIL import Image
+from source_samples import assert_same, batch_of
+
+from lit_prune.cli import main
+from lit_prune.data import sharding
+from lit_prune.data.sources import open_source, shards
+from lit_prune.data.sources.shards import Shards
+from lit_prune.data.sources.tar_index import index_of
+from lit_prune.errors import BadSample, LitPruneError
+
+
+def shard(folder, out, *options: str) -> None:
+    main(["shard", "--data", str(folder / "data.jsonl"), "--out", str(out), *options])
+
+
+def contents(out) -> dict[str, bytes]:
+    """The shards and what was said about them; not the indexes."""
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if not file.name.endswith(".npy")}
+
+
+def write_tar(path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def png(color: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (2, 2), color).save(data, "PNG")
+    return data.getvalue()
+
+
+RECORD = json.dumps({"conversations": conversation("Q", "A")}).encode()
+
+
+def test_shards_give_the_batch_of_json_lines(processor, folder, tmp_path, capsys):
+    expected = batch_of(open_source(folder / "data.jsonl"), processor)
+    shard(folder, tmp_path / "out", "--samples", "2")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "3 shards, 6 samples" in told
+    assert "bad samples left out: 1, listed in" in told
+    assert "data.jsonl: sample bad: image a/none.png is missing" in told
+    source = open_source(tmp_path / "out")
+    assert [source.file_of(index)[-10:] for index in range(6)] == [f"00000{i}.tar" for i in (0, 0, 1, 1, 2, 2)]
+    found = batch_of(source, processor)
+    expected["skipped"] = [skipped for skipped in expected["skipped"] if skipped[1] == "open"]  # "bad" is no more
+    expected["records"] = [0, 1, 2, 3, 5]
+    assert_same(found, expected)
+    assert_same(batch_of(pickle.loads(pickle.dumps(source)), processor), expected)
+    with source.images(1, source[1])[0].open() as image:
+        assert image.read() == (folder / "a" / "y.jpg").read_bytes()  # as it is, not encoded again
+
+
+def test_same_data_same_bytes_from_any_source(folder, tmp_path):
+    shard(folder, tmp_path / "one")
+    shard(folder, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    main(["shard", "--data", str(tmp_path / "one"), "--out", str(tmp_path / "again")])
+    first, again = (open_source(tmp_path / name) for name in ("one", "again"))
+    assert list(first) == list(again)
+    assert contents(tmp_path / "one")["000000.tar"][:512] == contents(tmp_path / "again")["000000.tar"][:512]
+    with tarfile.open(tmp_path / "one" / "000000.tar") as tar:
+        assert tar.getnames()[:5] == [
+            f"00000000{name}" for name in ("0.json", "0.0.png", "1.json", "1.0.jpg", "2.json")
+        ]
+        assert {(member.mtime, member.uid, member.gid) for member in tar} == {(0, 0, 0)}
+
+
+def test_size_is_a_limit(folder, tmp_path):
+    shard(folder, tmp_path / "out", "--size", "4KB")
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.tar")]
+    assert len(sizes) > 2
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        assert tar.getmembers()[-1].offset_data <= 4000
+    assert len(open_source(tmp_path / "out")) == 6
+
+
+def die_after(samples: int, command: list[str]) -> None:
+    """Run a command that kills its own process when it has packed so many samples."""
+    pack, packed = sharding._pack, []
+
+    def counted(source, index):
+        packed.append(index)
+        if len(packed) > samples:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pack(source, index)
+
+    sharding._pack = counted
+    main(command)
+
+
+def test_killed_and_run_again(folder, tmp_path):
+    shard(folder, tmp_path / "whole", "--samples", "2")
+    out = tmp_path / "out"
+    command = ["shard", "--data", str(folder / "data.jsonl"), "--out", str(out), "--samples", "2"]
+    process = multiprocessing.get_context("fork").Process(target=die_after, args=(4, command))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(file.name for file in out.glob("[!.]*.tar")) == ["000000.tar"]
+    with pytest.raises(LitPruneError, match=r"out: 2 of 7 records are written; finish it"):
+        open_source(out)
+    kept = (out / "000000.tar").stat().st_mtime_ns
+    main(command)
+    assert (out / "000000.tar").stat().st_mtime_ns == kept
+    assert contents(out) == contents(tmp_path / "whole")
+    main(command)  # nothing is left to do
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_something_else(folder, tmp_path, capsys):
+    def refused(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            shard(folder, tmp_path / "out", *options)
+        return " ".join(capsys.readouterr().err.split())
+
+    shard(folder, tmp_path / "out", "--samples", "2")
+    assert "holds shards made with other samples" in refused("--samples", "3")
+    (tmp_path / "out" / "000001.tar").unlink()
+    assert "000001.tar: missing or of another size" in refused("--samples", "2")
+    (tmp_path / "out" / "shards.json").write_text("{}")
+    assert "shards.json: not written by lit-prune shard" in refused()
+    (tmp_path / "out" / "shards.json").unlink()
+    assert "tar files of unknown origin" in refused()
+    assert "--size 5 horses" in refused("--size", "5 horses")
+    assert "a shard holds at least one" in refused("--samples", "0")
+
+
+def test_what_cannot_be_packed_is_listed(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "eps.png", "EPS")
+    turns = conversation("<image>\nQ", "A")
+    records = [
+        {"id": "eps", "image": "eps.png", "conversations": turns},
+        {"id": "up", "image": "../eps.png", "conversations": turns},
+        {"id": "none", "conversations": turns},
+        {"conversations": conversation("Q", "A")},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join([*map(json.dumps, records), "{"]))
+    shard(tmp_path, tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "shards.json").read_text())["skipped"]
+    assert [skipped["sample"] for skipped in listed] == ["eps", "up", "none", 4]
+    for skipped, reason in zip(listed, ["cannot be read", "'..'", "1 <image> markers", "not JSON"], strict=True):
+        assert reason in skipped["reason"]
+    assert len(open_source(tmp_path / "out")) == 1
+
+
+# Shards that others made
+
+
+def test_the_layout_of_others(tmp_path):
+    """Several dots, folders, capital letters, members of other kinds, more than ten images, a record without images."""
+    images = {f"a/x.{number}.png": png("red" if number == 10 else "blue") for number in (10, *range(10))}
+    write_tar(
+        tmp_path / "a.tar",
+        {"a/x.json": RECORD, "a/x.txt": b"?", **images, "b/x.JPG": b"", "y.jpg": png("green"), "y.json": RECORD},
+    )
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 3
+    found = source.images(0, source[0])
+    assert [image.open().read() == png("red") for image in found] == [False] * 10 + [True]
+    assert source[2]["images"] == ["number 0"]
+    assert source.images(2, source[2])[0].open().read() == png("green")
+    with pytest.raises(BadSample, match=r"a.tar: sample 1: a JSON object was expected, there is none"):
+        source[1]
+    with pytest.raises(BadSample, match="2 images are named but 1 lie in the shard"):
+        source.images(2, {"image": ["a", "b"]})
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_bad_records_in_shards(tmp_path, monkeypatch):
+    members = {"a.json": b"{", "b.json": b"[]", "c.json": b"\xff", "d.json": b"[" * 100_000, "e.json": RECORD * 2}
+    write_tar(tmp_path / "a.tar", members | {"f.json": RECORD})
+    source = open_source(tmp_path / "a.tar")
+    for index in range(5):
+        with pytest.raises(BadSample, match=rf"a.tar: sample {index}: "):
+            source[index]
+    assert source[5] == json.loads(RECORD)
+    monkeypatch.setattr(shards, "LARGEST_MEMBER", 10)
+    with pytest.raises(BadSample, match="more than 10"):
+        source[5]
+
+
+def link(kind: bytes):
+    def write(path):
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo("a.json")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+
+    return write
+
+
+def cut(path):
+    write_tar(path, {f"{number}.json": RECORD for number in range(5)})
+    os.truncate(path, 512 * 5 + 100)
+
+
+def broken(path):
+    write_tar(path, {f"{number}.json": RECORD for number in range(5)})
+    with path.open("r+b") as file:
+        file.seek(1024)
+        file.write(b"x" * 512)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (link(tarfile.SYMTYPE), "member a.json is no regular file"),
+        (link(tarfile.LNKTYPE), "member a.json is no regular file"),
+        (link(tarfile.CHRTYPE), "member a.json is no regular file"),
+        (cut, "not a whole, uncompressed tar|cut short or broken"),
+        (broken, "cut short or broken at byte 1024"),
+        (lambda path: path.write_bytes(b"x" * 5000), "not a whole, uncompressed tar file"),
+        (lambda path: path.write_bytes(b""), "not a whole, uncompressed tar file"),
+        (lambda path: tarfile.open(path, "w:gz").close(), "not a whole, uncompressed tar file"),
+        (lambda path: tarfile.open(path, "w").close(), "no samples"),
+    ],
+)
+def test_bad_shards(tmp_path, write, message):
+    write(tmp_path / "a.tar")
+    with pytest.raises(LitPruneError, match=rf"a.tar: .*({message})"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_the_index_is_made_anew_when_it_is_stale(tmp_path, monkeypatch):
+    path, beside = tmp_path / "a.tar", tmp_path / "a.tar.index.npy"
+    write_tar(path, {f"{number}.json": RECORD for number in range(3)})
+    assert len(index_of(path)) == 3
+    whole = beside.read_bytes()
+    good = np.load(beside)
+    wrong = good.copy()
+    wrong[-1] = 1 << 40
+    for broken in (b"", b"x", whole[:-8], good[:2], wrong, good.astype(float), np.array(5), np.array([[1, 2], [3, 4]])):
+        beside.write_bytes(broken) if isinstance(broken, bytes) else np.save(beside, broken)
+        assert len(index_of(path)) == 3
+        assert beside.read_bytes() == whole
+    write_tar(path, {f"{number}.json": RECORD for number in range(30)})
+    assert len(index_of(path)) == 30
+    monkeypatch.setattr("lit_prune.data.sources.tar_index._build", None)
+    assert len(index_of(path)) == 30  # read, not made
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    for number in range(20):
+        write_tar(tmp_path / f"{number:02d}.tar", {"a.json": RECORD})
+    source = Shards(sorted(tmp_path.glob("*.tar")))
+    before = len(os.listdir("/proc/self/fd"))
+    assert len([source[index] for index in range(20)]) == 20
+    assert len(os.listdir("/proc/self/fd")) == before + 16
+    assert source[0] == json.loads(RECORD)
