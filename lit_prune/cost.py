@@ -139,6 +139,8 @@ class StageTrace:
 class Trace:
     """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
 
+    Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
+    idled, and `learns` says which layers gradients go back through.
     `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
     `total_visual`: right for models whose crops all give the same number of tokens.
     """
@@ -152,6 +154,8 @@ class Trace:
     tower: TowerTrace | None = None
     repaired: Int[Tensor, " batch"] | None = None
     repair_stages: tuple[int, ...] = ()
+    ran: list[Int[Tensor, " batch"]] = field(default_factory=list)
+    learns: list[bool] = field(default_factory=list)
 
     def average_visual(self) -> Tensor:
         """Visual tokens averaged over the decoder layers' inputs, per sample: the budget as it was spent."""
@@ -213,10 +217,14 @@ def step(trace: Trace, index: int) -> Trace:
 
 def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
     """FLOPs of one decoder layer: projections, attention over `keys`, SwiGLU."""
-    queries, keys = queries.double(), keys.double()
-    projections = 2 * queries * size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
-    attention = 4 * queries * keys * size.heads * size.head_dim
-    return projections + attention + 6 * queries * size.width * size.mlp
+    rows = queries.double()
+    projections = 2 * rows * size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
+    return projections + attention(size, queries, keys) + 6 * rows * size.width * size.mlp
+
+
+def attention(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
+    """FLOPs of one decoder layer's attention between queries and keys, without its projections."""
+    return 4 * queries.double() * keys.double() * size.heads * size.head_dim
 
 
 def vision_tower(size: ModelSize, vision: VisionTrace) -> Tensor:
@@ -261,7 +269,7 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     parts = {
         "vision": zero if vision is None else vision_tower(size, vision).to(zero),
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
-        "decoder": sum((decoder_layer(size, q, k) for q, k in zip(trace.queries, trace.keys, strict=True)), zero),
+        "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0),
         "scoring": sum((attention_rows(size, stage) for stage in trace.stages), zero),
         "pruner": zero,
         "repair": zero,

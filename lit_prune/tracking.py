@@ -11,6 +11,7 @@ from lit_prune.host import Record
 from lit_prune.metrics import Consistency, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
 from lit_prune.plugin import Plugin
+from lit_prune.step_cost import step_flops
 from lit_prune.vlm import VLM
 
 
@@ -29,6 +30,30 @@ def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> 
     for layer in layers:
         values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
     return values
+
+
+WORK = ("samples", "text_tokens", "visual_tokens", "kept_tokens", "flops")
+
+
+class Work:
+    """What the training steps of this process have run so far.
+
+    `totals` is float64, one number for each name in `WORK`, on the device, so that no step waits for it: samples; text
+    tokens, answers included; visual tokens before pruning, and averaged over the decoder layers' inputs; FLOPs of
+    teacher, student and backward (`lit_prune.step_cost`).
+    """
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(len(WORK), dtype=torch.float64)
+
+    def add(self, vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> None:
+        """Take a step into account."""
+        visual = student.trace.total_visual.sum()
+        flops = step_flops(teacher.trace, student.trace, vlm.size, plugin.pruner, plugin.repair, len(student.targets))
+        text = teacher.trace.ran[0].sum() - visual
+        ran = [len(student.trace.total_visual), text, visual, student.trace.average_visual().sum(), flops]
+        new = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=visual.device) for value in ran])
+        self.totals = self.totals.to(new.device) + new
 
 
 def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from lit_prune.objective import (
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.tracking import Meters, fetched, step_figures
+from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
 
 
@@ -107,6 +107,7 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
         dims = made.dims
+        self.work = Work()
         self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
@@ -168,19 +169,22 @@ class PruneModule(LightningModule):
         done = self._prepare_step()
         plain, pruned = self._sessions()
         teacher, student = plain.record, pruned.record
-        with torch.no_grad(), self.vlm.using(plain):
+        part = self.trainer.profiler.profile
+        with part("teacher forward"), torch.no_grad(), self.vlm.using(plain):
             inputs = evaluation.encode_images(self.vlm, batch["inputs"])
             target = self.model(**inputs, use_cache=False).logits[0]
-        with self.vlm.using(pruned):
+        with part("student forward"), self.vlm.using(pruned):
             if self.plugin.pruner.acts_in_tower:
                 inputs = evaluation.encode_images(self.vlm, batch["inputs"])
             logits = self.model(**inputs, use_cache=False).logits[0]
-        losses = self._losses(logits, target, student, teacher, done)
-        total = sum(getattr(self.loss, name) * value for name, value in losses.items())
+        with part("losses"):
+            losses = self._losses(logits, target, student, teacher, done)
+            total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
-        self._log_step(total, losses, student, teacher, done, len(batch["ids"]))
-        self.log_dict({f"data/{name}": value for name, value in batch.get("figures", {}).items()}, batch_size=1)
+        with part("figures"):
+            self.work.add(self.vlm, self.plugin, student, teacher)
+            self._log_step(total, losses, student, teacher, done, batch)
         return total
 
     def _sessions(self) -> tuple[Session, Session]:
@@ -223,8 +227,9 @@ class PruneModule(LightningModule):
         return self.vlm.host
 
     @torch.no_grad()
-    def _log_step(self, total, losses, student: Record, teacher: Record, done: float, size: int) -> None:
+    def _log_step(self, total, losses, student: Record, teacher: Record, done: float, batch) -> None:
         """The loss at every step; the other figures where loggers take them, and fetched from the device at once."""
+        size = len(batch["ids"])
         self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
         if not self.trainer._logger_connector.should_update_logs:
             return
@@ -233,6 +238,7 @@ class PruneModule(LightningModule):
         values["tau"] = self.anneal.tau(done)
         values["budget/target"] = target * student.trace.total_visual.double().mean()
         values |= step_figures(self.vlm, self.plugin, student, teacher)
+        values |= {f"data/{name}": value for name, value in batch.get("figures", {}).items()}
         values = fetched(values)
         self.log_dict(values, batch_size=size)
         self.log("kept", values["budget/actual"], prog_bar=True, logger=False, batch_size=size)

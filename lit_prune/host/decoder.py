@@ -203,13 +203,13 @@ class DecoderHost:
             if forward is None:
                 return None
             if forward.session.idle(index):
-                forward.trace_layer()
+                forward.trace_layer(None)
                 return one_column(args, kwargs)
             hidden, kwargs = self._at_prefix(index, args[0], forward), dict(kwargs)
             if index in self.stages:
                 hidden = self._stage(index, module, hidden, forward, kwargs)
             self._pass_on(index, forward, kwargs)
-            forward.trace_layer()
+            forward.trace_layer(hidden)
             return (hidden, *args[1:]), kwargs
 
         return hook

@@ -222,13 +222,17 @@ class Forward:
             self.embeds = selection.gather_rows(self.embeds, columns)
         return columns
 
-    def trace_layer(self) -> None:
-        """Note the lengths at a layer's input."""
-        if self.record is not None:
-            present = self._present()
-            self.record.trace.queries.append(present)
-            self.record.trace.keys.append(present)
-            self.record.trace.visual.append(self.alive.sum(1))
+    def trace_layer(self, hidden: Tensor | None) -> None:
+        """Note the lengths at a layer's input, and what it will compute; nothing without `hidden`: it idles."""
+        if self.record is None:
+            return
+        trace, present = self.record.trace, self._present()
+        trace.queries.append(present)
+        trace.keys.append(present)
+        trace.visual.append(self.alive.sum(1))
+        trace.ran.append(torch.zeros_like(present) if hidden is None else self.valid.sum(1))
+        learning = (part for part in (hidden, self.key_bias) if hidden is not None and part is not None)
+        trace.learns.append(any(part.requires_grad for part in learning))
 
     def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, mass: bool) -> None:
         """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
