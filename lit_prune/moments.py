@@ -1,10 +1,10 @@
 """First and second moments of token states, over the tokens of all ranks, and the distances built on them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -15,13 +15,43 @@ class Moments(NamedTuple):
     var: Float[Tensor, " width"]
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks. Each rank goes on to the same loss, so what the others' tokens get is known without asking them:
+    a rank whose tokens need no gradient, with no image in its batch, keeps nobody waiting in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * dist.get_world_size()  # strategies average gradients over ranks
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _sum_over_ranks(value: Tensor) -> Tensor:
     """Sum over ranks that gradients flow through; the value itself without a process group."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce
+    return _SumOverRanks.apply(value) if _several_ranks() else value
 
-        return all_reduce(value)
-    return value
+
+def mean_over_ranks(value: Float[Tensor, ""] | float, count: Int[Tensor, ""] | int) -> Float[Tensor, ""] | float:
+    """The mean over the items of all ranks, from this rank's mean `value` over its `count` items.
+
+    With gradients averaged over ranks, as strategies do, training equals that of one process with the whole batch.
+    Every rank must call it and go on to the same loss. One of the two is a tensor, on the device of the ranks' group.
+    Without a group, or without any item, it is the value itself.
+    """
+    if not _several_ranks():
+        return value
+    device = (value if isinstance(value, Tensor) else count).device
+    value, count = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (value, count))
+    total = _sum_over_ranks(count)
+    return torch.where(total > 0, _sum_over_ranks(value * count) / total.clamp(min=1.0), value)
 
 
 def moments(tokens: Float[Tensor, "tokens width"]) -> Moments:
@@ -32,7 +62,8 @@ def moments(tokens: Float[Tensor, "tokens width"]) -> Moments:
     tokens = tokens.float()
     count = _sum_over_ranks(torch.tensor(float(tokens.shape[0]), device=tokens.device)).clamp(min=1.0)
     mean = _sum_over_ranks(tokens.sum(0)) / count
-    var = _sum_over_ranks((tokens - mean).square().sum(0)) / count
+    centre = mean.detach() if _several_ranks() else mean  # what flows through it sums to zero over all ranks only
+    var = _sum_over_ranks((tokens - centre).square().sum(0)) / count
     return Moments(mean, var)
 
 

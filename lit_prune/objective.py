@@ -138,7 +138,7 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
     without an image count 0. Stages whose scores don't train are left out.
     """
     if not student.stages:
-        return torch.zeros(())
+        return torch.zeros((), device=student.trace.total_visual.device)
     watched = torch.stack(list(teacher.attention.values())).mean(0)
     watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
     parts = []

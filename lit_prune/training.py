@@ -16,6 +16,7 @@ from lit_prune import evaluation
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.options import Mass, Positions
+from lit_prune.moments import mean_over_ranks
 from lit_prune.objective import (
     Anneal,
     LossWeights,
@@ -208,17 +209,20 @@ class PruneModule(LightningModule):
     def _losses(
         self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float
     ) -> dict[str, Tensor]:
-        losses = {"task": answer_loss(logits, student.targets)}
+        """Each over the samples or answer tokens of all ranks."""
+        total, answers = student.trace.total_visual, len(student.targets)
+        losses = {"task": mean_over_ranks(answer_loss(logits, student.targets), answers)}
         if self.host.feeds:
             losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
         if self.plugin.pruner.free:
-            share = visual_share(student, self.plugin.dims.depth)
-            final = budget_share(self.keep, student.trace.total_visual)
+            pictured = (total > 0).sum()
+            share = mean_over_ranks(visual_share(student, self.plugin.dims.depth), pictured)
+            final = mean_over_ranks(budget_share(self.keep, total), pictured)
             losses["budget"] = (share - self.anneal.target(final, done)).abs()
         if self.loss.attention:
-            losses["attention"] = attention_loss(student, teacher, self.loss.sharpen)
+            losses["attention"] = mean_over_ranks(attention_loss(student, teacher, self.loss.sharpen), len(total))
         if self.loss.distill:
-            losses["distill"] = distillation(logits, target)
+            losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
         return losses
 
     @property

@@ -11,7 +11,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.metrics import Consistency, Shift, SkillAccuracy
-from lit_prune.moments import kappa, moment_loss, moments, w2_squared
+from lit_prune.moments import kappa, mean_over_ranks, moment_loss, moments, w2_squared
 
 WIDTH = 8
 
@@ -141,6 +141,18 @@ def data(share: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
     return [(tokens(count, 10 + rank), tokens(count, 20 + rank, 0.3)) for rank, count in enumerate(share)]
 
 
+MEANS = [((2.0, 5.0), (3, 1)), ((2.0, 5.0), (0, 4)), ((1.5, 1.5), (0, 0))]  # each rank's mean, of how many items
+
+
+def over_ranks(rank: int, means: tuple[float, ...], counts: tuple[int, ...]) -> tuple[float, float]:
+    """The mean over ranks and its gradient; a rank without items has nothing that trains."""
+    value = torch.tensor(means[rank], requires_grad=counts[rank] > 0)
+    mean = mean_over_ranks(value, counts[rank])
+    if mean.requires_grad:
+        mean.backward()
+    return mean.item(), 0.0 if value.grad is None else value.grad.item()
+
+
 def work(rank: int, folder: str) -> None:
     """One of two processes: losses and averaged gradients, and metrics merged over both."""
     torch.set_num_threads(1)
@@ -157,6 +169,7 @@ def work(rank: int, folder: str) -> None:
         shift = Shift(1, WIDTH)
         shift.update({0: states.detach()}, {0: teacher})
         found["shift"].append(shift.compute())
+    found["means"] = [over_ranks(rank, *case) for case in MEANS]
     full, kept, real = image(3)
     consistency, rows = Consistency(), slice(0, 2) if rank == 0 else slice(2, 3)
     consistency.update(full[rows], kept[rows], real[rows])
@@ -190,6 +203,18 @@ def test_two_ranks_equal_one_process_with_all_tokens(ranks, case):
         assert rank["loss"][case] == pytest.approx(loss.item(), rel=1e-6)
         for parameter, gradient in zip(alone.parameters(), rank["gradients"][case], strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_means_over_ranks_are_those_of_all_items(ranks):
+    """The gradient is twice each rank's share, since it is averaged over two ranks afterwards."""
+    assert [mean for mean, _ in ranks[0]["means"]] == [mean for mean, _ in ranks[1]["means"]] == [2.75, 5.0, 1.5]
+    assert [gradient for _, gradient in ranks[0]["means"]] == [2 * 0.75, 0.0, 0.0]
+    assert [gradient for _, gradient in ranks[1]["means"]] == [2 * 0.25, 2.0, 0.0]
+
+
+def test_a_mean_without_other_ranks_is_the_value_itself():
+    value = torch.tensor(1.25)
+    assert mean_over_ranks(value, 3) is value
 
 
 @pytest.mark.parametrize("case", range(len(SHARES)), ids=str)
