@@ -28,6 +28,7 @@ from lit_prune.objective import (
     visual_share,
 )
 from lit_prune.plugin import Plugin
+from lit_prune.progress import rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.tracking import Meters, Work, fetched, step_figures
@@ -143,6 +144,10 @@ class PruneModule(LightningModule):
         full = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         return {name: value for name, value in full.items() if name.startswith(f"{prefix}plugin.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Gradients that wait for their step are in no checkpoint: it is one of the last step."""
+        rewind_to_step(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""

@@ -65,7 +65,7 @@ def world(micro_folder, tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def student(micro_folder):
     """Makes modules: RCP with repair, small, noisy and with dropout."""
 

@@ -18,6 +18,7 @@ FLOORS = {
         [
             "training",
             "checkpoints",
+            "progress",
             "tracking",
             "objective",
             "evaluation",

@@ -19,6 +19,7 @@ from lit_prune.data.order import Order
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
 from lit_prune.data.sources import open_source
 from lit_prune.errors import LitPruneError
+from lit_prune.progress import batches_since_step
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 REQUIRED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -153,13 +154,14 @@ class InstructData(LightningDataModule):
         return move_batch(batch, lambda part: move_data_to_device(part, device))
 
     def state_dict(self) -> dict[str, int]:
-        """Where training is in its data: by what was trained on, not by what was fetched ahead."""
+        """Where training is in its data: by what an optimizer step was made of, not by what was fetched ahead."""
         batches = self._train_batches
         if batches is None or self.trainer is None:
             return {}
         loop = self.trainer.fit_loop
         epochs, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
         epoch, shift = max(epochs.ready - 1, 0) + batches.shift, batches.shift
+        done -= batches_since_step(self.trainer)
         if done >= self.trainer.num_training_batches:
             epoch, done = epoch + 1, 0
         elif epochs.ready and epochs.processed == epochs.ready:  # broken off by max_steps: goes on in Lightning's next
