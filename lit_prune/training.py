@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
 from lit_prune.errors import LitPruneError
-from lit_prune.host import Prefix, Record, Session
+from lit_prune.host import Prefix, Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
 from lit_prune.moments import mean_over_ranks
 from lit_prune.objective import (
@@ -52,6 +52,7 @@ class PruneModule(LightningModule):
             others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Measured on micro-LLaVA, the
             gradient of the cross entropy on the pruner has a norm of 1e7 without it, and drowns every other loss.
+        checkpoint_activations: layers keep their inputs alone and run again in backward: less memory, more time.
         watch: decoder layers whose attention in the teacher `loss.attention` reads: where the answer is looked up.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
@@ -76,6 +77,7 @@ class PruneModule(LightningModule):
         train_mode: Literal["soft", "drop"] = "soft",
         spare: float | None = None,
         gate_clip: float | None = None,
+        checkpoint_activations: bool = False,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
@@ -91,7 +93,7 @@ class PruneModule(LightningModule):
         self.strict_loading = False
         self.loss, self.anneal = loss, anneal
         self.keep, self.train_mode, self.spare = keep, train_mode, spare
-        self.gate_clip = gate_clip
+        self.gate_clip, self.checkpoint_activations = gate_clip, checkpoint_activations
         self.watch = tuple(watch) if loss.attention else ()
         if loss.attention and not watch:
             raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
@@ -102,6 +104,8 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin)
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
+        if checkpoint_activations:
+            checkpointing.checkpoint_activations(self.vlm.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(made, keep=keep, positions=positions, mass=mass)
@@ -134,9 +138,11 @@ class PruneModule(LightningModule):
             raise LitPruneError("trainable and frozen parameters don't add up to the module's")
 
     def train(self, mode: bool = True) -> "PruneModule":
-        """The frozen model always stays in evaluation mode."""
+        """The frozen model always stays in evaluation mode, but for layers that shall run again in backward."""
         super().train(mode)
         self.model.eval()
+        if self.checkpoint_activations:
+            checkpointing.set_checkpointing(self.model, self.host.shared, mode)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -107,6 +107,20 @@ def test_modes_of_training(student):
     assert not any(part.training for part in module.eval().modules())
 
 
+def test_layers_that_run_again_in_backward_train_the_same(student, world, tmp_path):
+    """Bit for bit, with validation in between, which generates."""
+    ends = []
+    for again in (False, True):
+        module = student(checkpoint_activations=again)
+        trainer(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=1).fit(module, world())
+        ends.append(copies(module.plugin))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    layers = module.train().host.places.layers
+    assert [layer.training for layer in layers] == [False] + [True] * (len(layers) - 1)
+    assert not any(part.training for layer in layers for part in layer.children())
+    assert not any(layer.training for layer in module.eval().host.places.layers)
+
+
 def test_validation_test_and_prediction_answer(student, world, tmp_path):
     module, data, run = student(), world(), trainer(tmp_path, limit_val_batches=1)
     for verb in (run.validate, run.test):

@@ -18,6 +18,8 @@ from lit_prune.host.vision import absent
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.repair import RepairAdapter
 
+HIDDEN = -1e4  # bias of a key that nobody may see: far below any product of gates, and finite in half precision
+
 
 @dataclass(frozen=True)
 class Read:
@@ -175,6 +177,9 @@ class Stages:
         if self.mass is not None:
             self.mass.give(hidden, columns, alive, kept.keep, forward, dead)
         if not there:
+            if forward.cache_state is None:
+                forward.restaged = True
+                self._hide_padding(hidden, forward)
             return hidden
         packed = forward.pack(dropped)
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
@@ -183,8 +188,19 @@ class Stages:
         forward.mask = None
         hidden = selection.gather_rows(hidden, packed)
         if forward.cache_state is None:
-            forward.mask = self.mask(hidden, forward.valid, None, 0, forward.padded)
+            self._hide_padding(hidden, forward)
         return hidden
+
+    def _hide_padding(self, hidden: Tensor, forward: Forward) -> None:
+        """Hide padding and filler from the layers that follow, by a mask, or by the bias if keys carry one anyway.
+
+        A mask of booleans, where there is one, becomes a float mask of seq x seq in every layer, which autograd keeps.
+        """
+        if forward.key_bias is None:
+            forward.mask = self.mask(hidden, forward.valid, None, 0, forward.padded)
+        else:
+            forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
+            forward.mask = self.mask(hidden, forward.valid, None, 0, False)
 
     def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor:
         """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""

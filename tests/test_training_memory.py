@@ -1,0 +1,131 @@
+"""What a training step keeps: activation checkpointing, and no mask of seq x seq in any layer."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from tiny import batch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import encode_images
+from lit_prune.host import Prefix, Record, Session
+from lit_prune.host.checkpointing import checkpoint_activations, set_checkpointing
+from lit_prune.timing import peak_bytes
+
+GRID = 12
+LENGTHS = (160, 150)
+MODES = [{"soft": True}, {"soft": True, "spare": 2.0}, {"soft": False}]
+CPU = torch.device("cpu")
+
+
+class Squares(TorchDispatchMode):
+    """Notes every operator that makes a float tensor of (batch, 1 or heads, n, n), whatever n then is, above 20."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor) and made.is_floating_point() and made.ndim == 4:
+                self.found += [str(func)] * (made.shape[-1] == made.shape[-2] > 20)
+        return out
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Two prompts of different lengths, padded on the left, with images of 144 tokens and answers of 3."""
+    draw, prompts = torch.Generator().manual_seed(1), []
+    for length in LENGTHS:
+        ids = torch.randint(2, 50, (length,), generator=draw)
+        ids[2 : 2 + GRID**2] = tiny.IMAGE
+        prompts.append((ids, torch.randn(3, 4 * GRID, 4 * GRID, generator=draw)))
+    return batch(prompts, answers=3)
+
+
+def attach(model=None):
+    vlm = tiny.attach(model or tiny.build_model(grid=GRID), tiny.small_rcp(), 48, tiny.small_repair())
+    vlm.plugin.train()
+    return vlm
+
+
+def teach(vlm) -> tuple[dict, Prefix]:
+    """A batch with its images encoded, and what the teacher leaves."""
+    encoded, prefix = encode_images(vlm, inputs()), Prefix(vlm.host.shared)
+    with torch.no_grad(), vlm.using(Session(False, False, prefix=prefix)):
+        vlm.model(**encoded, use_cache=False)
+    return encoded, prefix
+
+
+def gradients(vlm, encoded: dict, prefix: Prefix, **mode) -> list[torch.Tensor]:
+    """The student's loss with respect to the plug-in; backward runs behind the session."""
+    torch.manual_seed(1)
+    with vlm.using(Session(record=Record(), prefix=prefix, answers_only=True, **mode)):
+        logits = vlm.model(**encoded, use_cache=False).logits
+    return torch.autograd.grad(logits.square().sum(), list(vlm.plugin.parameters()))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_no_layer_of_the_student_holds_a_square(mode):
+    """Padding, masks and their gradients travel as a bias per key."""
+    vlm = attach()
+    taught = teach(vlm)
+    with Squares() as squares:
+        found = gradients(vlm, *taught, **mode)
+    assert all(gradient.abs().max() > 0 for gradient in found)
+    assert squares.found == []
+
+
+def test_squares_are_seen():
+    """The model's own boolean mask of a padded batch becomes one in every layer."""
+    vlm = attach()
+    encoded, _ = teach(vlm)
+    with Squares() as squares, torch.no_grad(), vlm.using(Session(False, False)):
+        vlm.model(**encoded, use_cache=False)
+    assert len(squares.found) >= tiny.DEPTH
+
+
+def test_a_square_costs_memory():
+    """Peak memory beyond what is held: a tensor, and one that comes and goes."""
+
+    def work() -> torch.Tensor:
+        kept = torch.zeros(1000)
+        return kept + torch.ones(500).sum()
+
+    assert 4000 + 2000 <= peak_bytes(work, CPU) <= 4000 + 4000 + 100
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_checkpointed_layers_give_the_same_gradients(mode):
+    vlm = attach()
+    taught = teach(vlm)
+    plain = gradients(vlm, *taught, **mode)
+    checkpoint_activations(vlm.model)
+    set_checkpointing(vlm.model, vlm.host.shared, True)
+    again = gradients(vlm, *taught, **mode)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_checkpointing_keeps_less_and_leaves_no_gradient_behind():
+    vlm = attach()
+    taught = teach(vlm)
+    step = partial(gradients, vlm, *taught, soft=True)
+    before = peak_bytes(step, CPU)
+    checkpoint_activations(vlm.model)
+    assert peak_bytes(step, CPU) == pytest.approx(before, rel=0.05), "in evaluation mode nothing changes"
+    set_checkpointing(vlm.model, vlm.host.shared, True)
+    assert peak_bytes(step, CPU) < 0.5 * before
+    assert not any(part.training for layer in vlm.host.places.layers for part in layer.children())
+    assert [layer.training for layer in vlm.host.places.layers] == [False] + [True] * 7
+    embeddings = vlm.model.get_input_embeddings()
+    assert not embeddings(torch.tensor([[1]])).requires_grad
+
+
+def test_a_model_without_checkpointing_is_refused():
+    model = tiny.build_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(LitPruneError, match="checkpoint_activations"):
+        checkpoint_activations(model)
