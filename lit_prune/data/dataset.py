@@ -40,11 +40,12 @@ class Sample:
 
 @dataclass
 class Fetched:
-    """What one index batch gave. `failure` is why a training batch could not be filled."""
+    """What one index batch gave. `failure` is why a training batch could not be filled, `place` that in a `Stream`."""
 
     samples: list[Sample]
     skipped: list[Skipped]
     failure: str | None = None
+    place: tuple | None = None
 
 
 class InstructDataset(Dataset):
@@ -147,6 +148,8 @@ class Collate:
         }
         if fetched.failure:
             batch["failure"] = fetched.failure
+        if fetched.place:
+            batch["place"] = fetched.place
         if self.mode != "train":
             batch["prompts"] = self._prompts(samples, batch["inputs"])
         return batch

@@ -1,7 +1,7 @@
 """Arrow tables by Hugging Face `datasets`: parquet and arrow files, `save_to_disk` folders, data sets of the hub."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,34 +14,46 @@ from lit_prune.errors import BadSample, LitPruneError
 
 
 class Table(Source):
-    """The rows of a memory-mapped table: a column `conversations` or `messages`, and `image` or `images`.
+    """Rows with a column `conversations` or `messages`, and `image` or `images`.
 
     Images are bytes, paths, or structs of `bytes` and `path`, one or a list of them (the `Image` feature too). Rows are
     read as they are stored: no decoder of `datasets` runs. A path without bytes is one under the image root.
 
     Args:
-        data: a `datasets.Dataset`.
+        row: gives the row of an index as a `pyarrow.Table` of one row.
+        count: number of rows.
+        columns: their names.
         location: for messages.
         images_root: folder of the images that are paths; None refuses them.
+        files: what holds the rows.
 
     Raises:
         LitPruneError: no column of conversations.
     """
 
-    def __init__(self, data: Any, location: str, images_root: Path | None = None):
-        check_columns(data.column_names, location)
-        self.rows = data.with_format("arrow")
-        self.location, self.images_root = location, images_root
-        self.text_columns = [name for name in data.column_names if name not in IMAGE_COLUMNS]
-        self.image_columns = [name for name in data.column_names if name in IMAGE_COLUMNS]
+    def __init__(
+        self,
+        row: Callable[[int], Any],
+        count: int,
+        columns: Sequence[str],
+        location: str,
+        images_root: Path | None,
+        files: Sequence[Path] = (),
+    ):
+        if not set(TURN_COLUMNS) & set(columns):
+            raise LitPruneError(f"{location}: no column {' or '.join(TURN_COLUMNS)}; it has {', '.join(columns)}")
+        self.row, self.count, self.location, self.images_root = row, count, location, images_root
+        self.text_columns = [name for name in columns if name not in IMAGE_COLUMNS]
+        self.image_columns = [name for name in columns if name in IMAGE_COLUMNS]
+        self._files = list(files)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = self.rows[index]
+        row = self.row(index)
         values = {name: row[name][0].as_py() for name in self.text_columns}
         values |= {name: _without_bytes(row[name][0]) for name in self.image_columns}
         try:
@@ -50,7 +62,7 @@ class Table(Source):
             raise BadSample(self.location, index, error.reason) from error
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
-        row = self.rows[index]
+        row = self.row(index)
         return image_files({name: row[name][0].as_py() for name in self.image_columns}, self.images_root)
 
     def file_of(self, index: int) -> str:
@@ -58,11 +70,11 @@ class Table(Source):
 
     @property
     def files(self) -> list[Path]:
-        return [Path(file["filename"]) for file in self.rows.cache_files]
+        return self._files
 
 
 def open_table(location: Location, images_root: Path | None) -> Table:
-    """The table at a location of parquet, arrow or the hub.
+    """The table at a location of parquet, arrow, `Dataset.save_to_disk` or the hub, mapped into memory.
 
     Arrow files are mapped where they lie. Parquet and data sets of the hub are written as arrow to the cache of
     `datasets` (HF_DATASETS_CACHE, else ~/.cache/huggingface/datasets) the first time.
@@ -79,7 +91,9 @@ def open_table(location: Location, images_root: Path | None) -> Table:
             data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in location.files])
         else:
             data = datasets.load_dataset(**load_arguments(location))
-    return Table(data, location.name, images_root or location.folder)
+    files = [Path(file["filename"]) for file in data.cache_files]
+    row = data.with_format("arrow").__getitem__
+    return Table(row, len(data), data.column_names, location.name, images_root or location.folder, files)
 
 
 def load_arguments(location: Location) -> dict[str, Any]:
@@ -116,12 +130,6 @@ def explained(location: str) -> Iterator[None]:
         raise LitPruneError(f"{location}: {error}; {hint}") from error
     except (OSError, ValueError, library().exceptions.DatasetsError) as error:
         raise LitPruneError(f"{location}: {error.__cause__ or error}") from error
-
-
-def check_columns(columns: Sequence[str] | None, location: str) -> None:
-    """Raise LitPruneError if no column holds conversations; columns that are not known yet pass."""
-    if columns is not None and not set(TURN_COLUMNS) & set(columns):
-        raise LitPruneError(f"{location}: no column {' or '.join(TURN_COLUMNS)}; it has {', '.join(columns)}")
 
 
 def _without_bytes(scalar: Any) -> Any:

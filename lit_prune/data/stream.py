@@ -1,0 +1,210 @@
+"""Training data that is read as it comes: parquet or arrow files and data sets of the hub, file after file."""
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lit_prune.data.dataset import MOST_REPLACEMENTS, Fetched, InstructDataset, Sample, error_text
+from lit_prune.data.sources import Source
+from lit_prune.data.sources.locations import locate
+from lit_prune.data.sources.tables import Table, explained, library, load_arguments
+from lit_prune.errors import BadSample, LitPruneError
+
+KINDS = ("parquet", "arrow", "hub")
+Place = tuple[int, int, int, int]  # pass, file of it, block of the file, rows taken of the block
+
+log = logging.getLogger(__name__)
+
+
+class Stream(IterableDataset):
+    """Batches of samples of a location that is read in order, endlessly, split over ranks and workers by its files.
+
+    There are `world * workers` streams, each in one worker. In every pass the files are shuffled and dealt out to them;
+    each reads its own files, `block` rows at a time, and shuffles the rows of a block. A stream that is through with
+    its files begins the next pass, whether or not others are. So no sample comes twice in a pass, but streams of
+    smaller files are sooner in the next. Nothing waits for another rank: an epoch is `steps` batches on each, which may
+    be less or more than a pass. A bad sample is left out, and the next one takes its place.
+
+    `places` and `turn` say where the next iterator begins: after the batches that `take` was told of. Resumed with the
+    same files, ranks and workers a stream goes on exactly (it reads the file it was in from its begin, but decodes
+    nothing of it twice). With another number of ranks or workers the next pass begins, and what was left of this one is
+    not seen in it.
+
+    Args:
+        location: parquet or arrow files, or a data set of the hub; see `open_source`.
+        images_root: see there.
+        encode: makes the data set of a block's rows.
+        batch_size: samples a batch, on each rank.
+        steps: batches that count as an epoch.
+        seed: of all shuffling.
+        block: rows that are shuffled together; they are held in memory, each with its images' bytes.
+        workers: processes that read for this rank; 0 is none but the rank's own.
+        rank: this process.
+        world: number of ranks.
+
+    Raises:
+        LitPruneError: another kind of location, fewer files than streams, or no conversations in them.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        images_root: str | Path | None,
+        encode: Callable[[Source], InstructDataset],
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        block: int = 256,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        found = locate(location)
+        if found.kind not in KINDS:
+            raise LitPruneError(f"{location}: only parquet, arrow and the hub are streamed; leave out data.streaming")
+        self.location, self.encode = found, encode
+        self.images_root = Path(images_root) if images_root is not None else found.folder
+        self.batch_size, self.steps, self.seed, self.block = batch_size, steps, seed, block
+        self.workers, self.rank, self.world = max(workers, 1), rank, world
+        with explained(location):
+            data = library().load_dataset(**load_arguments(found), streaming=True)
+            self.data = data.with_format("arrow")  # blocks come as they are stored
+        streams = self.world * self.workers
+        if self.data.num_shards < streams:
+            raise LitPruneError(
+                f"{location}: {self.data.num_shards} files cannot be dealt out to {world} processes with {self.workers}"
+                " readers each; write more and smaller files, or lower data.num_workers"
+            )
+        self.places: list[Place] = [(0, 0, 0, 0)] * self.workers
+        self.turn = 0
+        self._before = self.state()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Fetched]:
+        worker = get_worker_info()
+        number = (self.turn + (worker.id if worker else 0)) % self.workers
+        rows = self._samples(number, self.places[number])
+        while True:
+            yield self._batch(number, rows)
+
+    # Where training is
+
+    def take(self, place: tuple[int, Place]) -> None:
+        """A batch goes to training; `place` is what it carries."""
+        self._before = self.state()
+        number, self.places[number] = place
+        self.turn = (number + 1) % self.workers
+
+    def state(self, in_step: bool = False) -> dict[str, Any]:
+        """Where this rank is; `in_step` for before the last batch, which is not trained on yet."""
+        return self._before if in_step else {"places": [list(place) for place in self.places], "turn": self.turn}
+
+    def state_dict(self, in_step: bool = False) -> dict[str, Any]:
+        """Where all ranks are; to be called by all of them."""
+        states = [self.state(in_step)]
+        if self.world > 1:
+            states = [None] * self.world
+            torch.distributed.all_gather_object(states, self.state(in_step))
+        return {**self._data(), "streams": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            LitPruneError: it belongs to other data or another seed.
+        """
+        for key, value in self._data().items():
+            if state.get(key) != value:
+                raise LitPruneError(
+                    f"cannot resume: the checkpoint's stream has {key} {state.get(key)}, the data given now {value}"
+                )
+        states = state["streams"]
+        if (len(states), len(states[0]["places"])) == (self.world, self.workers):
+            self.places = [tuple(place) for place in states[self.rank]["places"]]
+            self.turn = states[self.rank]["turn"]
+        else:
+            following = 1 + max(place[0] for place in chain(*(rank["places"] for rank in states)))
+            log.warning("another number of ranks or workers: what is left of this pass over the data is not read")
+            self.places = [(following, 0, 0, 0)] * self.workers
+        self._before = self.state()
+
+    def _data(self) -> dict[str, Any]:
+        return {"location": self.location.name, "files": self.data.num_shards, "seed": self.seed, "block": self.block}
+
+    # Reading
+
+    def _batch(self, number: int, samples: Iterator[tuple[Sample | BadSample, Place]]) -> Fetched:
+        fetched, bad = Fetched([], []), 0
+        try:
+            for sample, place in samples:
+                fetched.place = (number, place)
+                if isinstance(sample, BadSample):
+                    fetched.skipped.append((sample.file, sample.sample, sample.reason))
+                    bad += 1
+                    if bad == MOST_REPLACEMENTS:
+                        raise LitPruneError(f"{bad} bad samples in a row; the last: {error_text(fetched.skipped[-1])}")
+                    continue
+                fetched.samples.append(sample)
+                bad = 0
+                if len(fetched.samples) == self.batch_size:
+                    break
+        except LitPruneError as error:  # travels with the batch: raised in a worker it would arrive as a traceback
+            fetched.failure = str(error)
+        return fetched
+
+    def _samples(self, number: int, place: Place) -> Iterator[tuple[Sample | BadSample, Place]]:
+        """The samples of a stream from a place on, a bad one as its error, each with the place behind it."""
+        run, first, begun, taken = place
+        while True:
+            empty = True
+            for position, file in enumerate(self._files(number, run)[first:], first):
+                for block, rows in self._blocks(file, begun):
+                    empty = False
+                    data, start = self.encode(self._table(rows, file, block)), block * self.block
+                    order = np.random.default_rng([self.seed, run, file, block]).permutation(len(rows))
+                    for row in order[taken:].tolist():
+                        taken += 1
+                        yield _sample(data, start + row), (run, position, block, taken)
+                    taken = 0
+                begun = 0
+            if empty and first == 0:
+                raise LitPruneError(f"{self.location.name}: no samples in the files of one of its streams")
+            run, first = run + 1, 0
+
+    def _files(self, number: int, run: int) -> list[int]:
+        """The files of a stream in a pass."""
+        order = np.random.default_rng([self.seed, run]).permutation(self.data.num_shards)
+        return order[self.rank * self.workers + number :: self.world * self.workers].tolist()
+
+    def _blocks(self, file: int, first: int) -> Iterator[tuple[int, Any]]:
+        """The blocks of a file from one on, as `pyarrow.Table`s with their numbers."""
+        with explained(self._name(file)):
+            blocks = self.data.shard(self.data.num_shards, file).iter(self.block)
+            yield from islice(enumerate(blocks), first, None)
+
+    def _table(self, rows: Any, file: int, block: int) -> Table:
+        """The rows of a block under the indices that they have in their file."""
+        start = block * self.block
+
+        def row(index: int) -> Any:
+            return rows.slice(index - start, 1)
+
+        return Table(row, start + len(rows), rows.column_names, self._name(file), self.images_root)
+
+    def _name(self, file: int) -> str:
+        return str(self.location.files[file]) if self.location.files else f"{self.location.name}, file {file}"
+
+
+def _sample(data: InstructDataset, row: int) -> Sample | BadSample:
+    try:
+        return data[row]
+    except BadSample as error:
+        return error
