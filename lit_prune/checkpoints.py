@@ -47,7 +47,10 @@ class SafeTrainer(Trainer):
         path = Path(filepath)
         if self.is_global_zero:
             _remove(_beside(path, ASIDE))
-        path = Path(self.strategy.broadcast(str(path)))  # and nobody writes before the old parts are gone
+        name, resumed = self.strategy.broadcast((str(path), self.ckpt_path))  # and nobody writes before the old is gone
+        if resumed != self.ckpt_path:
+            raise LitPruneError(f"ranks went on from different checkpoints: {resumed} and {self.ckpt_path}")
+        path = Path(name)
         aside = _beside(path, ASIDE)
         try:
             super().save_checkpoint(aside, weights_only, storage_options)

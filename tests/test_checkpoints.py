@@ -33,13 +33,16 @@ class Line(L.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-def fit(folder: Path, steps: int = 4, callbacks: tuple = (), **options) -> SafeTrainer:
+def fit(
+    folder: Path, steps: int = 4, callbacks: tuple = (), module=None, ckpt_path=None, saves=True, **options
+) -> SafeTrainer:
     """A run of some steps that saves every second one, and `last`."""
-    saving = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)
+    saving = [ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)] if saves else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    run = SafeTrainer(max_steps=steps, callbacks=[saving, *callbacks], default_root_dir=folder, **quiet, **options)
+    fixed = {"default_root_dir": folder, "enable_checkpointing": saves, **quiet}
+    run = SafeTrainer(max_steps=steps, callbacks=[*saving, *callbacks], **{**fixed, **options})
     torch.manual_seed(0)
-    run.fit(Line(), DataLoader(torch.ones(100, 8), batch_size=2))
+    run.fit(module or Line(), DataLoader(torch.ones(100, 8), batch_size=2), ckpt_path=ckpt_path)
     return run
 
 

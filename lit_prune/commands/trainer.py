@@ -7,6 +7,7 @@ line. A file or option that swaps a ``class_path`` starts from the defaults of t
 
 import importlib
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
+from lit_prune.callbacks import StopOnSignal, Stopped
 from lit_prune.checkpoints import SafeTrainer, newest, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
@@ -86,6 +89,7 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
+            trainer_defaults={"callbacks": [StopOnSignal()]},
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
             auto_configure_optimizers=False,
@@ -124,6 +128,13 @@ class PruneCLI(LightningCLI):
         elif given is not None and given not in ("best", "hpc") and "://" not in given:
             verify(Path(given))
         return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb. Where Lightning itself heeds SIGTERM, outside of training, it exits with 0: say so here too."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException as stop:
+            raise Stopped(128 + signal.SIGTERM) from stop
 
     def _newest(self, subcommand: str) -> str | None:
         """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""

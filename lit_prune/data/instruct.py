@@ -1,6 +1,8 @@
 """LightningDataModule for instruction data: LLaVA JSON or JSON lines with an image folder."""
 
 import os
+import signal
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -170,6 +172,8 @@ class InstructData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if self._train_batches is not None and state_dict:
+            # Lightning looks for the state in the loader
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             self._train_batches.load_state_dict(state_dict)
 
     # Parts
@@ -209,6 +213,7 @@ class InstructData(LightningDataModule):
             collate_fn=Collate(pad_token(self.processor), _mode(split)),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_outlive_first_signal,
             generator=torch.Generator().manual_seed(self.seed),  # loaders shall not draw from the global one
         )
 
@@ -241,3 +246,9 @@ def context_length(processor: Any, base: str | None = None) -> int | None:
 
 def _mode(split: str) -> Mode:
     return split if split in ("train", "predict") else "eval"
+
+
+def _outlive_first_signal(_: int) -> None:
+    """For workers: the signals of a job reach them too, but are the main process's affair. A second one ends them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
