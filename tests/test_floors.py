@@ -27,6 +27,7 @@ FLOORS = {
             "pictures",
             "data",
             "metrics",
+            "sweeps",
             "timing",
             "strategies",
         ],

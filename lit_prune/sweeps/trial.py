@@ -1,0 +1,77 @@
+"""One trial of a sweep: a process of its own, followed by what it logs."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOG = "log.txt"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 120.0  # for a stopped trial to end by itself
+
+
+class TrialFailed(Exception):
+    """A trial whose process failed or reported nothing; the sweep goes on."""
+
+
+def values_of(folder: Path, metric: str) -> list[float]:
+    """What a run has logged under a name so far, in order: from the CSV files in its folder."""
+    found = []
+    for file in sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime):
+        whole = file.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
+        found += [row[metric] for row in csv.DictReader(whole.splitlines()) if row.get(metric)]
+    return [float(value) for value in found]
+
+
+def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int, float], bool]) -> tuple[float, bool]:
+    """Run a trial in a process of its own, its output in `folder`/log.txt, which is touched while it runs.
+
+    Args:
+        line: the command. folder: where it logs, of its own.
+        report: told each new value of the metric with its number, from 1; True stops the trial.
+
+    Returns:
+        The last value, and whether the trial was stopped.
+
+    Raises:
+        TrialFailed: it ended with an error, or without a value.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+        log.write(f"{' '.join(line)}\n")
+        log.flush()
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        seen, stopped = 0, False
+        try:
+            while process.poll() is None and not stopped:
+                time.sleep(POLL_SECONDS)
+                os.utime(folder / LOG)
+                for value in values_of(folder, metric)[seen:]:
+                    seen += 1
+                    stopped = stopped or report(seen, value)
+        finally:
+            _end(process)
+    values = values_of(folder, metric)
+    for number, value in enumerate(values[seen:], seen + 1):
+        report(number, value)
+    if process.returncode and not stopped:
+        raise TrialFailed(f"exit code {process.returncode}")
+    if not values or not math.isfinite(values[-1]):
+        raise TrialFailed(f"{metric} is {values[-1]}" if values else f"logged no {metric}")
+    return values[-1], stopped
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask a process and its children to end, and make sure that they do."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
