@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 
 from lit_prune.data.dataset import Skipped, error_text
@@ -17,21 +18,30 @@ log = logging.getLogger(__name__)
 class BadSampleLog:
     """Counts good and bad samples pass by pass (an epoch, or one evaluation).
 
-    Every distinct bad sample is warned about once (the first 20 of a run) and listed once in `file`, a JSON line with
-    `stage`, `file`, `sample`, `reason`, `rank`.
+    Every distinct bad sample is warned about once (the first 20 of a run) and listed once in a folder, as a JSON line
+    with `stage`, `file`, `sample`, `reason`, `rank`: rank 0 writes `bad_samples.jsonl`, rank 3
+    `bad_samples.rank3.jsonl`. What any rank has listed there, also before a run was resumed, is not listed again.
 
     Args:
         max_share: largest share of bad samples among those seen in a pass, judged from 100 seen on. A smaller data set
             stops the run if it holds no good sample at all.
-        file: where to list them; None lists nowhere.
-        rank: this process's rank, for the list.
+        folder: where to list them; None lists nowhere.
+        rank: this process's rank.
     """
 
-    def __init__(self, max_share: float, file: Path | None = None, rank: int = 0):
-        self.max_share, self.file, self.rank = max_share, file, rank
+    def __init__(self, max_share: float, folder: Path | None = None, rank: int = 0):
+        self.max_share, self.folder, self.rank = max_share, folder, rank
         self.known: set[tuple] = set()
+        self._listed: set[tuple] = set()
+        self._read: dict[Path, int] = {}  # how far each list was read
         self.current: Hashable = None
         self.good, self.bad = 0, set()
+
+    @property
+    def file(self) -> Path | None:
+        """The list of this rank."""
+        name = f"bad_samples.rank{self.rank}.jsonl" if self.rank else "bad_samples.jsonl"
+        return self.folder / name if self.folder else None
 
     def update(self, stage: str, current: Hashable, good: int, skipped: list[Skipped], size: int) -> None:
         """Take one batch into account: its good samples, its skipped ones.
@@ -68,9 +78,22 @@ class BadSampleLog:
             log.warning("bad sample skipped: %s", error_text(sample))
         if len(self.known) == MOST_WARNINGS and self.file:
             log.warning("further bad samples are only listed, in %s", self.file)
-        if self.file:
+        if self.file and sample[:2] not in self._known_lists():
             file, name, reason = sample
             line = {"stage": stage, "file": file, "sample": name, "reason": reason, "rank": self.rank}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
+
+    def _known_lists(self) -> set[tuple]:
+        """File and sample of every line in the folder; reads only what was added since."""
+        for path in sorted(self.folder.glob("bad_samples*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if line.endswith(b"\n"):  # else it is being written, or was cut short
+                        self._read[path] = self._read.get(path, 0) + len(line)
+                        with suppress(ValueError, KeyError, TypeError):  # nothing of ours
+                            found = json.loads(line)
+                            self._listed.add((found["file"], found["sample"]))
+        return self._listed

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lit_prune.errors import BadSample
 IMAGE_MARKER = "<image>"
 IGNORED = -100
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TooLong = Literal["skip", "cut_turns"]
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")  # one entry a token
 
 
@@ -36,6 +37,17 @@ class Conversation:
     def images(self) -> int:
         """How many images the messages show."""
         return sum(part["type"] == "image" for message in self.messages for part in message["content"])
+
+    @property
+    def answers(self) -> int:
+        """How many answers the messages hold."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+    def first(self, answers: int) -> "Conversation":
+        """The conversation up to and including its `answers`-th answer."""
+        ends = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        messages = self.messages[: ends[answers - 1] + 1]
+        return Conversation(messages, _text(messages[-1]))
 
 
 def image_paths(record: dict) -> list[str]:
@@ -88,18 +100,20 @@ def encode(
     images: Sequence[Any] = (),
     max_length: int | None = None,
     answered: bool = True,
+    too_long: TooLong = "skip",
 ) -> dict[str, Tensor]:
-    """One record as model inputs without a batch dimension.
-
-    The text is rendered by the processor's chat template. Where the template closes no answer with a special token
-    (LLaVA-1.5's does not), the end-of-sequence token is put right after the last answer, without white space between.
+    """One record as model inputs without a batch dimension; see `render` for its text.
 
     Args:
         processor: a processor with a chat template that expands every image to a run of image tokens.
         record: see `read_conversation`.
         images: its images in the order of its paths.
-        max_length: most tokens a sample may have. Nothing is ever cut: a longer sample is a bad one.
+        max_length: most tokens a sample may have.
         answered: whether the text ends with the last answer or with the generation prompt after the last question.
+        too_long: what becomes of a longer sample. "skip": it is a bad one. "cut_turns": its last turns are cut, each a
+            whole question and answer, as many as it takes; a turn that shows an image is never cut, so that the sample
+            is bad if it does not fit by then, or if its first turn is too long already. (LLaVA's own training cuts at
+            the token, also in the middle of an answer.)
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (tokens,): labels are the tokens of every answer with the special token
@@ -112,11 +126,21 @@ def encode(
     conversation = read_conversation(record, answered)
     text, spans = render(processor, conversation.messages)
     inputs = _process(processor, text, images[: conversation.images])
-    length = len(inputs["input_ids"])
-    if max_length is not None and length > max_length:
-        raise _bad(f"{length} tokens, more than the context of {max_length}")
     inputs["labels"] = _labels(processor, text, spans, inputs["input_ids"])
-    return inputs
+    length = len(inputs["input_ids"])
+    if max_length is None or length <= max_length:
+        return inputs
+    fitting = sum(end <= max_length for end in answer_ends(inputs["labels"])) if too_long == "cut_turns" else 0
+    if not fitting or conversation.first(fitting).images < conversation.images:
+        raise _bad(f"{length} tokens, more than the context of {max_length}")
+    end = answer_ends(inputs["labels"])[fitting - 1]
+    return {key: value[:end] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+
+
+def answer_ends(labels: Tensor) -> list[int]:
+    """Where the labelled answers of a sample end: the number of tokens up to and including each one's last."""
+    labelled = torch.nn.functional.pad(labels != IGNORED, (0, 1))
+    return ((labelled[:-1] & ~labelled[1:]).nonzero().flatten() + 1).tolist()
 
 
 def prompt_length(labels: Tensor) -> int:
@@ -209,17 +233,17 @@ def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor) -> 
 
     The text's own tokens stand in `input_ids` in the same order, with more image tokens between them.
     """
-    image = processor.image_token_id
+    added = set(getattr(processor, "image_token_ids", None) or [processor.image_token_id])  # InternVL: brackets too
 
     def tokens(end: int) -> list[int]:
         found = processor.tokenizer(text[:end], **text_options(processor.tokenizer, text))["input_ids"]
-        return [token for token in found if token != image]
+        return [token for token in found if token not in added]
 
     labels = torch.full_like(input_ids, IGNORED)
     if not spans:
         return labels
     whole = tokens(len(text))
-    places = (input_ids != image).nonzero().flatten()
+    places = (~torch.isin(input_ids, torch.tensor(sorted(added)))).nonzero().flatten()
     if input_ids[places].tolist() != whole:
         raise _bad("the processor changes the text's tokens beside its images")
     for start, end in spans:

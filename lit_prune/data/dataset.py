@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from lit_prune.data.conversation import IGNORED, TOKEN_KEYS, encode, prompt_length, read_conversation
+from lit_prune.data.conversation import (
+    IGNORED,
+    TOKEN_KEYS,
+    TooLong,
+    answer_ends,
+    encode,
+    prompt_length,
+    read_conversation,
+)
 from lit_prune.data.images import MAX_PIXELS, decode_image
 from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError
@@ -24,7 +32,7 @@ class Sample:
     """One encoded record.
 
     `prompt` is the number of tokens before the last answer, `record` its index in its source, `source` that one's name
-    in a mixture.
+    in a mixture, `cut` how many turns it lost for its length.
     """
 
     inputs: dict[str, Tensor]
@@ -35,6 +43,7 @@ class Sample:
     skill: str
     boxes: list
     record: int
+    cut: int = 0
     source: str = ""
 
 
@@ -58,6 +67,7 @@ class InstructDataset(Dataset):
         mode: "train" replaces a bad sample by the next good one of the source, so that batches keep their size; "eval"
             leaves it out; so does "predict", which needs no answers.
         max_pixels: see `decode_image`.
+        too_long: see `encode`; in evaluation and prediction a sample that is too long is always left out.
     """
 
     def __init__(
@@ -67,8 +77,10 @@ class InstructDataset(Dataset):
         max_length: int | None = None,
         mode: Mode = "train",
         max_pixels: int = MAX_PIXELS,
+        too_long: TooLong = "skip",
     ):
         self.source, self.processor = source, processor
+        self.too_long: TooLong = too_long if mode == "train" else "skip"
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
 
     def __len__(self) -> int:
@@ -109,7 +121,10 @@ class InstructDataset(Dataset):
         answered = self.mode != "predict"
         conversation = read_conversation(record, answered)
         images = [self._decode(image) for image in self.source.images(index, record)]
-        inputs = encode(self.processor, record, images, self.max_length, answered)
+        inputs = encode(self.processor, record, images, self.max_length, answered, self.too_long)
+        cut = conversation.answers - len(answer_ends(inputs["labels"])) if answered else 0
+        if cut:
+            conversation = conversation.first(conversation.answers - cut)
         return Sample(
             inputs=inputs,
             prompt=prompt_length(inputs["labels"]),
@@ -119,6 +134,7 @@ class InstructDataset(Dataset):
             skill=str(record.get("skill") or "all"),
             boxes=record.get("boxes") or [],
             record=index,
+            cut=cut,
         )
 
     def _decode(self, image: ImageFile) -> Image.Image:
@@ -145,6 +161,7 @@ class Collate:
             "records": [s.record for s in samples],
             "sources": [s.source for s in samples],
             "skipped": fetched.skipped,
+            "cut": sum(s.cut for s in samples),
         }
         if fetched.failure:
             batch["failure"] = fetched.failure

@@ -9,13 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
 from lit_prune.data.bad_samples import BadSampleLog
+from lit_prune.data.conversation import TooLong
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
+from lit_prune.data.lengths import estimate_lengths
+from lit_prune.data.loader import Loader
 from lit_prune.data.mixture import Mixture, WeightedSource, as_sources
 from lit_prune.data.order import Order
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
@@ -38,10 +42,11 @@ class InstructData(LightningDataModule):
             generation prompt of the last answer. Image tensors are the very objects of `inputs`.
         ids, questions, answers (the last ones' text), skills ("all" if the record names none), boxes (pixels),
         records (index in the file), sources (the mixture's, by name; "" in evaluation).
-        figures: in training only, what to log of the data: `share/NAME`, the share of the samples that came of each
-            source of a mixture, on this rank since the run began or was resumed.
+        figures: in training only, what to log of the data, on this rank since the run began or was resumed:
+            `share/NAME`, the share of the samples that came of each source of a mixture; `bad`, distinct bad samples;
+            with `too_long: cut_turns` also `cut_turns`, the turns that were cut.
     A bad sample is replaced by the next good one in training, and left out in evaluation, where a batch may come out
-    empty (`ids == []`, no tensors). It is warned about, listed in `bad_samples.jsonl` in the run's folder, and counted.
+    empty (`ids == []`, no tensors). It is warned about, listed in the run's folder, and counted: see `BadSampleLog`.
 
     Resuming continues with the very next batch: the checkpoint knows how much of which epoch was trained on.
 
@@ -56,8 +61,13 @@ class InstructData(LightningDataModule):
         batch_size: samples a training batch, on each process.
         eval_batch_size: samples a batch elsewhere.
         num_workers: worker processes a loader; the order of samples does not depend on it.
+        prefetch_factor: batches that each worker reads ahead; by default torch's 2.
         seed: of the training order.
-        max_length: most tokens a sample may have; by default the context of the base model. Longer is bad.
+        group_by_length: let training batches hold samples of similar length, for less padding; see `Order` and
+            `estimate_lengths`.
+        max_length: most tokens a sample may have; by default the context of the base model.
+        too_long: what becomes of a longer training sample: "skip", it is bad, or "cut_turns", it loses its last turns;
+            see `encode`.
         max_bad_share: largest share of bad samples, judged from 100 samples seen in an epoch on.
 
     Raises:
@@ -79,6 +89,9 @@ class InstructData(LightningDataModule):
         seed: int = 0,
         max_length: int | None = None,
         max_bad_share: float = 0.05,
+        too_long: TooLong = "skip",
+        group_by_length: bool = False,
+        prefetch_factor: int | None = None,
     ):
         super().__init__()
         self.base, self.images = base, images
@@ -86,8 +99,10 @@ class InstructData(LightningDataModule):
         self.sources = as_sources(train, images) if train is not None else []
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed, self.max_length, self.max_bad_share = seed, max_length, max_bad_share
+        self.too_long, self.group_by_length, self.prefetch_factor = too_long, group_by_length, prefetch_factor
         self.datasets: dict[str, InstructDataset | Mixture] = {}
         self._seen: Counter[str] = Counter()  # training samples on this rank, by source
+        self._cut = 0
         self.bad_samples = BadSampleLog(max_bad_share)
         self._processor: Any = None
         self._loaded_from: str | None = None
@@ -136,7 +151,7 @@ class InstructData(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Takes the account of bad samples off the batch."""
-        skipped = batch.pop("skipped", [])
+        skipped, cut = batch.pop("skipped", []), batch.pop("cut", 0)
         stage, current = "data", None
         if self.trainer is not None:
             stage = self.trainer.state.stage.value
@@ -149,6 +164,7 @@ class InstructData(LightningDataModule):
             raise LitPruneError(batch["failure"])
         if split == "train":
             self._seen.update(batch["sources"])
+            self._cut += cut
             batch["figures"] = self._figures()
         return batch
 
@@ -186,16 +202,22 @@ class InstructData(LightningDataModule):
         return Mixture(parts, [source.name for source in self.sources])
 
     def _read(self, location: str, images: str | None, split: str) -> InstructDataset:
-        return InstructDataset(open_source(location, images), self.processor, self._context(), _mode(split))
+        source = open_source(location, images)
+        return InstructDataset(source, self.processor, self._context(), _mode(split), too_long=self.too_long)
 
     def _order(self) -> Order:
-        weights = [source.weight for source in self.sources]
-        return Order(self.datasets["train"].sizes, None if None in weights else tuple(weights), self.seed)
+        mixture, weights = self.datasets["train"], [source.weight for source in self.sources]
+        lengths = np.concatenate([estimate_lengths(part) for part in mixture.parts]) if self.group_by_length else None
+        world = self._rank_and_world()[1]
+        given = None if None in weights else tuple(weights)
+        return Order(mixture.sizes, given, self.seed, lengths, self.batch_size * world)
 
     def _figures(self) -> dict[str, float]:
-        """What is logged of the training data; shares where there are several sources."""
+        """What is logged of the training data."""
         names, seen = self.datasets["train"].names, self._seen.total()
-        return {f"share/{name}": self._seen[name] / seen for name in names} if len(names) > 1 else {}
+        figures = {f"share/{name}": self._seen[name] / seen for name in names} if len(names) > 1 else {}
+        cut = {"cut_turns": float(self._cut)} if self.too_long == "cut_turns" else {}
+        return figures | cut | {"bad": float(len(self.bad_samples.known))}
 
     def _context(self) -> int | None:
         """The given `max_length`, else the context of the base model as far as it is known."""
@@ -206,7 +228,7 @@ class InstructData(LightningDataModule):
     def _loader(self, split: str, batches: Any) -> DataLoader:
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
-        return DataLoader(
+        return Loader(
             self.datasets[split],
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -214,6 +236,7 @@ class InstructData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_outlive_first_signal,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # loaders shall not draw from the global one
         )
 
@@ -229,8 +252,11 @@ class InstructData(LightningDataModule):
             return
         # These samplers split over ranks themselves and must not be wrapped in a second one.
         self.trainer._accelerator_connector.use_distributed_sampler = False
-        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asks all ranks: not for a later moment
-        self.bad_samples.file, self.bad_samples.rank = Path(folder) / "bad_samples.jsonl", self.trainer.global_rank
+        log_dir = self.trainer.log_dir  # asks all ranks: not for a later moment
+        root = Path(self.trainer.default_root_dir)
+        given = root.resolve() != Path.cwd()  # a logger's folder is another one after a resume
+        self.bad_samples.folder = root if given or not log_dir else Path(log_dir)
+        self.bad_samples.rank = self.trainer.global_rank
 
 
 def context_length(processor: Any, base: str | None = None) -> int | None:

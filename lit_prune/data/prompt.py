@@ -1,10 +1,8 @@
 """The prompt of a conversation by the processor's own chat template, and where its answers stand in the text."""
 
-import re
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_prune.errors import BadSample
 
@@ -12,17 +10,21 @@ Span = tuple[int, int]
 
 
 def render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
-    """The prompt text and the characters of every answer in it (none if the messages end with a question).
+    """The text of a conversation and the characters of every answer in it (no span for a prompt without answers).
 
-    Spans come from the template's `{% generation %}` blocks where it has them, else from rendering turn by turn.
+    The text is the template's, but every answer stands as it would have been written: right behind the generation
+    prompt, and closed by a special token. Where the template closes an answer with none (LLaVA-1.5's does not) the
+    end-of-sequence token is put there, with no white space around it, as LLaVA's own training has it. Where the
+    template begins an answer with other white space than it ends the generation prompt with (LLaVA-OneVision's does),
+    the generation prompt's holds. Text that ends with an answer ends with its closing token, text that ends with a
+    question ends with the generation prompt.
 
     Raises:
-        BadSample: the template refuses the conversation, or renders fewer turns to what is no prefix of the whole.
+        BadSample: the template refuses the conversation, renders fewer turns to what is no prefix of the whole, or
+            changes an answer.
     """
     try:
-        if messages[-1]["role"] == "user":
-            return processor.apply_chat_template(messages, add_generation_prompt=True), []
-        return _close(processor.tokenizer, *_find_answers(processor, messages))
+        return _render(processor, messages)
     except TemplateError as error:  # templates refuse roles and orders they do not know
         raise _bad(f"the chat template refuses the conversation: {error}") from error
 
@@ -33,62 +35,56 @@ def text_options(tokenizer: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if begins else {}
 
 
-def _find_answers(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
-    text = processor.apply_chat_template(messages)
-    template = _template(processor)
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template)
-    if marked:
-        return text, _marked_spans(processor, template, messages, text)
-    return text, _rendered_spans(processor, messages, text)
-
-
-def _template(processor: Any) -> str:
-    template = processor.chat_template or processor.tokenizer.chat_template
-    return template["default"] if isinstance(template, dict) else template
-
-
-def _marked_spans(processor: Any, template: str, messages: list[dict], text: str) -> list[Span]:
-    _, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **processor.tokenizer.special_tokens_map,
-    )
-    prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
-    spans = [(len(text[:start].rstrip(" ")), end) for start, end in spans[0]]  # the space belongs to the answer's token
-    if not spans or text[: spans[-1][0]] != prompt.rstrip(" "):
-        raise _bad("the chat template's generation prompt is not what stands before the last answer")
-    return spans
-
-
-def _rendered_spans(processor: Any, messages: list[dict], text: str) -> list[Span]:
-    spans = []
+def _render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
+    whole = processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+    text, spans, done, mark = "", [], 0, None  # `done` characters of `whole` are in `text`
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = processor.apply_chat_template(messages[:number], add_generation_prompt=True)
-            until = processor.apply_chat_template(messages[: number + 1])
-            if not (text.startswith(until) and until.startswith(before)):
-                raise _bad("the chat template renders the first turns differently when others follow")
-            spans.append((len(before), len(until)))
-    return spans
+            prompt = processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+            before, space, begin = _meet(whole, prompt)
+            end = begin + len(message["content"][0]["text"])
+            if whole[begin:end] != message["content"][0]["text"]:
+                raise _bad("the chat template changes an answer")
+            if not spans:
+                mark = _closing_token(processor, messages[: number + 1], end)
+            closing, after = _close(whole, end, mark, processor.tokenizer.eos_token)
+            text += whole[done:before] + prompt[before:]
+            start = len(text)
+            text += space + whole[begin:end] + closing
+            spans.append((start, len(text)))
+            done = after
+    return (text, spans) if messages[-1]["role"] == "assistant" else (text + whole[done:], [])
 
 
-def _close(tokenizer: Any, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-    """Let every span end with its closing token or its last letter; the text ends with the last span."""
-    eos, closed = tokenizer.eos_token, []
-    for start, end in spans:
-        at = text.rfind(eos, start, end + len(eos)) if eos else -1
-        closed.append((start, at + len(eos)) if at >= 0 else (start, start + len(text[start:end].rstrip())))
-    start, end = closed[-1]
-    text = text[:end]
-    if eos and not text.endswith(_special_tokens(tokenizer)):
-        text += eos
-    return text, [*closed[:-1], (start, len(text))]
+def _meet(whole: str, prompt: str) -> tuple[int, str, int]:
+    """Where a generation prompt and the whole text part, white space apart.
+
+    Returns:
+        how far they are one; the white space of the text that goes beyond the prompt's; where the answer begins.
+    """
+    before = len(prompt.rstrip())
+    if whole[:before] != prompt[:before]:
+        raise _bad("the chat template renders the first turns differently when others follow")
+    begin = len(whole) - len(whole[before:].lstrip())
+    space = whole[before:begin]
+    return before, space[len(prompt) - before :] if space.startswith(prompt[before:]) else "", begin
 
 
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    added = tokenizer.added_tokens_decoder.values()
-    return (*tokenizer.all_special_tokens, *(token.content for token in added if token.special))
+def _closing_token(processor: Any, messages: list[dict], end: int) -> str | None:
+    """The special token that the template writes behind an answer, the last thing the messages say, if any."""
+    rest = processor.apply_chat_template(messages)[end:].lstrip()
+    added = processor.tokenizer.added_tokens_decoder.values()
+    special = (*processor.tokenizer.all_special_tokens, *(token.content for token in added if token.special))
+    return next((token for token in special if rest.startswith(token)), None)
+
+
+def _close(whole: str, end: int, mark: str | None, eos: str | None) -> tuple[str, int]:
+    """What closes the answer that ends at `end`, and where the text goes on behind it."""
+    rest = whole[end:]
+    behind = end + len(rest) - len(rest.lstrip())
+    if mark is not None and whole.startswith(mark, behind):
+        return whole[end : behind + len(mark)], behind + len(mark)
+    return (mark or eos, behind) if mark or eos else ("", end)
 
 
 def _bad(reason: str) -> BadSample:

@@ -6,6 +6,8 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+from lit_prune.data.instruct import InstructData
+
 # llava-hf/llava-1.5-7b-hf
 LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -77,3 +79,10 @@ def write_samples(folder, count: int, bad: tuple[int, ...] = (), name: str = "da
     path = folder / name
     path.write_text("\n".join(map(json.dumps, samples)) if name.endswith("l") else json.dumps(samples))
     return path
+
+
+def make_data(processor, **options) -> InstructData:
+    """A data module of small batches with this processor."""
+    data = InstructData(base="unused", **{"batch_size": 4, "eval_batch_size": 4, **options})
+    data.processor = processor
+    return data

@@ -5,7 +5,7 @@ import torch
 from instruct_samples import CHATML, LLAVA, TOKENS, UNMARKED, conversation, make_processor
 from PIL import Image
 
-from lit_prune.data.conversation import IGNORED, encode, prompt_length, read_conversation
+from lit_prune.data.conversation import IGNORED, answer_ends, encode, prompt_length, read_conversation
 from lit_prune.data.prompt import render
 from lit_prune.errors import BadSample
 from lit_prune.micro.model import build_processor
@@ -39,9 +39,9 @@ def answers_of(processor, inputs) -> list[str]:
         (SINGLE, "USER: <image>\nWhat is it? ASSISTANT: A cat.</s>", ["▁A▁cat.</s>"]),
         (
             MULTI,
-            "USER: <image>\nWhat is it? ASSISTANT: A cat. USER: Old? ASSISTANT: no "
+            "USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Old? ASSISTANT: no</s>"
             "USER: Sure? ASSISTANT: yes it is</s>",
-            ["▁A▁cat.", "▁no", "▁yes▁it▁is</s>"],
+            ["▁A▁cat.</s>", "▁no</s>", "▁yes▁it▁is</s>"],
         ),
         (TEXT, "USER: Hi ASSISTANT: Ho</s>", ["▁Ho</s>"]),
     ],
@@ -92,10 +92,10 @@ def test_the_prompt_of_the_last_answer_is_what_generate_gets(template, record):
     processor = make_processor(template, eos="<|im_end|>" if template == CHATML else "</s>")
     images = [RED] if "image" in record else None
     inputs = encode(processor, record, images or [])
-    messages = read_conversation(record).messages[:-1]
-    prompt = processor(
-        text=processor.apply_chat_template(messages, add_generation_prompt=True), images=images, return_tensors="pt"
-    )
+    text = processor.apply_chat_template(read_conversation(record).messages[:-1], add_generation_prompt=True)
+    if template != CHATML:  # which closes no answer, as the model did when it gave them
+        text = text.replace("A cat. ", "A cat.</s>").replace("no ", "no</s>")
+    prompt = processor(text=text, images=images, return_tensors="pt")
     length = prompt_length(inputs["labels"])
     assert inputs["input_ids"][:length].tolist() == prompt["input_ids"][0].tolist()
     asked = encode(processor, record, images or [], answered=False)
@@ -134,7 +134,7 @@ def test_several_images_and_markers(processor):
     assert inputs["pixel_values"].shape == (2, 3, 8, 8)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * TOKENS
     later = {"image": ["a", "b"], "conversations": conversation("<image> Q", "A", "and <image>?", "B")}
-    assert answers_of(processor, encode(processor, later, [RED, RED])) == ["▁A", "▁B</s>"]
+    assert answers_of(processor, encode(processor, later, [RED, RED])) == ["▁A</s>", "▁B</s>"]
 
 
 def test_an_image_without_marker_goes_to_the_first_question(processor):
@@ -181,11 +181,36 @@ def test_bad_records(processor, record, reason):
         encode(processor, record, [RED])
 
 
-def test_too_long_is_never_cut(processor):
+def test_too_long_is_skipped(processor):
     length = len(encode(processor, SINGLE, [RED])["input_ids"])
     assert len(encode(processor, SINGLE, [RED], max_length=length)["input_ids"]) == length
     with pytest.raises(BadSample, match=f"{length} tokens, more than the context of {length - 1}"):
         encode(processor, SINGLE, [RED], max_length=length - 1)
+
+
+def test_too_long_loses_whole_turns(processor):
+    whole = encode(processor, MULTI, [RED])
+    one, two, three = answer_ends(whole["labels"])
+    assert three == len(whole["input_ids"])
+    for longest, end in ((three, three), (three - 1, two), (two, two), (two - 1, one), (one, one)):
+        cut = encode(processor, MULTI, [RED], longest, too_long="cut_turns")
+        turns = MULTI["conversations"][: 2 * [one, two, three].index(end) + 2]
+        expected = encode(processor, {**MULTI, "conversations": turns}, [RED])
+        assert {key: value.tolist() for key, value in cut.items()} == {k: v.tolist() for k, v in expected.items()}
+        assert len(cut["labels"]) == end
+    with pytest.raises(BadSample, match=f"{three} tokens, more than the context of {one - 1}"):
+        encode(processor, MULTI, [RED], one - 1, too_long="cut_turns")
+
+
+def test_a_turn_with_an_image_is_never_cut(processor):
+    record = {"image": ["a", "b"], "conversations": conversation("<image> Q", "A", "<image> R", "B", "S", "C")}
+    one, two, three = answer_ends(encode(processor, record, [RED, RED])["labels"])
+    cut = encode(processor, record, [RED, RED], three - 1, too_long="cut_turns")
+    assert len(cut["input_ids"]) == two
+    assert len(cut["pixel_values"]) == 2
+    with pytest.raises(BadSample, match="more than the context"):
+        encode(processor, record, [RED, RED], two - 1, too_long="cut_turns")
+    assert one < two
 
 
 def test_templates_that_break_the_rules():

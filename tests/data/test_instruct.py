@@ -1,19 +1,21 @@
 import json
 import logging
+import os
 import pickle
+import signal
 from collections import Counter
 from itertools import chain
 
 import pytest
 import torch
-from instruct_samples import TOKENS, conversation, write_samples
+from instruct_samples import TOKENS, conversation, make_data, write_samples
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import IGNORED
-from lit_prune.data.dataset import concatenate
+from lit_prune.data.dataset import InstructDataset, concatenate
 from lit_prune.data.instruct import InstructData, context_length
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
@@ -25,12 +27,6 @@ QUIET = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
-
-
-def make_data(processor, **options) -> InstructData:
-    data = InstructData(base="unused", **{"batch_size": 4, "eval_batch_size": 4, **options})
-    data.processor = processor
-    return data
 
 
 class Recorder(LightningModule):
@@ -107,7 +103,9 @@ def test_evaluation_batch(processor, mixed):
     assert prompts["pixel_values"] is inputs["pixel_values"]
     assert inputs["pixel_values"].shape == (2, 3, 8, 8)
     assert inputs["input_ids"].shape == inputs["labels"].shape == inputs["attention_mask"].shape
-    for row, text in enumerate(["USER: <image>\nQ ASSISTANT:", "USER: <image>\nOne ASSISTANT: A USER: Two ASSISTANT:"]):
+    for row, text in enumerate(
+        ["USER: <image>\nQ ASSISTANT:", "USER: <image>\nOne ASSISTANT: A</s>USER: Two ASSISTANT:"]
+    ):
         expected = tokenizer(text.replace("<image>", "<image>" * TOKENS))["input_ids"]
         assert prompts["input_ids"][row, -len(expected) :].tolist() == expected
         assert prompts["attention_mask"][row].sum() == len(expected)
@@ -217,6 +215,16 @@ def test_a_file_that_changes_under_way(processor, tmp_path):
     write_samples(tmp_path, 9)
     with pytest.raises(LitPruneError, match=r"data.json: the file changed after it was opened$"):
         data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+
+
+def test_a_worker_that_dies_is_named(processor, tmp_path, monkeypatch):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(InstructDataset, "__getitems__", die)  # the forked workers have it too
+    data = make_data(processor, train=str(write_samples(tmp_path, 8)), num_workers=1, prefetch_factor=3)
+    with pytest.raises(LitPruneError, match=r"a process that reads data died: .* lower data.num_workers or data.pref"):
+        Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(Recorder(), data)
 
 
 def test_wrong_settings(processor, tmp_path):

@@ -1,0 +1,104 @@
+"""The list of bad samples: over sources, ranks and resumed runs."""
+
+import json
+from itertools import chain
+
+import pytest
+import torch
+from instruct_samples import make_data, write_samples
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_prune.data.bad_samples import BadSampleLog
+from lit_prune.data.mixture import WeightedSource
+
+
+class Nothing(LightningModule):
+    """Trains one weight on nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight**2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(processor, sources, folder, checkpoint=None, workers=0, devices=1, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy="ddp_fork" if devices > 1 else "auto",
+        devices=devices,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    data = make_data(processor, train=sources, batch_size=4 // devices, num_workers=workers, max_bad_share=0.5)
+    trainer.fit(Nothing(), data, ckpt_path=checkpoint)
+    return trainer
+
+
+def listed(folder) -> dict[str, list[tuple]]:
+    """File and sample of every line, by list."""
+    found = {}
+    for path in sorted(folder.glob("bad_samples*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.name] = [(line["file"], line["sample"]) for line in lines]
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    paths = [str(write_samples(folder / name, 20, bad=(1, 2, 11))) for name in ("a", "b")]
+    return [WeightedSource(path, weight=1) for path in paths]
+
+
+def every_bad(sources) -> list[tuple]:
+    return sorted((source.data, f"s{index}") for source in sources for index in (1, 2, 11))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_is_listed_once_with_its_source(processor, sources, tmp_path, workers):
+    fit(processor, sources, tmp_path, workers=workers, max_epochs=3)
+    assert list(listed(tmp_path)) == ["bad_samples.jsonl"]
+    assert sorted(listed(tmp_path)["bad_samples.jsonl"]) == every_bad(sources)
+
+
+def test_a_resumed_run_lists_nothing_again(processor, sources, tmp_path):
+    trainer = fit(processor, sources, tmp_path, max_epochs=-1, max_steps=6)
+    before = listed(tmp_path)["bad_samples.jsonl"]
+    assert before
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(processor, sources, tmp_path, str(tmp_path / "half.ckpt"), max_epochs=-1, max_steps=30)
+    after = listed(tmp_path)["bad_samples.jsonl"]
+    assert after[: len(before)] == before
+    assert sorted(after) == every_bad(sources)
+
+
+def test_ranks_write_lists_of_their_own(processor, sources, tmp_path):
+    fit(processor, sources, tmp_path, devices=2, max_epochs=4)
+    found = listed(tmp_path)
+    assert sorted(found) == ["bad_samples.jsonl", "bad_samples.rank1.jsonl"]
+    assert set(chain(*found.values())) == set(every_bad(sources))
+
+
+def test_what_another_rank_has_listed(tmp_path):
+    first, second = (BadSampleLog(0.5, tmp_path, rank) for rank in (0, 1))
+    for log, sample in ((first, "a"), (second, "a"), (second, "b"), (first, "b"), (first, "c")):
+        log.update("train", 0, 10, [("f.json", sample, "broken")], 100)
+    assert listed(tmp_path) == {
+        "bad_samples.jsonl": [("f.json", "a"), ("f.json", "c")],
+        "bad_samples.rank1.jsonl": [("f.json", "b")],
+    }
+
+
+def test_a_list_that_was_cut_short_does_no_harm(tmp_path):
+    (tmp_path / "bad_samples.jsonl").write_text('3\n{"other": 1}\nnot JSON\n{"file": "f.json", "sam')
+    BadSampleLog(0.5, tmp_path, 1).update("train", 0, 10, [("f.json", "a", "broken")], 100)
+    assert (tmp_path / "bad_samples.rank1.jsonl").is_file()
