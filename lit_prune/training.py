@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -105,7 +106,7 @@ class PruneModule(LightningModule):
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
         if checkpoint_activations:
-            checkpointing.checkpoint_activations(self.vlm.model)
+            checkpointing.prepare(self.vlm.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(made, keep=keep, positions=positions, mass=mass)
@@ -138,11 +139,9 @@ class PruneModule(LightningModule):
             raise LitPruneError("trainable and frozen parameters don't add up to the module's")
 
     def train(self, mode: bool = True) -> "PruneModule":
-        """The frozen model always stays in evaluation mode, but for layers that shall run again in backward."""
+        """The frozen model always stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
-        if self.checkpoint_activations:
-            checkpointing.set_checkpointing(self.model, self.host.shared, mode)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -188,7 +187,9 @@ class PruneModule(LightningModule):
         with part("student forward"), self.vlm.using(pruned):
             if self.plugin.pruner.acts_in_tower:
                 inputs = evaluation.encode_images(self.vlm, batch["inputs"])
-            logits = self.model(**inputs, use_cache=False).logits[0]
+            again = checkpointing.checkpointed(self.model, self.host.shared)
+            with again if self.checkpoint_activations else nullcontext():
+                logits = self.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
             losses = self._losses(logits, target, student, teacher, done)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())

@@ -1,5 +1,6 @@
 """What a training step keeps: activation checkpointing, and no mask of seq x seq in any layer."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
 from lit_prune.host import Prefix, Record, Session
-from lit_prune.host.checkpointing import checkpoint_activations, set_checkpointing
+from lit_prune.host.checkpointing import checkpointed, prepare
 from lit_prune.timing import peak_bytes
 
 GRID = 12
@@ -60,10 +61,11 @@ def teach(vlm) -> tuple[dict, Prefix]:
     return encoded, prefix
 
 
-def gradients(vlm, encoded: dict, prefix: Prefix, **mode) -> list[torch.Tensor]:
-    """The student's loss with respect to the plug-in; backward runs behind the session."""
+def gradients(vlm, encoded: dict, prefix: Prefix, again: bool = False, **mode) -> list[torch.Tensor]:
+    """The student's loss with respect to the plug-in; backward runs behind the session. `again`: checkpointed."""
     torch.manual_seed(1)
-    with vlm.using(Session(record=Record(), prefix=prefix, answers_only=True, **mode)):
+    session = Session(record=Record(), prefix=prefix, answers_only=True, **mode)
+    with vlm.using(session), checkpointed(vlm.model, 1) if again else nullcontext():
         logits = vlm.model(**encoded, use_cache=False).logits
     return torch.autograd.grad(logits.square().sum(), list(vlm.plugin.parameters()))
 
@@ -103,9 +105,8 @@ def test_checkpointed_layers_give_the_same_gradients(mode):
     vlm = attach()
     taught = teach(vlm)
     plain = gradients(vlm, *taught, **mode)
-    checkpoint_activations(vlm.model)
-    set_checkpointing(vlm.model, vlm.host.shared, True)
-    again = gradients(vlm, *taught, **mode)
+    prepare(vlm.model)
+    again = gradients(vlm, *taught, again=True, **mode)
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
@@ -114,12 +115,14 @@ def test_checkpointing_keeps_less_and_leaves_no_gradient_behind():
     taught = teach(vlm)
     step = partial(gradients, vlm, *taught, soft=True)
     before = peak_bytes(step, CPU)
-    checkpoint_activations(vlm.model)
-    assert peak_bytes(step, CPU) == pytest.approx(before, rel=0.05), "in evaluation mode nothing changes"
-    set_checkpointing(vlm.model, vlm.host.shared, True)
-    assert peak_bytes(step, CPU) < 0.5 * before
-    assert not any(part.training for layer in vlm.host.places.layers for part in layer.children())
-    assert [layer.training for layer in vlm.host.places.layers] == [False] + [True] * 7
+    prepare(vlm.model)
+    assert peak_bytes(step, CPU) == pytest.approx(before, rel=0.05), "nothing changes by itself"
+    assert peak_bytes(partial(step, again=True), CPU) < 0.5 * before
+    layers = vlm.host.places.layers
+    with checkpointed(vlm.model, 3):
+        assert [layer.training for layer in layers] == [False] * 3 + [True] * 5
+        assert not any(part.training for layer in layers for part in layer.children())
+    assert not any(part.training for part in vlm.model.modules())
     embeddings = vlm.model.get_input_embeddings()
     assert not embeddings(torch.tensor([[1]])).requires_grad
 
@@ -128,4 +131,4 @@ def test_a_model_without_checkpointing_is_refused():
     model = tiny.build_model()
     model.supports_gradient_checkpointing = False
     with pytest.raises(LitPruneError, match="checkpoint_activations"):
-        checkpoint_activations(model)
+        prepare(model)

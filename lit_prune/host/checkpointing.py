@@ -1,13 +1,16 @@
 """Activation checkpointing of a frozen decoder: layers keep their inputs alone and run again in backward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Prepare every layer; it acts on those that `set_checkpointing` has switched on.
+def prepare(model: nn.Module) -> None:
+    """Prepare every layer; nothing changes until a forward runs inside `checkpointed`.
 
     Raises:
         LitPruneError: a model that has no activation checkpointing.
@@ -23,10 +26,18 @@ def checkpoint_activations(model: nn.Module) -> None:
     model.disable_input_require_grads()
 
 
-def set_checkpointing(model: nn.Module, first: int, on: bool) -> None:
-    """Switch decoder layers from `first` on: transformers asks the layer's own training flag.
+@contextmanager
+def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
+    """Forwards inside keep the inputs of decoder layers from `first` on, and nothing in them.
 
-    What is inside a layer stays in evaluation mode, and so do the layers below, which have no gradients.
+    transformers asks each layer's own training flag; what is inside a layer stays in evaluation mode, and so do the
+    layers below `first`, which have no gradients. Backward may run outside.
     """
-    for layer in places.find(model).layers[first:]:
-        layer.training = on
+    layers = places.find(model).layers[first:]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
