@@ -24,11 +24,20 @@ class Measured:
     flops: Tensor  # decoder prefill with all that pruning adds
     parts: dict[str, Tensor]  # FLOPs part by part
     kv_bytes: Tensor
-    kept: dict[int, Tensor]  # visual tokens kept at each stage
+    stages: dict[int, Tensor]  # {pruning layer: (batch, N)} visual tokens still there after that stage
     per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
     total: Tensor  # visual tokens of the prompt
-    last: Tensor | None  # (batch, N) visual tokens still there after the last stage; None: nothing was dropped
     embeds: Tensor  # (batch, N, width) visual tokens as they enter the decoder; where the tower dropped one, anything
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """Visual tokens kept at each stage."""
+        return {layer: there.sum(1) for layer, there in self.stages.items()}
+
+    @property
+    def last(self) -> Tensor | None:
+        """Visual tokens, (batch, N), still there after the last stage; None: nothing was dropped."""
+        return self.stages[max(self.stages)].bool() if self.stages else None
 
 
 def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +83,9 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         flops=decoder_total(parts),
         parts=parts,
         kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
-        kept={stage.layer: stage.kept.sum(1) for stage in prefill.stages},
+        stages={stage.layer: stage.kept for stage in prefill.stages},
         per_layer=torch.stack(prefill.trace.visual),
         total=prefill.trace.total_visual,
-        last=prefill.stages[-1].kept.bool() if prefill.stages else None,
         embeds=states.embeds,
     )
 

@@ -95,6 +95,26 @@ class Shift(Metric):
         return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()
 
 
+class LayerTokens(Metric):
+    """Visual tokens at each decoder layer's input, averaged over samples. Sums are float64 over all ranks."""
+
+    full_state_update = False
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.zeros(depth, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, tokens: Tensor) -> None:
+        """Add samples: tokens (decoder layers, batch)."""
+        self.total = self.total + tokens.double().sum(1)
+        self.count = self.count + tokens.shape[1]
+
+    def compute(self) -> Tensor:
+        """Mean per decoder layer, float64; 0 without samples."""
+        return self.total / self.count.clamp(min=1)
+
+
 class Consistency(Metric):
     """kappa of the kept visual tokens against all of them, averaged over samples with an image; lower is better.
 

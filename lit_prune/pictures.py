@@ -3,7 +3,7 @@
 Everything here is a pure function of arrays. `mark` alone is enough for an image log; `figure` sets the whole page.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
@@ -49,6 +49,12 @@ def as_seen(pixel_values: Float[torch.Tensor, "3 height width"], mean: Sequence[
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     image = pixel_values.detach().float().cpu() * std + mean
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def titled(stages: Mapping[int, Mask]) -> list[tuple[str, Mask]]:
+    """The stages of a `Row`, from the kept tokens behind each pruning layer."""
+    counts = {layer: int(kept.sum()) for layer, kept in stages.items()}
+    return [(f"layer {i} · {counts[i]} token{'' if counts[i] == 1 else 's'}", kept) for i, kept in stages.items()]
 
 
 def side_of(tokens: int) -> int:

@@ -8,7 +8,7 @@ from lit_prune import evaluation
 from lit_prune.cost import decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
-from lit_prune.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
 from lit_prune.plugin import Plugin
 from lit_prune.step_cost import step_flops
@@ -78,6 +78,7 @@ class Meters(nn.Module):
         self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
         self.shift, self.kappa = Shift(depth, width), Consistency()
         self.shift_unrepaired = Shift(depth, width) if repaired else None
+        self.kept = LayerTokens(depth)
         self.costs = nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
 
     def update(
@@ -88,6 +89,7 @@ class Meters(nn.Module):
         self.agreement.update(evaluation.matches(student.texts, teacher.texts), skills)
         self.shift.update(student.hidden, teacher.hidden)
         evaluation.add_consistency(self.kappa, student, teacher)
+        self.kept.update(student.per_layer)
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.update(unrepaired, teacher.hidden)
         measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
@@ -103,6 +105,7 @@ class Meters(nn.Module):
         values["agreement"] = self.agreement.compute()["all"]
         values["kappa"] = self.kappa.compute().item()
         values |= {name: meter.compute().item() for name, meter in self.costs.items()}
+        values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
         values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
         if self.shift_unrepaired is not None:
             bare = self.shift_unrepaired.compute().tolist()
@@ -111,7 +114,7 @@ class Meters(nn.Module):
 
     def reset(self) -> None:
         """Forget every batch."""
-        for meter in (self.accuracy, self.agreement, self.shift, self.kappa, *self.costs.values()):
+        for meter in (self.accuracy, self.agreement, self.shift, self.kappa, self.kept, *self.costs.values()):
             meter.reset()
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.reset()

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import Measured
 from lit_prune.host import Prefix, Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
 from lit_prune.moments import mean_over_ranks
@@ -245,9 +246,9 @@ class PruneModule(LightningModule):
     @torch.no_grad()
     def _log_step(self, total, losses, student: Record, teacher: Record, done: float, batch) -> None:
         """The loss at every step; the other figures where loggers take them, and fetched from the device at once."""
-        size = len(batch["ids"])
+        size, every = len(batch["ids"]), self.trainer.log_every_n_steps
         self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
-        if not self.trainer._logger_connector.should_update_logs:
+        if not every or (self.trainer.global_step + 1) % every:  # the same steps on all ranks
             return
         target = self.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
         values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
@@ -280,10 +281,10 @@ class PruneModule(LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Measure the student with and without repair, and the teacher, on one batch."""
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
+        """Measure the student with and without repair, and the teacher, on one batch; callbacks may show both."""
         if not batch["ids"]:
-            return
+            return None
         hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
         teacher = evaluation.measure(self.vlm, batch, evaluation.TEACHER, self.max_new_tokens)
         student = evaluation.measure(self.vlm, batch, Session(hints=hints), self.max_new_tokens)
@@ -294,10 +295,11 @@ class PruneModule(LightningModule):
                 self.model(**evaluation.encode_images(self.vlm, batch["inputs"]), use_cache=False)
             unrepaired = bare.hidden
         self.meters.update(student, teacher, unrepaired, batch["answers"], batch["skills"])
+        return {"student": student, "teacher": teacher}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
         """The same as validation, on the test set."""
-        self.validation_step(batch, batch_idx)
+        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         """Answers to a batch of prompts."""

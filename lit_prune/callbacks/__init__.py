@@ -1,6 +1,20 @@
 """Lightning callbacks of this project."""
 
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.progress import Progress
+from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
+from lit_prune.callbacks.summary import RunSummary
+from lit_prune.callbacks.throughput import Throughput
+from lit_prune.callbacks.wandb_run import WandbRun
 
-__all__ = ["ExportPlugin", "StopOnSignal", "Stopped"]
+__all__ = [
+    "ExportPlugin",
+    "Progress",
+    "RunSummary",
+    "SamplePictures",
+    "StopOnSignal",
+    "Stopped",
+    "Throughput",
+    "WandbRun",
+]

@@ -14,7 +14,7 @@ from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
 from lit_prune.micro import world
-from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of
+from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
 from lit_prune.vlm import VLM
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -172,17 +172,13 @@ def as_row(
     record = Record()
     with vlm.using(Session(hints=told, record=record)):
         text = respond(vlm, inputs, max_new_tokens)[0]
-    kept = [stage.kept[0].cpu().numpy() for stage in record.stages]
-    stages = [
-        (f"layer {s.layer} · {k.sum()} token{'' if k.sum() == 1 else 's'}", k)
-        for s, k in zip(record.stages, kept, strict=True)
-    ]
+    kept = {stage.layer: stage.kept[0].cpu().numpy() for stage in record.stages}
     first = record.stages[0]
     return Row(
         name=name,
-        detail=f"{record.trace.average_visual()[0]:.3g} of {len(kept[0])} tokens on average",
+        detail=f"{record.trace.average_visual()[0]:.3g} of {first.kept.shape[1]} tokens on average",
         answer=text,
         right=None if asked.answer is None else matches([text], [asked.answer])[0],
-        stages=stages,
+        stages=titled(kept),
         scores=None if first.scores is None else first.scores[0].cpu().numpy(),
     )

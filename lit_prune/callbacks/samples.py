@@ -1,0 +1,114 @@
+"""A few questions of an evaluation as people want to see them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import Measured, matches
+from lit_prune.pictures import Pixels, Row, as_seen, figure, titled
+
+COLUMNS = ["id", "skill", "question", "right answer", "full model", "pruned", "right", "kept tokens", "picture"]
+DPI = 120
+STAGES = {"validate": "val", "test": "test"}
+
+
+class SamplePictures(Callback):
+    """Shows a few questions of each validation and test: kept tokens at every stage, full and pruned answer.
+
+    In W&B as the table `val/samples` (or `test/samples`), in TensorBoard as images, and where no logger takes pictures
+    as PNG files. They are spread over rank zero's first batch, so that each validation shows the same ones. A model
+    that cuts images into tiles has rows without a picture.
+
+    Args:
+        count: questions to show.
+        folder: of the PNG files.
+    """
+
+    def __init__(self, count: int = 4, folder: str = "samples") -> None:
+        self.count, self.folder = count, Path(folder)
+        self.written = False
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, Measured] | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show questions of the first batch."""
+        if batch_idx == 0 and outputs and trainer.is_global_zero and not trainer.sanity_checking:
+            chosen = np.linspace(0, len(batch["ids"]) - 1, min(self.count, len(batch["ids"]))).round().astype(int)
+            rows = [_row(pl_module, batch, outputs, i) for i in chosen.tolist()]
+            self._show(trainer, f"{STAGES[trainer.state.stage.value]}/samples", rows)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _show(self, trainer: Trainer, name: str, rows: list[list[Any]]) -> None:
+        step, taken = trainer.global_step, False
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _to_wandb(logger, name, rows, step)
+                taken = True
+            elif isinstance(logger, TensorBoardLogger):
+                for i, row in enumerate(rows):
+                    if row[-1] is not None:
+                        logger.experiment.add_image(f"{name}/{i}", row[-1], step, dataformats="HWC")
+                taken = True
+        if not taken:
+            self.written = self._write(f"{name.partition('/')[0]}_step{step}", rows) or self.written
+
+    def _write(self, prefix: str, rows: list[list[Any]]) -> bool:
+        from PIL import Image
+
+        pictures = [(i, row[-1]) for i, row in enumerate(rows) if row[-1] is not None]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for i, picture in pictures:
+            Image.fromarray(picture).save(self.folder / f"{prefix}_{i}.png")
+        return bool(pictures)
+
+
+def _to_wandb(logger: WandbLogger, name: str, rows: list[list[Any]], step: int) -> None:
+    import wandb
+
+    pictured = [[*row[:-1], None if row[-1] is None else wandb.Image(row[-1])] for row in rows]
+    logger.log_table(name, columns=COLUMNS, data=pictured, step=step)
+
+
+def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Measured], i: int) -> list[Any]:
+    """One question, a value for each of `COLUMNS`."""
+    student, full = outputs["student"], outputs["teacher"].texts[i]
+    question, answer, text = (of[i] for of in (batch["questions"], batch["answers"], student.texts))
+    right = matches([text], [answer])[0]
+    stages = {layer: there[i].bool().cpu().numpy() for layer, there in student.stages.items()}
+    detail = f"{student.visual[i]:.3g} of {int(student.total[i])} tokens on average"
+    method = Row(type(module.plugin.pruner).__name__, detail, text, right, titled(stages))
+    try:
+        seen = _seen(module, batch["inputs"], i)
+        picture = None if seen is None else _draw(seen, method, question, f"answer: {answer}  ·  full model: {full}")
+    except LitPruneError:  # tokens that are no square grid
+        picture = None
+    kept = ", ".join(title for title, _ in method.stages)
+    return [str(batch["ids"][i]), batch["skills"][i], question, answer, full, text, right, kept, picture]
+
+
+def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:
+    """The image of a sample, where each sample has at most one and the model sees it whole."""
+    pixels, processor = inputs.get("pixel_values"), getattr(module.vlm.processor, "image_processor", None)
+    pictured = (inputs["input_ids"] == module.model.config.image_token_id).any(1)
+    if pixels is None or processor is None or pixels.ndim != 4 or len(pixels) != int(pictured.sum()) or not pictured[i]:
+        return None
+    return as_seen(pixels[int(pictured[:i].sum())], processor.image_mean, processor.image_std)
+
+
+def _draw(image: Pixels, row: Row, question: str, subtitle: str) -> Pixels:
+    page = figure(image, [row], question, subtitle)
+    page.set_dpi(DPI)
+    page.canvas.draw()
+    return np.asarray(page.canvas.buffer_rgba())[..., :3].copy()

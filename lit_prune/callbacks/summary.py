@@ -1,0 +1,99 @@
+"""Where everything is, said at the end."""
+
+import shlex
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.samples import SamplePictures
+
+
+class RunSummary(Callback):
+    """Says at the end of `fit`, `validate` and `test`, and after an error too, how it went and where its files are."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.best: tuple[float, int] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self.begun = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the best accuracy and its step."""
+        accuracy = trainer.callback_metrics.get("val/accuracy/all")
+        if accuracy is not None and not trainer.sanity_checking and (self.best is None or accuracy > self.best[0]):
+            self.best = (float(accuracy), trainer.global_step)
+
+    def state_dict(self) -> dict[str, tuple[float, int] | None]:
+        """The best accuracy so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, tuple[float, int] | None]) -> None:
+        """That of the run that is resumed."""
+        self.best = state_dict["best"]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say it after an error or an interrupt too."""
+        self._say(trainer, f"was stopped by {type(exception).__name__}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say it last."""
+        self._say(trainer, "ended")
+
+    def _say(self, trainer: Trainer, how: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        verb = trainer.state.fn.value if trainer.state.fn is not None else "run"
+        elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
+        steps = f" at step {trainer.global_step}" if verb == "fit" else ""
+        lines = [f"{verb} {how}{steps} after {elapsed}"]
+        files = [*self._results(trainer, verb), *_files(trainer)]
+        width = max((len(label) for label, _ in files), default=0)
+        rank_zero_info("\n".join([*lines, *(f"  {label:<{width}}  {text}" for label, text in files)]))
+
+    def _results(self, trainer: Trainer, verb: str) -> Iterator[tuple[str, str]]:
+        if verb == "test" and (accuracy := trainer.callback_metrics.get("test/accuracy/all")) is not None:
+            yield "accuracy", f"{float(accuracy):.4f}"
+        elif self.best is not None:
+            last = trainer.callback_metrics.get("val/accuracy/all")
+            now = "" if last is None else f", last {float(last):.4f}"
+            yield "accuracy", f"best {self.best[0]:.4f} at step {self.best[1]}{now}"
+
+
+def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """What a run has written, and where; only what is there."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, ExportPlugin) and callback.folder.is_dir() and trainer.state.fn == "fit":
+            yield "plug-in", str(callback.folder)
+        if isinstance(callback, SamplePictures) and callback.written:
+            yield "pictures", str(callback.folder)
+        folder = getattr(callback, "folder", None) if isinstance(callback, SaveConfigCallback) else None
+        if folder is not None and (file := Path(folder) / f"config_{trainer.state.fn.value}.yaml").is_file():
+            yield "settings", str(file)
+    for saver in trainer.checkpoint_callbacks if trainer.state.fn == "fit" else ():
+        if saver.dirpath is not None and any(Path(saver.dirpath).glob("*.ckpt")):
+            yield "checkpoints", f"{saver.dirpath}; go on with --ckpt_path last"
+    yield from _logs(trainer)
+    bad = getattr(getattr(trainer, "datamodule", None), "bad_samples", None)
+    if bad is not None and bad.known:
+        yield "bad samples", f"{len(bad.known)}, listed in {bad.file}"
+
+
+def _logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            yield "figures", str(Path(logger.log_dir) / "metrics.csv")
+        elif isinstance(logger, TensorBoardLogger):
+            yield "TensorBoard", f"tensorboard --logdir {shlex.quote(str(logger.log_dir))}"
+        elif isinstance(logger, WandbLogger):
+            run = logger.experiment
+            folder = Path(run.dir).parent
+            yield "W&B", (f"wandb sync {shlex.quote(str(folder))}" if run.offline else f"{run.url} ({folder})")
