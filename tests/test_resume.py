@@ -1,10 +1,17 @@
 """Runs that are cut off and go on: nothing lost, nothing twice, the same weights at the end."""
 
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
-from tiny import trainer
+from tiny import ROOT, trainer
 
 
 def same(a, b) -> bool:
@@ -77,3 +84,84 @@ def test_a_checkpoint_between_two_steps_is_one_of_the_last_step(student, world, 
         assert same(ends[0][key], ends[1][key]), key
     assert diary.lines == lines[-len(diary.lines) :]
     assert diary.lines[0][0] == step
+
+
+# -- through the command line, by real signals ----------------------------------------------------------------------
+
+TINY = {
+    "model.lr": 3e-3,
+    "data.init_args.batch_size": 2,
+    "data.init_args.train_samples": 16,
+    "data.init_args.num_workers": 2,
+    "data.init_args.val_samples": 6,
+    "data.init_args.test_samples": 6,
+    "trainer.max_epochs": 2,
+    "trainer.accumulate_grad_batches": 2,
+    "trainer.limit_val_batches": 0,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": False,
+    "trainer.accelerator": "cpu",
+}
+SAVING = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
+SAVING += "{dirpath: FOLDER, save_last: true, every_n_train_steps: 1, save_top_k: 1}}"
+LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: "
+LOGGER += "{save_dir: FOLDER, name: logs, flush_logs_every_n_steps: 1}}"
+
+
+def start(folder, base, *more: str, **environment: str) -> subprocess.Popen:
+    """`fit` in a process group of its own."""
+    own = {"model.base": base, "data.init_args.root": base.parent / "world", "trainer.default_root_dir": folder}
+    own["trainer.callbacks"] = f"[{SAVING}]".replace("FOLDER", str(folder))
+    own["trainer.logger"] = f"[{LOGGER}]".replace("FOLDER", str(folder))
+    words = [f"--{name}={value}" for name, value in {**TINY, **own}.items()]
+    command = [sys.executable, "-m", "lit_prune", "fit", "-c", str(ROOT / "configs" / "micro.yaml"), *words, *more]
+    known = {**os.environ, **environment}
+    return subprocess.Popen(command, env=known, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def end(run: subprocess.Popen, folder, number: int = 0) -> str:
+    """Send a signal to the whole group as soon as one more checkpoint is there; gives what the run said."""
+    begun = time.time_ns()
+    while number and not ((last := folder / "last.ckpt").exists() and last.stat().st_mtime_ns > begun):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.01)
+    if number:
+        os.killpg(run.pid, number)
+    return run.communicate(timeout=250)[1]
+
+
+def logged(folder) -> dict[int, dict[str, str]]:
+    """The lines of a run's CSV files by step; a later file goes on where an earlier one was cut."""
+    files = sorted((folder / "logs").glob("*/metrics.csv"), key=lambda file: int(file.parent.name.partition("_")[2]))
+    return {int(line["step"]): line for file in files for line in csv.DictReader(file.open())}
+
+
+def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folder, tmp_path):
+    """Killed by force, then terminated, then pre-empted, workers and all; each time resumed with --ckpt_path last."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    said = end(run := start(whole, micro_folder), whole)
+    assert run.returncode == 0, said
+    end(run := start(part, micro_folder), part, signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    said = end(run := start(part, micro_folder, "--ckpt_path=last"), part, signal.SIGTERM)
+    assert run.returncode == 128 + signal.SIGTERM, said
+    assert f"saved {part}/stopped.ckpt, go on with --ckpt_path last" in said
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queue\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    said = end(run := start(part, micro_folder, "--ckpt_path=last", **slurm), part, signal.SIGUSR1)
+    assert run.returncode == 128 + signal.SIGUSR1, said
+    assert f"Restored all states from the checkpoint at {part}/stopped.ckpt" in said
+    assert (tmp_path / "queue").read_text() == "requeue 4711\n"
+    said = end(run := start(part, micro_folder, "--ckpt_path=last"), part)
+    assert run.returncode == 0, said
+    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 8
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData"):
+        assert same(ends[0][key], ends[1][key]), key
+    lines, found = logged(whole), logged(part)
+    assert sorted(lines) == list(range(8))
+    assert len(found) >= 8 - 3  # the line of the step at which a run is cut off is lost
+    assert found == {step: lines[step] for step in found}

@@ -1,11 +1,6 @@
 """Training one method on an untrained micro-LLaVA: what moves, what is saved, and runs that are cut off."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -292,41 +287,6 @@ def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, 
     assert ends[0]["global_step"] == 6
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData"):
         assert key in ends[0]
-        assert same(ends[0][key], ends[1][key]), key
-
-
-SMALL = [
-    *("model.lr=3e-3", "model.keep=16", "data.init_args.batch_size=4", "data.init_args.train_samples=24"),
-    *("data.init_args.val_samples=6", "data.init_args.test_samples=6", "trainer.limit_val_batches=0"),
-    *("trainer.logger=false", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2"),
-]
-
-
-@pytest.mark.slow
-def test_run_killed_by_force_equals_an_uninterrupted_one(micro_folder, tmp_path):
-    """Through the command line, with SIGKILL as soon as a checkpoint is there."""
-
-    def command(folder, *more) -> list[str]:
-        saving = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{dirpath: {folder}, "
-        saving += "save_last: true, every_n_train_steps: 3, save_top_k: 0}}"
-        own = [f"model.base={micro_folder}", f"data.init_args.root={tmp_path}/world"]
-        own += [f"trainer.default_root_dir={folder}", f"trainer.callbacks=[{saving}]"]
-        words = [f"--{word}" for word in (*SMALL, *own, *more)]
-        return [sys.executable, "-m", "lit_prune", "fit", "-c", str(ROOT / "configs" / "micro.yaml"), *words]
-
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    subprocess.run(command(whole), check=True, timeout=250)
-    run = subprocess.Popen(command(part))
-    while not (part / "last.ckpt").exists():
-        assert run.poll() is None, "ended before its first checkpoint"
-        time.sleep(0.02)
-    time.sleep(0.3)
-    os.kill(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    subprocess.run(command(part, f"ckpt_path={part}/last.ckpt"), check=True, timeout=250)
-    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 12
-    for key in ("state_dict", "optimizer_states"):
         assert same(ends[0][key], ends[1][key]), key
 
 
