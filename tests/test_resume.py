@@ -136,6 +136,7 @@ def logged(folder) -> dict[int, dict[str, str]]:
     return {int(line["step"]): line for file in files for line in csv.DictReader(file.open())}
 
 
+@pytest.mark.timeout(900)  # five starts, which a busy machine draws out
 def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folder, tmp_path):
     """Killed by force, then terminated, then pre-empted, workers and all; each time resumed with --ckpt_path last."""
     whole, part = tmp_path / "whole", tmp_path / "part"

@@ -3,7 +3,11 @@
 import os
 import signal
 import stat
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,3 +136,52 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tmp_path: Path) ->
     run = fit(tmp_path, 8, (StopOnSignal(), Second()), ckpt_path=tmp_path / "stopped.ckpt", **options)
     assert run.global_step == 8
     assert seen == [(6, index) for index in range(4)]
+
+
+# Two ranks
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A run of two ranks that is under way: rank zero's process, and the other one's id. Nothing of it stays."""
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(tmp_path), "1000"]
+    run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not ((seen := tmp_path / "rank_1").exists() and int(seen.read_text() or 0) > 2):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.05)
+    yield run, int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+
+def gone(pid: int, seconds: float) -> bool:
+    """Whether a process ends within some seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
+    return False
+
+
+def test_all_ranks_stop_at_one_batch_whichever_is_told(tmp_path: Path, ranks: tuple[subprocess.Popen, int]) -> None:
+    run, other = ranks
+    os.kill(other, signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 143, said
+    assert gone(other, 10)
+    step = torch.load(newest([tmp_path]), weights_only=True)["global_step"]
+    assert newest([tmp_path]).name == "stopped.ckpt"
+    assert f"SIGTERM: stopped at step {step}; saved {tmp_path}/stopped.ckpt" in said
+    assert {(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)} == {str(step - 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_takes_the_other_one_along(ranks: tuple[subprocess.Popen, int], killed: int) -> None:
+    run, other = ranks
+    os.kill((run.pid, other)[killed], signal.SIGKILL)
+    assert gone((other, run.pid)[killed], 60)
