@@ -10,6 +10,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import ROOT, batch, forward, samples, trainer
 
+from lit_prune.data import InstructData
+from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.objective import Anneal, LossWeights
@@ -72,6 +74,22 @@ def test_every_loss_is_logged(student, world, tmp_path):
     assert names >= {f"val/w2/layer_{i}" for i in range(16)} | {f"val/w2_without_repair/layer_{i}" for i in range(16)}
     assert names >= {"val/accuracy/all", "val/agreement", "val/visual_tokens", "val/flops", "val/kv_bytes", "val/kappa"}
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
+
+
+def test_shares_of_a_mixture_are_logged(student, world, micro_folder, tmp_path):
+    made = world()
+    made.prepare_data()
+    sources = [WeightedSource(made.paths["train"], weight=1), WeightedSource(made.paths["val"], weight=2, name="more")]
+    data = InstructData(str(micro_folder), sources, batch_size=9, group_by_length=True, too_long="cut_turns")
+    run = trainer(tmp_path, max_steps=2, log_every_n_steps=1)
+    run.fit(student(), data)
+    logged = {name: value.item() for name, value in run.logged_metrics.items() if name.startswith("data/")}
+    assert logged == {
+        "data/share/instructions": pytest.approx(1 / 3),
+        "data/share/more": pytest.approx(2 / 3),
+        "data/bad": 0.0,
+        "data/cut_turns": 0.0,
+    }
 
 
 def test_logged_budget_is_what_ran(student, world, tmp_path):

@@ -16,7 +16,9 @@ def estimate_lengths(dataset: InstructDataset) -> np.ndarray:
     say by how much. Exact for images that all have as many tokens, and for text to some ten percent, which is enough to
     put samples of similar length together. The same on every rank. A record that cannot be read counts 0.
     """
-    sizes = np.array([_size(dataset, index) for index in range(len(dataset))], dtype=np.float64)  # characters, images
+    sizes = np.empty((len(dataset), 2))  # characters, images
+    for index in range(len(dataset)):
+        sizes[index] = _size(dataset, index)
     probes, tokens = [], []
     for index in np.unique(np.linspace(0, len(dataset) - 1, ENCODED).astype(int)).tolist():
         try:

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from instruct_samples import TOKENS, conversation, make_data
+from instruct_samples import TOKENS, conversation, make_data, write_samples
 from PIL import Image
 
 from lit_prune.data.lengths import estimate_lengths
+from lit_prune.data.mixture import WeightedSource
+from lit_prune.data.sampler import TrainBatches
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,26 @@ def test_grouping_saves_padding(processor, skewed):
     assert seen[0] == seen[1] == list(range(200))
     assert shares[0] > 0.5
     assert shares[1] < 0.15
+
+
+def test_one_sequence_for_any_number_of_ranks_and_workers(processor, tmp_path):
+    paths = [str(write_samples(tmp_path / str(count), count)) for count in (40, 20)]
+    sources = [WeightedSource(path, weight=weight) for path, weight in zip(paths, (1, 2), strict=True)]
+    data = make_data(processor, train=sources, batch_size=8, group_by_length=True)
+    data.setup("fit")
+    order = data._train_batches.order
+    assert order.group == 8
+    expected = order.epoch(0)[:56].tolist()
+    places = [data.datasets["train"].place(index) for index in expected]
+    for world, workers in ((1, 0), (1, 2), (2, 0), (4, 2)):
+        ranks = []
+        for rank in range(world):
+            data._train_batches = TrainBatches(order, 8 // world, rank, world)
+            data.num_workers = workers
+            batches = list(data.train_dataloader())
+            names = [data.datasets["train"].names.index(name) for batch in batches for name in batch["sources"]]
+            ranks.append(zip(names, [record for batch in batches for record in batch["records"]], strict=True))
+        assert [place for step in zip(*ranks, strict=True) for place in step] == places
 
 
 def test_lengths_are_close(processor, skewed):
