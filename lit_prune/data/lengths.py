@@ -13,8 +13,7 @@ def estimate_lengths(dataset: InstructDataset) -> np.ndarray:
     """Tokens of every sample (samples,), estimated: every record is read, but only 16 of them are encoded.
 
     Length is taken to be linear in the characters of the text and the number of images; the 16 samples, evenly spaced,
-    say by how much. Exact for images that all have as many tokens, and for text to some ten percent, which is enough to
-    put samples of similar length together. The same on every rank. A record that cannot be read counts 0.
+    say by how much. It is the same on every rank. A record that cannot be read counts 0.
     """
     sizes = np.empty((len(dataset), 2))  # characters, images
     for index in range(len(dataset)):

@@ -1,15 +1,18 @@
 """Samples of similar length together, and samples that are too long."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from instruct_samples import TOKENS, conversation, make_data, write_samples
 from PIL import Image
 
+from lit_prune.data.dataset import InstructDataset
 from lit_prune.data.lengths import estimate_lengths
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.data.sampler import TrainBatches
+from lit_prune.data.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,22 @@ def test_lengths_are_close(processor, skewed):
     order = np.argsort(estimated, kind="stable")
     assert (np.diff(exact[order]) >= -3).mean() > 0.97
     assert abs(estimated.sum() / exact.sum() - 1) < 0.2
+
+
+@pytest.mark.slow
+def test_many_lengths_take_seconds(processor, tmp_path):
+    path = tmp_path / "data.jsonl"
+    ask, tell = "What stands beside the door of house {}?", "A bicycle, number {}. " * 8
+    with path.open("w") as out:
+        for number in range(200_000):
+            turns = conversation(ask.format(number), tell.replace("{}", str(number)))
+            out.write(json.dumps({"id": number, "conversations": turns}) + "\n")
+    part = InstructDataset(open_source(path), processor)
+    start = time.thread_time()
+    lengths = estimate_lengths(part)
+    seconds = time.thread_time() - start
+    print(f"lengths of {len(lengths):,} records, {path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s of CPU time")
+    assert seconds < 30
 
 
 def test_what_cannot_be_read_has_no_length(processor, tmp_path):
