@@ -1,11 +1,12 @@
-"""LightningDataModule for instruction data: LLaVA JSON or JSON lines with an image folder."""
+"""LightningDataModule for instruction data that can be indexed: JSON, tables, tar shards."""
 
 import os
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lit_prune.data.loader import Loader
 from lit_prune.data.mixture import Mixture, WeightedSource, as_sources
 from lit_prune.data.order import Order
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
-from lit_prune.data.sources import open_source
+from lit_prune.data.sources import Source, open_source
 from lit_prune.errors import LitPruneError
 from lit_prune.progress import batches_since_step
 
@@ -52,12 +53,12 @@ class InstructData(LightningDataModule):
 
     Args:
         base: model whose processor makes the inputs: a hub id, a folder, or "micro".
-        train: JSON list or JSON lines file to train on; or several, each a file or `data`, `images`, `weight`, `name`.
-            See `Order` for how they are mixed.
+        train: what to train on, a location that `open_source` takes; or several, each a location or `data`, `images`,
+            `weight`, `name`. See `Order` for how they are mixed.
         val: the same for validation.
         test: the same for testing.
         predict: the same for prediction; its samples need no answers.
-        images: image root of all files that name none; by default each file's own folder.
+        images: image root of all locations that name none; by default each one's own folder.
         batch_size: samples a training batch, on each process.
         eval_batch_size: samples a batch elsewhere.
         num_workers: worker processes a loader; the order of samples does not depend on it.
@@ -126,19 +127,21 @@ class InstructData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         for name in [stage] if stage else [s for s, split in REQUIRED.items() if self.paths[split]]:
             if not self.paths[REQUIRED[name]]:
-                raise LitPruneError(f"data: {REQUIRED[name]} is not given: {name} needs a JSON or JSON lines file")
+                raise LitPruneError(
+                    f"data: {REQUIRED[name]} is not given: {name} needs a file or folder of instruction data"
+                )
             for split in SPLITS[name]:
-                if self.paths[split]:
-                    self.datasets[split] = self._mixture() if split == "train" else self._dataset(split)
-        if stage in (None, "fit") and "train" in self.datasets:
-            self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world())
+                if self.paths[split] and split != "train":
+                    self.datasets[split] = self._encoder(split)(open_source(self.paths[split], self.images))
+        if stage in (None, "fit") and self.paths["train"]:
+            self._setup_train()
         self._prepare_trainer()
 
     def train_dataloader(self) -> DataLoader:
         batches = self._train_batches
         if self.trainer is not None and not batches.resumed:
             batches.set_epoch(self.trainer.current_epoch)
-        return self._loader("train", batches)
+        return self._loader("train", batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader("val") if "val" in self.datasets else []
@@ -194,16 +197,16 @@ class InstructData(LightningDataModule):
 
     # Parts
 
-    def _dataset(self, split: str) -> InstructDataset:
-        return self._read(self.paths[split], self.images, split)
+    def _setup_train(self) -> None:
+        encode = self._encoder("train")
+        parts = [encode(open_source(source.data, source.images)) for source in self.sources]
+        self.datasets["train"] = Mixture(parts, [source.name for source in self.sources])
+        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world())
 
-    def _mixture(self) -> Mixture:
-        parts = [self._read(source.data, source.images, "train") for source in self.sources]
-        return Mixture(parts, [source.name for source in self.sources])
-
-    def _read(self, location: str, images: str | None, split: str) -> InstructDataset:
-        source = open_source(location, images)
-        return InstructDataset(source, self.processor, self._context(), _mode(split), too_long=self.too_long)
+    def _encoder(self, split: str) -> Callable[[Source], InstructDataset]:
+        """Makes the data set of a source's samples."""
+        options = {"max_length": self._context(), "mode": _mode(split), "too_long": self.too_long}
+        return partial(InstructDataset, processor=self.processor, **options)
 
     def _order(self) -> Order:
         mixture, weights = self.datasets["train"], [source.weight for source in self.sources]
@@ -225,24 +228,24 @@ class InstructData(LightningDataModule):
             self.max_length = context_length(self.processor, self._loaded_from)
         return self.max_length
 
-    def _loader(self, split: str, batches: Any) -> DataLoader:
+    def _loader(self, split: str, **order: Any) -> DataLoader:
+        """A loader; `order` are its arguments that say what a batch is made of."""
         if self.num_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
         return Loader(
             self.datasets[split],
-            batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=Collate(pad_token(self.processor), _mode(split)),
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
             worker_init_fn=_outlive_first_signal,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # loaders shall not draw from the global one
+            **{"persistent_workers": self.num_workers > 0, **order},
         )
 
     def _eval_loader(self, split: str) -> DataLoader:
         share = RankShare(len(self.datasets[split]), *self._rank_and_world())
-        return self._loader(split, EvalBatches(share, self.eval_batch_size))
+        return self._loader(split, batch_sampler=EvalBatches(share, self.eval_batch_size))
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -1,6 +1,7 @@
 """Training data that is read as it comes: parquet or arrow files and data sets of the hub, file after file."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from lit_prune.data.sources.tables import Table, explained, library, load_argume
 from lit_prune.errors import BadSample, LitPruneError
 
 KINDS = ("parquet", "arrow", "hub")
+MOST_REWOUND = 1000
 Place = tuple[int, int, int, int]  # pass, file of it, block of the file, rows taken of the block
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Stream(IterableDataset):
         location: parquet or arrow files, or a data set of the hub; see `open_source`.
         images_root: see there.
         encode: makes the data set of a block's rows.
+        name: of the source, which samples carry.
         batch_size: samples a batch, on each rank.
         steps: batches that count as an epoch.
         seed: of all shuffling.
@@ -57,6 +60,7 @@ class Stream(IterableDataset):
         location: str,
         images_root: str | Path | None,
         encode: Callable[[Source], InstructDataset],
+        name: str,
         batch_size: int,
         steps: int,
         seed: int = 0,
@@ -67,8 +71,8 @@ class Stream(IterableDataset):
     ):
         found = locate(location)
         if found.kind not in KINDS:
-            raise LitPruneError(f"{location}: only parquet, arrow and the hub are streamed; leave out data.streaming")
-        self.location, self.encode = found, encode
+            raise LitPruneError(f"{location}: only parquet, arrow and the hub are streamed; InstructData reads it")
+        self.location, self.encode, self.names = found, encode, [name]
         self.images_root = Path(images_root) if images_root is not None else found.folder
         self.batch_size, self.steps, self.seed, self.block = batch_size, steps, seed, block
         self.workers, self.rank, self.world = max(workers, 1), rank, world
@@ -83,7 +87,7 @@ class Stream(IterableDataset):
             )
         self.places: list[Place] = [(0, 0, 0, 0)] * self.workers
         self.turn = 0
-        self._before = self.state()
+        self._states = deque([self._state()], maxlen=MOST_REWOUND + 1)
 
     def __len__(self) -> int:
         return self.steps
@@ -99,20 +103,21 @@ class Stream(IterableDataset):
 
     def take(self, place: tuple[int, Place]) -> None:
         """A batch goes to training; `place` is what it carries."""
-        self._before = self.state()
         number, self.places[number] = place
         self.turn = (number + 1) % self.workers
+        self._states.append(self._state())
 
-    def state(self, in_step: bool = False) -> dict[str, Any]:
-        """Where this rank is; `in_step` for before the last batch, which is not trained on yet."""
-        return self._before if in_step else {"places": [list(place) for place in self.places], "turn": self.turn}
+    def state_dict(self, rewind: int = 0) -> dict[str, Any]:
+        """Where all ranks are; to be called by all of them.
 
-    def state_dict(self, in_step: bool = False) -> dict[str, Any]:
-        """Where all ranks are; to be called by all of them."""
-        states = [self.state(in_step)]
+        Args:
+            rewind: how many of the last batches are not trained on yet (1,000 at most).
+        """
+        mine = self._states[max(-1 - rewind, -len(self._states))]
+        states = [mine]
         if self.world > 1:
             states = [None] * self.world
-            torch.distributed.all_gather_object(states, self.state(in_step))
+            torch.distributed.all_gather_object(states, mine)
         return {**self._data(), "streams": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,7 +139,11 @@ class Stream(IterableDataset):
             following = 1 + max(place[0] for place in chain(*(rank["places"] for rank in states)))
             log.warning("another number of ranks or workers: what is left of this pass over the data is not read")
             self.places = [(following, 0, 0, 0)] * self.workers
-        self._before = self.state()
+        self._states.clear()
+        self._states.append(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"places": [list(place) for place in self.places], "turn": self.turn}
 
     def _data(self) -> dict[str, Any]:
         return {"location": self.location.name, "files": self.data.num_shards, "seed": self.seed, "block": self.block}
@@ -152,6 +161,7 @@ class Stream(IterableDataset):
                     if bad == MOST_REPLACEMENTS:
                         raise LitPruneError(f"{bad} bad samples in a row; the last: {error_text(fetched.skipped[-1])}")
                     continue
+                sample.source = self.names[0]
                 fetched.samples.append(sample)
                 bad = 0
                 if len(fetched.samples) == self.batch_size:

@@ -9,9 +9,10 @@ from itertools import chain
 import pytest
 import torch
 from instruct_samples import TOKENS, conversation, make_data, write_samples
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from recording import QUIET, Recorder, SaveEverywhere, TwoRanks
 
 from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import IGNORED
@@ -19,41 +20,6 @@ from lit_prune.data.dataset import InstructDataset, concatenate
 from lit_prune.data.instruct import InstructData, context_length
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-
-class Recorder(LightningModule):
-    """Notes what it is given; its weight depends on the order of what it saw."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[list[str]] = []
-        self.evaluated: list[dict] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch["ids"])
-        return (self.weight - sum(batch["records"])) ** 2
-
-    def validation_step(self, batch, batch_idx):
-        self.evaluated.append(batch)
-
-    def test_step(self, batch, batch_idx):
-        self.evaluated.append(batch)
-
-    def predict_step(self, batch, batch_idx):
-        self.evaluated.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
-
 
 # Batches
 
@@ -332,27 +298,6 @@ def test_a_mixture_from_a_configuration(tmp_path):
 # Resuming
 
 
-class SaveEverywhere(Callback):
-    """Saves after every batch, at the end of every validation and of every epoch."""
-
-    def __init__(self, folder):
-        self.folder, self.count = folder, 0
-
-    def save(self, trainer, name):
-        if not trainer.sanity_checking:
-            trainer.save_checkpoint(self.folder / f"{self.count:02d}-{name}-{trainer.global_step}.ckpt")
-            self.count += 1
-
-    def on_train_batch_end(self, trainer, *_):
-        self.save(trainer, "batch")
-
-    def on_validation_end(self, trainer, *_):
-        self.save(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer, *_):
-        self.save(trainer, "epoch")
-
-
 def run(processor, train, folder, checkpoint=None, callbacks=(), workers=0, max_bad_share=0.05, **options) -> Recorder:
     train, val = (train, None) if isinstance(train, list) else (str(train), str(train))
     model, data = (
@@ -411,18 +356,6 @@ def test_other_data_is_refused(processor, tmp_path):
 
 
 # Two processes
-
-
-class TwoRanks(Recorder):
-    """Writes what each rank saw."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def on_fit_end(self):
-        seen = {"train": self.seen, "val": [batch["ids"] for batch in self.evaluated]}
-        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(seen))
 
 
 def test_two_processes_share_each_batch_and_resume(processor, tmp_path):

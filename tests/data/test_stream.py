@@ -8,12 +8,16 @@ import datasets
 import pytest
 import torch
 from instruct_samples import conversation
+from lightning.pytorch import Trainer
 from PIL import Image
+from recording import QUIET, Recorder, SaveEverywhere, TwoRanks
 from torch.utils.data import DataLoader
 
 from lit_prune.data.dataset import Collate, InstructDataset
 from lit_prune.data.stream import Stream
+from lit_prune.data.streamed import StreamedData
 from lit_prune.errors import LitPruneError
+from lit_prune.progress import rewind_to_step
 
 SIZES = (11, 7, 9, 3)  # rows of the files: 30 samples
 
@@ -43,7 +47,7 @@ def files(tmp_path):
 def stream(processor, files):
     def make(location=files, **options) -> Stream:
         settings = {"batch_size": 2, "steps": 6, "seed": 3, "block": 4, **options}
-        return Stream(str(location), None, partial(InstructDataset, processor=processor), **settings)
+        return Stream(str(location), None, partial(InstructDataset, processor=processor), "pets", **settings)
 
     return make
 
@@ -102,7 +106,7 @@ def test_what_is_read_ahead_is_not_trained_on(stream):
     for batch in islice(loader, 2):
         some.take(batch["place"])
     again = stream()
-    again.load_state_dict(some.state_dict(in_step=True))  # the second batch broke off
+    again.load_state_dict(some.state_dict(rewind=1))  # the second batch broke off
     assert read(again, 2) == whole[1:]
 
 
@@ -125,7 +129,7 @@ def test_rows_as_the_table_has_them(processor, folder, tmp_path):
 
     datasets.Dataset.from_list(list(rows(folder, as_bytes(folder)))).to_parquet(tmp_path / "a.parquet")
     expected = batch_of(open_source(tmp_path / "a.parquet"), processor)
-    made = Stream(str(tmp_path / "a.parquet"), None, partial(InstructDataset, processor=processor), 5, 1)
+    made = Stream(str(tmp_path / "a.parquet"), None, partial(InstructDataset, processor=processor), "", 5, 1)
     batch = Collate(0, "train")(next(iter(pickle.loads(pickle.dumps(made)))))
     order = [batch["ids"].index(name) for name in expected["ids"]]
     assert [batch["records"][row] for row in order] == expected["records"]
@@ -155,3 +159,56 @@ def test_what_cannot_be_streamed(stream, files, tmp_path, folder):
     made = stream(cut)
     cut.write_bytes(cut.read_bytes()[:200])
     assert "0.parquet: " in next(iter(made)).failure
+
+
+# In training
+
+
+class Rewinding(Recorder):
+    """As `PruneModule` does."""
+
+    def on_save_checkpoint(self, checkpoint):
+        rewind_to_step(checkpoint, self.trainer)
+
+
+def fit(processor, files, folder, checkpoint=None, callbacks=(), workers=0, **options) -> Recorder:
+    data = StreamedData(base="unused", train=files, val=files, batch_size=2, steps=6, block=4, num_workers=workers)
+    data.processor = processor
+    model = Rewinding()
+    settings = {**QUIET, "max_epochs": 2, "default_root_dir": folder, "enable_checkpointing": False, **options}
+    Trainer(callbacks=list(callbacks), **settings).fit(model, data, ckpt_path=checkpoint)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"accumulate_grad_batches": 4}, {"limit_train_batches": 4}])
+def test_training_resumes_where_it_was(processor, files, tmp_path, options):
+    whole = fit(processor, files, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
+    steps = options.get("limit_train_batches", 6)
+    assert len(whole.seen) == 2 * steps
+    assert len(whole.evaluated) > 0
+    samples = list(chain(*whole.seen))
+    assert "workers" in options or len(set(samples)) == len(samples) == 4 * steps  # in the first pass
+    for checkpoint in sorted(tmp_path.glob("*.ckpt"))[:: 5 if "workers" in options else 2]:
+        again = fit(processor, files, tmp_path, str(checkpoint), **options)
+        assert again.seen == whole.seen[len(whole.seen) - len(again.seen) :], checkpoint.name
+        assert torch.equal(again.weight, whole.weight), checkpoint.name
+
+
+def test_two_processes_stream_and_resume(processor, files, tmp_path):
+    def both(checkpoint=None, callbacks=()) -> list[list[str]]:
+        data = StreamedData(base="unused", train=files, batch_size=2, steps=6, block=4)
+        data.processor = processor
+        settings = {**QUIET, "strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False, "max_epochs": 1}
+        trainer = Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **settings)
+        trainer.fit(TwoRanks(tmp_path), data, ckpt_path=checkpoint)
+        return [json.loads((tmp_path / f"rank{rank}.json").read_text())["train"] for rank in (0, 1)]
+
+    whole = both(callbacks=[SaveEverywhere(tmp_path)])
+    assert [len(seen) for seen in whole] == [6, 6]
+    again = both(str(next(tmp_path.glob("*-batch-2.ckpt"))))
+    assert again == [seen[2:] for seen in whole]
+
+
+def test_wrong_settings():
+    with pytest.raises(LitPruneError, match="must be positive"):
+        StreamedData(base="unused", train="x", steps=0)

@@ -1,0 +1,124 @@
+"""LightningDataModule whose training data are read as they come, for what is too large to keep or to index."""
+
+import warnings
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lit_prune.data.conversation import TooLong
+from lit_prune.data.instruct import InstructData
+from lit_prune.data.stream import Stream
+from lit_prune.errors import LitPruneError
+from lit_prune.progress import batches_since_step
+
+
+class StreamedData(InstructData):
+    """Training data read file after file by `Stream`; validation, test and prediction as in `InstructData`.
+
+    What is weaker than there: samples are shuffled within blocks of `block` rows and by files, not over all data; their
+    order depends on the number of ranks and workers; an epoch is a number of steps. A run that is resumed with the same
+    number of both goes on with the very next sample. With another number it begins the next pass over the data.
+
+    Args:
+        base: see `InstructData`, as for all that is not named here.
+        train: parquet or arrow files, or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`; at least as many files as there are
+            ranks times workers.
+        steps: training batches of an epoch, on each process.
+        block: rows that are shuffled together and held in memory by each worker, with their images' bytes.
+        val: see there.
+        test: see there.
+        predict: see there.
+        images: see there.
+        batch_size: see there.
+        eval_batch_size: see there.
+        num_workers: see there.
+        seed: see there.
+        max_length: see there.
+        max_bad_share: see there.
+        too_long: see there.
+        prefetch_factor: see there.
+
+    Raises:
+        LitPruneError: see `Stream`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        train: str | None = None,
+        steps: int = 1000,
+        block: int = 256,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        images: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_length: int | None = None,
+        max_bad_share: float = 0.05,
+        too_long: TooLong = "skip",
+        prefetch_factor: int | None = None,
+    ):
+        if steps < 1 or block < 1:
+            raise LitPruneError(f"data: steps ({steps}) and block ({block}) must be positive")
+        super().__init__(
+            base,
+            train,
+            val,
+            test,
+            predict,
+            images,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            max_length=max_length,
+            max_bad_share=max_bad_share,
+            too_long=too_long,
+            prefetch_factor=prefetch_factor,
+        )
+        self.steps, self.block = steps, block
+        self._stream: Stream | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        """Workers are begun anew every epoch, so that they begin where training is."""
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")  # it is the epoch's
+        return self._loader("train", batch_size=None, persistent_workers=False)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Notes where the stream is, and what `InstructData` does."""
+        place = batch.pop("place", None)
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if place:
+            self._stream.take(place)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in its data: behind the last optimizer step's batches."""
+        if self._stream is None or self.trainer is None:
+            return {}
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return self._stream.state_dict(current.ready - current.processed + batches_since_step(self.trainer))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stream is not None and state_dict:
+            self._stream.load_state_dict(state_dict)
+
+    def _setup_train(self) -> None:
+        source = self.sources[0]
+        rank, world = self._rank_and_world()
+        self._stream = self.datasets["train"] = Stream(
+            source.data,
+            source.images,
+            self._encoder("train"),
+            source.name,
+            self.batch_size,
+            self.steps,
+            seed=self.seed,
+            block=self.block,
+            workers=self.num_workers,
+            rank=rank,
+            world=world,
+        )
