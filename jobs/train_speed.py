@@ -80,8 +80,9 @@ class Naive(Measured):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """The same losses, the long way."""
-        done = self._prepare_step()
-        inputs = batch["inputs"]
+        moment, inputs = self.moment(), batch["inputs"]
+        torch.manual_seed(moment.seed)
+        self.plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
         with torch.no_grad():
             target = self.teacher[0].to(self.device)(**inputs, use_cache=False)
         student = Record(keep_hidden=frozenset(self.host.feeds))
@@ -90,7 +91,7 @@ class Naive(Measured):
         answers = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
         teacher = Record(hidden={layer: states[answers] for layer, states in self.states.items()})
         student.targets = inputs["labels"][:, 1:][answers[:, :-1]]
-        losses = self._losses(output.logits[answers], target.logits[answers], student, teacher, done)
+        losses = self._losses(output.logits[answers], target.logits[answers], student, teacher, moment.done)
         losses["task"] = output.loss
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         self.log_dict({"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}})

@@ -2,9 +2,9 @@
 
 import math
 import zlib
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,24 @@ from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step stands: the seed of its noise and dropout, and the share of all steps done before it."""
+
+    seed: int
+    done: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step found: the weighted total, each loss, and what student and teacher left."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    student: Record
+    teacher: Record
 
 
 class PruneModule(LightningModule):
@@ -173,15 +191,36 @@ class PruneModule(LightningModule):
     # -- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Teacher and student over one batch; losses on the answers.
+        """Teacher and student over one batch; losses on the answers."""
+        moment, part = self.moment(), self.trainer.profiler.profile
+        step = self.step(batch, moment, part)
+        with part("figures"):
+            self.work.add(self.vlm, self.plugin, step.student, step.teacher)
+            self._log_step(step, moment.done, batch)
+        return step.total
 
-        What both have in common runs once: the images, and the decoder layers below the first stage. The teacher stops
-        behind the last layer that is looked at, and only answer positions get logits.
+    def moment(self) -> Moment:
+        """Where the run is."""
+        done = self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
+        step = f"{self.seed}/{self.trainer.current_epoch}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}"
+        return Moment(zlib.crc32(step.encode()), done)
+
+    def step(
+        self, batch: dict[str, Any], moment: Moment, part: Callable[[str], AbstractContextManager] = nullcontext
+    ) -> Step:
+        """The losses of one batch, of weights, batch and moment alone.
+
+        What teacher and student have in common runs once: the images, and the decoder layers below the first stage. The
+        teacher stops behind the last layer that is looked at, and only answer positions get logits.
+
+        Args:
+            batch: its `inputs`. moment: where in a run it stands.
+            part: names a section for a profiler.
         """
-        done = self._prepare_step()
+        torch.manual_seed(moment.seed)
+        self.plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
         plain, pruned = self._sessions()
         teacher, student = plain.record, pruned.record
-        part = self.trainer.profiler.profile
         with part("teacher forward"), torch.no_grad(), self.vlm.using(plain):
             inputs = evaluation.encode_images(self.vlm, batch["inputs"])
             target = self.model(**inputs, use_cache=False).logits[0]
@@ -192,14 +231,11 @@ class PruneModule(LightningModule):
             with again if self.checkpoint_activations else nullcontext():
                 logits = self.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
-            losses = self._losses(logits, target, student, teacher, done)
+            losses = self._losses(logits, target, student, teacher, moment.done)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
-        with part("figures"):
-            self.work.add(self.vlm, self.plugin, student, teacher)
-            self._log_step(total, losses, student, teacher, done, batch)
-        return total
+        return Step(total, losses, student, teacher)
 
     def _sessions(self) -> tuple[Session, Session]:
         """How the teacher and the student run, each with a record of its own."""
@@ -210,14 +246,6 @@ class PruneModule(LightningModule):
         plain = replace(evaluation.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
         soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": self.gate_clip}
         return plain, Session(record=student, **soft, **common)
-
-    def _prepare_step(self) -> float:
-        """Seed this step, set temperature and noise; returns the share of steps done."""
-        done = self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
-        step = f"{self.seed}/{self.trainer.current_epoch}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}"
-        torch.manual_seed(zlib.crc32(step.encode()))
-        self.plugin.pruner.anneal(self.anneal.tau(done), self.anneal.noise_scale(done))
-        return done
 
     def _losses(
         self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float
@@ -244,17 +272,17 @@ class PruneModule(LightningModule):
         return self.vlm.host
 
     @torch.no_grad()
-    def _log_step(self, total, losses, student: Record, teacher: Record, done: float, batch) -> None:
+    def _log_step(self, step: Step, done: float, batch: dict[str, Any]) -> None:
         """The loss at every step; the other figures where loggers take them, and fetched from the device at once."""
-        size, every = len(batch["ids"]), self.trainer.log_every_n_steps
-        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=size)
+        size, every, student = len(batch["ids"]), self.trainer.log_every_n_steps, step.student
+        self.log("loss", step.total.detach(), prog_bar=True, logger=False, batch_size=size)
         if not every or (self.trainer.global_step + 1) % every:  # the same steps on all ranks
             return
         target = self.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
-        values = {"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}}
+        values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
         values["tau"] = self.anneal.tau(done)
         values["budget/target"] = target * student.trace.total_visual.double().mean()
-        values |= step_figures(self.vlm, self.plugin, student, teacher)
+        values |= step_figures(self.vlm, self.plugin, student, step.teacher)
         values |= {f"data/{name}": value for name, value in batch.get("figures", {}).items()}
         values = fetched(values)
         self.log_dict(values, batch_size=size)
