@@ -14,6 +14,7 @@ from typing import Literal
 import lightning as L
 import pytest
 import torch
+import wandb
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader
@@ -354,6 +355,24 @@ def test_wandb_runs_share_a_folder_and_know_their_configuration(
         assert result.code == 0, result.err
     assert [params["model"]["keep"] for params in seen if "trainer" in params] == [3, 4]
     assert yaml.safe_load(Path("run/config_test.yaml").read_text())["model"]["keep"] == 4
+
+
+def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: every start has a folder, named after the run's id; `wandb sync` puts those of one id into one run."""
+    for name in ("WANDB_MODE", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"save_dir": "run", "offline": True},
+    }
+    Path("wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    for more in ("", "--ckpt_path last --trainer.max_steps 3", ""):
+        result = run(f"fit -c base.yaml -c wandb.yaml {more}")
+        assert result.code == 0, result.err
+        wandb.finish()
+    ids = [path.name.rpartition("-")[2] for path in sorted(Path("run/wandb").glob("offline-run-*-*"))]
+    assert len(ids) == 3
+    assert ids[0] == ids[1] != ids[2]
 
 
 # Errors

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from safetensors.torch import load_file
 from tiny import ROOT, trainer
 
 
@@ -103,7 +104,8 @@ TINY = {
     "trainer.accelerator": "cpu",
 }
 SAVING = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
-SAVING += "{dirpath: FOLDER, save_last: true, every_n_train_steps: 1, save_top_k: 1}}"
+SAVING += "{dirpath: FOLDER, save_last: true, every_n_train_steps: 1, save_top_k: 1}}, "
+SAVING += "{class_path: lit_prune.callbacks.ExportPlugin, init_args: {folder: FOLDER/plugin}}"
 LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: "
 LOGGER += "{save_dir: FOLDER, name: logs, flush_logs_every_n_steps: 1}}"
 
@@ -166,3 +168,23 @@ def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folde
     assert sorted(lines) == list(range(8))
     assert len(found) >= 8 - 3  # the line of the step at which a run is cut off is lost
     assert found == {step: lines[step] for step in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_2", "deepspeed_3"])
+def test_two_ranks_that_were_killed_end_as_two_that_were_not(micro_folder, tmp_path, strategy):
+    """Both processes killed by force in the middle of an epoch; weights within 1e-6 at the end."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    two = ["--config", str(ROOT / "configs" / "strategies" / f"{strategy}.yaml"), "--trainer.devices=2"]
+    said = end(run := start(whole, micro_folder, *two), whole)
+    assert run.returncode == 0, said
+    end(run := start(part, micro_folder, *two), part, signal.SIGKILL)
+    said = end(run := start(part, micro_folder, *two, "--ckpt_path=last"), part)
+    assert run.returncode == 0, said
+    plugins = [load_file(folder / "plugin" / "plugin.safetensors") for folder in (whole, part)]
+    assert plugins[0].keys() == plugins[1].keys()
+    assert all((plugins[0][name] - plugins[1][name]).abs().max() <= 1e-6 for name in plugins[0])
+    lines, found = logged(whole), logged(part)
+    assert len(found) >= 3
+    assert all(float(found[step]["loss/total"]) == pytest.approx(float(lines[step]["loss/total"])) for step in found)

@@ -7,6 +7,7 @@ line. A file or option that swaps a ``class_path`` starts from the defaults of t
 
 import importlib
 import logging
+import os
 import signal
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ from lit_prune.errors import LitPruneError
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
+WANDB_RUN = "wandb_run_id"  # beside the checkpoints: the id of the run that wrote them
 EVERY_VERB = ("seed_everything", "trainer", "model", "data")
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
@@ -67,6 +69,9 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(config)
+                if stage == "fit" and (checkpoints := getattr(trainer.checkpoint_callback, "dirpath", None)):
+                    Path(checkpoints).mkdir(parents=True, exist_ok=True)
+                    Path(checkpoints, WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
 
 
 class PruneCLI(LightningCLI):
@@ -127,6 +132,8 @@ class PruneCLI(LightningCLI):
             kwargs["ckpt_path"] = self._newest(subcommand)
         elif given is not None and given not in ("best", "hpc") and "://" not in given:
             verify(Path(given))
+        if subcommand == "fit" and kwargs["ckpt_path"]:
+            self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -135,6 +142,14 @@ class PruneCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             raise Stopped(128 + signal.SIGTERM) from stop
+
+    def _go_on_in_wandb(self, file: Path) -> None:
+        """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
+        own = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        if own and file.exists() and file.parent.samefile(own) and "WANDB_RUN_ID" not in os.environ:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
+                    logger._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
 
     def _newest(self, subcommand: str) -> str | None:
         """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
