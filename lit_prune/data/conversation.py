@@ -31,7 +31,7 @@ class Conversation:
     def question(self) -> str:
         """The text of the last question, without its images."""
         parts = next(m for m in reversed(self.messages) if m["role"] == "user")["content"]
-        return " ".join(part["text"] for part in parts if part["type"] == "text")
+        return " ".join(part["text"].strip() for part in parts if part["type"] == "text")
 
     @property
     def images(self) -> int:
@@ -175,21 +175,20 @@ def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
     """Text in one part: templates mark an answer part by part. With images as it is, to be refused later."""
     if len(parts) < 2 or any(part["type"] == "image" for part in parts):
         return parts
-    return [{"type": "text", "text": " ".join(part["text"] for part in parts)}]
+    return [{"type": "text", "text": " ".join(part["text"].strip() for part in parts)}]
 
 
 def _parts(content: Any) -> list[dict[str, str]]:
-    """Text and image parts in their order. Text is split at its markers and stripped; empty parts are left out."""
-    if isinstance(content, list):
-        return [part for item in content for part in _part(item)]
-    if not isinstance(content, str):
-        raise _bad("a turn whose content is no text")
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(content.split(IMAGE_MARKER)):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
+    """Text and image parts in their order, text split at its markers. White space goes at both ends of the text.
+
+    Between text and an image inside it white space stays, so that templates that move images to the front glue no words.
+    """
+    items = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    parts = [part for item in items for part in _part(item) if part["type"] == "image" or part["text"].strip()]
+    texts = [part for part in parts if part["type"] == "text"]
+    if texts:
+        texts[0]["text"] = texts[0]["text"].lstrip()
+        texts[-1]["text"] = texts[-1]["text"].rstrip()
     return parts
 
 
@@ -197,9 +196,15 @@ def _part(item: Any) -> list[dict[str, str]]:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "image":
         return [{"type": "image"}]
-    if kind != "text" or not isinstance(item.get("text"), str):
+    if kind != "text":
         raise _bad(f"a part of a message that is neither text nor image: {kind!r}")
-    return _parts(item["text"])
+    if not isinstance(item.get("text"), str):
+        raise _bad("a turn whose content is no text")
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(item["text"].split(IMAGE_MARKER)):
+        parts += [{"type": "image"}] if number else []
+        parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def _text(turn: dict) -> str:

@@ -29,7 +29,7 @@ VICUNA = {
     "turns": "USER: <image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]USER: Old? ASSISTANT:[[ no</s>]]"
     "USER: Sure? ASSISTANT:[[ yes it is</s>]]",
     "text": "USER: Hi ASSISTANT:[[ Ho</s>]]",
-    "images": "USER: <image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]USER: <image>\nAnd ? ASSISTANT:[[ A dog.</s>]]",
+    "images": "USER: <image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]USER: <image>\nAnd  ? ASSISTANT:[[ A dog.</s>]]",
 }
 
 
@@ -42,7 +42,7 @@ def chatml(image: str, first: str = "") -> dict[str, str]:
         "turns": f"{first}What is it?{image}{cat}Old?<|im_end|>\n<|im_start|>assistant\n[[no<|im_end|>]]\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[[yes it is<|im_end|>]]",
         "text": f"{first}Hi<|im_end|>\n<|im_start|>assistant\n[[Ho<|im_end|>]]",
-        "images": f"{first}{image}What is it?{cat}And{image}?<|im_end|>\n<|im_start|>assistant\n[[A dog.<|im_end|>]]",
+        "images": f"{first}{image}What is it?{cat}And {image}?<|im_end|>\n<|im_start|>assistant\n[[A dog.<|im_end|>]]",
     }
 
 
@@ -54,7 +54,7 @@ PROMPTS = {
         "turns": "[INST] <image>\nWhat is it? [/INST][[ A cat.</s>]] [INST] Old? [/INST][[ no</s>]]"
         " [INST] Sure? [/INST][[ yes it is</s>]]",
         "text": "[INST] Hi [/INST][[ Ho</s>]]",
-        "images": "[INST] <image>\nWhat is it? [/INST][[ A cat.</s>]] [INST] <image>\nAnd? [/INST][[ A dog.</s>]]",
+        "images": "[INST] <image>\nWhat is it? [/INST][[ A cat.</s>]] [INST] <image>\nAnd ? [/INST][[ A dog.</s>]]",
     },
     "llava-onevision": {
         "one turn": "<|im_start|>user <image>\nWhat is it?<|im_end|><|im_start|>assistant\n[[A cat.<|im_end|>]]",
@@ -63,7 +63,7 @@ PROMPTS = {
         "<|im_start|>user \nSure?<|im_end|><|im_start|>assistant\n[[yes it is<|im_end|>]]",
         "text": "<|im_start|>user \nHi<|im_end|><|im_start|>assistant\n[[Ho<|im_end|>]]",
         "images": "<|im_start|>user <image>\nWhat is it?<|im_end|><|im_start|>assistant\n[[A cat.<|im_end|>]]"
-        "<|im_start|>user <image>\nAnd\n?<|im_end|><|im_start|>assistant\n[[A dog.<|im_end|>]]",
+        "<|im_start|>user <image>\nAnd \n?<|im_end|><|im_start|>assistant\n[[A dog.<|im_end|>]]",
     },
     "internvl": chatml("<IMG_CONTEXT>\n"),
     "qwen2.5-vl": chatml("<|vision_start|><|image_pad|><|vision_end|>", SYSTEM),
