@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.budget import Budget
@@ -109,25 +110,52 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             path = _download(str(folder), hub)
         settings = _read_settings(path / SETTINGS)
         try:
-            pruner = _build(settings["pruner"], Pruner, path)
-            repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, path)
-            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"], _options(settings, path))
-            plugin._restore(settings, path)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LitPruneError(f"{path / SETTINGS} can't be used: {error}") from error
-        return plugin.eval()
-
-    def _restore(self, settings: dict[str, Any], folder: Path) -> None:
-        if settings["dims"] is not None:
-            self.build(Dims(**settings["dims"]), [])
-        self.fingerprint = settings["fingerprint"]
-        try:
-            tensors = load_file(folder / WEIGHTS)
-            self.load_state_dict({name: value if value.ndim else value[None] for name, value in tensors.items()})
+            tensors = load_file(path / WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise LitPruneError(f"{folder / WEIGHTS} can't be read: {error}") from error
+            raise LitPruneError(f"{path / WEIGHTS} can't be read: {error}") from error
+        return cls._made(settings, tensors, path / SETTINGS, path / WEIGHTS)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "Plugin":
+        """The plug-in of a training run's checkpoint: Lightning's file, or the folder that DeepSpeed wrote.
+
+        Raises `LitPruneError` if it is missing or damaged, or holds no plug-in. Nothing in it is executed.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls.from_pretrained(path)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise LitPruneError(f"{path}: {error.strerror}") from error
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            raise LitPruneError(f"{path} is no checkpoint that can be read safely: {error}") from error
+        if not isinstance(checkpoint, dict) or not {"plugin", "state_dict"} <= checkpoint.keys():
+            raise LitPruneError(
+                f"{path} holds no plug-in: it is no checkpoint of this project, or one before 2026-11-21"
+            )
+        _check_settings(checkpoint["plugin"], path)
+        prefix = "plugin."
+        tensors = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+        return cls._made(checkpoint["plugin"], tensors, path, path)
+
+    @classmethod
+    def _made(cls, settings: dict[str, Any], tensors: dict[str, Tensor], told: Path, found: Path) -> "Plugin":
+        """From settings that stood in the file `told` and weights of the file `found`."""
+        try:
+            pruner = _build(settings["pruner"], Pruner, told)
+            repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, told)
+            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"], _options(settings, told))
+            if settings["dims"] is not None:
+                plugin.build(Dims(**settings["dims"]), [])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LitPruneError(f"{told} can't be used: {error}") from error
+        plugin.fingerprint = settings["fingerprint"]
+        try:  # plug-ins of before 2026-11-21 have numbers where there are vectors of one element now
+            plugin.load_state_dict({name: value if value.ndim else value[None] for name, value in tensors.items()})
         except RuntimeError as error:
-            raise LitPruneError(f"{folder / WEIGHTS} doesn't fit {SETTINGS}: {error}") from error
+            raise LitPruneError(f"{found} doesn't fit {told.name}: {error}") from error
+        return plugin.eval()
 
 
 def fingerprint(model: nn.Module) -> list[float]:
@@ -148,30 +176,30 @@ def _same(a: list[float], b: list[float]) -> bool:
     return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2 * max(map(abs, a)))
 
 
-def _build(spec: dict[str, Any], kind: type, folder: Path) -> Any:
+def _build(spec: dict[str, Any], kind: type, told: Path) -> Any:
     """A pruner or adapter from its class path; never imports a module outside this project."""
     module, _, name = spec["class_path"].rpartition(".")
     if module.startswith("lit_prune.") and module not in sys.modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise LitPruneError(f"{folder}: this version has no {spec['class_path']}") from error
+            raise LitPruneError(f"{told}: this version has no {spec['class_path']}") from error
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise LitPruneError(
-            f"{folder / SETTINGS} names {spec['class_path']}, which is no {kind.__name__} that is imported here; "
+            f"{told} names {spec['class_path']}, which is no {kind.__name__} that is imported here; "
             f"import its module first, if you trust it"
         )
     parts = {name: a for name, a in spec["init_args"].items() if isinstance(a, dict) and "class_path" in a}
-    return found(**spec["init_args"] | {name: _build(part, Pruner, folder) for name, part in parts.items()})
+    return found(**spec["init_args"] | {name: _build(part, Pruner, told) for name, part in parts.items()})
 
 
-def _options(settings: dict[str, Any], folder: Path) -> HostOptions:
+def _options(settings: dict[str, Any], told: Path) -> HostOptions:
     """Those that the file names; older files name none."""
     try:
         return HostOptions(**{name: settings[name] for name in vars(HostOptions()) if name in settings})
     except LitPruneError as error:
-        raise LitPruneError(f"{folder / SETTINGS}: {error}") from error
+        raise LitPruneError(f"{told}: {error}") from error
 
 
 def _budget(keep: Any) -> Budget | None:
@@ -188,10 +216,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise LitPruneError(f"{path} is not JSON: {error}") from error
+    _check_settings(settings, path)
+    return settings
+
+
+def _check_settings(settings: Any, path: Path) -> None:
     needed = {"pruner", "repair", "keep", "base", "dims", "fingerprint"}
     if missing := needed.difference(settings if isinstance(settings, dict) else ()):
         raise LitPruneError(f"{path} lacks {', '.join(sorted(missing))}: not a plug-in of this project")
-    return settings
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:

@@ -1,12 +1,26 @@
 """DeepSpeed for a frozen model with plug-ins: on CPUs too, and pruning in every verb."""
 
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+
+from lit_prune.errors import LitPruneError
+from lit_prune.plugin import Plugin
+
+UNIVERSAL = ".universal"  # after a checkpoint's name: its copy for another number of ranks
 
 
 class PruneDeepSpeed(DeepSpeedStrategy):
@@ -57,6 +71,114 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             hooks.update(getattr(module, kind))
             setattr(module, kind, hooks)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write DeepSpeed's folder, a file for each rank. It is a plug-in folder too: whole weights, and no pickle."""
+        plugin = self.lightning_module.plugin
+        with whole(plugin):
+            if self.is_global_zero:
+                Path(filepath).mkdir(parents=True, exist_ok=True)
+                plugin._save_pretrained(Path(filepath))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Go on from a folder of `save_checkpoint`, also one that another number of ranks wrote.
+
+        Validation and test take nothing from it but the plug-in.
+
+        Raises:
+            LitPruneError: no such folder, or one of another pruner.
+        """
+        folder = Path(checkpoint_path)
+        plugin = Plugin.from_checkpoint(folder).state_dict()
+        weights = {"state_dict": {f"plugin.{name}": value for name, value in plugin.items()}}
+        self.lightning_module.on_load_checkpoint(weights)
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return {**weights, "pytorch-lightning_version": lightning.__version__}
+        with self._for_these_ranks(folder) as readable:
+            return {**super().load_checkpoint(readable, weights_only), **weights}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """In training DeepSpeed has loaded them by now."""
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            plugin = self.lightning_module.plugin
+            weights = {name.removeprefix("plugin."): value for name, value in checkpoint["state_dict"].items()}
+            with whole(plugin, changed=True):
+                plugin.load_state_dict(weights)
+
+    @contextmanager
+    def _for_these_ranks(self, folder: Path) -> Iterator[Path]:
+        """The folder; a universal copy of it where another number of ranks wrote it, for as long as it is read."""
+        wrote = len(list((folder / "checkpoint").glob("*_optim_states.pt")))
+        if wrote == self.world_size:
+            yield folder
+            return
+        rank_zero_info(f"{folder} was written by {wrote} processes, there are {self.world_size} now: converting it")
+        copy = folder.with_name(folder.name + UNIVERSAL)
+        if self.is_global_zero:
+            _make_universal(folder / "checkpoint", copy / "checkpoint")
+        self.barrier("universal checkpoint")
+        settings = self.deepspeed_engine._config
+        settings.load_universal_checkpoint = True
+        try:
+            yield copy
+        finally:
+            settings.load_universal_checkpoint = False
+            self.barrier("universal checkpoint read")
+            if self.is_global_zero:
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def _make_universal(source: Path, out: Path) -> None:
+    """Convert a checkpoint of DeepSpeed so that any number of ranks can read it."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(out.parent, ignore_errors=True)
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    with redirect_stdout(StringIO()):
+        main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(out),
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+                **workers,
+            )
+        )
+
+
+@contextmanager
+def whole(module: nn.Module, changed: bool = False) -> Iterator[None]:
+    """The parameters of a module in whole on every rank, where ZeRO-3 keeps them in parts. All ranks must enter.
+
+    With `changed`, what rank zero has made of them is what all ranks have afterwards.
+    """
+    parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+        yield
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, of which ZeRO-3 may have left this rank a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def refuse_foreign(path: Path, trainer: Trainer) -> None:
+    """Raise `LitPruneError` for a checkpoint of another strategy: a file under DeepSpeed, a folder elsewhere."""
+    deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
+    if path.exists() and path.is_dir() != deepspeed:
+        written, here = ("DeepSpeed", "another strategy") if path.is_dir() else ("another strategy", "DeepSpeed")
+        raise LitPruneError(
+            f"{path} was written under {written}, and this is {here}: the optimizer's state doesn't carry over. The "
+            f"plug-in does: lit-prune export --checkpoint {path} --out FOLDER, then --model.plugin=FOLDER "
+            f"--model.pruner=null --model.repair=null"
+        )
+
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -69,5 +191,5 @@ def _own(hooks: dict) -> dict:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module, counting those that ZeRO-3 keeps in parts on the ranks."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    """Parameters of a module, whole."""
+    return sum(whole_shape(p).numel() for p in module.parameters())

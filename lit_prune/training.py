@@ -33,6 +33,7 @@ from lit_prune.plugin import Plugin
 from lit_prune.progress import rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
+from lit_prune.strategies import parameter_count, whole_shape
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
 
@@ -140,7 +141,7 @@ class PruneModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Say what trains."""
-        count, frozen = (sum(p.numel() for p in part.parameters()) for part in (self.plugin, self.model))
+        count, frozen = (parameter_count(part) for part in (self.plugin, self.model))
         rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
 
     def _check_parameters(self) -> None:
@@ -170,13 +171,16 @@ class PruneModule(LightningModule):
         return {name: value for name, value in full.items() if name.startswith(f"{prefix}plugin.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gradients that wait for their step are in no checkpoint: it is one of the last step."""
+        """The plug-in's settings beside its weights; without gradients that wait for their step: see `progress`."""
+        checkpoint["plugin"] = self.plugin.settings()
         rewind_to_step(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        wrong = sorted(set(saved) ^ set(own)) or [n for n in own if own[n].shape != saved[n].shape]
+        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        own = {name: value.shape for name, value in self.state_dict().items()}
+        own |= {f"plugin.{name}": whole_shape(p) for name, p in self.plugin.named_parameters()}
+        wrong = sorted(saved.keys() ^ own.keys()) or [name for name in own if own[name] != saved[name]]
         if wrong:
             where = (
                 "is missing from the checkpoint"

@@ -5,6 +5,8 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.strategies import whole
+
 
 class ExportPlugin(Callback):
     """Writes the trained plug-in as a folder at the end of `fit`: safetensors and JSON, ready to attach.
@@ -17,7 +19,8 @@ class ExportPlugin(Callback):
         self.folder = Path(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save on rank zero."""
-        if trainer.is_global_zero:
-            pl_module.plugin.save_pretrained(self.folder)
-            rank_zero_info(f"plug-in: {self.folder} (attach it with vlm.attach('{self.folder}'))")
+        """Save on rank zero, of parameters that all ranks put together."""
+        with whole(pl_module.plugin):
+            if trainer.is_global_zero:
+                pl_module.plugin.save_pretrained(self.folder)
+        rank_zero_info(f"plug-in: {self.folder} (attach it with vlm.attach('{self.folder}'))")

@@ -29,6 +29,7 @@ from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
 from lit_prune.errors import LitPruneError
+from lit_prune.strategies import refuse_foreign
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
@@ -132,8 +133,10 @@ class PruneCLI(LightningCLI):
             kwargs["ckpt_path"] = self._newest(subcommand)
         elif given is not None and given not in ("best", "hpc") and "://" not in given:
             verify(Path(given))
-        if subcommand == "fit" and kwargs["ckpt_path"]:
-            self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
+        if kwargs.get("ckpt_path"):
+            refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer)
+            if subcommand == "fit":
+                self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:

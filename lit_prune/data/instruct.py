@@ -4,7 +4,7 @@ import os
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from lit_prune.data.conversation import TooLong
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
 from lit_prune.data.lengths import estimate_lengths
 from lit_prune.data.loader import Loader
-from lit_prune.data.mixture import Mixture, WeightedSource, as_sources
+from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
 from lit_prune.data.sources import Source, open_source
@@ -79,7 +79,7 @@ class InstructData(LightningDataModule):
     def __init__(
         self,
         base: str,
-        train: str | Sequence[str | WeightedSource] | None = None,
+        train: str | list[str | dict[str, str | float | None]] | None = None,
         val: str | None = None,
         test: str | None = None,
         predict: str | None = None,
@@ -194,6 +194,10 @@ class InstructData(LightningDataModule):
             # Lightning looks for the state in the loader
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             self._train_batches.load_state_dict(state_dict)
+            if (
+                self.trainer is not None
+            ):  # DeepSpeed restores late: an iterator may stand at the epoch's beginning by now
+                self.trainer.fit_loop._combined_loader = None
 
     # Parts
 

@@ -31,15 +31,15 @@ class WeightedSource:
 
 
 def as_sources(
-    train: str | WeightedSource | Sequence[str | WeightedSource], images: str | None
+    train: str | WeightedSource | Sequence[str | dict | WeightedSource], images: str | None
 ) -> list[WeightedSource]:
     """What a user gave as sources with all names and image roots filled in; names are made distinct by a number.
 
     Raises:
-        LitPruneError: no source, a name given twice, or weights for some sources only.
+        LitPruneError: no source, a key that a source has not, a name given twice, or weights for some sources only.
     """
     given = [train] if isinstance(train, str | WeightedSource) else list(train)
-    sources = [WeightedSource(item) if isinstance(item, str) else item for item in given]
+    sources = [_as_source(item) for item in given]
     if not sources:
         raise LitPruneError("data.train: an empty list of sources")
     bare = [source.data for source in sources if source.weight is None]
@@ -55,6 +55,17 @@ def as_sources(
             name, number = f"{PurePath(source.data).stem}-{number}", number + 1
         named[name] = WeightedSource(source.data, source.images or images, source.weight, name)
     return list(named.values())
+
+
+def _as_source(item: str | dict | WeightedSource) -> WeightedSource:
+    if isinstance(item, str):
+        return WeightedSource(item)
+    if isinstance(item, WeightedSource):
+        return item
+    try:
+        return WeightedSource(**item)
+    except TypeError as error:
+        raise LitPruneError(f"data.train: {item} is no source: it has data, images, weight and name only") from error
 
 
 class Mixture(Dataset):

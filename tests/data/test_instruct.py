@@ -295,6 +295,19 @@ def test_a_mixture_from_a_configuration(tmp_path):
         assert [source.name for source in data.sources] == names
 
 
+def test_a_path_on_the_command_line_is_one_source(tmp_path):
+    """Also where the file is there: jsonargparse reads a file that may be a list of objects."""
+    path = write_samples(tmp_path, 3)
+    chosen = ["--data=lit_prune.data.InstructData", f"--data.init_args.train={path}"]
+    data = PruneCLI(None, ["-c", "configs/micro.yaml", "-c", "configs/pruners/fastv.yaml", *chosen]).datamodule
+    assert [source.data for source in data.sources] == [str(path)]
+
+
+def test_a_key_that_no_source_has(processor):
+    with pytest.raises(LitPruneError, match="is no source"):
+        make_data(processor, train=[{"data": "a.json", "wieght": 1}])
+
+
 # Resuming
 
 

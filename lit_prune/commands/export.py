@@ -1,0 +1,23 @@
+"""Take the plug-in out of a checkpoint: a folder to attach, to publish, or to train on from."""
+
+from pathlib import Path
+
+from lit_prune.checkpoints import verify
+from lit_prune.commands import console
+from lit_prune.plugin import Plugin
+
+
+def run(checkpoint: Path, out: Path) -> None:
+    """Write the plug-in of a training run's checkpoint as a folder: safetensors and JSON.
+
+    Any strategy's checkpoint will do, and neither the run's configuration nor its base model is needed. What is left
+    out is what only training needs: the optimizer's state and the place in the data.
+
+    Args:
+        checkpoint: Lightning's file or DeepSpeed's folder, e.g. --checkpoint runs/rcp/checkpoints/last.ckpt.
+        out: Folder to write; one that exists is written over.
+    """
+    verify(checkpoint)
+    plugin = Plugin.from_checkpoint(checkpoint)
+    plugin.save_pretrained(out)
+    console.say(f"{out}: {plugin.base}, {sum(p.numel() for p in plugin.parameters()):,} parameters")
