@@ -316,6 +316,18 @@ def test_only_fit_goes_on_without_a_checkpoint(run: Callable[[str], Result]) -> 
     assert "no checkpoint has been written yet" in result.err
 
 
+def test_a_job_that_slurm_starts_again_goes_on(
+    run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for restarts, steps in (("0", 2), ("0", 2), ("1", 3)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        caplog.clear()
+        assert run(f"fit -c base.yaml --trainer.max_steps {steps}").code == 0
+        assert ("Restored all states" in caplog.text) == (restarts == "1")
+    newest = max(Path("run/checkpoints").glob("last*.ckpt"), key=os.path.getmtime)
+    assert torch.load(newest, weights_only=True)["global_step"] == 3
+
+
 def test_a_damaged_checkpoint_is_passed_over_or_refused(run: Callable[[str], Result]) -> None:
     assert run("fit -c base.yaml").code == 0
     last = Path("run/checkpoints/last.ckpt")

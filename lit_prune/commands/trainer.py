@@ -129,6 +129,8 @@ class PruneCLI(LightningCLI):
         """Only a checkpoint that is whole is used; `last` is the newest one of the run, from wherever it was saved."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         given = kwargs.get("ckpt_path")
+        if given is None and subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            given = "last"  # a job that Slurm has put back into the queue
         if given == "last":
             kwargs["ckpt_path"] = self._newest(subcommand)
         elif given is not None and given not in ("best", "hpc") and "://" not in given:
