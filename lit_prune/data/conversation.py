@@ -181,7 +181,7 @@ def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
 def _parts(content: Any) -> list[dict[str, str]]:
     """Text and image parts in their order, text split at its markers. White space goes at both ends of the text.
 
-    Between text and an image inside it white space stays, so that templates that move images to the front glue no words.
+    Between text and an image inside it white space stays: templates that move images to the front must glue no words.
     """
     items = content if isinstance(content, list) else [{"type": "text", "text": content}]
     parts = [part for item in items for part in _part(item) if part["type"] == "image" or part["text"].strip()]

@@ -33,7 +33,7 @@ REQUIRED = {"fit": "train", "validate": "val", "test": "test", "predict": "predi
 
 
 class InstructData(LightningDataModule):
-    """Batches of instruction data for any processor of LLaVA-1.5's kind.
+    """Batches of instruction data for the processors of LLaVA, LLaVA-NeXT and -OneVision, InternVL and Qwen-VL.
 
     A batch is a dict; B samples, each list with one entry a sample:
         inputs: `input_ids`, `attention_mask`, `labels` (B, tokens), prompt and answers padded on the right, labels -100
@@ -194,9 +194,7 @@ class InstructData(LightningDataModule):
             # Lightning looks for the state in the loader
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             self._train_batches.load_state_dict(state_dict)
-            if (
-                self.trainer is not None
-            ):  # DeepSpeed restores late: an iterator may stand at the epoch's beginning by now
+            if self.trainer is not None:  # DeepSpeed restores late: an iterator may stand at the epoch's begin by now
                 self.trainer.fit_loop._combined_loader = None
 
     # Parts
