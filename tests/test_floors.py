@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             "training",
+            "replay",
             "checkpoints",
             "progress",
             "tracking",

@@ -1,6 +1,7 @@
 """Lightning callbacks of this project."""
 
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.nan_guard import NanGuard
 from lit_prune.callbacks.progress import Progress
 from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
@@ -10,6 +11,7 @@ from lit_prune.callbacks.wandb_run import WandbRun
 
 __all__ = [
     "ExportPlugin",
+    "NanGuard",
     "Progress",
     "RunSummary",
     "SamplePictures",

@@ -49,6 +49,8 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
     lists: dict[str, list[str]] = {}
     files, plain_argv = [], []
     tokens = list(argv)
+    if tokens and not tokens[0].startswith("-"):  # a first word belongs to the first parameter
+        tokens = [f"--{next(iter(inspect.signature(run).parameters))}", *tokens]
     while tokens:
         name, value = _option(tokens.pop(0), hints)
         given = [] if value is None else [value]

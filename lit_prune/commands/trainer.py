@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from lit_prune.callbacks import StopOnSignal, Stopped
+from lit_prune.callbacks import NanGuard, StopOnSignal, Stopped
 from lit_prune.checkpoints import SafeTrainer, newest, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
@@ -95,7 +95,7 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
-            trainer_defaults={"callbacks": [StopOnSignal()]},
+            trainer_defaults={"callbacks": [StopOnSignal(), NanGuard()]},
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
             auto_configure_optimizers=False,

@@ -1,0 +1,75 @@
+"""Stopping at a loss or gradient that is NaN or infinite, with the step kept."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import Tensor
+
+from lit_prune.errors import LitPruneError
+from lit_prune.replay import SavedStep, save_step
+
+
+class NanGuard(Callback):
+    """Ends `fit` before a NaN or infinite loss or gradient changes any weight; each rank saves the step for `replay`.
+
+    One look at the device a step, behind backward, where nothing but the optimizer waits: checkpoints then never hold
+    such weights. Gradients are left to the scaler where one is in use (fp16), which skips such steps itself.
+
+    Args:
+        folder: where to; by default `nonfinite` in the run's folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.batch: dict[str, Any] | None = None
+        self.moment: Any = None
+        self.loss: Tensor | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold on to what the step depends on."""
+        self.batch, self.moment = batch, pl_module.moment()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss, without waiting for it."""
+        self.loss = loss.detach()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop on all ranks if one of them must; raises `LitPruneError`, which names the samples and the file."""
+        gradients = [p.grad for p in pl_module.plugin.parameters() if p.grad is not None]
+        fine = self.loss.isfinite()
+        if gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
+            fine = fine & torch.nn.utils.get_total_norm(gradients).isfinite()
+        if trainer.strategy.reduce_boolean_decision(bool(fine), all=True):
+            return
+        path = self._save(trainer, pl_module)
+        trainer.strategy.barrier("NanGuard")
+        what = "gradient" if bool(self.loss.isfinite()) else "loss"
+        raise LitPruneError(
+            f"the {what} is not finite at step {trainer.global_step} (loss {self.loss.item()}); it has changed no "
+            f"weight; samples {', '.join(map(str, self.batch['ids']))}. The step is kept: lit-prune replay {path}"
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Let go."""
+        self.batch = self.loss = None
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> Path:
+        folder = self.folder or Path(trainer.default_root_dir) / "nonfinite"
+        path = folder / f"step-{trainer.global_step:06d}-rank-{trainer.global_rank}.safetensors"
+        kept = [callback.folder for callback in trainer.callbacks if isinstance(callback, SaveConfigCallback)]
+        config = next((str((Path(at) / "config_fit.yaml").absolute()) for at in kept), None)
+        step = SavedStep(
+            inputs={name: value for name, value in self.batch["inputs"].items() if isinstance(value, Tensor)},
+            weights=module.plugin.state_dict(),
+            ids=[str(i) for i in self.batch["ids"]],
+            moment=self.moment,
+            step=trainer.global_step,
+            rank=trainer.global_rank,
+            loss=self.loss.item() * trainer.accumulate_grad_batches,
+            config=config,
+        )
+        save_step(path, step)
+        return path
