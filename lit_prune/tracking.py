@@ -1,6 +1,7 @@
 """What a run logs: the figures of a training step, and the meters of an evaluation."""
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -64,6 +65,11 @@ def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
         stacked = torch.stack([value.detach().double() for value in there.values()]).cpu()
         here |= dict(zip(there, stacked.unbind(), strict=True))
     return {name: here[name] for name in values}
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the figures of now: it counts from 0."""
+    return max(0, trainer.global_step - 1)
 
 
 class Meters(nn.Module):

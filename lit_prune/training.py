@@ -295,10 +295,10 @@ class PruneModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
         self._check_parameters()
-        groups = [{"params": list(self.plugin.pruner.parameters()), "lr": self.lr}]
+        groups = [{"params": list(self.plugin.pruner.parameters()), "lr": self.lr, "name": "pruner"}]
         if self.plugin.repair is not None:
             rate = self.lr if self.repair_lr is None else self.repair_lr
-            groups.append({"params": list(self.plugin.repair.parameters()), "lr": rate})
+            groups.append({"params": list(self.plugin.repair.parameters()), "lr": rate, "name": "repair"})
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=self.weight_decay)
         steps = max(1, self.trainer.estimated_stepping_batches)
         warm = max(1, round(self.warmup * steps))

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured, matches
 from lit_prune.pictures import Pixels, Row, as_seen, figure, titled
+from lit_prune.tracking import logged_step
 
 COLUMNS = ["id", "skill", "question", "right answer", "full model", "pruned", "right", "kept tokens", "picture"]
 DPI = 120
@@ -51,7 +53,7 @@ class SamplePictures(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _show(self, trainer: Trainer, name: str, rows: list[list[Any]]) -> None:
-        step, taken = trainer.global_step, False
+        step, taken = logged_step(trainer), False
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, name, rows, step)
@@ -62,11 +64,9 @@ class SamplePictures(Callback):
                         logger.experiment.add_image(f"{name}/{i}", row[-1], step, dataformats="HWC")
                 taken = True
         if not taken:
-            self.written = self._write(f"{name.partition('/')[0]}_step{step}", rows) or self.written
+            self.written = self._write(f"{name.partition('/')[0]}_step{trainer.global_step}", rows) or self.written
 
     def _write(self, prefix: str, rows: list[list[Any]]) -> bool:
-        from PIL import Image
-
         pictures = [(i, row[-1]) for i, row in enumerate(rows) if row[-1] is not None]
         self.folder.mkdir(parents=True, exist_ok=True)
         for i, picture in pictures:

@@ -96,4 +96,5 @@ def _logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
         elif isinstance(logger, WandbLogger):
             run = logger.experiment
             folder = Path(run.dir).parent
-            yield "W&B", (f"wandb sync {shlex.quote(str(folder))}" if run.offline else f"{run.url} ({folder})")
+            parts = sorted(str(part) for part in folder.parent.glob(f"offline-run-*-{run.id}"))  # of a resumed run
+            yield "W&B", f"wandb sync {shlex.join(parts)}" if run.offline else f"{run.url} ({folder})"

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.pruners.base import spec
+from lit_prune.tracking import logged_step
 
 CHARTS = {  # figures of a validation, `NAME/layer_0` and so on, and what their chart says
     "w2": "W2² of student and teacher per decoder layer",
@@ -58,9 +59,9 @@ class WandbRun(Callback):
                 _chart(trainer, f"val/{name}_by_layer", title, lines)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the plug-in that `fit` has written."""
+        """Keep the plug-in that `fit` has written; a run that fails does not come here."""
         folders = [c.folder for c in trainer.callbacks if isinstance(c, ExportPlugin)]
-        if stage == "fit" and self.artifact and folders and trainer.state.finished:
+        if stage == "fit" and self.artifact and folders:
             for logger in _loggers(trainer):
                 _keep(logger, folders[0], pl_module, trainer)
 
@@ -103,7 +104,7 @@ def _chart(trainer: Trainer, name: str, title: str, lines: dict[int, list[float]
 
         layers, keys = list(range(len(next(iter(lines.values()))))), [f"step {step}" for step in lines]
         chart = wandb.plot.line_series(layers, list(lines.values()), keys=keys, title=title, xname="decoder layer")
-        logger.log_metrics({name: chart}, step=trainer.global_step)
+        logger.log_metrics({name: chart}, step=logged_step(trainer))
 
 
 def _keep(logger: WandbLogger, folder: Path, module: LightningModule, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -44,7 +44,9 @@ NOISE = (
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration beside the run, as ``config_<verb>.yaml`` and in W&B; a rerun overwrites it.
+    """Keeps the resolved configuration beside the run, as ``config_<verb>.yaml``, and in W&B or TensorBoard.
+
+    A rerun overwrites it.
 
     The folder is ``trainer.default_root_dir`` where the configuration sets it, else that of the checkpoints, else the
     logger's.
@@ -73,6 +75,8 @@ class SaveConfig(SaveConfigCallback):
                 if stage == "fit" and (checkpoints := getattr(trainer.checkpoint_callback, "dirpath", None)):
                     Path(checkpoints).mkdir(parents=True, exist_ok=True)
                     Path(checkpoints, WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
 
 
 class PruneCLI(LightningCLI):
