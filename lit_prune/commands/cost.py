@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from lit_prune.budget import Budget, format_schedule, parse_budget
-from lit_prune.commands import console
+from lit_prune.commands import console, training_bill
 from lit_prune.cost import (
     ModelSize,
     TowerTrace,
@@ -30,6 +30,7 @@ from lit_prune.host.sizes import model_size, tower_size, tower_trace
 from lit_prune.loading import load_config
 from lit_prune.plugin import Plugin
 from lit_prune.shapes import names
+from lit_prune.training_cost import Training
 from lit_prune.vlm import as_plugin
 
 PARTS = {
@@ -85,6 +86,7 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16",
     json: Path | None = None,
     plot: Path | None = None,
+    train: Training | None = None,
 ) -> None:
     """Price a prompt and its answer in FLOPs and bytes of KV cache: the full model and budgets of one method.
 
@@ -103,9 +105,10 @@ def run(
         visual_tokens: Visual tokens of the prompt, e.g. --visual-tokens 2880; the tower is then priced in proportion.
         image_size: Height and width of the image in pixels, e.g. --image-size 672 1008, for models that cut it into
             crops or take it in its own size; by default 672 672.
-        dtype: Of the cached keys and values.
+        dtype: Of the cached keys and values, and in training of the frozen weights.
         json: File to write the same to: an object, or a list of them for several budgets, e.g. --json cost.json.
         plot: Picture to draw, tokens and FLOPs of every decoder layer, e.g. --plot cost.png.
+        train: Estimate a training run too, e.g. --train --train.gpus 8 --train.strategy deepspeed_2; see --train.help.
     """
     try:
         config = load_config(model)
@@ -121,6 +124,8 @@ def run(
     plugin = None if pruner is None else as_plugin(pruner)
     if plugin is not None:
         check_stages(config, plugin.pruner.stages(size.depth))
+    if train is not None:
+        training_bill.check(train, plugin)
     full = bill({}, prompt, size)
     budgets = _budgets(plugin, keep)
     bills = {
@@ -137,10 +142,21 @@ def run(
     console.out.print(
         as_table(escape(title), {"full": full} | {f"keep {name}": b for name, b in bills.items()}, prompt)
     )
+    runs = {}
+    if train is not None:
+        trained, tokens = training_bill.built(plugin, size), (visual, text_tokens, answer_tokens)
+        weights = training_bill.count_weights(config, trained)
+        for name, made in bills.items():
+            given = (made.schedule, tokens, size, trained, _tower(config, plugin, budgets[name], size))
+            runs[name] = training_bill.bill(train, weights, *given, prompt.bytes_per_value)
+        console.out.print(training_bill.as_table(train, {f"keep {name}": run for name, run in runs.items()}))
+        console.say(training_bill.assumptions(train, prompt.bytes_per_value))
     facts = {"model": model, "pruner": pruner, "dtype": dtype}
     facts |= {"visual_tokens": visual, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
     if json is not None:
         reports = [as_report(facts, name, made, full) for name, made in (bills or {"": full}).items()]
+        for report, name in zip(reports, runs, strict=False):  # no runs, or one of each
+            report["training"] = training_bill.as_report(train, runs[name])
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_format.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n", "utf-8")
     if plot is not None:

@@ -1,5 +1,6 @@
 """Options of a verb: made from the signature and docstring of its ``run``."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -43,6 +44,7 @@ def run_verb(verb: str, argv: list[str]) -> None:
 def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
     """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads.
 
+    A bare ``--group`` of options, a dataclass, stands for its defaults; ``--group.name value`` sets one of them.
     A file of options comes first, so that the options given beside it win wherever they stand.
     """
     hints = {"config": str, **{name: kind for name, kind in typing.get_type_hints(run).items() if name != "return"}}
@@ -61,6 +63,8 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
         elif name in hints and _is(hints[name], bool) and not given:
             spoken = tokens and tokens[0].lower() in YES_NO
             plain_argv.append(f"--{name}={tokens.pop(0) if spoken else 'true'}")
+        elif name in hints and _is_group(hints[name]) and not given and (not tokens or tokens[0].startswith("-")):
+            plain_argv.append(f"--{name}={{}}")
         elif name in hints and value is None:
             (files if name == "config" else plain_argv).extend([f"--{name}", *tokens[:1]])
             del tokens[:1]
@@ -94,3 +98,8 @@ def _is(kind: typing.Any, wanted: type) -> bool:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_is(part, wanted) for part in typing.get_args(kind))
     return kind is wanted or typing.get_origin(kind) is wanted
+
+
+def _is_group(kind: typing.Any) -> bool:
+    """Whether a type is a dataclass, or one or None."""
+    return any(dataclasses.is_dataclass(part) for part in (kind, *typing.get_args(kind)))
