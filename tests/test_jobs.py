@@ -22,6 +22,7 @@ SHORT = [
     "--data.init_args.test_samples=6",
     "--data.init_args.batch_size=2",
 ]
+PATIENCE = 900  # seconds: four processes that start one after the other on a busy machine
 DIRECTIVES = "#!/bin/bash\n#SBATCH --nodes=1\n"
 
 
@@ -43,7 +44,7 @@ def cluster(tmp_path, monkeypatch, micro_folder):
 
 
 def sbatch(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sbatch", *map(str, words)], capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(["sbatch", *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def output() -> str:
@@ -97,6 +98,7 @@ def test_two_tasks_are_one_run(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
 def test_two_nodes_are_one_run(cluster):
     ran = sbatch("--nodes=2", "--ntasks-per-node=1", "jobs/slurm/several_nodes.sbatch", *cluster)
     assert ran.returncode == 0, output()
@@ -105,6 +107,7 @@ def test_two_nodes_are_one_run(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
 def test_a_preempted_job_comes_back(cluster, monkeypatch):
     """The signal before the time is up: saved, queued again by the tasks themselves, ended in the second start."""
     monkeypatch.setenv("STANDIN_SIGNAL_WHEN", "runs/try/logs/version_0/metrics.csv")
@@ -118,6 +121,7 @@ def test_a_preempted_job_comes_back(cluster, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
 def test_a_task_that_fails_ends_the_run(cluster):
     ran = sbatch("--ntasks-per-node=2", "jobs/slurm/one_node.sbatch", *cluster, "--model.train_mode=hard")
     assert ran.returncode != 0
@@ -125,6 +129,7 @@ def test_a_task_that_fails_ends_the_run(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
 def test_workers_of_an_array_share_a_sweep(cluster, monkeypatch):
     """Two workers, three trials, one failing: each once."""
     monkeypatch.setenv("SWEEP", "sweep.yaml")
