@@ -1,4 +1,4 @@
-"""Seconds and memory to open large instruction data and to read 5,000 random samples, for each kind of source.
+"""CPU seconds and memory to open large instruction data and to read 5,000 random samples, for each kind of source.
 
 python jobs/open_data.py                               # 20,000 and 200,000 samples; 2 GB in a temporary folder
 python jobs/open_data.py --samples 2000 --reads 500
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from lit_prune.data.sharding import write_shards
 from lit_prune.data.sources import open_source
 
 KINDS = {"JSON lines": "data.jsonl", "JSON list": "data.json", "parquet": "parquet", "saved": "saved", "tar": "tar"}
-COLUMNS = ("first s", "open s", "ready MB", "open MB", "read MB", "anonymous MB", "read s")
+COLUMNS = ("first opening, s", "opening, s", "before, MB", "opened, MB", "read, MB", "not of files, MB", "reading, s")
 
 
 def write(folder: Path, samples: int) -> None:
@@ -58,16 +59,16 @@ def memory(key: str = "VmRSS") -> float:
 
 def measure(location: str, reads: int) -> list[float]:
     """Open a location and read at random: the figures of `COLUMNS` but for the first."""
-    ready, start = memory(), time.perf_counter()
+    ready, start = memory(), time.process_time()
     source = open_source(location)
-    opened, begin = memory(), time.perf_counter()
+    opened, begin = memory(), time.process_time()
     draw = random.Random(0)
     for index in (draw.randrange(len(source)) for _ in range(reads)):
         record = source[index]
         for image in source.images(index, record):
             with image.open() as file:
                 file.read()
-    return [begin - start, ready, opened, memory(), memory("RssAnon"), time.perf_counter() - begin]
+    return [begin - start, ready, opened, memory(), memory("RssAnon"), time.process_time() - begin]
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--reads", type=int, default=5000)
     options = parser.parse_args()
     datasets.disable_progress_bars()
-    table = Table("samples", "source", *COLUMNS)
+    table = Table("samples", "source", *COLUMNS, box=MARKDOWN)
     # Every job in a process of its own, forked from this one, which has imported everything and read nothing.
     pool = multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1)
     with tempfile.TemporaryDirectory() as folder, pool:
@@ -89,7 +90,7 @@ def main() -> None:
                 first, figures = (pool.apply(measure, (location, options.reads)) for _ in range(2))
                 cells = [f"{value:.0f}" for value in figures[1:5]]
                 table.add_row(f"{samples:,}", name, f"{first[0]:.2f}", f"{figures[0]:.2f}", *cells, f"{figures[5]:.2f}")
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

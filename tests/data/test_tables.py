@@ -1,7 +1,9 @@
 import io
+import json
 import pickle
 import random
 import tracemalloc
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -11,6 +13,7 @@ from instruct_samples import conversation
 from PIL import Image
 from source_samples import as_bytes, assert_same, batch_of, rows
 
+from lit_prune.data.conversation import read_conversation
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -98,6 +101,17 @@ def test_images_that_cannot_be_had(folder, tmp_path):
         source.images(2, source[2])[0].open()
 
 
+def test_text_that_is_no_utf8_is_a_bad_sample(tmp_path):
+    skills = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
+    table = pyarrow.table({"skill": skills, "conversations": [conversation("Q", "A")] * 2})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as out:
+        out.write_table(table)
+    source = open_source(tmp_path / "a.arrow")
+    assert source[0]["skill"] == "ok"
+    with pytest.raises(BadSample, match=r"a.arrow: sample 1: cannot be read: .*utf-8"):
+        source[1]
+
+
 def test_pillow_of_ours_decodes(processor, tmp_path):
     """The limits of `decode_image` hold for bytes in rows: an EPS, which would start another program, is refused."""
     script = io.BytesIO()
@@ -132,3 +146,10 @@ def test_bad_locations(folder, tmp_path):
         open_source("hub:a/b:train")
     with pytest.raises(LitPruneError, match="is written hub:OWNER/NAME"):
         open_source("hub:../b")
+
+
+def test_the_records_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    records = [json.loads(line) for line in page.partition("```json\n")[2].partition("```")[0].splitlines()]
+    assert [read_conversation(record).answer for record in records] == ["A cat.", "No."]
+    assert [read_conversation(record).images for record in records] == [1, 2]

@@ -53,13 +53,14 @@ class Table(Source):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = self.row(index)
-        values = {name: row[name][0].as_py() for name in self.text_columns}
-        values |= {name: _without_bytes(row[name][0]) for name in self.image_columns}
         try:
-            return record_of(values)
+            row = self.row(index)
+            values = {name: row[name][0].as_py() for name in self.text_columns}
+            return record_of(values | {name: _without_bytes(row[name][0]) for name in self.image_columns})
         except BadSample as error:
             raise BadSample(self.location, index, error.reason) from error
+        except ValueError as error:  # text that is no UTF-8, a damaged file
+            raise BadSample(self.location, index, f"cannot be read: {error}") from error
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
         row = self.row(index)
