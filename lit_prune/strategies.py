@@ -1,11 +1,13 @@
 """DeepSpeed for a frozen model with plug-ins: on CPUs too, and pruning in every verb."""
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning
@@ -20,6 +22,7 @@ from torch import nn
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
 
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 UNIVERSAL = ".universal"  # after a checkpoint's name: its copy for another number of ranks
 
 
@@ -94,8 +97,11 @@ class PruneDeepSpeed(DeepSpeedStrategy):
         self.lightning_module.on_load_checkpoint(weights)
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return {**weights, "pytorch-lightning_version": lightning.__version__}
-        with self._for_these_ranks(folder) as readable:
-            return {**super().load_checkpoint(readable, weights_only), **weights}
+        try:
+            with _data_only(), self._for_these_ranks(folder) as readable:
+                return {**super().load_checkpoint(readable, weights_only), **weights}
+        except UnpicklingError as error:
+            raise LitPruneError(f"{folder} is no checkpoint that can be read safely: {error}") from error
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """In training DeepSpeed has loaded them by now."""
@@ -126,6 +132,27 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             self.barrier("universal checkpoint read")
             if self.is_global_zero:
                 shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextmanager
+def _data_only() -> Iterator[None]:
+    """Let `torch.load` read tensors, plain values and the four classes of DeepSpeed's states, whatever it is asked for.
+
+    DeepSpeed asks for `weights_only=False`, which would run code that a file brings.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known, before = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address], os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        os.environ.pop(WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def _make_universal(source: Path, out: Path) -> None:

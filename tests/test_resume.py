@@ -14,6 +14,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
 from tiny import ROOT, trainer
 
+from lit_prune.checkpoints import SUMS, seal
+
 
 def same(a, b) -> bool:
     """Equal bit for bit, through dictionaries and lists."""
@@ -188,3 +190,38 @@ def test_two_ranks_that_were_killed_end_as_two_that_were_not(micro_folder, tmp_p
     lines, found = logged(whole), logged(part)
     assert len(found) >= 3
     assert all(float(found[step]["loss/total"]) == pytest.approx(float(lines[step]["loss/total"])) for step in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["deepspeed_2", "deepspeed_3"])
+def test_nothing_in_deepspeeds_states_is_executed(micro_folder, tmp_path, strategy):
+    """DeepSpeed reads any pickle; a checkpoint whose checksums are right may still come from anyone."""
+    one = ["--config", str(ROOT / "configs" / "strategies" / f"{strategy}.yaml"), "--trainer.devices=1"]
+    said = end(run := start(tmp_path, micro_folder, *one, "--trainer.max_steps=1"), tmp_path)
+    assert run.returncode == 0, said
+    last = tmp_path / "last.ckpt"
+    states = next(last.glob("checkpoint/*_optim_states.pt"))
+    honest = torch.load(states, weights_only=False)
+    torch.save({**honest, "trap": Trap(tmp_path / "sprung")}, states)
+    (last / SUMS).unlink()
+    seal(last)
+    said = end(run := start(tmp_path, micro_folder, *one, f"--ckpt_path={last}"), tmp_path)
+    assert run.returncode == 1
+    assert "is no checkpoint that can be read safely" in said
+    assert not (tmp_path / "sprung").exists()
+    torch.save(honest, states)
+    (last / SUMS).unlink()
+    seal(last)
+    said = end(run := start(tmp_path, micro_folder, *one, f"--ckpt_path={last}", "--trainer.max_steps=2"), tmp_path)
+    assert run.returncode == 0, said
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
