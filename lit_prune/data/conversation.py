@@ -227,7 +227,8 @@ def _match_images(turns: list[dict], images: int) -> None:
 def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tensor]:
     extra = text_options(processor.tokenizer, text)
     try:
-        inputs = processor(text=text, images=list(images) or None, return_tensors="pt", **extra)
+        # nested, so that processors know these as the images of one sample: LLaVA-OneVision's cuts no tiles of several
+        inputs = processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **extra)
     except ValueError as error:  # a marker of this processor inside the text, an image of impossible shape
         raise _bad(str(error)) from error
     return {key: value[0] if key in TOKEN_KEYS else value for key, value in inputs.items()}

@@ -371,11 +371,17 @@ def test_other_data_is_refused(processor, tmp_path):
 # Two processes
 
 
-def test_two_processes_share_each_batch_and_resume(processor, tmp_path):
+@pytest.mark.parametrize("weights", [None, (1, 2)], ids=["one source", "a mixture by length"])
+def test_two_processes_share_each_batch_and_resume(processor, tmp_path, weights):
     path = str(write_samples(tmp_path / "data", 21, bad=(20,)))
+    train, options = path, {}
+    if weights:
+        other = str(write_samples(tmp_path / "more", 9, name="more.jsonl"))
+        train = [WeightedSource(data, weight=weight) for data, weight in zip((path, other), weights, strict=True)]
+        options = {"group_by_length": True}
 
     def fit(checkpoint=None, callbacks=()):
-        data = make_data(processor, train=path, val=path, batch_size=2, seed=5)
+        data = make_data(processor, train=train, val=path, batch_size=2, seed=5, **options)
         trainer = Trainer(
             strategy="ddp_fork",
             devices=2,
@@ -389,7 +395,9 @@ def test_two_processes_share_each_batch_and_resume(processor, tmp_path):
         return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
     first, second = fit(callbacks=[SaveEverywhere(tmp_path)])
-    alone = run(processor, path, tmp_path, max_epochs=1)
+    alone = Recorder()
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(alone, make_data(processor, train=train, batch_size=4, seed=5, **options))
     assert [sorted(a + b) for a, b in zip(first["train"], second["train"], strict=True)] == [
         sorted(ids) for ids in alone.seen
     ]

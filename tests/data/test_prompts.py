@@ -1,14 +1,15 @@
 """What every family reads and learns, letter by letter: [[ ]] stand around what carries labels."""
 
+import json
 import re
 
 import pytest
 import torch
-from instruct_samples import conversation
+from instruct_samples import conversation, make_data
 from PIL import Image
 from prompt_families import PROCESSORS
 
-from lit_prune.data.conversation import IGNORED, encode, read_conversation
+from lit_prune.data.conversation import IGNORED, encode, image_paths, read_conversation
 from lit_prune.data.prompt import render
 
 SAMPLES = {
@@ -101,6 +102,25 @@ def test_the_prompt_is_what_stands_before_the_last_answer(family, sample):
     if sample in ("one turn", "text"):
         stock = processor.apply_chat_template(read_conversation(record).messages[:-1], add_generation_prompt=True)
         assert asked == stock
+
+
+def test_a_batch_is_what_the_processor_makes_of_all(family, tmp_path):
+    """One sample after the other, then together: the same tensors as the processor's own batch."""
+    _, processor = family
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (24, 12), colour).save(tmp_path / name)
+    (tmp_path / "data.json").write_text(json.dumps(list(SAMPLES.values())))
+    data = make_data(processor, test=str(tmp_path / "data.json"))
+    data.setup("test")
+    batch = data.on_before_batch_transfer(next(iter(data.test_dataloader())), 0)
+    texts = [render(processor, read_conversation(record).messages)[0] for record in SAMPLES.values()]
+    paths = [image_paths(record) for record in SAMPLES.values()]
+    images = [[Image.open(tmp_path / path) for path in found] for found in paths if found]
+    padding = {"padding": True, "padding_side": "right"}
+    expected = processor(text=texts, images=images, text_kwargs=padding, return_tensors="pt")
+    assert set(expected) == set(batch["inputs"]) - {"labels"}
+    for key, value in expected.items():
+        assert torch.equal(batch["inputs"][key], value), key
 
 
 def labelled(processor, inputs) -> list[str]:
