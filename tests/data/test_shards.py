@@ -6,14 +6,17 @@ import pickle
 import signal
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 from instruct_samples import conversation
 from PIL import Image
-from source_samples import assert_same, batch_of
+from source_samples import as_bytes, assert_same, batch_of, rows
+from torch.utils.data import DataLoader
 
 from lit_prune.cli import main
 from lit_prune.data import sharding
+from lit_prune.data.dataset import Collate, InstructDataset
 from lit_prune.data.sources import open_source, shards
 from lit_prune.data.sources.shards import Shards
 from lit_prune.data.sources.tar_index import index_of
@@ -62,6 +65,23 @@ def test_shards_give_the_batch_of_json_lines(processor, folder, tmp_path, capsys
     assert_same(batch_of(pickle.loads(pickle.dumps(source)), processor), expected)
     with source.images(1, source[1])[0].open() as image:
         assert image.read() == (folder / "a" / "y.jpg").read_bytes()  # as it is, not encoded again
+
+
+@pytest.mark.parametrize("kind", ["tar", "table"])
+def test_workers_read_the_same(processor, folder, tmp_path, kind):
+    """Forked while the parent has files open."""
+    if kind == "tar":
+        shard(folder, tmp_path / "out", "--samples", "2")
+    else:
+        datasets.Dataset.from_list(list(rows(folder, as_bytes(folder)))).save_to_disk(tmp_path / "out")
+    source = open_source(tmp_path / "out")
+    assert source[0]["id"] == "one"
+    data = InstructDataset(source, processor, mode="eval")
+    order = [[number] for number in (3, 0, 5, 1, 4, 2)] * 3
+    options = {"batch_sampler": order, "collate_fn": Collate(0, "eval")}
+    ids = [[batch["ids"] for batch in DataLoader(data, num_workers=workers, **options)] for workers in (0, 2)]
+    assert ids[0] == ids[1]
+    assert ids[0][:2] == [["both"], ["one"]]
 
 
 def test_same_data_same_bytes_from_any_source(folder, tmp_path):

@@ -195,8 +195,10 @@ def test_training_resumes_where_it_was(processor, files, tmp_path, options):
 
 
 def test_two_processes_stream_and_resume(processor, files, tmp_path):
+    """Their files are unequal: one is in its second pass while the other is in its first, and neither waits."""
+
     def both(checkpoint=None, callbacks=()) -> list[list[str]]:
-        data = StreamedData(base="unused", train=files, batch_size=2, steps=6, block=4)
+        data = StreamedData(base="unused", train=files, batch_size=2, steps=9, block=4, seed=3)
         data.processor = processor
         settings = {**QUIET, "strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False, "max_epochs": 1}
         trainer = Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **settings)
@@ -204,7 +206,9 @@ def test_two_processes_stream_and_resume(processor, files, tmp_path):
         return [json.loads((tmp_path / f"rank{rank}.json").read_text())["train"] for rank in (0, 1)]
 
     whole = both(callbacks=[SaveEverywhere(tmp_path)])
-    assert [len(seen) for seen in whole] == [6, 6]
+    assert [len(seen) for seen in whole] == [9, 9]
+    state = torch.load(next(tmp_path.glob("*-batch-9.ckpt")), weights_only=True)["StreamedData"]
+    assert sorted(rank["places"][0][0] for rank in state["streams"]) == [0, 1]
     again = both(str(next(tmp_path.glob("*-batch-2.ckpt"))))
     assert again == [seen[2:] for seen in whole]
 
