@@ -160,7 +160,8 @@ def main() -> None:
     for turn in range(args.rounds + 1):
         for name, module in modules.items():
             measure(module, rows[name], turn, args)
-    report(rows, args)
+        if turn:
+            report(rows, args)
 
 
 def build(name: str, base: str, args: argparse.Namespace) -> Measured:
@@ -190,7 +191,7 @@ def measure(module: Measured, row: dict, turn: int, args: argparse.Namespace) ->
 
 
 def report(rows: dict, args: argparse.Namespace) -> None:
-    """A table, and whether the naive form computes what `soft` does."""
+    """A table of the rounds so far, and whether the naive form computes what `soft` does."""
     print(f"{'variant':14}{'s/step':>8}{'faster':>8}{'weights GB':>12}{'peak GB':>9}{'both':>7}{'share':>7}")
     first = next(iter(rows.values()))
     for name, row in rows.items():
@@ -202,15 +203,15 @@ def report(rows: dict, args: argparse.Namespace) -> None:
         print(
             f"{name:14}{row['median']:8.3f}{faster:7.2f}x" + "{:12.3f}{:9.3f}{:7.3f}".format(*figures), f"{share:6.2f}"
         )
-        print(f"{'':14}{row['losses']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1))
     if {"naive", "soft"} <= set(rows):
         for name, value in rows["soft"]["losses"].items():
             other = rows["naive"]["losses"][name]
+            print(f"{name}: naive {other:.7g}, soft {value:.7g}")
             if abs(other - value) > 1e-4 * abs(value):
-                raise SystemExit(f"{name} differs: naive {other}, soft {value}")
+                raise SystemExit(f"{name} differs")
 
 
 if __name__ == "__main__":

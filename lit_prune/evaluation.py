@@ -1,5 +1,6 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lit_prune.cost import decoder_total, kv_bytes, price
 from lit_prune.host import Record, Session
+from lit_prune.host.places import INPUTS, unwrap
 from lit_prune.metrics import Consistency
 from lit_prune.vlm import VLM
 
@@ -45,14 +47,17 @@ def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
 
     Pruned there, if the session that this is called under prunes with a method of the tower.
     """
-    if "pixel_values" not in inputs or "image_sizes" in inputs:
-        return inputs
-    with torch.no_grad():
-        features = vlm.model.get_image_features(
-            pixel_values=inputs["pixel_values"].to(vlm.model.dtype), return_dict=True
-        )
-    rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
-    return {**rest, "mm_encoder_outputs": {"image": features}}
+    model = unwrap(vlm.model)
+    encoded, rest = {}, dict(inputs)
+    for modality, pixels in INPUTS.items():
+        if inputs.get(pixels) is None:
+            continue
+        encode = getattr(model.base_model, f"get_{modality}_features")
+        asked = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
+        asked[pixels] = rest.pop(pixels).to(model.dtype)
+        with torch.no_grad():
+            encoded[modality] = encode(**asked, return_dict=True)
+    return {**rest, "mm_encoder_outputs": encoded} if encoded else inputs
 
 
 @torch.no_grad()
@@ -70,7 +75,7 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
-        prompts.pop("pixel_values", None)
+        prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
     with vlm.using(replace(session, record=prefill)):
         tokens = vlm.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
     pruned = vlm.plugin if session.prune else None

@@ -6,6 +6,7 @@ import torch
 from families import FAMILIES, METHODS, collate, prompts
 from tiny import batch, forward, samples
 
+from lit_prune.evaluation import encode_images
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.objective import answer_loss
 from lit_prune.pruners.rcp import RCP
@@ -38,6 +39,21 @@ def step(vlm: VLM, inputs: dict, shared: bool, soft: bool) -> tuple[list, list, 
     states = [record.hidden[layer] for record in (plain, pruned) for layer in sorted(WANTED)]
     loss = sum((state.float() * torch.linspace(-1, 1, state.numel()).view_as(state)).sum() for state in states)
     return states, torch.autograd.grad(loss, list(vlm.plugin.parameters()), allow_unused=True), pruned
+
+
+@EVERY
+def test_images_encoded_ahead_give_the_same_and_the_tower_runs_once(name):
+    vlm, inputs = attach(name)
+    vlm.plugin.eval()
+    plain, _ = forward(vlm, inputs)
+    calls, tower = [], vlm.model.model.visual if hasattr(vlm.model.model, "visual") else vlm.model.model.vision_tower
+    handle = tower.register_forward_hook(lambda *_: calls.append(1))
+    encoded = encode_images(vlm, inputs)
+    for _ in range(2):
+        logits, _ = forward(vlm, encoded)
+    handle.remove()
+    assert torch.equal(logits, plain)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "drop"])
