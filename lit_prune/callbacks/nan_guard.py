@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_prune.errors import LitPruneError
 from lit_prune.replay import SavedStep, save_step
+from lit_prune.strategies import whole
 
 
 class NanGuard(Callback):
@@ -61,9 +62,11 @@ class NanGuard(Callback):
         path = folder / f"step-{trainer.global_step:06d}-rank-{trainer.global_rank}.safetensors"
         kept = [callback.folder for callback in trainer.callbacks if isinstance(callback, SaveConfigCallback)]
         config = next((str((Path(at) / "config_fit.yaml").absolute()) for at in kept), None)
+        with whole(module.plugin):
+            weights = {name: value.detach().cpu().clone() for name, value in module.plugin.state_dict().items()}
         step = SavedStep(
             inputs={name: value for name, value in self.batch["inputs"].items() if isinstance(value, Tensor)},
-            weights=module.plugin.state_dict(),
+            weights=weights,
             ids=[str(i) for i in self.batch["ids"]],
             moment=self.moment,
             step=trainer.global_step,
