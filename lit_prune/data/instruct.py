@@ -203,7 +203,9 @@ class InstructData(LightningDataModule):
         encode = self._encoder("train")
         parts = [encode(open_source(source.data, source.images)) for source in self.sources]
         self.datasets["train"] = Mixture(parts, [source.name for source in self.sources])
-        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world())
+        carries = self.trainer is not None and self.trainer.strategy.handles_gradient_accumulation
+        multiple = self.trainer.accumulate_grad_batches if carries else 1
+        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world(), multiple)
 
     def _encoder(self, split: str) -> Callable[[Source], InstructDataset]:
         """Makes the data set of a source's samples."""

@@ -14,7 +14,8 @@ class TrainBatches(Sampler[list[int]]):
     """Batches of an order per epoch, split over ranks, which can begin anywhere in an epoch.
 
     A global batch is the next `batch_size * world` indices of `order`, of which rank r takes every `world`-th from the
-    r-th; the last incomplete global batch is dropped.
+    r-th; the last incomplete global batch is dropped. With `multiple`, so are whole ones, until an epoch's number of
+    batches is a multiple of it: DeepSpeed steps after every so many batches, wherever an epoch ends.
 
     `epoch` and `consumed` (samples over all ranks) say where the next iterator begins; iterating moves neither, because
     batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
@@ -25,12 +26,13 @@ class TrainBatches(Sampler[list[int]]):
         LitPruneError: fewer samples than one global batch.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, world: int = 1):
-        self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, world: int = 1, multiple: int = 1):
+        self.order, self.batch_size, self.rank, self.world, self.multiple = order, batch_size, rank, world, multiple
         self.global_batch = batch_size * world
-        if len(order) < self.global_batch:
+        if len(order) < self.global_batch * multiple:
+            accumulated = f", accumulated {multiple} times," if multiple > 1 else ""
             raise LitPruneError(
-                f"{len(order)} training samples do not fill one batch of {batch_size} on {world} processes"
+                f"{len(order)} training samples do not fill one batch of {batch_size}{accumulated} on {world} processes"
             )
         self.epoch = self.consumed = self.batches = self.shift = 0
         self.resumed = False
@@ -41,10 +43,13 @@ class TrainBatches(Sampler[list[int]]):
         return self
 
     def __len__(self) -> int:
-        return self.batches + (len(self.order) - self.consumed) // self.global_batch
+        batches = self.batches + (len(self.order) - self.consumed) // self.global_batch
+        return batches - batches % self.multiple
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._batches(self.epoch, self.consumed)  # fixed now: workers draw from it later
+        left = max(0, len(self) - self.batches)
+        end = self.consumed + left * self.global_batch
+        return self._batches(self.epoch, range(self.consumed, end, self.global_batch))  # fixed: workers draw later
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the epoch that Lightning calls `epoch`; the one that is under way already is left as it is."""
@@ -92,9 +97,9 @@ class TrainBatches(Sampler[list[int]]):
             "group_by_length": order.lengths is not None,
         }
 
-    def _batches(self, epoch: int, consumed: int) -> Iterator[list[int]]:
+    def _batches(self, epoch: int, starts: range) -> Iterator[list[int]]:
         order = self.order.epoch(epoch)
-        for start in range(consumed, len(order) - self.global_batch + 1, self.global_batch):
+        for start in starts:
             yield order[start + self.rank : start + self.global_batch : self.world].tolist()
 
 

@@ -67,6 +67,20 @@ def test_resume_with_another_number_of_ranks(order):
     assert one.state_dict(0, 5)["consumed"] == 3 * 8 + 2 * 4
 
 
+def test_an_epoch_of_whole_optimizer_steps():
+    """12 batches, stepped after every 5; wherever it is resumed, the epoch ends at the same batch."""
+    whole = list(TrainBatches(ONE, 4))[:10]
+    batches = TrainBatches(ONE, 4, multiple=5)
+    assert list(batches) == whole
+    for done in range(11):
+        resumed = TrainBatches(ONE, 4, multiple=5)
+        resumed.load_state_dict(batches.state_dict(0, done))
+        assert list(resumed) == whole[done:]
+        assert len(resumed) == len(batches) == 10
+    with pytest.raises(LitPruneError, match="do not fill one batch of 4, accumulated 13 times, on 1 processes"):
+        TrainBatches(ONE, 4, multiple=13)
+
+
 def test_an_iterator_keeps_its_epoch():
     batches = TrainBatches(ONE, 4)
     expected = list(batches)
