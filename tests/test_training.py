@@ -356,6 +356,8 @@ def test_the_logged_target_counts_each_samples_own_tokens(student, training_batc
     run = steps(module, {**training_batch, "inputs": inputs}, tmp_path, 1)
     assert run.callback_metrics["budget/target"] == pytest.approx(KEEP * half / len(ids))
     assert run.callback_metrics["budget/actual"] == pytest.approx(KEEP * half / len(ids))
+    assert math.isfinite(run.callback_metrics["loss/total"])
+    assert all(parameter.isfinite().all() for parameter in module.plugin.parameters())
 
 
 @pytest.mark.parametrize("mode", ["soft", "drop"])

@@ -62,7 +62,8 @@ class CrossAttentionScorer(nn.Module):
         queries = queries.view(batch, -1, self.heads, queries.shape[-1] // self.heads).transpose(1, 2)
         keys = self.key(visual).view(batch, tokens, self.heads, -1).transpose(1, 2)
         logits = queries @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
-        weights = logits.masked_fill(~alive[:, None, None], float("-inf")).softmax(-1).mean(1)
+        lowest = torch.finfo(logits.dtype).min  # not -inf: a sample without an image has nothing else, and NaN spreads
+        weights = logits.masked_fill(~alive[:, None, None], lowest).softmax(-1).mean(1)
         score = self.fold(weights.transpose(1, 2)).squeeze(-1)
         return score * alive.sum(1, keepdim=True) if self.relative else score
 
