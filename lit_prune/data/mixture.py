@@ -62,10 +62,14 @@ def _as_source(item: str | dict | WeightedSource) -> WeightedSource:
         return WeightedSource(item)
     if isinstance(item, WeightedSource):
         return item
+    wrong = f"data.train: {item} is no source: it has data, images and name (text) and weight (a number) only"
     try:
-        return WeightedSource(**item)
+        source = WeightedSource(**item)
     except TypeError as error:
-        raise LitPruneError(f"data.train: {item} is no source: it has data, images, weight and name only") from error
+        raise LitPruneError(wrong) from error
+    if not isinstance(source.data, str) or not isinstance(source.weight, int | float | None):
+        raise LitPruneError(wrong)
+    return source
 
 
 class Mixture(Dataset):

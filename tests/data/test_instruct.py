@@ -273,6 +273,8 @@ def test_a_list_of_files_is_every_sample_once(processor, tmp_path):
         ([], "an empty list"),
         ([WeightedSource("a", weight=1), "b.json"], "some sources have a weight, b.json has none"),
         ([WeightedSource("a", name="x"), WeightedSource("b", name="x")], "two sources named x"),
+        ([{"data": "a", "weight": "much"}], "is no source: .* weight .a number. only"),
+        ([{"data": None}], "is no source"),
         ([WeightedSource("a/x.json"), WeightedSource("b", name="x")], "two sources named x"),
     ],
 )
