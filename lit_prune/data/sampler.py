@@ -78,9 +78,10 @@ class TrainBatches(Sampler[list[int]]):
             LitPruneError: the state belongs to other data: another seed, other sources or weights.
         """
         for key, value in self._data().items():
-            if state[key] != value:
+            if state.get(key) != value:  # None: a stream's, or one of an earlier version
                 raise LitPruneError(
-                    f"cannot resume: the checkpoint's training data has {key} {state[key]}, the data given now {value}"
+                    f"cannot resume: the checkpoint's training data has {key} {state.get(key)}, "
+                    f"the data given now {value}"
                 )
         self.order = replace(self.order, group=state["group"])
         self.epoch, self.consumed = state["epoch"], state["consumed"]

@@ -112,6 +112,11 @@ def test_a_checkpoint_of_other_data_is_refused(other, message):
         TrainBatches(other, 4).load_state_dict(state)
 
 
+def test_a_checkpoint_of_something_else_is_refused():
+    with pytest.raises(LitPruneError, match=r"has sizes None, the data given now \[50\]"):
+        TrainBatches(ONE, 4).load_state_dict({"seed": 7, "size": 50, "epoch": 0, "consumed": 4})
+
+
 # Orders
 
 
