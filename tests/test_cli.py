@@ -56,6 +56,7 @@ class Model(L.LightningModule):
     ) -> None:
         super().__init__()
         self.line, self.keep, self.fault = nn.Linear(1, 1), keep, fault
+        self.plugin = self.line
         self.save_hyperparameters(ignore=["pruner"])
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
@@ -66,6 +67,9 @@ class Model(L.LightningModule):
                 self.fault
             ]
         return self.line(batch).pow(2).mean()
+
+    def moment(self) -> None:
+        """Where the run is, for the guard that every run has."""
 
     def test_step(self, batch: torch.Tensor, index: int) -> None:
         self.log("keep", float(self.keep))
