@@ -1,5 +1,9 @@
 """A NaN or infinite loss stops a run with its weights untouched and the step kept; the step runs again the same."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -124,3 +128,41 @@ def test_by_the_commands(tmp_path, capsys):
         main(["replay", file])
     assert stop.value.code == 1
     assert "language_model.layers.3.mlp.down_proj.weight" in capsys.readouterr().err.replace("\n", "")
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from tiny import trainer
+from torch.utils.data import DataLoader
+from lit_prune.callbacks import NanGuard
+from lit_prune.data import MicroData
+from lit_prune.pruners.rcp import RCP
+from lit_prune.training import PruneModule
+
+class Spoilt(PruneModule):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (float("nan") if self.global_rank else 1.0)
+
+
+base, root = sys.argv[1:]
+data = MicroData(base, root, train_samples=12, val_samples=6, test_samples=6, questions_per_image=3, batch_size=4)
+module = Spoilt(base, RCP(layers=[1], shape=[1.0], inner=16, select="topk"), keep=16)
+run = trainer(Path(root), [NanGuard()], max_steps=2, devices=2, strategy="ddp", accumulate_grad_batches=2)
+run.fit(module, data)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_though_one_of_them_is_fine(micro_folder, tmp_path):
+    """While gradients are gathered over two batches, a rank knows of its own alone."""
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(tmp_path / "two.py"), str(micro_folder), str(tmp_path)]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=250
+    )
+    assert ended.returncode != 0
+    assert "is not finite at step 0" in ended.stderr
+    files = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    assert files == [f"step-000000-rank-{rank}.safetensors" for rank in (0, 1)]
