@@ -22,12 +22,6 @@ from lit_prune.progress import rewind_to_step
 SIZES = (11, 7, 9, 3)  # rows of the files: 30 samples
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 @pytest.fixture
 def files(tmp_path):
     """Four parquet files of unequal length with 30 samples, s3 of them bad."""
