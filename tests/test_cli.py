@@ -386,6 +386,7 @@ def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkey
         result = run(f"fit -c base.yaml -c wandb.yaml {more}")
         assert result.code == 0, result.err
         wandb.finish()
+        time.sleep(1)  # a folder is named by the second
     ids = [path.name.rpartition("-")[2] for path in sorted(Path("run/wandb").glob("offline-run-*-*"))]
     assert len(ids) == 3
     assert ids[0] == ids[1] != ids[2]
