@@ -135,6 +135,13 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
     return layers.sum().item()
 
 
+def repeated_flops(student: Trace, size: ModelSize) -> float:
+    """FLOPs of running a student's layers again in backward, up to the MLP's last product, which nothing asks for."""
+    reached = [tokens for tokens, learns in zip(student.ran, student.learns, strict=True) if learns]
+    layers = (decoder_layer(size, tokens, tokens) - 2 * tokens.double() * size.width * size.mlp for tokens in reached)
+    return sum(layer.sum().item() for layer in layers)
+
+
 def estimate(
     training: Training,
     teacher: Trace,
@@ -149,10 +156,7 @@ def estimate(
     """Price a run whose every sample leaves these traces; `bytes_per_value` are those of the frozen weights."""
     batch, stage, ranks = training.batch_size, STAGES[training.strategy], training.gpus
     flops = batch * step_flops(teacher, student, size, pruner, repair, answers).item()
-    again = [
-        n.sum() for n, learns in zip(student.ran, student.learns, strict=True) if learns and training.checkpointing
-    ]
-    repeated = batch * sum(decoder_layer(size, tokens, tokens).item() for tokens in again)
+    repeated = batch * repeated_flops(student, size) if training.checkpointing else 0.0
     soft = training.mode == "soft"
     kept = activation_bytes(student, size, bytes_per_value, soft, training.checkpointing)
     frozen = weights.frozen * bytes_per_value
