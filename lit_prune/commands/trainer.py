@@ -28,6 +28,7 @@ from lit_prune.checkpoints import SafeTrainer, newest, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
+from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
 from lit_prune.strategies import refuse_foreign
 
@@ -148,7 +149,8 @@ class PruneCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb. Where Lightning itself heeds SIGTERM, outside of training, it exits with 0: say so here too."""
         try:
-            super()._run_subcommand(subcommand)
+            with dead_workers_explained():
+                super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             raise Stopped(128 + signal.SIGTERM) from stop
 

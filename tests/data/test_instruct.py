@@ -1,8 +1,10 @@
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import Counter
 from itertools import chain
 
@@ -18,6 +20,7 @@ from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import IGNORED
 from lit_prune.data.dataset import InstructDataset, concatenate
 from lit_prune.data.instruct import InstructData, context_length
+from lit_prune.data.loader import dead_workers_explained
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
 
@@ -191,6 +194,22 @@ def test_a_worker_that_dies_is_named(processor, tmp_path, monkeypatch):
     data = make_data(processor, train=str(write_samples(tmp_path, 8)), num_workers=1, prefetch_factor=3)
     with pytest.raises(LitPruneError, match=r"a process that reads data died: .* lower data.num_workers or data.pref"):
         Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(Recorder(), data)
+
+
+def test_a_worker_that_dies_during_a_step_is_named(processor, tmp_path, monkeypatch):
+    # torch installs its handler of a child's death once a process, and Lightning takes it away behind the first run
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+
+    class Killer(Recorder):
+        def training_step(self, batch, batch_idx):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(30)  # the handler raises here
+            raise AssertionError("nobody noticed")
+
+    data = make_data(processor, train=str(write_samples(tmp_path, 40)), num_workers=1)
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(LitPruneError, match="a process that reads data died"), dead_workers_explained():
+        trainer.fit(Killer(), data)
 
 
 def test_wrong_settings(processor, tmp_path):
