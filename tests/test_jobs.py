@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ROOT
+
+from lit_prune.cli import verbs
 
 BIN = Path(sys.executable).parent
 SCRIPTS = sorted([*ROOT.glob("jobs/**/*.sh"), *ROOT.glob("jobs/**/*.sbatch")])
@@ -68,6 +71,16 @@ def test_batch_scripts_are_what_slurm_takes(cluster, script, tmp_path):
     ran = sbatch("--array=0-0" if "--array" in text else "--nodes=1", "directives.sbatch")
     assert ran.returncode == 0, ran.stderr
     assert "Submitted batch job" in ran.stdout
+
+
+def test_the_readme_names_what_is_there():
+    text = (ROOT / "jobs" / "README.md").read_text()
+    named = re.findall(r"(?<![\w/])(?:jobs|configs|docs|tests)/[\w./-]+\w", text)
+    assert len(named) > 15
+    assert not [path for path in named if not (ROOT / path).exists()]
+    assert set(re.findall(r"lit-prune ([a-z]+) -", text)) <= set(verbs())
+    scripts = [str(path.relative_to(ROOT / "jobs")) for path in [*SCRIPTS, *ROOT.glob("jobs/*.py")]]
+    assert not [script for script in scripts if f"`{script}`" not in text]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,8 @@ def test_a_sweep_goes_on_where_it_was(quick, monkeypatch):
     lost.set_user_attr("folder", "out/lost")
     Path("out/lost").mkdir()
     Path("out/lost/log.txt").touch()
-    assert len(open_study(sweep, Path("out"), seed=4).get_trials()) == 3  # it may be running elsewhere
+    search(study, sweep, Path("out"), 3, [], lambda trial: None)
+    assert len(study.get_trials()) == 3  # it may be running elsewhere
     monkeypatch.setattr(study_module, "SILENT_SECONDS", -1.0)
     again = open_study(sweep, Path("out"), seed=4)
     search(again, sweep, Path("out"), 4, [], lambda trial: None)
@@ -199,6 +201,25 @@ def test_a_sweep_goes_on_where_it_was(quick, monkeypatch):
     for changes in ({"name": "another"}, {"parameters": {"x": {"values": [9]}}}):
         with pytest.raises(LitPruneError, match="holds another sweep"):
             open_study(quick(**changes), Path("out"))
+
+
+def test_two_workers_share_a_sweep(quick):
+    """Together they run the grid, and seldom the same point."""
+    sweep = quick(method="grid", parameters={"x": {"values": [1, 3, 4, 5, 6, 7, 8, 9]}})
+
+    def work() -> int:
+        done = []
+        search(open_study(sweep, Path("out")), sweep, Path("out"), 8, [], done.append)
+        return len(done)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [worker.result() for worker in [pool.submit(work), pool.submit(work)]]
+    assert min(both) > 0
+    assert 8 <= sum(both) <= 12
+    trials = open_study(sweep, Path("out")).get_trials()
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert {trial.params["x"] for trial in trials} == {1, 3, 4, 5, 6, 7, 8, 9}
+    assert len({trial.user_attrs["folder"] for trial in trials}) == len(trials)
 
 
 def test_a_poor_trial_is_stopped_early(quick):

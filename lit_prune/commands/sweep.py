@@ -5,6 +5,8 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +57,7 @@ def run(
     folder = out or Path("runs/sweeps") / sweep.name
     study = open_study(sweep, folder, seed)
     more = [option if option.startswith("--") else f"--{option}" for option in fixed or []]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the running trial is ended too
-    with Progress(console=console.err, disable=not console.err.is_terminal) as progress:
+    with _terminable(), Progress(console=console.err, disable=not console.err.is_terminal) as progress:
         task = progress.add_task(sweep.name, total=total)
 
         def tell(trial: "optuna.trial.FrozenTrial") -> None:
@@ -65,6 +66,16 @@ def run(
 
         search(study, sweep, folder, total, more, tell)
     finish(study, sweep, folder, more)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is an exception, so that the running trial is ended too."""
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def finish(study: "optuna.Study", sweep: "Sweep", folder: Path, more: list[str]) -> None:

@@ -16,7 +16,7 @@ from lit_prune.sweeps.file import Sweep
 from lit_prune.sweeps.trial import LOG, TrialFailed, run_trial
 
 JOURNAL = "journal.log"
-SILENT_SECONDS = 60.0  # a running trial touches its log far more often
+SILENT_SECONDS = 300.0  # a running trial touches its log far more often, but shared file systems are slow to tell
 
 
 def open_study(sweep: Sweep, folder: Path, seed: int | None = None) -> optuna.Study:
@@ -37,7 +37,6 @@ def open_study(sweep: Sweep, folder: Path, seed: int | None = None) -> optuna.St
     study.set_user_attr("settings", sweep.settings())
     # The same seed gives the same draws: a sweep that goes on must not repeat itself.
     study.sampler = sweep.sampler(None if seed is None else seed + len(study.trials))
-    _take_up(study)
     return study
 
 
@@ -65,13 +64,18 @@ def search(
     more: list[str],
     tell: Callable[[FrozenTrial], None],
 ) -> None:
-    """Run trials one by one until `total` ran or run; `more` options go to each, `tell` is told of each that ended."""
-    while len(counted(study)) < total:
-        if sweep.method == "grid" and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            tried = [trial.params for trial in counted(study)]
-            left = [params for params in sweep.grid() if params not in tried]
-            if not left:
-                return
+    """Run trials one by one until `total` ran or run; `more` options go to each, `tell` is told of each that ended.
+
+    Of a grid, points count: workers that meet on one have run it once.
+    """
+    grid = sweep.grid() if sweep.method == "grid" else []
+    while True:
+        _take_up(study)
+        ran = [trial.params for trial in counted(study)]
+        left = [point for point in grid if point not in ran]
+        if (len(grid) - len(left) if grid else len(ran)) >= total or (grid and not left):
+            return
+        if grid and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.enqueue_trial(random.choice(left))  # by chance, so that workers seldom choose the same
         trial = study.ask(sweep.space)
         place = folder / f"{trial.number:04d}"
