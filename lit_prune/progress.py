@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning import Trainer
 
+MANY = 1 << 60  # batches, more than any epoch has
+
 
 def batches_since_step(trainer: Trainer) -> int:
     """Batches trained on whose gradients wait for their optimizer step."""
@@ -34,3 +36,14 @@ def rewind_to_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         count.update(ready=done, started=done, processed=done, completed=done - 1)
     progress["is_last_batch"] = False
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def end_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let an epoch that a checkpoint ended be over for any number of batches, in place.
+
+    Lightning compares the epoch's batches with those that it has now, which other ranks or batch sizes change.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress and progress["is_last_batch"]:
+        open_ones = progress["current"]["processed"] - progress["current"]["completed"]
+        progress["current"].update(ready=MANY, started=MANY, processed=MANY, completed=MANY - open_ones)

@@ -30,7 +30,7 @@ from lit_prune.objective import (
     visual_share,
 )
 from lit_prune.plugin import Plugin
-from lit_prune.progress import rewind_to_step
+from lit_prune.progress import end_epoch, rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.strategies import parameter_count, whole_shape
@@ -177,6 +177,7 @@ class PruneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""
+        end_epoch(checkpoint)
         saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         own = {name: value.shape for name, value in self.state_dict().items()}
         own |= {f"plugin.{name}": whole_shape(p) for name, p in self.plugin.named_parameters()}

@@ -89,6 +89,31 @@ def test_a_checkpoint_between_two_steps_is_one_of_the_last_step(student, world, 
     assert diary.lines[0][0] == step
 
 
+class Seen(Callback):
+    """The samples of every epoch; saves at some steps."""
+
+    def __init__(self, folder, *steps: int) -> None:
+        self.folder, self.steps, self.epochs = folder, steps, {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        self.epochs.setdefault(trainer.current_epoch, []).extend(batch["ids"])
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["within an epoch", "at its end"])
+def test_other_batch_sizes_see_each_sample_of_every_epoch_once(student, world, tmp_path, step):
+    """As with another number of ranks: the epoch under way, and those after it, have other numbers of batches."""
+    first, rest = Seen(tmp_path, step), Seen(tmp_path)
+    trainer(tmp_path, [first], max_steps=step, max_epochs=3).fit(student(), world(batch_size=4))
+    run = trainer(tmp_path, [rest], max_epochs=3)
+    run.fit(student(), world(batch_size=2), ckpt_path=tmp_path / f"{step}.ckpt")
+    seen = [first.epochs.get(epoch, []) + rest.epochs.get(epoch, []) for epoch in range(3)]
+    assert [len(ids) for ids in seen] == [12, 12, 12]
+    assert sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
+    assert len(set(seen[0])) == 12
+
+
 # -- through the command line, by real signals ----------------------------------------------------------------------
 
 TINY = {

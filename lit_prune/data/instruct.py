@@ -139,8 +139,10 @@ class InstructData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = self._train_batches
-        if self.trainer is not None and not batches.resumed:
-            batches.set_epoch(self.trainer.current_epoch)
+        if self.trainer is not None:
+            epoch = self.trainer.current_epoch
+            if not batches.resumed or epoch + batches.shift > batches.epoch:  # else it is there, or ahead of Lightning
+                batches.set_epoch(epoch)
         return self._loader("train", batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -196,6 +198,8 @@ class InstructData(LightningDataModule):
             self._train_batches.load_state_dict(state_dict)
             if self.trainer is not None:  # DeepSpeed restores late: an iterator may stand at the epoch's begin by now
                 self.trainer.fit_loop._combined_loader = None
+                if state_dict["global_batch"] != self._train_batches.global_batch:
+                    self.trainer.reload_dataloaders_every_n_epochs = 1  # later ones have another length
 
     # Parts
 

@@ -64,6 +64,7 @@ class TrainBatches(Sampler[list[int]]):
             **self._data(),
             "group": self.order.group,
             "epoch": epoch,
+            "global_batch": self.global_batch,
             "consumed": begun[0] + (batches - begun[1]) * self.global_batch,
             "batches": batches,
             "shift": self.shift if shift is None else shift,
