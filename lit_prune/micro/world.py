@@ -149,7 +149,7 @@ def write_world(
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples = []
-    for seed in tqdm(seeds, desc="scenes", disable=not progress):
+    for seed in tqdm(seeds, desc="scenes", disable=None if progress else True):
         scene = make_scene(seed)
         name = f"images/{seed:07d}.png"
         scene.image().save(folder / name)
