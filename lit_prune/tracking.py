@@ -1,18 +1,20 @@
 """What a run logs: the figures of a training step, and the meters of an evaluation."""
 
+from collections.abc import Hashable
+
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_prune import evaluation
-from lit_prune.cost import decoder_total, price
+from lit_prune.cost import Trace, decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
 from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.moments import moments, w2_squared
 from lit_prune.plugin import Plugin
-from lit_prune.step_cost import step_flops
+from lit_prune.step_cost import joined, step_flops, structure
 from lit_prune.vlm import VLM
 
 
@@ -39,22 +41,50 @@ WORK = ("samples", "text_tokens", "visual_tokens", "kept_tokens", "flops")
 class Work:
     """What the training steps of this process have run so far.
 
-    `totals` is float64, one number for each name in `WORK`, on the device, so that no step waits for it: samples; text
-    tokens, answers included; visual tokens before pruning, and averaged over the decoder layers' inputs; FLOPs of
-    teacher, student and backward (`lit_prune.step_cost`).
+    Steps leave their traces, and are priced together when somebody asks for `totals`, so that they wait for nothing.
+
+    Args:
+        vlm: the model that runs them. plugin: what is attached to it.
     """
 
-    def __init__(self) -> None:
-        self.totals = torch.zeros(len(WORK), dtype=torch.float64)
+    MOST = 100  # steps that wait for their price
 
-    def add(self, vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> None:
+    def __init__(self, vlm: VLM, plugin: Plugin) -> None:
+        self.vlm, self.plugin = vlm, plugin
+        self._priced = torch.zeros(len(WORK), dtype=torch.float64)
+        self._steps: list[tuple[Trace, Trace, int]] = []
+
+    def add(self, student: Record, teacher: Record) -> None:
         """Take a step into account."""
-        visual = student.trace.total_visual.sum()
-        flops = step_flops(teacher.trace, student.trace, vlm.size, plugin.pruner, plugin.repair, len(student.targets))
-        text = teacher.trace.ran[0].sum() - visual
-        ran = [len(student.trace.total_visual), text, visual, student.trace.average_visual().sum(), flops]
-        new = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=visual.device) for value in ran])
-        self.totals = self.totals.to(new.device) + new
+        self._steps.append((student.trace, teacher.trace, len(student.targets)))
+        if len(self._steps) == self.MOST:
+            self._price()
+
+    @property
+    def totals(self) -> Tensor:
+        """A float64 number for each name in `WORK`, on the device.
+
+        Samples; text tokens, answers included; visual tokens before pruning, and averaged over the decoder layers'
+        inputs; FLOPs of teacher, student and backward.
+        """
+        self._price()
+        return self._priced
+
+    @torch.no_grad()
+    def _price(self) -> None:
+        alike: dict[Hashable, list[tuple[Trace, Trace, int]]] = {}
+        for step in self._steps:
+            alike.setdefault(structure(list(step[:2])), []).append(step)
+        for steps in alike.values():
+            students, teachers, answers = zip(*steps, strict=True)
+            student, teacher = joined(students), joined(teachers)
+            visual, parts = student.total_visual.sum(), (self.plugin.pruner, self.plugin.repair)
+            flops = step_flops(teacher, student, self.vlm.size, *parts, sum(answers))
+            text, kept = teacher.ran[0].sum() - visual, student.average_visual().sum()
+            priced = torch.stack([value.double() for value in (text, visual, kept, flops)])
+            samples = torch.tensor([len(student.total_visual)], dtype=torch.float64, device=priced.device)
+            self._priced = self._priced.to(priced.device) + torch.cat([samples, priced])
+        self._steps = []
 
 
 def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:

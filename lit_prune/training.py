@@ -134,7 +134,7 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
         dims = made.dims
-        self.work = Work()
+        self.work = Work(self.vlm, made)
         self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class PruneModule(LightningModule):
         moment, part = self.moment(), self.trainer.profiler.profile
         step = self.step(batch, moment, part)
         with part("figures"):
-            self.work.add(self.vlm, self.plugin, step.student, step.teacher)
+            self.work.add(step.student, step.teacher)
             self._log_step(step, moment.done, batch)
         return step.total
 

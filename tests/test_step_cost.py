@@ -6,7 +6,8 @@ from lightning import Callback
 from tiny import trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_prune.tracking import WORK
+from lit_prune.objective import LossWeights
+from lit_prune.tracking import WORK, Work
 
 HEAD = 32  # channels of a head of micro-LLaVA; soft masks travel in 8 more, which are no part of the model
 
@@ -58,3 +59,15 @@ def test_a_cheaper_step_counts_less(student, world, tmp_path):
         done.append(dict(zip(WORK, module.work.totals.tolist(), strict=True)))
     assert done[0]["flops"] < 0.6 * done[1]["flops"]
     assert {done[0][name] == done[1][name] for name in WORK[:-1]} == {True}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": LossWeights(distill=1.0)}], ids=["early", "whole teacher"])
+def test_steps_together_cost_what_they_cost_one_by_one(student, world, tmp_path, options, monkeypatch):
+    ends = []
+    for most in (1, 100):
+        monkeypatch.setattr(Work, "MOST", most)
+        module = student(**options)
+        trainer(tmp_path, max_steps=3).fit(module, world())
+        ends.append(module.work.totals)
+    assert torch.equal(*ends)
+    assert ends[0].gt(0).all()
