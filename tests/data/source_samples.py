@@ -1,6 +1,8 @@
-"""The same samples for every kind of source, and batches to compare."""
+"""The same samples for every kind of source, batches to compare, and files with damage."""
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,6 +10,9 @@ from instruct_samples import conversation
 from PIL import Image
 
 from lit_prune.data.dataset import Collate, InstructDataset
+from lit_prune.data.images import decode_image
+from lit_prune.data.sources import open_source
+from lit_prune.errors import BadSample, LitPruneError
 
 
 def write_shapes(folder: Path) -> None:
@@ -56,3 +61,33 @@ def assert_same(found: dict, expected: dict) -> None:
     for key in ("ids", "answers", "questions", "skills", "boxes", "records"):
         assert found[key] == expected[key], key
     assert [sample[1] for sample in found["skipped"]] == [sample[1] for sample in expected["skipped"]]
+
+
+def damaged(file: Path, count: int) -> Iterator[Path]:
+    """The file with 1, 3 or 20 bytes changed at random, `count` times over."""
+    data, changed = file.read_bytes(), file.with_name(f"damaged{file.suffix}")
+    for seed in range(count):
+        draw, copy = random.Random(seed), bytearray(data)
+        for _ in range(draw.choice([1, 3, 20])):
+            copy[draw.randrange(len(copy))] = draw.randrange(256)
+        changed.write_bytes(copy)
+        yield changed
+        for rest in file.parent.glob("damaged*"):
+            rest.unlink()
+
+
+def outcome(path: Path) -> str:
+    """What comes of reading all samples of a location: it is refused, samples are bad, or all is well."""
+    try:
+        source = open_source(path)
+    except LitPruneError:
+        return "refused"
+    bad = 0
+    for index in range(len(source)):
+        try:
+            for image in source.images(index, source[index]):
+                with image.open() as file:
+                    decode_image(file, image.name)
+        except BadSample:
+            bad += 1
+    return "bad" if bad else "fine"

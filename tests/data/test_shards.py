@@ -5,13 +5,14 @@ import os
 import pickle
 import signal
 import tarfile
+from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from instruct_samples import conversation
 from PIL import Image
-from source_samples import as_bytes, assert_same, batch_of, rows
+from source_samples import as_bytes, assert_same, batch_of, damaged, outcome, rows
 from torch.utils.data import DataLoader
 
 from lit_prune.cli import main
@@ -254,6 +255,13 @@ def test_bad_shards(tmp_path, write, message):
     write(tmp_path / "a.tar")
     with pytest.raises(LitPruneError, match=rf"a.tar: .*({message})"):
         open_source(tmp_path / "a.tar")
+
+
+def test_damaged_shards_end_in_words(folder, tmp_path):
+    shard(folder, tmp_path / "out")
+    found = Counter(map(outcome, damaged(tmp_path / "out" / "000000.tar", 100)))
+    assert set(found) == {"refused", "bad", "fine"}
+    assert not list((tmp_path / "out").glob("damaged*"))
 
 
 def test_the_index_is_made_anew_when_it_is_stale(tmp_path, monkeypatch):

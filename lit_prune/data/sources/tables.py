@@ -54,16 +54,14 @@ class Table(Source):
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            row = self.row(index)
+            row = self._row(index)
             values = {name: row[name][0].as_py() for name in self.text_columns}
             return record_of(values | {name: _without_bytes(row[name][0]) for name in self.image_columns})
         except BadSample as error:
             raise BadSample(self.location, index, error.reason) from error
-        except ValueError as error:  # text that is no UTF-8, a damaged file
-            raise BadSample(self.location, index, f"cannot be read: {error}") from error
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
-        row = self.row(index)
+        row = self._row(index)
         return image_files({name: row[name][0].as_py() for name in self.image_columns}, self.images_root)
 
     def file_of(self, index: int) -> str:
@@ -72,6 +70,15 @@ class Table(Source):
     @property
     def files(self) -> list[Path]:
         return self._files
+
+    def _row(self, index: int) -> Any:
+        """The row, checked: offsets of a damaged file would make pyarrow read anywhere in memory."""
+        try:
+            row = self.row(index)
+            row.validate(full=True)
+        except ValueError as error:
+            raise BadSample("", None, f"the row is damaged: {error}") from error
+        return row
 
 
 def open_table(location: Location, images_root: Path | None) -> Table:
@@ -92,8 +99,8 @@ def open_table(location: Location, images_root: Path | None) -> Table:
             data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in location.files])
         else:
             data = datasets.load_dataset(**load_arguments(location))
-    files = [Path(file["filename"]) for file in data.cache_files]
-    row = data.with_format("arrow").__getitem__
+        files = [Path(file["filename"]) for file in data.cache_files]
+        row = data.with_format("arrow").__getitem__
     return Table(row, len(data), data.column_names, location.name, images_root or location.folder, files)
 
 
@@ -129,8 +136,11 @@ def explained(location: str) -> Iterator[None]:
     except ConnectionError as error:
         hint = "without a network, save it where there is one (Dataset.save_to_disk) and give that folder"
         raise LitPruneError(f"{location}: {error}; {hint}") from error
-    except (OSError, ValueError, library().exceptions.DatasetsError) as error:
-        raise LitPruneError(f"{location}: {error.__cause__ or error}") from error
+    except LitPruneError:
+        raise
+    except Exception as error:  # broken files raise anything
+        cause = error.__cause__ or error
+        raise LitPruneError(f"{location}: cannot be read: {type(cause).__name__}: {cause}") from error
 
 
 def _without_bytes(scalar: Any) -> Any:
