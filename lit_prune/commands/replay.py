@@ -20,7 +20,7 @@ def run(file: Path, config: list[str] | None = None) -> None:
     The losses are those of the file's own samples; in a run over several ranks the run's were means over all of them.
 
     Args:
-        file: What the run has written, e.g. runs/try/nonfinite/step-000012-rank-0.safetensors.
+        file: What the run has written: lit-prune replay runs/try/nonfinite/step-000012-rank-0.safetensors.
         config: The run's configuration; by default the one that it saved, if that is still where it was.
     """
     saved = load_step(file)
