@@ -47,7 +47,7 @@ def test_an_estimate_is_what_a_step_does(student, world, tmp_path, options):
     module, counted, seen = student(**options), Counted(), []
     kept = Kept(module)
     add = module.work.add
-    module.work.add = lambda vlm, plugin, *records: (seen.extend(records), add(vlm, plugin, *records))
+    module.work.add = lambda *records: (seen.extend(records), add(*records))
     trainer(tmp_path, [counted], max_steps=1).fit(module, world(batch_size=1))
     did, taught = (record.trace for record in seen)
     answers, visual = len(seen[0].targets), int(did.total_visual)
