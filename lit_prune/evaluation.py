@@ -41,6 +41,15 @@ class Measured:
         """Visual tokens, (batch, N), still there after the last stage; None: nothing was dropped."""
         return self.stages[max(self.stages)].bool() if self.stages else None
 
+    def first(self, count: int) -> "Measured":
+        """Of the first samples alone; any after them have no answer positions."""
+        rows = {
+            name: getattr(self, name)[:count] for name in ("texts", "visual", "flops", "kv_bytes", "total", "embeds")
+        }
+        parts = {name: flops[:count] for name, flops in self.parts.items()}
+        stages = {layer: there[:count] for layer, there in self.stages.items()}
+        return replace(self, **rows, parts=parts, stages=stages, per_layer=self.per_layer[:, :count])
+
 
 def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs with the images already through vision tower and projector, so that several forwards share that work.
@@ -61,11 +70,11 @@ def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: int) -> Measured:
+def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: int, together: bool = False) -> Measured:
     """Answer the prompts of a batch greedily and run its answers through the model, under one session.
 
     The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
-    that methods are compared on the same text.
+    that methods are compared on the same text. `together`: ranks answer for as long as any of them does.
     """
     states, prefill = Record(keep_hidden=True, keep_embeds=True), Record()
     with vlm.using(replace(session, record=prefill)):
@@ -77,7 +86,8 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
     if "mm_encoder_outputs" in prompts:
         prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
     with vlm.using(replace(session, record=prefill)):
-        tokens = vlm.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
     pruned = vlm.plugin if session.prune else None
     repair = None if pruned is None or not session.repair else pruned.repair
     parts = price(prefill.trace, vlm.size, None if pruned is None else pruned.pruner, repair)

@@ -190,6 +190,11 @@ def whole(module: nn.Module, changed: bool = False) -> Iterator[None]:
         yield
 
 
+def in_parts(strategy: Any) -> bool:
+    """Whether ranks hold parts of each parameter and gather it when its module runs: all must run the same ones."""
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter, of which ZeRO-3 may have left this rank a part."""
     return getattr(parameter, "ds_shape", parameter.shape)

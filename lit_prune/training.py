@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
+from lit_prune.blank import has_image, with_blank
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
 from lit_prune.host import Prefix, Record, Session, checkpointing
@@ -33,7 +34,7 @@ from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.strategies import parameter_count, whole_shape
+from lit_prune.strategies import in_parts, parameter_count, whole_shape
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
 
@@ -222,6 +223,8 @@ class PruneModule(LightningModule):
             batch: its `inputs`. moment: where in a run it stands.
             part: names a section for a profiler.
         """
+        if blank := self._in_step and not has_image(batch):
+            batch = with_blank(batch, self.vlm)
         torch.manual_seed(moment.seed)
         self.plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
         plain, pruned = self._sessions()
@@ -236,7 +239,7 @@ class PruneModule(LightningModule):
             with again if self.checkpoint_activations else nullcontext():
                 logits = self.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
-            losses = self._losses(logits, target, student, teacher, moment.done)
+            losses = self._losses(logits, target, student, teacher, moment.done, blank)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
@@ -253,20 +256,21 @@ class PruneModule(LightningModule):
         return plain, Session(record=student, **soft, **common)
 
     def _losses(
-        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float
+        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool
     ) -> dict[str, Tensor]:
-        """Each over the samples or answer tokens of all ranks."""
+        """Each over the samples or answer tokens of all ranks. Where the one image is a `blank`, it doesn't count."""
         total, answers = student.trace.total_visual, len(student.targets)
         losses = {"task": mean_over_ranks(answer_loss(logits, student.targets), answers)}
         if self.host.feeds:
             losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
         if self.plugin.pruner.free:
-            pictured = (total > 0).sum()
+            pictured = (total > 0).sum() - int(blank)
             share = mean_over_ranks(visual_share(student, self.plugin.dims.depth), pictured)
             final = mean_over_ranks(budget_share(self.keep, total), pictured)
             losses["budget"] = (share - self.anneal.target(final, done)).abs()
         if self.loss.attention:
-            losses["attention"] = mean_over_ranks(attention_loss(student, teacher, self.loss.sharpen), len(total))
+            value = attention_loss(student, teacher, self.loss.sharpen)
+            losses["attention"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
         if self.loss.distill:
             losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
         return losses
@@ -316,17 +320,22 @@ class PruneModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
         """Measure the student with and without repair, and the teacher, on one batch; callbacks may show both."""
-        if not batch["ids"]:
+        count, together = len(batch["ids"]), self._in_step
+        if together and not has_image(batch):
+            batch = with_blank(batch, self.vlm)
+        elif not count:
             return None
         hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
-        teacher = evaluation.measure(self.vlm, batch, evaluation.TEACHER, self.max_new_tokens)
-        student = evaluation.measure(self.vlm, batch, Session(hints=hints), self.max_new_tokens)
+        runs = [(evaluation.TEACHER, self.max_new_tokens), (Session(hints=hints), self.max_new_tokens)]
+        teacher, student = (evaluation.measure(self.vlm, batch, *run, together).first(count) for run in runs)
         unrepaired = None
         if self.plugin.repair is not None:
             bare = Record(keep_hidden=True)
             with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
                 self.model(**evaluation.encode_images(self.vlm, batch["inputs"]), use_cache=False)
             unrepaired = bare.hidden
+        if not count:
+            return None
         self.meters.update(student, teacher, unrepaired, batch["answers"], batch["skills"])
         return {"student": student, "teacher": teacher}
 
@@ -336,9 +345,20 @@ class PruneModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         """Answers to a batch of prompts."""
-        tokens = self.model.generate(**batch["prompts"], max_new_tokens=self.max_new_tokens, do_sample=False)
+        together = self._in_step
+        if together and not has_image(batch):
+            batch = with_blank(batch, self.vlm)
+        elif not batch["ids"]:
+            return []
+        limits = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
         texts = self.vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1])
-        return [{"id": str(i), "answer": text} for i, text in zip(batch["ids"], texts, strict=True)]
+        return [{"id": str(i), "answer": text} for i, text in zip(batch["ids"], texts, strict=False)]  # none of a blank
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether all ranks must run the same modules, since they hold parts of them."""
+        return in_parts(getattr(self._trainer, "strategy", None))
 
     def _image_size(self) -> int:
         return self.model.config.vision_config.image_size

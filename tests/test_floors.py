@@ -33,6 +33,7 @@ FLOORS = {
             "sweeps",
             "timing",
             "strategies",
+            "blank",
         ],
         3,
     ),

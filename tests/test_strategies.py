@@ -2,19 +2,28 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import ROOT
 
 from lit_prune import cli
 from lit_prune.commands.trainer import build
 from lit_prune.data import MicroData
+from lit_prune.data.order import Order
+from lit_prune.data.sampler import TrainBatches
 from lit_prune.plugin import Plugin
 from lit_prune.strategies import PruneDeepSpeed
 
 RCP, STRATEGIES = ROOT / "configs" / "rcp.yaml", sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
+EVERY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
 # What the paper's training has and this one can't: ranks draw noise of their own, and no run of four steps moves much.
 SMALL = {
     "model": {
@@ -39,19 +48,29 @@ SMALL = {
     },
     "data": {"init_args": {"images": None, "batch_size": 2, "eval_batch_size": 2, "num_workers": 0}},
 }
-OVERRIDES = [
-    "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: FOLDER, name: logs}}",
-    "--trainer.callbacks=[{class_path: lit_prune.callbacks.ExportPlugin, init_args: {folder: FOLDER/plugin}}]",
-]
+CALLBACKS = """[
+  {class_path: lit_prune.callbacks.ExportPlugin, init_args: {folder: FOLDER/plugin}},
+  {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
+   init_args: {dirpath: FOLDER/checkpoints, every_n_train_steps: 2, save_top_k: -1}}]"""
+LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: FOLDER, name: logs}}"
+WORLD, BATCH = 2, 2
+LOSSES = ("loss/total", "loss/task", "loss/repair")
 
 
 @pytest.fixture(scope="module")
 def small(micro_folder, tmp_path_factory) -> Path:
-    """An overlay that shrinks the cluster run: an untrained micro-LLaVA, 32 questions to train on, 7 to validate on."""
+    """An overlay that shrinks the cluster run: an untrained micro-LLaVA, 32 questions to train on, 5 to validate on.
+
+    Of two ranks, the second has texts only in its second training batch, and in its first batch of validation; none is
+    left for its last one.
+    """
     root = tmp_path_factory.mktemp("cluster")
-    sizes = {"train_samples": 32, "val_samples": 7, "test_samples": 7, "questions_per_image": 4}
+    sizes = {"train_samples": 32, "val_samples": 5, "test_samples": 5, "questions_per_image": 4}
     world = MicroData(str(micro_folder), str(root), **sizes)
     world.prepare_data()
+    second = list(TrainBatches(Order((32,)), BATCH, rank=1, world=WORLD))[1]
+    without_images(Path(world.paths["train"]), second)
+    without_images(Path(world.paths["val"]), [1, 3])
     made = json.loads(json.dumps(SMALL))
     made["model"]["base"] = str(micro_folder)
     made["data"]["init_args"] |= {split: world.paths[split] for split in ("train", "val", "test")}
@@ -60,10 +79,21 @@ def small(micro_folder, tmp_path_factory) -> Path:
     return path
 
 
+def without_images(path: Path, indices: list[int]) -> None:
+    """Turn some samples of a JSON file into questions without a picture."""
+    records = json.loads(path.read_text())
+    for index in indices:
+        del records[index]["image"]
+        turn = records[index]["conversations"][0]
+        turn["value"] = turn["value"].replace("<image>", "").strip()
+    path.write_text(json.dumps(records))
+
+
 def words(folder: Path, small: Path, strategy: Path | None = None, *more: str) -> list[str]:
     """The command line after the verb."""
     files = [RCP, *([strategy] if strategy else []), small]
-    own = [word.replace("FOLDER", str(folder)) for word in OVERRIDES]
+    own = [f"--trainer.logger={LOGGER}", f"--trainer.callbacks={CALLBACKS}"]
+    own = [word.replace("FOLDER", str(folder)) for word in own]
     return [*(f"--config={file}" for file in files), f"--trainer.default_root_dir={folder}", *own, *more]
 
 
@@ -73,24 +103,92 @@ def logged(folder: Path, version: int = 0) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_the_cluster_run_runs_here(small, tmp_path):
+def losses(folder: Path) -> list[dict[str, float]]:
+    """Of every step."""
+    return [{name: row[name] for name in LOSSES} for row in logged(folder) if "loss/total" in row]
+
+
+def validations(folder: Path) -> list[dict[str, float]]:
+    """What every validation measured."""
+    measured = [{name: x for name, x in row.items() if name.startswith("val/")} for row in logged(folder)]
+    return [row for row in measured if row]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "plugin" / "plugin.safetensors")
+
+
+def launch(folder: Path, small: Path, strategy: Path, *more: str, verb: str = "fit") -> str:
+    """A run of two processes, started as a user would; returns what it printed."""
+    command = [sys.executable, "-m", "lit_prune", verb, *words(folder, small, strategy, "--trainer.devices=2", *more)]
+    alike = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=alike)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def step(folder: Path, number: int) -> Path:
+    """A run's checkpoint behind a step."""
+    return next((folder / "checkpoints").glob(f"*step={number}.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory) -> Path:
+    """The run of one process with the global batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    cli.main(["fit", *words(folder, small), "--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=4"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(small, tmp_path_factory) -> Callable[[Path], Path]:
+    """Runs of two processes, each strategy's once."""
+    runs: dict[Path, Path] = {}
+
+    def run(strategy: Path) -> Path:
+        if strategy not in runs:
+            folder = tmp_path_factory.mktemp(strategy.stem)
+            launch(folder, small, strategy)
+            runs[strategy] = folder
+        return runs[strategy]
+
+    return run
+
+
+def test_the_cluster_run_runs_here(alone):
     """`lightning fit -c configs/rcp.yaml` with a tiny model and its data, in one process."""
-    cli.main(["fit", *words(tmp_path, small)])
-    rows = logged(tmp_path)
-    assert [row["step"] for row in rows if "loss/total" in row] == [0, 1, 2, 3]
-    assert any("val/accuracy/all" in row for row in rows)
-    assert Plugin.from_pretrained(tmp_path / "plugin").keep == 16
+    assert len(losses(alone)) == 4
+    assert "val/accuracy/all" in validations(alone)[0]
+    assert Plugin.from_pretrained(alone / "plugin").keep == 16
 
 
-@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
-def test_overlays_go_through_the_parser(path, small, tmp_path):
-    files = [str(file) for file in (RCP, path, small)]
+@EVERY
+def test_two_processes_train_and_measure_as_one_does(strategy, together, alone):
+    """Accumulating gradients, with answers of different lengths, and batches of one rank without an image or sample."""
+    pair = together(strategy)
+    for found, wanted in zip(losses(pair), losses(alone), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    for found, wanted in zip(validations(pair), validations(alone), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    assert differs(trained(pair), trained(alone)) < 1e-5
+    assert differs(trained(pair), Plugin.from_checkpoint(step(pair, 2)).state_dict()) > 1e-4, "nothing was trained"
+
+
+def differs(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two plug-ins."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@EVERY
+def test_overlays_go_through_the_parser(strategy, small, tmp_path):
+    files = [str(file) for file in (RCP, strategy, small)]
     fixed = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.callbacks=[]"]
-    strategy = build(files, fixed).trainer.strategy
-    assert type(strategy).__name__ in ("DDPStrategy", "PruneDeepSpeed")
-    if isinstance(strategy, PruneDeepSpeed):
-        assert strategy.config["zero_optimization"]["stage"] == int(path.stem[-1])
-        assert strategy.exclude_frozen_parameters
+    made = build(files, fixed).trainer.strategy
+    assert type(made).__name__ in ("DDPStrategy", "PruneDeepSpeed")
+    if isinstance(made, PruneDeepSpeed):
+        assert made.config["zero_optimization"]["stage"] == int(strategy.stem[-1])
+        assert made.exclude_frozen_parameters
 
 
 def test_the_cluster_run_says_what_data_it_needs(small, tmp_path, capsys):
