@@ -1,7 +1,8 @@
-"""A blank sample for ranks that have no image: under ZeRO-3 all ranks must run the same modules.
+"""A blank sample for ranks that have no image: under DeepSpeed all ranks must run the same modules.
 
-A layer's weights are gathered from all ranks when it runs. A rank whose batch has texts only, or no sample left, would
-pass by the vision tower, the projector and the pruner, and the others would wait for it for ever.
+With ZeRO-3 a module's weights are gathered from all ranks when it runs: a rank whose batch has texts only, or no sample
+left, would pass by the vision tower, the projector and the pruner, and the others would wait for it for ever. The other
+stages add up the ranks' gradients in the order in which they come, which is that of the modules.
 """
 
 from typing import Any

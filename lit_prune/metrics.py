@@ -62,7 +62,19 @@ def _joined(parts: list[Tensor] | Tensor, device: torch.device) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, device=device)
 
 
-class Shift(Metric):
+class Sums(Metric):
+    """States are float64, also where the module around them is cast: DeepSpeed casts all of it, and a rank that had
+    nothing to add would meet the others with another type."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Sums":
+        super()._apply(*args, **kwargs)
+        for name, default in self._defaults.items():
+            self._defaults[name] = default.double()
+            setattr(self, name, getattr(self, name).double())
+        return self
+
+
+class Shift(Sums):
     """W2^2 between student and teacher states per decoder layer, over the answer positions seen.
 
     Diagonal Gaussians per channel, divided by the width (RCP, arXiv 2604.04972): a good alarm, a poor ranking of good
@@ -95,7 +107,7 @@ class Shift(Metric):
         return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()
 
 
-class LayerTokens(Metric):
+class LayerTokens(Sums):
     """Visual tokens at each decoder layer's input, averaged over samples. Sums are float64 over all ranks."""
 
     full_state_update = False
@@ -115,7 +127,7 @@ class LayerTokens(Metric):
         return self.total / self.count.clamp(min=1)
 
 
-class Consistency(Metric):
+class Consistency(Sums):
     """kappa of the kept visual tokens against all of them, averaged over samples with an image; lower is better.
 
     See `lit_prune.moments.kappa` (after DCP-Prune, arXiv 2606.16633). Sums are float64 over all ranks.

@@ -190,9 +190,13 @@ def whole(module: nn.Module, changed: bool = False) -> Iterator[None]:
         yield
 
 
-def in_parts(strategy: Any) -> bool:
-    """Whether ranks hold parts of each parameter and gather it when its module runs: all must run the same ones."""
-    return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+def in_step(strategy: Any) -> bool:
+    """Whether all ranks must run the same modules, and so get gradients in the same order: under DeepSpeed.
+
+    ZeRO-3 gathers a module's parameters from all ranks when it runs; the other stages add up gradients in buckets that
+    they fill as gradients come.
+    """
+    return isinstance(strategy, DeepSpeedStrategy)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -34,7 +34,7 @@ from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.strategies import in_parts, parameter_count, whole_shape
+from lit_prune.strategies import in_step, parameter_count, whole_shape
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
 
@@ -357,8 +357,8 @@ class PruneModule(LightningModule):
 
     @property
     def _in_step(self) -> bool:
-        """Whether all ranks must run the same modules, since they hold parts of them."""
-        return in_parts(getattr(self._trainer, "strategy", None))
+        """Whether all ranks must run the same modules."""
+        return in_step(getattr(self._trainer, "strategy", None))
 
     def _image_size(self) -> int:
         return self.model.config.vision_config.image_size

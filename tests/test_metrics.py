@@ -6,7 +6,7 @@ import torch
 
 from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, StageRecord
-from lit_prune.metrics import Shift, SkillAccuracy
+from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.objective import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
 
 # -- accuracy -------------------------------------------------------------------------------------------------------
@@ -142,3 +142,15 @@ def test_regions_measure_how_much_of_a_patch_a_box_covers():
     assert hint[0, 0].tolist() == [1, 1] + [0] * 14
     assert hint[0, 1].tolist() == [0.25, 0.25, 0, 0, 0.25, 0.25] + [0] * 10
     assert (hint[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "metric", [Shift(2, 3), LayerTokens(2), Consistency()], ids=lambda metric: type(metric).__name__
+)
+def test_sums_stay_float64_where_the_module_around_them_is_cast(metric):
+    """Before an update and after a reset: ranks with nothing to add sync with those that have something."""
+    around = torch.nn.ModuleList([metric])
+    for cast in (around.float, around.bfloat16):
+        cast()
+        metric.reset()
+        assert {getattr(metric, name).dtype for name in metric._defaults} == {torch.float64}

@@ -169,6 +169,8 @@ def test_two_processes_train_and_measure_as_one_does(strategy, together, alone):
     for found, wanted in zip(losses(pair), losses(alone), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
     for found, wanted in zip(validations(pair), validations(alone), strict=True):
+        # The price of a stage is that of the batch that ran: a text beside an image takes part in it.
+        assert found.pop("val/flops") == pytest.approx(wanted.pop("val/flops"), rel=1e-2)
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
     assert differs(trained(pair), trained(alone)) < 1e-5
     assert differs(trained(pair), Plugin.from_checkpoint(step(pair, 2)).state_dict()) > 1e-4, "nothing was trained"
