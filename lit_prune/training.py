@@ -252,7 +252,9 @@ class PruneModule(LightningModule):
         common = {"answers_only": True, "prefix": Prefix(self.host.shared) if self.host.shared else None}
         stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
         plain = replace(evaluation.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
-        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": self.gate_clip}
+        ranks = 1 if self._trainer is None else self._trainer.world_size  # gradients are averaged over them afterwards
+        clip = None if self.gate_clip is None else self.gate_clip * ranks
+        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": clip}
         return plain, Session(record=student, **soft, **common)
 
     def _losses(
