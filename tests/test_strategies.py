@@ -23,6 +23,13 @@ from lit_prune.plugin import Plugin
 from lit_prune.strategies import PruneDeepSpeed
 
 RCP, STRATEGIES = ROOT / "configs" / "rcp.yaml", sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
+RUNS = pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "deepspeed" in path.stem else [])
+        for path in STRATEGIES
+    ],
+)
 EVERY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
 # What the paper's training has and this one can't: ranks draw noise of their own, and no run of four steps moves much.
 SMALL = {
@@ -163,7 +170,7 @@ def test_the_cluster_run_runs_here(alone):
     assert Plugin.from_pretrained(alone / "plugin").keep == 16
 
 
-@EVERY
+@RUNS
 def test_two_processes_train_and_measure_as_one_does(strategy, together, alone):
     """Accumulating gradients, with answers of different lengths, and batches of one rank without an image or sample."""
     pair = together(strategy)
@@ -206,6 +213,7 @@ def test_the_cluster_run_says_what_data_it_needs(small, tmp_path, capsys):
 DEEPSPEED = [path for path in STRATEGIES if "deepspeed" in path.stem]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED, ids=lambda path: path.stem)
 def test_one_process_goes_on_where_two_stopped(strategy, together, alone, small, tmp_path):
     """From the second step, by DeepSpeed's universal checkpoint; nothing of the conversion is left behind."""
@@ -218,7 +226,7 @@ def test_one_process_goes_on_where_two_stopped(strategy, together, alone, small,
     assert not list(found.parent.glob("*.universal"))
 
 
-@EVERY
+@RUNS
 def test_a_checkpoint_gives_its_plugin(strategy, together, tmp_path):
     """DDP's file and DeepSpeed's folder alike; the folder is a plug-in as it is."""
     pair = together(strategy)
@@ -236,6 +244,7 @@ def test_exported_nothing(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_strategy_is_refused(alone, together, small, tmp_path, capsys):
     """With what to do: the plug-in carries over, the optimizer's state doesn't."""
     zero = DEEPSPEED[0]
@@ -245,6 +254,7 @@ def test_a_checkpoint_of_another_strategy_is_refused(alone, together, small, tmp
         assert f"lit-prune export --checkpoint {checkpoint}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED[1:], ids=lambda path: path.stem)
 def test_two_processes_test_what_they_trained(strategy, together, alone, small, tmp_path):
     """Pruned: Lightning takes every hook off a model that DeepSpeed only evaluates."""
