@@ -17,7 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
@@ -73,6 +73,10 @@ class PruneDeepSpeed(DeepSpeedStrategy):
         for module, kind, hooks in ours:
             hooks.update(getattr(module, kind))
             setattr(module, kind, hooks)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Without DeepSpeed's division by the number of accumulated batches: Lightning has divided the loss by it."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write DeepSpeed's folder, a file for each rank. It is a plug-in folder too: whole weights, and no pickle."""
