@@ -103,9 +103,14 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             return {**weights, "pytorch-lightning_version": lightning.__version__}
         try:
             with _data_only(), self._for_these_ranks(folder) as readable:
-                return {**super().load_checkpoint(readable, weights_only), **weights}
+                found = super().load_checkpoint(readable, weights_only)
         except UnpicklingError as error:
             raise LitPruneError(f"{folder} is no checkpoint that can be read safely: {error}") from error
+        # From a universal checkpoint ZeRO-3 gives all groups of parameters one counter of steps, and each counts it up.
+        for state in self.deepspeed_engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        return {**found, **weights}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """In training DeepSpeed has loaded them by now."""

@@ -311,8 +311,9 @@ def batch(small) -> dict:
 
 def test_images_are_encoded_once_for_all_cells(micro, batch, monkeypatch):
     calls = []
-    encode = micro.model.get_image_features
-    monkeypatch.setattr(micro.model, "get_image_features", lambda **kwargs: calls.append(1) or encode(**kwargs))
+    inner = micro.model.base_model
+    encode = inner.get_image_features
+    monkeypatch.setattr(inner, "get_image_features", lambda **kwargs: calls.append(1) or encode(**kwargs))
     cells = [Cell("x", keep, 0, Plugin(Random())) for keep in (16, 8)]
     comparison = Comparison(micro, Cell(FULL), cells, 4)
     comparison.update(batch)

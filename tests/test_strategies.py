@@ -23,13 +23,6 @@ from lit_prune.plugin import Plugin
 from lit_prune.strategies import PruneDeepSpeed
 
 RCP, STRATEGIES = ROOT / "configs" / "rcp.yaml", sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
-RUNS = pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "deepspeed" in path.stem else [])
-        for path in STRATEGIES
-    ],
-)
 EVERY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
 # What the paper's training has and this one can't: ranks draw noise of their own, and no run of four steps moves much.
 SMALL = {
@@ -170,9 +163,9 @@ def test_the_cluster_run_runs_here(alone):
     assert Plugin.from_pretrained(alone / "plugin").keep == 16
 
 
-@RUNS
+@EVERY
 def test_two_processes_train_and_measure_as_one_does(strategy, together, alone):
-    """Accumulating gradients, with answers of different lengths, and batches of one rank without an image or sample."""
+    """Accumulating gradients, and with batches of one rank that have no image or no sample."""
     pair = together(strategy)
     for found, wanted in zip(losses(pair), losses(alone), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
@@ -226,7 +219,7 @@ def test_one_process_goes_on_where_two_stopped(strategy, together, alone, small,
     assert not list(found.parent.glob("*.universal"))
 
 
-@RUNS
+@EVERY
 def test_a_checkpoint_gives_its_plugin(strategy, together, tmp_path):
     """DDP's file and DeepSpeed's folder alike; the folder is a plug-in as it is."""
     pair = together(strategy)
