@@ -30,7 +30,7 @@ install() {
     if [[ -x $PY && -f $STAMP && "$(cat "$STAMP")" == "$wanted" ]]; then
         return
     fi
-    note "installing into .venv (about a minute, 1.3 GB)"
+    note "installing into .venv (two minutes, 1.8 GB)"
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "error: Python 3.11 or later is needed; name one: PYTHON=python3.12 bash $0" >&2
         return 1
