@@ -114,7 +114,7 @@ def newest(folders: Iterable[Path]) -> Path | None:
     """
     found = {path for folder in folders for end in ("", BEFORE) for path in folder.glob(f"*.ckpt{end}")}
     damaged = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             verify(path)
         except LitPruneError as error:
