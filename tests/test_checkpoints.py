@@ -165,7 +165,7 @@ def test_slurms_checkpoint_is_found_if_it_is_the_newest(saved: Path) -> None:
     root = saved / "root"
     root.mkdir()
     (root / "hpc_ckpt_1.ckpt").write_bytes((saved / "last.ckpt").read_bytes())
-    os.utime(saved / "last.ckpt", (1, 1))
+    os.utime(root / "hpc_ckpt_1.ckpt", (2**32, 2**32))
     assert newest([saved, root]) == root / "hpc_ckpt_1.ckpt"
     os.utime(root / "hpc_ckpt_1.ckpt", (0, 0))
     assert newest([saved, root]) == saved / "last.ckpt"
