@@ -18,12 +18,13 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files import ASIDE, sync
 
 SUMS = "SHA256SUMS"
 COMMENT = b"sha256 "
 COMMENT_SIZE = len(COMMENT) + 64
 CHUNK = 1 << 20
-ASIDE, BEFORE = ".part", ".old"  # after a checkpoint's name: one being written, and one being replaced
+BEFORE = ".old"  # after a checkpoint's name, while another takes its place
 
 
 class SafeTrainer(Trainer):
@@ -80,7 +81,7 @@ def seal(path: Path) -> None:
     else:
         _seal_archive(path)
     for file in files:
-        _sync(file)
+        sync(file)
 
 
 def verify(path: Path) -> None:
@@ -179,7 +180,7 @@ def _replace(new: Path, path: Path) -> None:
     if path.is_dir() or (new.is_dir() and path.exists()):
         path.rename(old)
     new.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
     _remove(old)
 
 
@@ -188,11 +189,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files import written_whole
 from lit_prune.training import Moment, PruneModule
 
 HEADER = "lit_prune_step"
@@ -43,7 +44,7 @@ class SavedStep:
 
 
 def save_step(path: Path, saved: SavedStep) -> None:
-    """Write a step aside, then rename it to `path`."""
+    """Write a step to `path`, whole or not at all."""
     named = {INPUTS: saved.inputs, WEIGHTS: saved.weights}
     tensors = {
         f"{prefix}{name}": value.detach().cpu().contiguous().clone()
@@ -52,9 +53,8 @@ def save_step(path: Path, saved: SavedStep) -> None:
     }
     rest = {name: value for name, value in asdict(saved).items() if name not in ("inputs", "weights")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    save_file(tensors, aside, {HEADER: json.dumps(rest)})
-    aside.replace(path)
+    with written_whole(path) as file:
+        save_file(tensors, file, {HEADER: json.dumps(rest)})
 
 
 def load_step(path: Path) -> SavedStep:

@@ -12,7 +12,19 @@ PACKAGE = Path(__file__).parents[1] / "lit_prune"
 # The floor of each module or folder directly in the package; `cli` and `commands` are the top.
 FLOORS = {
     **dict.fromkeys(
-        ["errors", "selection", "merging", "graphs", "moments", "cost", "step_cost", "training_cost", "budget"], 0
+        [
+            "errors",
+            "files",
+            "selection",
+            "merging",
+            "graphs",
+            "moments",
+            "cost",
+            "step_cost",
+            "training_cost",
+            "budget",
+        ],
+        0,
     ),
     **dict.fromkeys(["pruners", "repair"], 1),
     **dict.fromkeys(["host", "loading", "plugin", "shapes", "vlm"], 2),

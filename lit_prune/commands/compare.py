@@ -1,7 +1,6 @@
 """Measure methods side by side at several budgets: accuracy, tokens, FLOPs, shift; tables and plots."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lit_prune.comparison.measuring import Comparison
 from lit_prune.comparison.plots import figures
 from lit_prune.comparison.tables import Row, as_csv, markdown, overviews, remarks, row
 from lit_prune.errors import LitPruneError
+from lit_prune.files import written_whole
 from lit_prune.host.places import find
 from lit_prune.vlm import VLM
 
@@ -170,9 +170,8 @@ def _write(rows: list[Row], out: Path, visual: int) -> None:
         "table.md": markdown(rows, visual),
     }
     for name, text in texts.items():
-        unfinished = out / f"{name}.tmp"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, out / name)
+        with written_whole(out / name) as file:
+            file.write_text(text, encoding="utf-8")
 
 
 def _draw(rows: list[Row], out: Path, visual: int) -> dict[str, Path]:

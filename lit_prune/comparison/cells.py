@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files import written_whole
 from lit_prune.host.places import find
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.vlm import VLM, as_plugin
@@ -242,9 +242,8 @@ class Store:
         """Keep a result."""
         self.folder.mkdir(parents=True, exist_ok=True)
         setting = {"method": cell.method, "keep": cell.keep, "seed": cell.seed}
-        unfinished = self._file(cell).with_suffix(".tmp")
-        unfinished.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")
-        os.replace(unfinished, self._file(cell))
+        with written_whole(self._file(cell)) as file:
+            file.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")
 
     def others(self, cells: Sequence[Cell]) -> int:
         """How many files belong to none of these cells: other methods, data or weights, left alone."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from lit_prune.data.sources import Source, sample_name
 from lit_prune.data.sources.shards import LARGEST_MEMBER, MANIFEST
 from lit_prune.data.sources.tar_index import BLOCK, index_of
 from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.files import ASIDE, written_whole
 
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}  # others are called as their format
 
@@ -54,9 +54,9 @@ def write_shards(
     """Pack the records of a source with their images into `out/000000.tar` and so on, in their order.
 
     The bytes of images are copied as they are; an image that several records show lies in the shard once for each. The
-    same source gives the same bytes. A shard is written under another name, synced and renamed, so that a folder holds
-    whole shards only; those that are there are kept when the same command runs again. Bad records are skipped:
-    conversations that cannot be read, images that are missing or whose header is broken or too large.
+    same source gives the same bytes. A folder holds whole shards only; those that are there are kept when the same
+    command runs again. Bad records are skipped: conversations that cannot be read, images that are missing or whose
+    header is broken or too large.
 
     Args:
         source: where records come from.
@@ -73,9 +73,12 @@ def write_shards(
     setting = {"data": name, "bytes": files, "size": size, "samples": samples}
     out.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(out, setting, len(source))
+    for left in out.glob(f".*{ASIDE}"):  # by a run that was killed
+        left.unlink()
     while manifest.done < manifest.records:
         _write_shard(source, out / f"{len(manifest.shards):06d}.tar", manifest, progress)
-        _write_whole(out / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+        with written_whole(out / MANIFEST) as file:
+            file.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -104,9 +107,9 @@ def _manifest(out: Path, setting: dict, records: int) -> Manifest:
 def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Callable[[int], None]) -> None:
     """Fill one shard and take it into the manifest."""
     size, samples = manifest.setting["size"], manifest.setting["samples"]
-    unfinished, count, written = path.with_name(f".{path.name}.tmp"), 0, 0
-    with unfinished.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    count, written = 0, 0
+    with written_whole(path) as unfinished:
+        with tarfile.open(unfinished, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(manifest.done, manifest.records):
                 try:
                     members = _pack(source, index)
@@ -122,13 +125,9 @@ def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Calla
                     count, written = count + 1, written + needed
                 manifest.done = index + 1
                 progress(manifest.done)
-        file.flush()
-        os.fsync(file.fileno())
-    if not count:  # nothing but bad records were left
-        unfinished.unlink()
-        return
-    os.replace(unfinished, path)
-    _sync(path.parent)
+        if not count:  # nothing but bad records were left
+            unfinished.unlink()
+            return
     index_of(path)
     manifest.shards.append({"file": path.name, "samples": count, "bytes": path.stat().st_size})
 
@@ -159,23 +158,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its time and owner are 0
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last: the folder's own entry is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Where the samples of a tar shard lie: read from its headers once, kept in a small file beside it."""
 
-import os
 import tarfile
 from array import array
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files import written_whole
 
 VERSION = 1
 BLOCK = 512
@@ -50,10 +50,9 @@ def index_of(path: Path) -> TarIndex:
     index = _load(beside, path.stat().st_size)
     if index is None:
         index = _build(path)
-        unfinished = beside.with_name(f".{beside.name}.{os.getpid()}.npy")
-        with suppress(OSError):  # a folder that is only for reading
-            np.save(unfinished, np.concatenate([[VERSION, index.size, len(index)], index.firsts, index.spans.ravel()]))
-            os.replace(unfinished, beside)
+        numbers = np.concatenate([[VERSION, index.size, len(index)], index.firsts, index.spans.ravel()])
+        with suppress(OSError), written_whole(beside) as name, name.open("wb") as file:  # or a folder only for reading
+            np.save(file, numbers)
     return index
 
 
