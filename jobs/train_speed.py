@@ -91,7 +91,8 @@ class Naive(Measured):
         answers = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
         teacher = Record(hidden={layer: states[answers] for layer, states in self.states.items()})
         student.targets = inputs["labels"][:, 1:][answers[:, :-1]]
-        losses = self._losses(output.logits[answers], target.logits[answers], student, teacher, moment.done)
+        logits = output.logits[answers], target.logits[answers]
+        losses = self._losses(*logits, student, teacher, moment.done, blank=False)
         losses["task"] = output.loss
         total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         self.log_dict({"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}})
