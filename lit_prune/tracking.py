@@ -20,18 +20,17 @@ from lit_prune.vlm import VLM
 
 @torch.no_grad()
 def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> dict[str, Tensor]:
-    """What one training step ran: tokens kept, FLOPs of the student's prefill, shift at the repaired layers.
+    """What one training step ran: tokens kept, FLOPs of the student's prefill, shift at the layers it recorded.
 
     Args:
         vlm: the model with `plugin` attached.
         student: what the step's student left, with hidden states. teacher: the same of its teacher.
     """
-    layers = sorted(vlm.host.feeds) or [plugin.dims.depth - 1]
     values = {"budget/actual": student.trace.average_visual().mean()}
     values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
     values["flops/sample"] = decoder_total(price(student.trace, vlm.size, plugin.pruner, plugin.repair)).mean()
-    for layer in layers:
-        values[f"shift/layer_{layer}"] = w2_squared(moments(student.hidden[layer]), moments(teacher.hidden[layer]))
+    for layer, states in sorted(student.hidden.items()):
+        values[f"shift/layer_{layer}"] = w2_squared(moments(states), moments(teacher.hidden[layer]))
     return values
 
 
