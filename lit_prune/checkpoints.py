@@ -70,6 +70,12 @@ class SafeTrainer(Trainer):
         self.strategy.barrier("SafeTrainer.save_checkpoint")
 
 
+def saving_folder(trainer: Trainer) -> Path | None:
+    """Where a run's (first) `ModelCheckpoint` saves; None where there is none."""
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(folder) if folder else None
+
+
 def seal(path: Path) -> None:
     """Give a written checkpoint its checksums and put every file on the disk itself."""
     files = [path]

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import threading
-from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_prune.checkpoints import saving_folder
 
 
 class Stopped(SystemExit):
@@ -77,13 +78,12 @@ class StopOnSignal(Callback):
             return
         preempted = agreed(self.preemption in self.received, all=False)
         number = self.preemption if preempted else signal.SIGTERM
-        step, saving = trainer.global_step, getattr(trainer.checkpoint_callback, "dirpath", None)
         text = "no checkpoint was asked for"
-        if saving:
-            path = Path(saving) / "stopped.ckpt"
+        if folder := saving_folder(trainer):
+            path = folder / "stopped.ckpt"
             trainer.save_checkpoint(path)
             text = f"saved {path}, go on with --ckpt_path last"
-        rank_zero_info(f"{signal.Signals(number).name}: stopped at step {step}; {text}")
+        rank_zero_info(f"{signal.Signals(number).name}: stopped at step {trainer.global_step}; {text}")
         for logger in trainer.loggers:
             logger.finalize("finished")
         if preempted and self.requeues and trainer.is_global_zero:

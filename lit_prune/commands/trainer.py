@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from lit_prune.callbacks import NanGuard, StopOnSignal, Stopped
-from lit_prune.checkpoints import SafeTrainer, newest, verify
+from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
@@ -58,9 +58,8 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder (on every rank: ``log_dir`` is a broadcast), then save once."""
-        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
         log_dir = trainer.log_dir
-        self.folder = Path(self.config.get("trainer.default_root_dir") or checkpoints or log_dir or ".")
+        self.folder = Path(self.config.get("trainer.default_root_dir") or saving_folder(trainer) or log_dir or ".")
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,9 +72,9 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(config)
-                if stage == "fit" and (checkpoints := getattr(trainer.checkpoint_callback, "dirpath", None)):
-                    Path(checkpoints).mkdir(parents=True, exist_ok=True)
-                    Path(checkpoints, WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
+                if stage == "fit" and (checkpoints := saving_folder(trainer)):
+                    checkpoints.mkdir(parents=True, exist_ok=True)
+                    (checkpoints / WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
 
@@ -156,7 +155,7 @@ class PruneCLI(LightningCLI):
 
     def _go_on_in_wandb(self, file: Path) -> None:
         """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
-        own = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        own = saving_folder(self.trainer)
         if own and file.exists() and file.parent.samefile(own) and "WANDB_RUN_ID" not in os.environ:
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
