@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lit_prune.data.instruct import InstructData
 from lit_prune.errors import LitPruneError
@@ -33,12 +34,9 @@ class MicroData(InstructData):
         test_samples: questions to test on.
         data_seed: which block of scenes is taken: 0 the first ones of each split, 1 the next, and so on.
         questions_per_image: questions asked about a scene; 7 is one of each skill.
-        batch_size: see `InstructData`, as for the arguments that follow.
+        batch_size: see `InstructData`, as for what follows.
         eval_batch_size: see there.
-        num_workers: see there.
-        seed: see there.
-        max_length: see there.
-        max_bad_share: see there.
+        options: see there.
 
     Raises:
         LitPruneError: more scenes than the split's range of seeds has.
@@ -55,10 +53,7 @@ class MicroData(InstructData):
         questions_per_image: int = 7,
         batch_size: int = 16,
         eval_batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        max_length: int | None = None,
-        max_bad_share: float = 0.05,
+        **options: Any,
     ):
         samples = {"train": train_samples, "val": val_samples, "test": test_samples}
         self.splits = {
@@ -68,14 +63,14 @@ class MicroData(InstructData):
         paths = {split: str(it.folder(root) / INSTRUCTIONS) for split, it in self.splits.items()}
         super().__init__(
             base,
-            **paths,
+            train=paths["train"],
+            val=paths["val"],
+            test=paths["test"],
             predict=paths["test"],
+            images=None,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            max_length=max_length,
-            max_bad_share=max_bad_share,
+            **options,
         )
         self.root = root
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from lit_prune.data.order import Order
+from lit_prune.data.resume import refuse_other_data
 from lit_prune.errors import LitPruneError
 
 
@@ -78,12 +79,7 @@ class TrainBatches(Sampler[list[int]]):
         Raises:
             LitPruneError: the state belongs to other data: another seed, other sources or weights.
         """
-        for key, value in self._data().items():
-            if state.get(key) != value:  # None: a stream's, or one of an earlier version
-                raise LitPruneError(
-                    f"cannot resume: the checkpoint's training data has {key} {state.get(key)}, "
-                    f"the data given now {value}"
-                )
+        refuse_other_data(state, self._data(), "training data")
         self.order = replace(self.order, group=state["group"])
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self.batches, self.shift = state["batches"], state["shift"]

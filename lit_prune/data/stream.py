@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_prune.data.dataset import MOST_REPLACEMENTS, Fetched, InstructDataset, Sample, error_text
+from lit_prune.data.resume import refuse_other_data
 from lit_prune.data.sources import Source
 from lit_prune.data.sources.locations import locate
 from lit_prune.data.sources.tables import Table, explained, library, load_arguments
@@ -126,11 +127,7 @@ class Stream(IterableDataset):
         Raises:
             LitPruneError: it belongs to other data or another seed.
         """
-        for key, value in self._data().items():
-            if state.get(key) != value:
-                raise LitPruneError(
-                    f"cannot resume: the checkpoint's stream has {key} {state.get(key)}, the data given now {value}"
-                )
+        refuse_other_data(state, self._data(), "stream")
         states = state["streams"]
         if (len(states), len(states[0]["places"])) == (self.world, self.workers):
             self.places = [tuple(place) for place in states[self.rank]["places"]]

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lit_prune.data.conversation import TooLong
 from lit_prune.data.instruct import InstructData
 from lit_prune.data.stream import Stream
 from lit_prune.errors import LitPruneError
@@ -20,65 +19,21 @@ class StreamedData(InstructData):
     number of both goes on with the very next sample. With another number it begins the next pass over the data.
 
     Args:
-        base: see `InstructData`, as for all that is not named here.
+        base: see `InstructData`.
         train: parquet or arrow files, or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`; at least as many files as there are
             ranks times workers.
         steps: training batches of an epoch, on each process.
         block: rows that are shuffled together and held in memory by each worker, with their images' bytes.
-        val: see there.
-        test: see there.
-        predict: see there.
-        images: see there.
-        batch_size: see there.
-        eval_batch_size: see there.
-        num_workers: see there.
-        seed: see there.
-        max_length: see there.
-        max_bad_share: see there.
-        too_long: see there.
-        prefetch_factor: see there.
+        options: see there; `group_by_length` is for data that can be indexed.
 
     Raises:
         LitPruneError: see `Stream`.
     """
 
-    def __init__(
-        self,
-        base: str,
-        train: str | None = None,
-        steps: int = 1000,
-        block: int = 256,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
-        images: str | None = None,
-        batch_size: int = 8,
-        eval_batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        max_length: int | None = None,
-        max_bad_share: float = 0.05,
-        too_long: TooLong = "skip",
-        prefetch_factor: int | None = None,
-    ):
+    def __init__(self, base: str, train: str | None = None, steps: int = 1000, block: int = 256, **options: Any):
         if steps < 1 or block < 1:
             raise LitPruneError(f"data: steps ({steps}) and block ({block}) must be positive")
-        super().__init__(
-            base,
-            train,
-            val,
-            test,
-            predict,
-            images,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            max_length=max_length,
-            max_bad_share=max_bad_share,
-            too_long=too_long,
-            prefetch_factor=prefetch_factor,
-        )
+        super().__init__(base, train, group_by_length=False, **options)
         self.steps, self.block = steps, block
         self._stream: Stream | None = None
 
