@@ -328,13 +328,18 @@ class PruneModule(LightningModule):
         elif not count:
             return None
         hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
-        runs = [(evaluation.TEACHER, self.max_new_tokens), (Session(hints=hints), self.max_new_tokens)]
-        teacher, student = (evaluation.measure(self.vlm, batch, *run, together).first(count) for run in runs)
+        with self.vlm.using(evaluation.TEACHER):
+            shared = {**batch, "inputs": evaluation.encode_images(self.vlm, batch["inputs"])}
+        own = batch if self.plugin.pruner.acts_in_tower else shared
+        runs = [(shared, evaluation.TEACHER), (own, Session(hints=hints))]
+        teacher, student = (
+            evaluation.measure(self.vlm, *run, self.max_new_tokens, together).first(count) for run in runs
+        )
         unrepaired = None
         if self.plugin.repair is not None:
             bare = Record(keep_hidden=True)
             with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
-                self.model(**evaluation.encode_images(self.vlm, batch["inputs"]), use_cache=False)
+                self.model(**evaluation.encode_images(self.vlm, own["inputs"]), use_cache=False)
             unrepaired = bare.hidden
         if not count:
             return None

@@ -13,6 +13,7 @@ from tiny import ROOT, batch, forward, samples, trainer
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import TEACHER, measure
 from lit_prune.host import Record, Session
 from lit_prune.objective import Anneal, LossWeights
 from lit_prune.pruners.random import Random
@@ -146,6 +147,25 @@ def test_validation_test_and_prediction_answer(student, world, tmp_path):
         assert found[f"{stage}/visual_tokens"] == KEEP
     answers = run.predict(module, data)
     assert [sorted(answer) for answer in answers[0]] == [["answer", "id"]] * 6
+
+
+@pytest.mark.parametrize(("pruner", "passes"), [("rcp", 1), ("visionzip", 2)])
+def test_validation_encodes_the_images_once_where_the_tower_is_left_alone(micro_folder, world, pruner, passes):
+    """And measures what is measured without that; a method of the tower has a pass of its own."""
+    made = plugin_from_yaml(ROOT / "configs" / "pruners" / f"{pruner}.yaml")
+    module = PruneModule(str(micro_folder), made.pruner, made.repair, keep=KEEP, max_new_tokens=2).eval()
+    data = world()
+    data.prepare_data()
+    data.setup("validate")
+    questions, calls = next(iter(data.val_dataloader())), []
+    handle = module.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found = module.validation_step(questions, 0)
+        handle.remove()
+        for name, session in (("teacher", TEACHER), ("student", Session())):
+            apart = measure(module.vlm, questions, session, 2)
+            assert same(vars(found[name]), vars(apart)), name
+    assert len(calls) == passes
 
 
 def test_nothing_to_train_is_an_error(micro_folder, world, tmp_path):
