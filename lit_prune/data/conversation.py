@@ -52,7 +52,7 @@ class Conversation:
 
 def image_paths(record: dict) -> list[str]:
     """The image paths of a record: `image` or `images`, one or a list. Raises BadSample if they are no strings."""
-    value = record.get("image", record.get("images"))
+    value = record["image"] if record.get("image") is not None else record.get("images")
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise _bad("its images are neither a path nor a list of paths")
@@ -80,7 +80,7 @@ def read_conversation(record: dict, answered: bool = True) -> Conversation:
         turns = turns[1:]
     if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise _bad("its turns do not alternate between question and answer")
-    _match_images(turns, len(image_paths(record)))
+    _match_images(system + turns, len(image_paths(record)))
     answer = ""
     if answered or len(turns) % 2 == 0:
         if len(turns) < 2:
@@ -157,14 +157,14 @@ def prompt_length(labels: Tensor) -> int:
 
 def _turns(record: dict) -> list[dict]:
     layouts = {"conversations": ("from", "value"), "messages": ("role", "content")}
-    key = next((key for key in layouts if key in record), None)
+    key = next((key for key in layouts if record.get(key) is not None), None)
     if key is None or not isinstance(record[key], list):
         raise _bad("neither a list of conversations nor of messages")
     role_key, text_key = layouts[key]
     turns = []
     for turn in record[key]:
         role = turn.get(role_key) if isinstance(turn, dict) else None
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise _bad(f"a turn of unknown role {role!r}")
         parts = _parts(turn.get(text_key))
         turns.append({"role": ROLES[role], "content": parts if role in ("human", "user") else _joined(parts)})
@@ -200,6 +200,10 @@ def _part(item: Any) -> list[dict[str, str]]:
         raise _bad(f"a part of a message that is neither text nor image: {kind!r}")
     if not isinstance(item.get("text"), str):
         raise _bad("a turn whose content is no text")
+    try:
+        item["text"].encode()
+    except UnicodeEncodeError as error:  # JSON may hold halves of characters; tokenizers take none
+        raise _bad(f"a turn whose text is no Unicode: {error.reason}") from error
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(item["text"].split(IMAGE_MARKER)):
         parts += [{"type": "image"}] if number else []
@@ -212,13 +216,18 @@ def _text(turn: dict) -> str:
 
 
 def _match_images(turns: list[dict], images: int) -> None:
-    markers = [sum(part["type"] == "image" for part in turn["content"]) for turn in turns]
-    if any(count and turn["role"] != "user" for count, turn in zip(markers, turns, strict=True)):
-        raise _bad(f"an {IMAGE_MARKER} marker in an answer")
-    if images and turns and not any(markers):
-        turns[0]["content"][:0] = [{"type": "image"} for _ in range(images)]
-    elif sum(markers) != images:
-        raise _bad(f"{sum(markers)} {IMAGE_MARKER} markers but {images} images")
+    markers = 0
+    for turn in turns:
+        count = sum(part["type"] == "image" for part in turn["content"])
+        if count and turn["role"] != "user":
+            place = "an answer" if turn["role"] == "assistant" else "a system prompt"
+            raise _bad(f"an {IMAGE_MARKER} marker in {place}")
+        markers += count
+    first = next((turn for turn in turns if turn["role"] == "user"), None)
+    if images and first and not markers:
+        first["content"][:0] = [{"type": "image"} for _ in range(images)]
+    elif markers != images:
+        raise _bad(f"{markers} {IMAGE_MARKER} markers but {images} images")
 
 
 # Tokens
@@ -257,6 +266,8 @@ def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor) -> 
         if whole[: len(before)] != before or whole[: len(until)] != until or len(before) == len(until):
             raise _bad("the tokens of an answer cannot be told from those of its prompt")
         chosen = places[len(before) : len(until)]
+        if chosen[-1] - chosen[0] + 1 != len(chosen):  # InternVL's <img>: it would seem to be two answers
+            raise _bad("an answer with a token of images in its text")
         labels[chosen] = input_ids[chosen]
     return labels
 

@@ -25,6 +25,7 @@ from lit_prune.errors import BadSample, LitPruneError
 Mode = Literal["train", "eval", "predict"]
 Skipped = tuple[str, str | int, str]  # file, id, reason
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
+LARGEST_PIXEL = 1e9  # what a box may reach to; Python's integers may be larger than any float
 
 
 @dataclass
@@ -132,7 +133,7 @@ class InstructDataset(Dataset):
             answer=conversation.answer,
             question=conversation.question,
             skill=str(record.get("skill") or "all"),
-            boxes=record.get("boxes") or [],
+            boxes=_boxes(record),
             record=index,
             cut=cut,
         )
@@ -140,6 +141,18 @@ class InstructDataset(Dataset):
     def _decode(self, image: ImageFile) -> Image.Image:
         with image.open() as file:
             return decode_image(file, image.name, self.max_pixels)
+
+
+def _boxes(record: dict) -> list[list[float]]:
+    """The boxes of a record. Raises BadSample unless they are lists of four finite numbers."""
+    boxes = record.get("boxes")
+    if boxes is None:
+        return []
+    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+        raise BadSample("", None, "its boxes are no list of lists of four numbers")
+    if not all(isinstance(edge, int | float) and abs(edge) < LARGEST_PIXEL for box in boxes for edge in box):  # no nan
+        raise BadSample("", None, "its boxes have edges that are no numbers of pixels")
+    return boxes
 
 
 class Collate:

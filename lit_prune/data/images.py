@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lit_prune.errors import BadSample
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit
+LONGEST = 200  # times the shorter side; the limit of Qwen2-VL's processor
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program
 
 
@@ -38,7 +39,7 @@ def open_image(root: str | Path, relative_path: str) -> BinaryIO:
 
 
 def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in RGB.
+    """The image in RGB, upright if its EXIF says how, transparency left away, the first one if there are several.
 
     Args:
         file: a binary file at its begin.
@@ -47,10 +48,14 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
             (never more than Pillow's own limit).
 
     Raises:
-        BadSample: unreadable, cut short, or too large. File and sample are left open.
+        BadSample: unreadable, cut short, too large or too long a strip, or greys of unknown range. File and sample are
+            left open.
     """
     with _header(file, name, max_pixels) as image:
-        return image.convert("RGB")
+        decoded = _rgb(image, name)
+        with suppress(Exception):  # what is broken in EXIF may raise anything; it says nothing then
+            ImageOps.exif_transpose(decoded, in_place=True)
+        return decoded
 
 
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
@@ -63,10 +68,11 @@ def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str
 def _header(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read; what decoding raises inside is told as a bad sample too."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of transparency, and of what is broken beside the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=FORMATS) as image:
-                _check_pixels(image, name, max_pixels)
+                _check_size(image, name, max_pixels)
                 yield image
         except BadSample:
             raise
@@ -89,7 +95,7 @@ def resolve_image(root: str | Path, relative_path: str) -> Path:
     try:
         path = (root / relative_path).resolve()
         found = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long or no Unicode, a loop of links
         raise _bad(f"image {relative_path} cannot be read: {error}") from error
     if not path.is_relative_to(root):
         raise _bad(f"image path {relative_path} leaves the image root by a link")
@@ -98,8 +104,19 @@ def resolve_image(root: str | Path, relative_path: str) -> Path:
     return path
 
 
-def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # 16 bits of grey: Pillow's conversion cuts at 255 where this keeps the upper 8 bits
+        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise _bad(f"image {name} has greys of 32 bits, and nobody knows which of them is white")
+    return image.convert("RGB")
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):  # made 336 pixels wide it would fill the memory
+        raise _bad(f"image {name} has {width} x {height} pixels: one side is more than {LONGEST} times the other")
     if width * height > max_pixels:
         raise _bad(f"image {name} is a decompression bomb: {width} x {height} pixels, more than {max_pixels}")
 

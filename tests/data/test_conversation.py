@@ -5,7 +5,7 @@ import torch
 from instruct_samples import CHATML, LLAVA, TOKENS, UNMARKED, conversation, make_processor
 from PIL import Image
 
-from lit_prune.data.conversation import IGNORED, answer_ends, encode, prompt_length, read_conversation
+from lit_prune.data.conversation import IGNORED, answer_ends, encode, image_paths, prompt_length, read_conversation
 from lit_prune.data.prompt import render
 from lit_prune.errors import BadSample
 from lit_prune.micro.model import build_processor
@@ -17,6 +17,12 @@ MULTI = {
     "conversations": conversation("What is it?\n<image>", "A cat.", " Old? ", " no ", "Sure?", "yes it is"),
 }
 TEXT = {"conversations": conversation("Hi", "Ho")}
+
+
+def messages(turns: list[dict]) -> list[dict]:
+    """The same conversation in the other layout."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def answers_of(processor, inputs) -> list[str]:
@@ -128,6 +134,19 @@ def test_messages_layout_is_the_same(processor):
         assert found["input_ids"].tolist() == expected["input_ids"].tolist()
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": None, "images": ["a.png"], "conversations": SINGLE["conversations"]},
+        {"image": "a.png", "conversations": None, "messages": messages(SINGLE["conversations"])},
+    ],
+)
+def test_a_key_that_is_null_is_none(processor, record):
+    """As tables have it, whose rows all have all columns."""
+    assert image_paths(record) == ["a.png"]
+    assert encode(processor, record, [RED])["labels"].tolist() == encode(processor, SINGLE, [RED])["labels"].tolist()
+
+
 def test_several_images_and_markers(processor):
     record = {"image": ["a", "b"], "conversations": conversation("<image><image> Same?", "no")}
     inputs = encode(processor, record, [RED, RED])
@@ -168,6 +187,12 @@ def test_what_stands_outside_is_left_out():
         ({"image": "a", "conversations": conversation("Q", "A <image>")}, "marker in an answer"),
         ({"conversations": [*conversation("Q"), *conversation("Q", "A")]}, "do not alternate"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "unknown role 'tool'"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "unknown role"),
+        ({"conversations": [{"from": {}, "value": "x"}]}, "unknown role {}"),
+        ({"conversations": [{"from": "system", "value": "<image>"}, *SINGLE["conversations"]]}, "in a system prompt"),
+        ({"conversations": conversation("a\ud800b", "A")}, "no Unicode"),
+        ({"conversations": conversation("Q", "A\udcff")}, "no Unicode"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "no Unicode"),
         ({"conversations": [{"from": "human", "value": 3}]}, "content is no text"),
         ({"conversations": ["Q", "A"]}, "unknown role None"),
         ({"conversations": "Q"}, "neither a list"),

@@ -22,6 +22,7 @@ from lit_prune.data.dataset import InstructDataset, concatenate
 from lit_prune.data.instruct import InstructData, context_length
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.data.mixture import WeightedSource
+from lit_prune.data.sources import open_source, sample_name
 from lit_prune.errors import LitPruneError
 
 # Batches
@@ -175,6 +176,22 @@ def test_too_many_bad_samples_stop_the_run(processor, tmp_path, workers):
         trainer.test(Recorder(), make_data(processor, test=path), verbose=False)
     with pytest.raises(LitPruneError, match="8 of 8 samples seen in train are bad"):
         trainer.fit(Recorder(), make_data(processor, train=path, num_workers=workers))
+
+
+@pytest.mark.parametrize("boxes", ["abc", 3, [3], [[1, 2, 3]], [[1, 2, 3, "4"]], [[1, 2, 3, float("nan")]], [{}]])
+def test_boxes_that_are_none(processor, tmp_path, boxes):
+    records = [{"conversations": conversation("Q", "A"), "boxes": given} for given in (boxes, [[0, 1.5, 2, 3]], None)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    fetched = InstructDataset(open_source(tmp_path / "data.jsonl"), processor, mode="eval").__getitems__([0, 1, 2])
+    assert [sample.boxes for sample in fetched.samples] == [[[0, 1.5, 2, 3]], []]
+    assert "boxes" in fetched.skipped[0][2]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "\ud800", ["a"], None, 1.5, True])
+def test_names_that_are_none(name):
+    """Whatever would break a line, a terminal or a file of results: the index stands for it."""
+    assert sample_name({"id": name}, 7) == 7
+    assert [sample_name({"id": good}, 7) for good in ("ü 1", 0, "x" * 200)] == ["ü 1", 0, "x" * 200]
 
 
 def test_a_file_that_changes_under_way(processor, tmp_path):

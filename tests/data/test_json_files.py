@@ -38,6 +38,11 @@ def test_lines(tmp_path):
     assert len(JsonFile(write(tmp_path, "", "empty.jsonl"))) == 0
 
 
+def test_lines_as_windows_writes_them(tmp_path):
+    lines = b"\xef\xbb\xbf" + b"\r\n \t\r\n".join(json.dumps(sample).encode() for sample in SAMPLES) + b"\r\n"
+    assert list(JsonFile(write(tmp_path, lines, "data.jsonl"))) == SAMPLES
+
+
 def test_a_broken_line_is_one_bad_sample(tmp_path):
     records = JsonFile(write(tmp_path, b'{"id": 0}\n{"id": \n[1]\n{"id": "\xff"}\n{"id": 4}', "data.jsonl"))
     assert records[0] == {"id": 0}
@@ -71,6 +76,7 @@ def test_pickled_while_open(tmp_path):
         ('[{"a": 1}] x', "text after the list"),
         (b'[{"a": "\xff"}]', "not UTF-8"),
         (b'[{"a": "x"}, {"\xc3', "not UTF-8"),
+        ('[{"a": 1}, {"a": ' + "9" * 5000 + "}]", "4300 digits.* item 1"),
         ("[" * 5000, "item 0"),
         ('[{"a": ' + "[" * 200_000, "item 0"),
     ],

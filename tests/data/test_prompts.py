@@ -11,6 +11,7 @@ from prompt_families import PROCESSORS
 
 from lit_prune.data.conversation import IGNORED, encode, image_paths, read_conversation
 from lit_prune.data.prompt import render
+from lit_prune.errors import BadSample
 
 SAMPLES = {
     "one turn": {"image": "a.png", "conversations": conversation("<image>\nWhat is it?", "A cat.")},
@@ -102,6 +103,18 @@ def test_the_prompt_is_what_stands_before_the_last_answer(family, sample):
     if sample in ("one turn", "text"):
         stock = processor.apply_chat_template(read_conversation(record).messages[:-1], add_generation_prompt=True)
         assert asked == stock
+
+
+def test_tokens_of_images_in_a_text_are_refused(family):
+    """A model would look for images behind them; where the processor lets them pass, the answer would be cut in two."""
+    name, processor = family
+    if name not in ("llava-1.5", "llava-next-vicuna", "llava-next-mistral", "llava-onevision"):  # else it is a marker
+        asked = {"conversations": conversation(f"What is {processor.image_token}?", "A cat.")}
+        with pytest.raises(BadSample, match="no images were passed"):
+            encode(processor, asked)
+    for token in ("<img>", "</img>") if name == "internvl" else ():
+        with pytest.raises(BadSample, match="an answer with a token of images"):
+            encode(processor, {"conversations": conversation("Q", f"A {token} b")})
 
 
 def test_a_batch_is_what_the_processor_makes_of_all(family, tmp_path):

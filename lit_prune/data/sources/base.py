@@ -67,9 +67,11 @@ class Source(ABC):
 
 
 def sample_name(record: dict, index: int) -> str | int:
-    """What messages call a record: its `id`, else its index."""
+    """What messages call a record: its `id`, a number or one line of text, else its index."""
     name = record.get("id")
-    return name if isinstance(name, str | int) else index
+    if isinstance(name, str):
+        return name if name and name.isprintable() else index
+    return name if isinstance(name, int) and not isinstance(name, bool) else index
 
 
 class FileReader:

@@ -151,6 +151,8 @@ class _ListScanner:
                 if self.ended or len(self.text) - self.at > LARGEST_RECORD:
                     raise _ScanError(f"not JSON: {error.msg} in item {number}, at byte {self.byte}") from error
                 self._fill()
+            except ValueError as error:  # an integer of too many digits
+                raise _ScanError(f"{error}: in item {number}, at byte {self.byte}") from error
         start = self.byte
         self._move(end)
         return start, self.byte - start

@@ -53,7 +53,7 @@ class Shards(Source):
         if not isinstance(record, dict):
             found = f"not {type(record).__name__}" if span[1] else "there is none beside its images"
             raise BadSample(self.paths[shard], index, f"a JSON object was expected, {found}")
-        if images and not {"image", "images"} & record.keys():
+        if images and record.get("image") is None and record.get("images") is None:
             record["images"] = [f"number {number}" for number in range(len(images))]
         return record
 
