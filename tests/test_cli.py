@@ -1,9 +1,9 @@
 """The command line: doors, verbs, configurations, errors. Stand-ins replace the model, so nothing heavy is loaded."""
 
 import os
+import re
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from tiny import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -162,7 +163,7 @@ def edit(name: str, old: str, new: str) -> None:
 
 def shell(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, env={**os.environ, **env}, timeout=120, check=False
+        [str(c) for c in command], capture_output=True, text=True, env={**os.environ, **env}, check=False
     )
 
 
@@ -171,12 +172,15 @@ def shell(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("door", [[BIN / "lightning"], [BIN / "lit-prune"], [sys.executable, "-m", "lit_prune"]])
 def test_help_is_quick_through_every_door(door: list[str | Path]) -> None:
-    started = time.monotonic()
-    result = shell(*door, "--help")
-    assert time.monotonic() - started < 3
-    assert result.returncode == 0
+    """Under three seconds of processor time, which other jobs of the machine don't change."""
+    process = subprocess.Popen([*map(str, door), "--help"], stdout=subprocess.PIPE, text=True)
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_utime + used.ru_stime < 3
     for verb in [*cli.LIGHTNING_VERBS, *cli.verbs()]:
-        assert f"  {verb}" in result.stdout
+        assert f"  {verb}" in said
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -214,13 +218,13 @@ def test_two_processes_through_the_module_door(folder: Path) -> None:
     )
     (folder / "ranks").mkdir()
     command = ["fit", "-c", "base.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1"]
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent), str(ROOT)])
     result = shell(sys.executable, "-m", "lit_prune", *command, PYTHONPATH=path, RANKS="ranks", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("script", sorted(Path(__file__).parents[1].glob("jobs/**/*.sh")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(ROOT.glob("jobs/**/*.sh")), ids=lambda p: p.name)
 def test_scripts_are_bash(script: Path) -> None:
     assert shell("bash", "-n", script).returncode == 0
     if script.name in ("try.sh", "test.sh"):
@@ -328,8 +332,8 @@ def test_a_job_that_slurm_starts_again_goes_on(
         caplog.clear()
         assert run(f"fit -c base.yaml --trainer.max_steps {steps}").code == 0
         assert ("Restored all states" in caplog.text) == (restarts == "1")
-    newest = max(Path("run/checkpoints").glob("last*.ckpt"), key=os.path.getmtime)
-    assert torch.load(newest, weights_only=True)["global_step"] == 3
+    saved = [torch.load(last, weights_only=True) for last in Path("run/checkpoints").glob("last*.ckpt")]
+    assert max(checkpoint["global_step"] for checkpoint in saved) == 3
 
 
 def test_a_damaged_checkpoint_is_passed_over_or_refused(run: Callable[[str], Result]) -> None:
@@ -384,15 +388,15 @@ def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkey
     }
     Path("wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
     ids: list[str] = []
-    seen: set[Path] = set()
     for more in ("", "--ckpt_path last --trainer.max_steps 3", ""):
         result = run(f"fit -c base.yaml -c wandb.yaml {more}")
         assert result.code == 0, result.err
+        ids.append(wandb.run.id)
+        folder = Path(wandb.run.dir).parent
         wandb.finish()
-        (folder,) = set(Path("run/wandb").glob("offline-run-*-*")) - seen
-        seen.add(folder)
-        ids.append(folder.name.rpartition("-")[2])
-        time.sleep(1.0)  # a folder's name holds the second of its start, and nothing finer
+        assert re.fullmatch(rf"offline-run-\d+_\d+-{ids[-1]}", folder.name)
+        # Its name holds the second of its start, and nothing finer: the next start may come within the same one.
+        folder.rename(folder.with_name(f"{len(ids)}-{folder.name}"))
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -525,7 +529,7 @@ def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> 
 
 
 @pytest.mark.skipif(not find_spec("lit_prune.training"), reason="no training module")
-@pytest.mark.parametrize("config", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["fit", "-c", str(config), "--print_config"])

@@ -1,12 +1,12 @@
 """What training adds to the paper: watched attention of the teacher, and bounded gradients of the gates."""
 
+import tiny
 import torch
+from tiny import batch, samples
 
 from lit_prune.host import Record, Session, StageRecord
 from lit_prune.objective import attention_loss
 from lit_prune.selection import clip_gradient
-from tests import tiny
-from tests.tiny import batch, samples
 
 
 def test_watched_attention_equals_eager(tiny_model, tiny_eager):

@@ -5,26 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
-from tiny import ROOT, trainer
+from tiny import ROOT, same_ends, slurm_task, trainer
 
 from lit_prune.checkpoints import SUMS, seal
-
-
-def same(a, b) -> bool:
-    """Equal bit for bit, through dictionaries and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
 
 # -- checkpoints between two optimizer steps ------------------------------------------------------------------------
 
@@ -82,9 +71,7 @@ def test_a_checkpoint_between_two_steps_is_one_of_the_last_step(student, world, 
     run.fit(student(), world(batch_size=2), ckpt_path=folder / f"{saved}.ckpt")
     assert saving.samples == samples[batch:]
     run.save_checkpoint(tmp_path / "end.ckpt")
-    ends = [torch.load(end / "end.ckpt", weights_only=True) for end in (folder, tmp_path)]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData", "global_step"):
-        assert same(ends[0][key], ends[1][key]), key
+    same_ends(folder / "end.ckpt", tmp_path / "end.ckpt")
     assert diary.lines == lines[-len(diary.lines) :]
     assert diary.lines[0][0] == step
 
@@ -133,30 +120,24 @@ TINY = {
 SAVING = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
 SAVING += "{dirpath: FOLDER, save_last: true, every_n_train_steps: 1, save_top_k: 1}}, "
 SAVING += "{class_path: lit_prune.callbacks.ExportPlugin, init_args: {folder: FOLDER/plugin}}"
+SENDING = ", {class_path: faults.Send, init_args: {number: %d, batch: %d, epoch: %d, group: true}}"
 LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: "
 LOGGER += "{save_dir: FOLDER, name: logs, flush_logs_every_n_steps: 1}}"
 
 
-def start(folder, base, *more: str, **environment: str) -> subprocess.Popen:
-    """`fit` in a process group of its own."""
+def fit(folder, base, *more: str, end: tuple[int, int, int] | None = None, **environment: str) -> tuple[int, str]:
+    """`fit` in a process group of its own, to which it may send a signal in some batch of some epoch.
+
+    Returns its exit code and what it said.
+    """
     own = {"model.base": base, "data.init_args.root": base.parent / "world", "trainer.default_root_dir": folder}
-    own["trainer.callbacks"] = f"[{SAVING}]".replace("FOLDER", str(folder))
+    own["trainer.callbacks"] = f"[{SAVING}{SENDING % end if end else ''}]".replace("FOLDER", str(folder))
     own["trainer.logger"] = f"[{LOGGER}]".replace("FOLDER", str(folder))
     words = [f"--{name}={value}" for name, value in {**TINY, **own}.items()]
     command = [sys.executable, "-m", "lit_prune", "fit", "-c", str(ROOT / "configs" / "micro.yaml"), *words, *more]
-    known = {**os.environ, **environment}
-    return subprocess.Popen(command, env=known, start_new_session=True, stderr=subprocess.PIPE, text=True)
-
-
-def end(run: subprocess.Popen, folder, number: int = 0) -> str:
-    """Send a signal to the whole group as soon as one more checkpoint is there; gives what the run said."""
-    begun = time.time_ns()
-    while number and not ((last := folder / "last.ckpt").exists() and last.stat().st_mtime_ns > begun):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.01)
-    if number:
-        os.killpg(run.pid, number)
-    return run.communicate(timeout=250)[1]
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment}
+    run = subprocess.run(command, env=known, start_new_session=True, stderr=subprocess.PIPE, text=True, check=False)
+    return run.returncode, run.stderr
 
 
 def logged(folder) -> dict[int, dict[str, str]]:
@@ -169,28 +150,21 @@ def logged(folder) -> dict[int, dict[str, str]]:
 def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folder, tmp_path):
     """Killed by force, then terminated, then pre-empted, workers and all; each time resumed with --ckpt_path last."""
     whole, part = tmp_path / "whole", tmp_path / "part"
-    said = end(run := start(whole, micro_folder), whole)
-    assert run.returncode == 0, said
-    end(run := start(part, micro_folder), part, signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
-    said = end(run := start(part, micro_folder, "--ckpt_path=last"), part, signal.SIGTERM)
-    assert run.returncode == 128 + signal.SIGTERM, said
+    last = "--ckpt_path=last"
+    code, said = fit(whole, micro_folder)
+    assert code == 0, said
+    code, said = fit(part, micro_folder, end=(signal.SIGKILL, 3, 0))
+    assert code == -signal.SIGKILL, said
+    code, said = fit(part, micro_folder, last, end=(signal.SIGTERM, 6, 0))
+    assert code == 128 + signal.SIGTERM, said
     assert f"saved {part}/stopped.ckpt, go on with --ckpt_path last" in said
-    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
-    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queue\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    said = end(run := start(part, micro_folder, "--ckpt_path=last", **slurm), part, signal.SIGUSR1)
-    assert run.returncode == 128 + signal.SIGUSR1, said
+    code, said = fit(part, micro_folder, last, end=(signal.SIGUSR1, 3, 1), **slurm_task(tmp_path))
+    assert code == 128 + signal.SIGUSR1, said
     assert f"Restored all states from the checkpoint at {part}/stopped.ckpt" in said
-    assert (tmp_path / "queue").read_text() == "requeue 4711\n"
-    said = end(run := start(part, micro_folder, "--ckpt_path=last"), part)
-    assert run.returncode == 0, said
-    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 8
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData"):
-        assert same(ends[0][key], ends[1][key]), key
+    assert (tmp_path / "requeue").read_text() == "4711\n"
+    code, said = fit(part, micro_folder, last)
+    assert code == 0, said
+    assert same_ends(whole / "last.ckpt", part / "last.ckpt")["global_step"] == 8
     lines, found = logged(whole), logged(part)
     assert sorted(lines) == list(range(8))
     assert len(found) >= 8 - 3  # the line of the step at which a run is cut off is lost
@@ -204,11 +178,12 @@ def test_two_ranks_that_were_killed_end_as_two_that_were_not(micro_folder, tmp_p
     """Both processes killed by force in the middle of an epoch; weights within 1e-6 at the end."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     two = ["--config", str(ROOT / "configs" / "strategies" / f"{strategy}.yaml"), "--trainer.devices=2"]
-    said = end(run := start(whole, micro_folder, *two), whole)
-    assert run.returncode == 0, said
-    end(run := start(part, micro_folder, *two), part, signal.SIGKILL)
-    said = end(run := start(part, micro_folder, *two, "--ckpt_path=last"), part)
-    assert run.returncode == 0, said
+    code, said = fit(whole, micro_folder, *two)
+    assert code == 0, said
+    code, said = fit(part, micro_folder, *two, end=(signal.SIGKILL, 3, 0))
+    assert code == -signal.SIGKILL, said
+    code, said = fit(part, micro_folder, *two, "--ckpt_path=last")
+    assert code == 0, said
     plugins = [load_file(folder / "plugin" / "plugin.safetensors") for folder in (whole, part)]
     assert plugins[0].keys() == plugins[1].keys()
     assert all((plugins[0][name] - plugins[1][name]).abs().max() <= 1e-6 for name in plugins[0])
@@ -223,23 +198,23 @@ def test_two_ranks_that_were_killed_end_as_two_that_were_not(micro_folder, tmp_p
 def test_nothing_in_deepspeeds_states_is_executed(micro_folder, tmp_path, strategy):
     """DeepSpeed reads any pickle; a checkpoint whose checksums are right may still come from anyone."""
     one = ["--config", str(ROOT / "configs" / "strategies" / f"{strategy}.yaml"), "--trainer.devices=1"]
-    said = end(run := start(tmp_path, micro_folder, *one, "--trainer.max_steps=1"), tmp_path)
-    assert run.returncode == 0, said
+    code, said = fit(tmp_path, micro_folder, *one, "--trainer.max_steps=1")
+    assert code == 0, said
     last = tmp_path / "last.ckpt"
     states = next(last.glob("checkpoint/*_optim_states.pt"))
     honest = torch.load(states, weights_only=False)
     torch.save({**honest, "trap": Trap(tmp_path / "sprung")}, states)
     (last / SUMS).unlink()
     seal(last)
-    said = end(run := start(tmp_path, micro_folder, *one, f"--ckpt_path={last}"), tmp_path)
-    assert run.returncode == 1
+    code, said = fit(tmp_path, micro_folder, *one, f"--ckpt_path={last}")
+    assert code == 1
     assert "is no checkpoint that can be read safely" in said
     assert not (tmp_path / "sprung").exists()
     torch.save(honest, states)
     (last / SUMS).unlink()
     seal(last)
-    said = end(run := start(tmp_path, micro_folder, *one, f"--ckpt_path={last}", "--trainer.max_steps=2"), tmp_path)
-    assert run.returncode == 0, said
+    code, said = fit(tmp_path, micro_folder, *one, f"--ckpt_path={last}", "--trainer.max_steps=2")
+    assert code == 0, said
 
 
 class Trap:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -12,27 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import Send
 from lightning import Callback
 from test_checkpoints import Line, fit
+from tiny import slurm_task
 from torch.utils.data import DataLoader
 
 from lit_prune.callbacks import StopOnSignal, Stopped
 from lit_prune.checkpoints import newest
-
-JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
-TASK = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
-
-
-class Send(Callback):
-    """Sends this process a signal in the middle of a batch."""
-
-    def __init__(self, number: int, batch: int = 2, hook: str = "on_train_batch_start") -> None:
-        self.number, self.batch = number, batch
-        setattr(self, hook, self.send)
-
-    def send(self, trainer, *args) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == self.batch + 1:
-            os.kill(os.getpid(), self.number)
 
 
 class Validated(Line):
@@ -47,15 +33,11 @@ class Validated(Line):
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """The environment of a Slurm task with a stand-in for `scontrol`; gives the commands it was called with."""
-    log, command = tmp_path / "scontrol.log", tmp_path / "bin" / "scontrol"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    for name, value in {**JOB, **TASK}.items():
+    """The environment of a Slurm task with a stand-in for `scontrol`; gives the jobs that it put back."""
+    for name, value in slurm_task(tmp_path).items():
         monkeypatch.setenv(name, value)
-    return lambda: log.read_text().splitlines() if log.exists() else []
+    queue = tmp_path / "requeue"
+    return lambda: queue.read_text().splitlines() if queue.exists() else []
 
 
 def stop(folder: Path, number: int, **options) -> int:
@@ -85,7 +67,7 @@ def test_a_run_that_saves_nothing_stops_all_the_same(tmp_path: Path) -> None:
 
 def test_slurm_puts_a_pre_empted_job_back_into_the_queue(tmp_path: Path, slurm: Callable[[], list[str]]) -> None:
     assert stop(tmp_path / "run", signal.SIGUSR1) == 128 + signal.SIGUSR1
-    assert slurm() == ["requeue 4711"]
+    assert slurm() == ["4711"]
     assert newest([tmp_path / "run"]).name == "stopped.ckpt"
 
 
@@ -98,7 +80,7 @@ def test_slurms_array_tasks_and_other_signals(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     environment = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
     assert stop(tmp_path / "run", signal.SIGUSR2, plugins=[environment]) == 128 + signal.SIGUSR2
-    assert slurm() == ["requeue 815_3"]
+    assert slurm() == ["815_3"]
 
 
 def test_a_cancelled_or_unwilling_job_is_not_put_back(tmp_path: Path, slurm: Callable[[], list[str]]) -> None:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from lightning import Callback, Trainer
+from faults import Cut, PowerCut
+from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import ROOT, batch, forward, samples, trainer
+from tiny import ROOT, batch, forward, same_ends, samples, trainer
 
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
@@ -280,32 +281,8 @@ def test_learning_rate_schedule(student):
 # -- runs that are cut off ------------------------------------------------------------------------------------------
 
 
-class PowerCut(Exception):
-    pass
-
-
-class Cut(Callback):
-    """Stops a run before a step, without any farewell."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *args) -> None:
-        if trainer.global_step == self.step:
-            raise PowerCut
-
-
 def checkpoints(folder) -> ModelCheckpoint:
     return ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
-
-
-def same(a, b) -> bool:
-    """Equal bit for bit, through dictionaries and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("cut", [3, 5], ids=["first epoch", "second epoch"])
@@ -321,11 +298,7 @@ def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, 
     resumed = trainer(part, [checkpoints(part)], **options)
     resumed.fit(student(train_mode=mode), world(), ckpt_path=part / "last.ckpt")
     assert resumed.global_step == 6
-    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, part)]
-    assert ends[0]["global_step"] == 6
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData"):
-        assert key in ends[0]
-        assert same(ends[0][key], ends[1][key]), key
+    assert same_ends(whole / "last.ckpt", part / "last.ckpt")["global_step"] == 6
 
 
 # -- batches without an image, and bases in half precision ---------------------------------------------------------

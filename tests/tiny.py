@@ -3,6 +3,7 @@
 36 visual tokens, 8 decoder layers, grouped heads, logits of standard deviation 1.6, so that a wrong token shows.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -196,3 +197,29 @@ def trainer(folder, callbacks=(), **options) -> Trainer:
     fixed["log_every_n_steps"] = 1
     saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return Trainer(**{**silent, **fixed, "enable_checkpointing": saving, "callbacks": list(callbacks), **options})
+
+
+def slurm_task(state: Path) -> dict[str, str]:
+    """The environment of a Slurm job's only task; the stand-in for `scontrol` notes its calls in `state`/requeue."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
+    task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    path = os.pathsep.join([str(ROOT / "tests" / "slurm"), os.environ["PATH"]])
+    return {**job, **task, "PATH": path, "STANDIN_STATE": str(state)}
+
+
+def same(a, b) -> bool:
+    """Equal bit for bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_ends(*checkpoints: Path) -> dict:
+    """The first of two checkpoints, having checked that both are of one and the same training."""
+    ends = [torch.load(path, weights_only=True) for path in checkpoints]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "MicroData", "global_step"):
+        assert key in ends[0]
+        assert same(ends[0][key], ends[1][key]), key
+    return ends[0]
