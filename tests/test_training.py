@@ -9,7 +9,7 @@ import torch
 from faults import Cut, PowerCut
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import ROOT, batch, forward, same_ends, samples, trainer
+from tiny import ROOT, batch, forward, same, same_ends, samples, trainer
 
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
