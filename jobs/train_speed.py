@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lit_prune.host import Record, Session
 from lit_prune.host.attention import REQUEST
+from lit_prune.teaching import Teaching
 from lit_prune.timing import clock_for, peak_bytes
 from lit_prune.timing.benchmark import random_prompt
 from lit_prune.training import PruneModule
@@ -54,11 +55,20 @@ class Measured(PruneModule):
         return sum(x.numel() * x.element_size() for x in (*self.parameters(), *self.buffers()))
 
 
+class FromEndToEnd(Teaching):
+    """Nothing that teacher and student share, and nothing left out."""
+
+    def sessions(self, ranks: int) -> tuple[Session, Session]:
+        """Each over all layers."""
+        return tuple(replace(session, prefix=None, stop=None) for session in super().sessions(ranks))
+
+
 class Apart(Measured):
     """Teacher and student from end to end, one after the other."""
 
-    def _sessions(self) -> tuple[Session, Session]:
-        return tuple(replace(session, prefix=None, stop=None) for session in super()._sessions())
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.teaching = FromEndToEnd(**vars(self.teaching))
 
 
 class Naive(Measured):
@@ -80,9 +90,9 @@ class Naive(Measured):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """The same losses, the long way."""
-        moment, inputs = self.moment(), batch["inputs"]
+        moment, inputs, teaching = self.moment(), batch["inputs"], self.teaching
         torch.manual_seed(moment.seed)
-        self.plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
+        self.plugin.pruner.anneal(teaching.anneal.tau(moment.done), teaching.anneal.noise_scale(moment.done))
         with torch.no_grad():
             target = self.teacher[0].to(self.device)(**inputs, use_cache=False)
         student = Record(keep_hidden=frozenset(self.host.feeds))
@@ -92,9 +102,9 @@ class Naive(Measured):
         teacher = Record(hidden={layer: states[answers] for layer, states in self.states.items()})
         student.targets = inputs["labels"][:, 1:][answers[:, :-1]]
         logits = output.logits[answers], target.logits[answers]
-        losses = self._losses(*logits, student, teacher, moment.done, blank=False)
+        losses = teaching.losses(*logits, student, teacher, moment.done)
         losses["task"] = output.loss
-        total = sum(getattr(self.loss, name) * value for name, value in losses.items())
+        total = sum(getattr(teaching.loss, name) * value for name, value in losses.items())
         self.log_dict({"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}})
         return total
 

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
-from lit_prune.training import Moment, PruneModule
+from lit_prune.teaching import Moment
+from lit_prune.training import PruneModule
 
 HEADER = "lit_prune_step"
 INPUTS, WEIGHTS = "inputs.", "plugin."

@@ -1,60 +1,31 @@
 """The LightningModule: one frozen model that is teacher and, with plug-ins attached, student."""
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
 from lit_prune.blank import has_image, with_blank
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
-from lit_prune.host import Prefix, Record, Session, checkpointing
+from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
-from lit_prune.moments import mean_over_ranks
-from lit_prune.objective import (
-    Anneal,
-    LossWeights,
-    answer_loss,
-    attention_loss,
-    budget_share,
-    distillation,
-    repair_loss,
-    visual_share,
-)
+from lit_prune.objective import Anneal, LossWeights, budget_share
+from lit_prune.optimizer import adamw, warm_cosine
 from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.strategies import in_step, parameter_count, whole_shape
+from lit_prune.teaching import Moment, Step, Teaching
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in a run a step stands: the seed of its noise and dropout, and the share of all steps done before it."""
-
-    seed: int
-    done: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a training step found: the weighted total, each loss, and what student and teacher left."""
-
-    total: Tensor
-    losses: dict[str, Tensor]
-    student: Record
-    teacher: Record
 
 
 class PruneModule(LightningModule):
@@ -113,14 +84,10 @@ class PruneModule(LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False
-        self.loss, self.anneal = loss, anneal
-        self.keep, self.train_mode, self.spare = keep, train_mode, spare
-        self.gate_clip, self.checkpoint_activations = gate_clip, checkpoint_activations
-        self.watch = tuple(watch) if loss.attention else ()
         if loss.attention and not watch:
             raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
-        self.lr, self.repair_lr, self.weight_decay = lr, repair_lr, weight_decay
-        self.warmup, self.floor, self.max_new_tokens, self.seed = warmup, floor, max_new_tokens, seed
+        self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
+        self.keep, self.max_new_tokens, self.seed = keep, max_new_tokens, seed
         if (plugin is None) == (pruner is None):
             raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin)
@@ -134,6 +101,17 @@ class PruneModule(LightningModule):
         named = {"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
+        self.teaching = Teaching(
+            self.vlm,
+            keep,
+            loss,
+            anneal,
+            train_mode=train_mode,
+            spare=spare,
+            gate_clip=gate_clip,
+            checkpoint_activations=checkpoint_activations,
+            watch=tuple(watch) if loss.attention else (),
+        )
         dims = made.dims
         self.work = Work(self.vlm, made)
         self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
@@ -214,68 +192,9 @@ class PruneModule(LightningModule):
     def step(
         self, batch: dict[str, Any], moment: Moment, part: Callable[[str], AbstractContextManager] = nullcontext
     ) -> Step:
-        """The losses of one batch, of weights, batch and moment alone.
-
-        What teacher and student have in common runs once: the images, and the decoder layers below the first stage. The
-        teacher stops behind the last layer that is looked at, and only answer positions get logits.
-
-        Args:
-            batch: its `inputs`. moment: where in a run it stands.
-            part: names a section for a profiler.
-        """
-        if blank := self._in_step and not has_image(batch):
-            batch = with_blank(batch, self.vlm)
-        torch.manual_seed(moment.seed)
-        self.plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
-        plain, pruned = self._sessions()
-        teacher, student = plain.record, pruned.record
-        with part("teacher forward"), torch.no_grad(), self.vlm.using(plain):
-            inputs = evaluation.encode_images(self.vlm, batch["inputs"])
-            target = self.model(**inputs, use_cache=False).logits[0]
-        with part("student forward"), self.vlm.using(pruned):
-            if self.plugin.pruner.acts_in_tower:
-                inputs = evaluation.encode_images(self.vlm, batch["inputs"])
-            again = checkpointing.checkpointed(self.model, self.host.shared)
-            with again if self.checkpoint_activations else nullcontext():
-                logits = self.model(**inputs, use_cache=False).logits[0]
-        with part("losses"):
-            losses = self._losses(logits, target, student, teacher, moment.done, blank)
-            total = sum(getattr(self.loss, name) * value for name, value in losses.items())
-        if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
-            total = total + 0.0 * sum(parameter.sum() for parameter in self.plugin.parameters())
-        return Step(total, losses, student, teacher)
-
-    def _sessions(self) -> tuple[Session, Session]:
-        """How the teacher and the student run, each with a record of its own."""
-        layers = frozenset(self.host.feeds) or frozenset([self.plugin.dims.depth - 1])
-        teacher, student = Record(keep_hidden=layers), Record(keep_hidden=layers)
-        common = {"answers_only": True, "prefix": Prefix(self.host.shared) if self.host.shared else None}
-        stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
-        plain = replace(evaluation.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
-        ranks = 1 if self._trainer is None else self._trainer.world_size  # gradients are averaged over them afterwards
-        clip = None if self.gate_clip is None else self.gate_clip * ranks
-        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": clip}
-        return plain, Session(record=student, **soft, **common)
-
-    def _losses(
-        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool
-    ) -> dict[str, Tensor]:
-        """Each over the samples or answer tokens of all ranks. Where the one image is a `blank`, it doesn't count."""
-        total, answers = student.trace.total_visual, len(student.targets)
-        losses = {"task": mean_over_ranks(answer_loss(logits, student.targets), answers)}
-        if self.host.feeds:
-            losses["repair"] = repair_loss(student, teacher, sorted(self.host.feeds), self.loss)
-        if self.plugin.pruner.free:
-            pictured = (total > 0).sum() - int(blank)
-            share = mean_over_ranks(visual_share(student, self.plugin.dims.depth), pictured)
-            final = mean_over_ranks(budget_share(self.keep, total), pictured)
-            losses["budget"] = (share - self.anneal.target(final, done)).abs()
-        if self.loss.attention:
-            value = attention_loss(student, teacher, self.loss.sharpen)
-            losses["attention"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
-        if self.loss.distill:
-            losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
-        return losses
+        """The losses of one batch, of weights, batch and moment alone; `part` names a section for a profiler."""
+        ranks = 1 if self._trainer is None else self._trainer.world_size
+        return self.teaching.step(batch, moment, ranks, self._in_step, part)
 
     @property
     def host(self):
@@ -289,9 +208,9 @@ class PruneModule(LightningModule):
         self.log("loss", step.total.detach(), prog_bar=True, logger=False, batch_size=size)
         if not every or (self.trainer.global_step + 1) % every:  # the same steps on all ranks
             return
-        target = self.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
+        target = self.teaching.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
         values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
-        values["tau"] = self.anneal.tau(done)
+        values["tau"] = self.teaching.anneal.tau(done)
         values["budget/target"] = target * student.trace.total_visual.double().mean()
         values |= step_figures(self.vlm, self.plugin, student, step.teacher)
         values |= {f"data/{name}": value for name, value in batch.get("figures", {}).items()}
@@ -302,21 +221,9 @@ class PruneModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
         self._check_parameters()
-        groups = [{"params": list(self.plugin.pruner.parameters()), "lr": self.lr, "name": "pruner"}]
-        if self.plugin.repair is not None:
-            rate = self.lr if self.repair_lr is None else self.repair_lr
-            groups.append({"params": list(self.plugin.repair.parameters()), "lr": rate, "name": "repair"})
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=self.weight_decay)
-        steps = max(1, self.trainer.estimated_stepping_batches)
-        warm = max(1, round(self.warmup * steps))
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            done = min(1.0, (step - warm) / max(1, steps - warm))
-            return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        optimizer = adamw(self.plugin, self.lr, self.repair_lr, self.weight_decay)
+        schedule = warm_cosine(optimizer, max(1, self.trainer.estimated_stepping_batches), self.warmup, self.floor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ FLOORS = {
     **dict.fromkeys(
         [
             "training",
+            "teaching",
+            "optimizer",
             "replay",
             "checkpoints",
             "progress",

@@ -52,13 +52,13 @@ def test_an_estimate_is_what_a_step_does(student, world, tmp_path, options):
     did, taught = (record.trace for record in seen)
     answers, visual = len(seen[0].targets), int(did.total_visual)
     text = int(taught.queries[0]) - visual - answers
-    plugin, size, mode = module.plugin, module.vlm.size, module.train_mode
+    plugin, size, mode = module.plugin, module.vlm.size, module.teaching.train_mode
     given = (visual, text, answers, size.depth, plugin.pruner, plugin.repair, mode)
     teacher, trained = plan_step({stage.layer: int(stage.kept) for stage in did.stages}, *given)
     for plan, real in ((teacher, taught), (trained, did)):
         assert [int(tokens) for tokens in plan.ran] == [int(tokens) for tokens in real.ran]
         assert plan.learns == real.learns
-    run = Training(batch_size=1, mode=mode, checkpointing=module.checkpoint_activations, reserve=0.0)
+    run = Training(batch_size=1, mode=mode, checkpointing=module.teaching.checkpoint_activations, reserve=0.0)
     weights = Weights(0, 0, 0)
     found = estimate(run, teacher, trained, size, weights, plugin.pruner, plugin.repair, answers, bytes_per_value=4)
     assert found.flops + found.repeated == pytest.approx(counted.counter.get_total_flops(), rel=0.01)
