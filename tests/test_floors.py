@@ -22,6 +22,7 @@ FLOORS = {
             "cost",
             "step_cost",
             "training_cost",
+            "training_plan",
             "budget",
         ],
         0,

@@ -8,13 +8,15 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from lit_prune.cost import ModelSize, TowerTrace
+from lit_prune.commands.pricing import Bill, Case
+from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.loading import random_model
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Dims
-from lit_prune.training_cost import Estimate, Training, Weights, estimate, plan_step
+from lit_prune.training_cost import Estimate, Weights, estimate, plan_step
+from lit_prune.training_plan import Training
 
 
 def check(training: Training, plugin: Plugin | None) -> None:
@@ -46,21 +48,19 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def bill(
-    training: Training,
-    weights: Weights,
-    schedule: dict[int, int],
-    tokens: tuple[int, int, int],
-    size: ModelSize,
-    plugin: Plugin,
-    tower: TowerTrace | None,
-    bytes_per_value: int,
-) -> Estimate:
-    """The estimate under one schedule; `tokens` are a sample's visual, prompt and answer tokens."""
-    pruner, repair = plugin.pruner, plugin.repair
-    teacher, student = plan_step(schedule, *tokens, size.depth, pruner, repair, training.mode)
-    student.tower = tower
-    return estimate(training, teacher, student, size, weights, pruner, repair, tokens[2], bytes_per_value)
+def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:
+    """The estimate under each bill's schedule."""
+    size, prompt, plugin = case.size, case.prompt, built(case.plugin, case.size)
+    weights, pruner, repair = count_weights(case.config, plugin), plugin.pruner, plugin.repair
+    found = {}
+    for name, made in bills.items():
+        tokens = (prompt.visual, prompt.text, prompt.answer)
+        teacher, student = plan_step(made.schedule, *tokens, size.depth, pruner, repair, training.mode)
+        student.tower = made.tower
+        found[name] = estimate(
+            training, teacher, student, size, weights, pruner, repair, prompt.answer, prompt.bytes_per_value
+        )
+    return found
 
 
 def as_table(training: Training, found: dict[str, Estimate]) -> Table:

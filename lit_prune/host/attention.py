@@ -12,7 +12,6 @@ from functools import wraps
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 REQUEST = "lit_prune_attention"
 BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -77,6 +76,8 @@ def row_mean(
 
 def wrap_attention() -> None:
     """Register the wrapper around every installed attention function that this project supports."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import
+
     for name in BACKENDS:
         try:
             function = ALL_ATTENTION_FUNCTIONS[name]

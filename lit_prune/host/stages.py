@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
 
 from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
@@ -245,6 +244,8 @@ class Stages:
 
         `padded` says whether some columns are filler; None: nobody knows, so the device is asked.
         """
+        from transformers.masking_utils import create_causal_mask  # slow to import
+
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,

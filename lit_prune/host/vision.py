@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
 
 from lit_prune import selection
 from lit_prune.budget import Budget
@@ -119,6 +118,8 @@ class TowerHost:
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
         state.mask = None
         if index < self.tower.size.features and not bool(state.real.all()):
+            from transformers.masking_utils import create_bidirectional_mask  # slow to import
+
             valid = torch.nn.functional.pad(state.real, (self.tower.size.prefix, 0), value=True)
             state.mask = create_bidirectional_mask(self.tower.module.config, hidden, valid)
         return hidden

@@ -1,0 +1,32 @@
+"""What a command must not import before it needs it: each of these takes seconds."""
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORK = {"torch", "transformers", "lightning"}
+# Neither pricing nor help has use for a model's code, and these bring PyTorch's compiler along.
+MODELLING = {"transformers.modeling_utils", "transformers.masking_utils", "torch._dynamo", "lightning", "torchmetrics"}
+
+
+def imported(command: str) -> set[str]:
+    """What a process of its own has imported when it has run a command; its output is left out."""
+    code = "import sys, lit_prune.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code\n"
+    code += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", ["--help", "cost --help", "sweep --help"])
+def test_help_comes_without_any_framework(command):
+    assert not FRAMEWORK & imported(command)
+
+
+def test_pricing_needs_no_models_code():
+    found = imported("cost --model Qwen/Qwen2.5-VL-7B-Instruct --pruner configs/pruners/rcp.yaml --keep 64")
+    assert "lit_prune.cost" in found
+    assert not MODELLING & found
