@@ -102,7 +102,7 @@ def verify(path: Path) -> None:
         _verify_archive(path)
         return
     if not (path / SUMS).is_file():
-        raise LitPruneError(f"{path}: no {SUMS} in this checkpoint: its writing was cut off")
+        raise LitPruneError(f"{path}: no {SUMS} in this folder: it is no checkpoint, or its writing was cut off")
     for line in (path / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         if not (path / name).is_file():
@@ -148,12 +148,15 @@ def _seal_archive(path: Path) -> None:
 def _verify_archive(path: Path) -> None:
     size = path.stat().st_size - COMMENT_SIZE
     with path.open("rb") as file:
+        begin = file.read(2)
         file.seek(max(0, size))
         comment = file.read()
     if comment.startswith(COMMENT):
         if comment != COMMENT + _digest(path, size).encode():
             raise LitPruneError(f"{path}: the checkpoint is damaged: its checksum differs")
         return
+    if not b"PK".startswith(begin):  # as archives do
+        raise LitPruneError(f"{path} is no checkpoint")
     if not comment.endswith(b"\0\0"):  # the end of an archive that announces no comment
         raise LitPruneError(f"{path}: the checkpoint is cut short")
     try:  # saved by another Trainer: the checksums of the archive's records have to do

@@ -64,6 +64,8 @@ def load_step(path: Path) -> SavedStep:
     Raises:
         LitPruneError: it is not there, is damaged, or is something else.
     """
+    if not path.is_file():
+        raise LitPruneError(f"{path} is no step that `fit` has saved: there is no such file")
     try:
         with safe_open(path, "pt") as file:
             rest = json.loads((file.metadata() or {})[HEADER])

@@ -90,6 +90,14 @@ def test_a_file_cut_anywhere_is_not_whole(saved: Path) -> None:
             verify(path)
 
 
+def test_what_is_no_checkpoint_is_not_called_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n" * 40)
+    with pytest.raises(LitPruneError, match=r"notes\.md is no checkpoint"):
+        verify(tmp_path / "notes.md")
+    with pytest.raises(LitPruneError, match="it is no checkpoint, or its writing was cut off"):
+        verify(tmp_path)
+
+
 def test_a_flipped_byte_is_found(saved: Path) -> None:
     """Anywhere but in the checksum's own name, without which the archive's own checksums count."""
     path = saved / "last.ckpt"

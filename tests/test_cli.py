@@ -72,6 +72,10 @@ class Model(L.LightningModule):
     def moment(self) -> None:
         """Where the run is, for the guard that every run has."""
 
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.fault == "load":
+            raise LitPruneError("another model's")
+
     def test_step(self, batch: torch.Tensor, index: int) -> None:
         self.log("keep", float(self.keep))
 
@@ -193,6 +197,11 @@ def test_version_and_no_arguments(run: Callable[[str], Result]) -> None:
     assert "verbs:" in run("").out
 
 
+def test_options_that_are_missing_are_named_as_they_are_written(run: Callable[[str], Result]) -> None:
+    result = run("export")
+    assert (result.code, result.err) == (2, "error: give --checkpoint, --out\n")
+
+
 def test_unknown_verb_names_the_closest(run: Callable[[str], Result]) -> None:
     result = run("tets -c base.yaml")
     assert result.code == 2
@@ -297,17 +306,35 @@ def test_base_model_reaches_the_data_module(folder: Path) -> None:
 # Runs
 
 
-def test_fit_saves_its_configuration_resumes_and_runs_twice(run: Callable[[str], Result]) -> None:
+def test_fit_saves_its_configuration_resumes_and_runs_twice(
+    run: Callable[[str], Result], caplog: pytest.LogCaptureFixture
+) -> None:
     assert run("fit -c base.yaml --ckpt_path last").code == 0  # a first run starts fresh
     assert Path("run/checkpoints/last.ckpt").exists()
     again = run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3")
     assert again.code == 0, again.err
+    assert "resumed with other settings than before: trainer.max_steps 2 -> 3\n" in caplog.text
+    assert "begins anew" not in caplog.text
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     saved = yaml.safe_load(Path("run/config_fit.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3
     assert run("fit -c run/config_fit.yaml").code == 0
+    assert "has checkpoints of an earlier run, and this one begins anew" in caplog.text
     assert run("test -c run/config_fit.yaml").code == 0
     assert trainer.build("run/config_fit.yaml").model.keep == 8
+
+
+def test_without_a_logger_nothing_asks_for_learning_rates(run: Callable[[str], Result]) -> None:
+    result = run("fit -c base.yaml --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor")
+    assert result.code == 0, result.err
+
+
+def test_a_run_that_is_refused_leaves_the_settings_of_the_one_before(run: Callable[[str], Result]) -> None:
+    assert run("fit -c base.yaml").code == 0
+    before = Path("run/config_fit.yaml").read_text()
+    refused = run("fit -c base.yaml --ckpt_path last --model.fault load")
+    assert (refused.code, refused.err.strip()) == (1, "error: another model's")
+    assert Path("run/config_fit.yaml").read_text() == before
 
 
 def test_a_checkpoint_brings_no_settings(run: Callable[[str], Result]) -> None:
@@ -363,8 +390,9 @@ def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_wandb_runs_share_a_folder_and_know_their_configuration(
     run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen, warned = [], []
     monkeypatch.setattr(trainer.WandbLogger, "log_hyperparams", lambda self, params: seen.append(params))
+    monkeypatch.setattr(wandb, "termwarn", lambda text, **_: warned.append(text))
     logger = {
         "class_path": "lightning.pytorch.loggers.WandbLogger",
         "init_args": {"save_dir": "run", "mode": "disabled"},
@@ -374,6 +402,7 @@ def test_wandb_runs_share_a_folder_and_know_their_configuration(
         result = run(f"test -c base.yaml -c wandb.yaml --model.keep={keep}")
         assert result.code == 0, result.err
     wandb.finish()  # else the next test's first run is this one
+    assert not [text for text in warned if "anonymous" in text]
     assert [params["model"]["keep"] for params in seen if "trainer" in params] == [3, 4]
     assert yaml.safe_load(Path("run/config_test.yaml").read_text())["model"]["keep"] == 4
 

@@ -161,6 +161,13 @@ def test_what_a_sweep_cannot_be(quick, changes, told):
         quick(**changes)
 
 
+def test_a_sweep_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    for name, told in (("none.yaml", "No such file"), ("bad.yaml", "not valid YAML")):
+        with pytest.raises(LitPruneError, match=rf"{name}: {told}"):
+            read_sweep(tmp_path / name)
+
+
 # -- Optuna ---------------------------------------------------------------------------------------------------------
 
 

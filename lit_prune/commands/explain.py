@@ -30,6 +30,8 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> 
     files = [file for file in files if Path(file).suffix in (".yaml", ".yml", ".json")]
     if message.startswith("unrecognized arguments:"):
         return _unrecognised(message, parser, files)
+    if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"give {', '.join(f'--{name}' for name in match[1].split(', '))}"
     if "File does not exist" in message or "Problems parsing config" in message:
         return _bad_file(message, files)
     if match := UNKNOWN.search(message):

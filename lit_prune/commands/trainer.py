@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -47,7 +48,7 @@ NOISE = (
 class SaveConfig(SaveConfigCallback):
     """Keeps the resolved configuration beside the run, as ``config_<verb>.yaml``, and in W&B or TensorBoard.
 
-    A rerun overwrites it.
+    A rerun overwrites it, once its checkpoint is loaded: one that is refused leaves the settings of the run before.
 
     The folder is ``trainer.default_root_dir`` where the configuration sets it, else that of the checkpoints, else the
     logger's.
@@ -57,10 +58,15 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder (on every rank: ``log_dir`` is a broadcast), then save once."""
+        """Choose the folder, on every rank: ``log_dir`` is a broadcast."""
         log_dir = trainer.log_dir
         self.folder = Path(self.config.get("trainer.default_root_dir") or saving_folder(trainer) or log_dir or ".")
-        super().setup(trainer, pl_module, stage)
+
+    def _save_once(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save when the verb's own loop begins; a validation within `fit` comes here too."""
+        super().setup(trainer, pl_module, trainer.state.fn.value)
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _save_once
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, without what belongs to one verb only (`ckpt_path`): any verb reads it. Rank zero only."""
@@ -68,6 +74,8 @@ class SaveConfig(SaveConfigCallback):
         config = {key: value for key, value in config.items() if key in EVERY_VERB}
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"config_{trainer.state.fn.value}.yaml"
+        if stage == "fit" and trainer.ckpt_path and file.is_file():
+            _tell_changes(yaml.safe_load(file.read_text(encoding="utf-8")), config)
         file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -126,6 +134,16 @@ class PruneCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put right what Lightning's own parts make of our configurations."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.loggers:  # where it would refuse to run
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+                logger._wandb_init.pop("anonymous", None)  # W&B warns that the setting has no effect, even as None
+        return trainer
+
     def _parse_ckpt_path(self) -> None:
         """A checkpoint brings weights, never settings: those are the configuration's and the command line's."""
 
@@ -139,6 +157,8 @@ class PruneCLI(LightningCLI):
             kwargs["ckpt_path"] = self._newest(subcommand)
         elif given is not None and given not in ("best", "hpc") and "://" not in given:
             verify(Path(given))
+        elif given is None and subcommand == "fit":
+            self._tell_of_earlier()
         if kwargs.get("ckpt_path"):
             refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer)
             if subcommand == "fit":
@@ -161,6 +181,15 @@ class PruneCLI(LightningCLI):
                 if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
                     logger._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
 
+    def _tell_of_earlier(self) -> None:
+        """Say it where a run begins anew beside the checkpoints of another."""
+        folder = saving_folder(self.trainer)
+        if folder is not None and any(folder.glob("*.ckpt")):
+            rank_zero_info(
+                f"{folder} has checkpoints of an earlier run, and this one begins anew beside them: to go on with that "
+                "one, --ckpt_path last; to keep them apart, another --trainer.default_root_dir"
+            )
+
     def _newest(self, subcommand: str) -> str | None:
         """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
         saving = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
@@ -182,6 +211,22 @@ def build(config: str | list[str], overrides: list[str] | None = None) -> PruneC
     """
     files = [config] if isinstance(config, str) else config
     return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])])
+
+
+def _tell_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say which settings of a run differ from those before it was resumed."""
+    old, new = _flat(before), _flat(now)
+    changed = [(key, f"{key} {old.get(key)} -> {new.get(key)}") for key in old | new if old.get(key) != new.get(key)]
+    if changed:
+        told = "; ".join(text if len(text) < 100 else key for key, text in changed)  # a list of loggers is long
+        rank_zero_info(f"resumed with other settings than before: {told}")
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Leaves by dotted key."""
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
 
 
 def _load(class_path: str) -> Any:

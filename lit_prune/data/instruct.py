@@ -125,7 +125,7 @@ class InstructData(LightningDataModule):
     # What Lightning calls
 
     def setup(self, stage: str | None = None) -> None:
-        for name in [stage] if stage else [s for s, split in REQUIRED.items() if self.paths[split]]:
+        for name in [s for s, split in REQUIRED.items() if (s == stage if stage else self.paths[split])]:
             if not self.paths[REQUIRED[name]]:
                 raise LitPruneError(
                     f"data: {REQUIRED[name]} is not given: {name} needs a file or folder of instruction data"

@@ -81,8 +81,10 @@ def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; raises `LitPruneError` naming the key that W&B or Optuna could not use."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise LitPruneError(f"{path}: {error}") from error
+    except OSError as error:
+        raise LitPruneError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LitPruneError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("parameters"), dict):
         raise LitPruneError(f"{path} is no sweep: it needs `parameters`, options of the command with their values")
     if unknown := sorted(map(str, set(raw) - KEYS)):
