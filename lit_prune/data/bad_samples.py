@@ -19,7 +19,7 @@ class BadSampleLog:
     """Counts good and bad samples pass by pass (an epoch, or one evaluation).
 
     Every distinct bad sample is warned about once (the first 20 of a run) and listed once in a folder, as a JSON line
-    with `stage`, `file`, `sample`, `reason`, `rank`: rank 0 writes `bad_samples.jsonl`, rank 3
+    with `stage`, `file`, `sample`, `record`, `reason`, `rank`: rank 0 writes `bad_samples.jsonl`, rank 3
     `bad_samples.rank3.jsonl`. What any rank has listed there, also before a run was resumed, is not listed again.
 
     Args:
@@ -49,7 +49,7 @@ class BadSampleLog:
         Args:
             stage: what the samples are used for.
             current: tells the passes of a stage apart.
-            good: how many good samples the batch has.
+            good: how many good samples the batch has, without those that stand in for bad ones.
             skipped: its bad ones.
             size: how many samples a whole pass has on this rank.
 
@@ -60,9 +60,10 @@ class BadSampleLog:
             self.current, self.good, self.bad = (stage, current), 0, set()
         self.good += good
         for sample in skipped:
-            self.bad.add(sample[:2])
-            if sample[:2] not in self.known:
-                self.known.add(sample[:2])
+            key = (sample.file, sample.record)
+            self.bad.add(key)
+            if key not in self.known:
+                self.known.add(key)
                 self._report(stage, sample)
         seen = self.good + len(self.bad)
         too_many = seen >= ENOUGH and len(self.bad) > self.max_share * seen
@@ -78,15 +79,14 @@ class BadSampleLog:
             log.warning("bad sample skipped: %s", error_text(sample))
         if len(self.known) == MOST_WARNINGS and self.file:
             log.warning("further bad samples are only listed, in %s", self.file)
-        if self.file and sample[:2] not in self._known_lists():
-            file, name, reason = sample
-            line = {"stage": stage, "file": file, "sample": name, "reason": reason, "rank": self.rank}
+        if self.file and (sample.file, sample.record) not in self._known_lists():
+            line = {"stage": stage, **sample._asdict(), "rank": self.rank}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
 
     def _known_lists(self) -> set[tuple]:
-        """File and sample of every line in the folder; reads only what was added since."""
+        """File and record of every line in the folder; reads only what was added since."""
         for path in sorted(self.folder.glob("bad_samples*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
@@ -95,5 +95,5 @@ class BadSampleLog:
                         self._read[path] = self._read.get(path, 0) + len(line)
                         with suppress(ValueError, KeyError, TypeError):  # nothing of ours
                             found = json.loads(line)
-                            self._listed.add((found["file"], found["sample"]))
+                            self._listed.add((found["file"], found["record"]))
         return self._listed

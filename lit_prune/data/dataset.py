@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -23,8 +23,8 @@ from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError
 
 Mode = Literal["train", "eval", "predict"]
-Skipped = tuple[str, str | int, str]  # file, id, reason
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
+LONGEST_REASON = 500  # characters; an "image path" may be the image itself in base64
 LARGEST_PIXEL = 1e9  # what a box may reach to; Python's integers may be larger than any float
 
 
@@ -48,12 +48,26 @@ class Sample:
     source: str = ""
 
 
+class Skipped(NamedTuple):
+    """A bad sample. Its `record`, the index in its source, tells it apart: other samples may have the same id."""
+
+    file: str
+    sample: str | int
+    reason: str
+    record: int
+
+
 @dataclass
 class Fetched:
-    """What one index batch gave. `failure` is why a training batch could not be filled, `place` that in a `Stream`."""
+    """What one index batch gave.
+
+    `replaced` counts the samples that stand in for bad ones, `failure` is why a training batch could not be filled,
+    `place` that in a `Stream`.
+    """
 
     samples: list[Sample]
     skipped: list[Skipped]
+    replaced: int = 0
     failure: str | None = None
     place: tuple | None = None
 
@@ -95,7 +109,7 @@ class InstructDataset(Dataset):
             name = sample_name(record, index)
             return self._encode(record, name, index)
         except BadSample as error:
-            raise BadSample(self.source.file_of(index), name, error.reason) from error
+            raise BadSample(self.source.file_of(index), name, _shortened(error.reason)) from error
 
     def __getitems__(self, indices: list[int]) -> Fetched:
         """The samples of an index batch; called by the data loader in place of `__getitem__`."""
@@ -110,11 +124,13 @@ class InstructDataset(Dataset):
     def _fetch(self, index: int, fetched: Fetched) -> None:
         tries = min(len(self), MOST_REPLACEMENTS) if self.mode == "train" else 1
         for offset in range(tries):
+            record = (index + offset) % len(self)
             try:
-                fetched.samples.append(self[(index + offset) % len(self)])
+                fetched.samples.append(self[record])
+                fetched.replaced += offset > 0
                 return
             except BadSample as error:
-                fetched.skipped.append((error.file, error.sample, error.reason))
+                fetched.skipped.append(Skipped(*error.args, record))
         if self.mode == "train":
             raise LitPruneError(f"{tries} bad samples in a row; the last: {error_text(fetched.skipped[-1])}")
 
@@ -141,6 +157,12 @@ class InstructDataset(Dataset):
     def _decode(self, image: ImageFile) -> Image.Image:
         with image.open() as file:
             return decode_image(file, image.name, self.max_pixels)
+
+
+def _shortened(reason: str) -> str:
+    """At most 500 characters, from both ends."""
+    half = LONGEST_REASON // 2 - 3
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:half]} ... {reason[-half:]}"
 
 
 def _boxes(record: dict) -> list[list[float]]:
@@ -174,6 +196,7 @@ class Collate:
             "records": [s.record for s in samples],
             "sources": [s.source for s in samples],
             "skipped": fetched.skipped,
+            "replaced": fetched.replaced,
             "cut": sum(s.cut for s in samples),
         }
         if fetched.failure:
@@ -225,7 +248,7 @@ def pad_token(processor: Any) -> int:
 
 def error_text(skipped: Skipped) -> str:
     """A skipped sample in words."""
-    return str(BadSample(*skipped))
+    return str(BadSample(skipped.file, skipped.sample, skipped.reason))
 
 
 def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:

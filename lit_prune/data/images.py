@@ -35,7 +35,7 @@ def open_image(root: str | Path, relative_path: str) -> BinaryIO:
     try:
         return resolve_image(root, relative_path).open("rb")
     except OSError as error:
-        raise _bad(f"image {relative_path} cannot be read: {error}") from error
+        raise _bad(f"image {relative_path} cannot be read: {error.strerror}") from error
 
 
 def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -96,7 +96,7 @@ def resolve_image(root: str | Path, relative_path: str) -> Path:
         path = (root / relative_path).resolve()
         found = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long or no Unicode, a loop of links
-        raise _bad(f"image {relative_path} cannot be read: {error}") from error
+        raise _bad(f"image {relative_path} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not path.is_relative_to(root):
         raise _bad(f"image path {relative_path} leaves the image root by a link")
     if not found:

@@ -23,7 +23,9 @@ from lit_prune.data.lengths import estimate_lengths
 from lit_prune.data.loader import Loader
 from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
+from lit_prune.data.resume import fingerprint
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
+from lit_prune.data.settings import check_numbers, check_share
 from lit_prune.data.sources import Source, open_source
 from lit_prune.errors import LitPruneError
 from lit_prune.progress import batches_since_step
@@ -73,7 +75,7 @@ class InstructData(LightningDataModule):
 
     Raises:
         LitPruneError: a file that is missing or cannot be indexed, a split that a command needs and is not given,
-            too many bad samples, or a checkpoint of other training data.
+            a number that cannot be, too many bad samples, or a checkpoint of other training data.
     """
 
     def __init__(
@@ -95,6 +97,10 @@ class InstructData(LightningDataModule):
         prefetch_factor: int | None = None,
     ):
         super().__init__()
+        check_numbers(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        check_numbers(1, prefetch_factor=prefetch_factor)
+        check_numbers(0, num_workers=num_workers, seed=seed)
+        check_share(max_bad_share=max_bad_share)
         self.base, self.images = base, images
         self.paths = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources = as_sources(train, images) if train is not None else []
@@ -156,7 +162,7 @@ class InstructData(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Takes the account of bad samples off the batch."""
-        skipped, cut = batch.pop("skipped", []), batch.pop("cut", 0)
+        skipped, cut, replaced = batch.pop("skipped", []), batch.pop("cut", 0), batch.pop("replaced", 0)
         stage, current = "data", None
         if self.trainer is not None:
             stage = self.trainer.state.stage.value
@@ -164,7 +170,7 @@ class InstructData(LightningDataModule):
         split = {"train": "train", "test": "test", "predict": "predict"}.get(stage, "val")
         size = len(self.datasets[split]) if split in self.datasets else 0
         share = len(RankShare(size, *self._rank_and_world()))
-        self.bad_samples.update(stage, current, len(batch["ids"]), skipped, share)
+        self.bad_samples.update(stage, current, len(batch["ids"]) - replaced, skipped, share)
         if "failure" in batch:
             raise LitPruneError(batch["failure"])
         if split == "train":
@@ -209,7 +215,8 @@ class InstructData(LightningDataModule):
         self.datasets["train"] = Mixture(parts, [source.name for source in self.sources])
         carries = self.trainer is not None and self.trainer.strategy.handles_gradient_accumulation
         multiple = self.trainer.accumulate_grad_batches if carries else 1
-        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world(), multiple)
+        prints = [fingerprint(part.source) for part in parts]
+        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world(), multiple, prints)
 
     def _encoder(self, split: str) -> Callable[[Source], InstructDataset]:
         """Makes the data set of a source's samples."""

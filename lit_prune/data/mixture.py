@@ -102,5 +102,6 @@ class Mixture(Dataset):
                 sample.source = self.names[part]
             fetched.samples += found.samples
             fetched.skipped += found.skipped
+            fetched.replaced += found.replaced
             fetched.failure = fetched.failure or found.failure
         return fetched

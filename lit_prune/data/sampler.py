@@ -1,6 +1,6 @@
 """Samplers of index batches: one for training that resumes exactly, one for evaluation that repeats nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,23 @@ class TrainBatches(Sampler[list[int]]):
     batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
     `consumed`, so that `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to the epoch
     that Lightning sets: it counts an epoch that `max_steps` broke off as a whole one, the data goes on where it was.
+    `fingerprints` are those of the sources, see `fingerprint`.
 
     Raises:
         LitPruneError: fewer samples than one global batch.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, world: int = 1, multiple: int = 1):
+    def __init__(
+        self,
+        order: Order,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        multiple: int = 1,
+        fingerprints: Sequence[str] = (),
+    ):
         self.order, self.batch_size, self.rank, self.world, self.multiple = order, batch_size, rank, world, multiple
+        self.fingerprints = list(fingerprints)
         self.global_batch = batch_size * world
         if len(order) < self.global_batch * multiple:
             accumulated = f", accumulated {multiple} times," if multiple > 1 else ""
@@ -77,7 +87,7 @@ class TrainBatches(Sampler[list[int]]):
         Samples grouped by length keep the checkpoint's group, so that the epoch under way stays what it was.
 
         Raises:
-            LitPruneError: the state belongs to other data: another seed, other sources or weights.
+            LitPruneError: the state belongs to other data: another seed, other sources, records or weights.
         """
         refuse_other_data(state, self._data(), "training data")
         self.order = replace(self.order, group=state["group"])
@@ -93,6 +103,7 @@ class TrainBatches(Sampler[list[int]]):
             "sizes": list(order.sizes),
             "weights": None if order.weights is None else list(order.weights),
             "group_by_length": order.lengths is not None,
+            "fingerprints": self.fingerprints,
         }
 
     def _batches(self, epoch: int, starts: range) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lit_prune.data.dataset import MOST_REPLACEMENTS, Fetched, InstructDataset, Sample, error_text
+from lit_prune.data.dataset import MOST_REPLACEMENTS, Fetched, InstructDataset, Sample, Skipped, error_text
 from lit_prune.data.resume import refuse_other_data
 from lit_prune.data.sources import Source
 from lit_prune.data.sources.locations import locate
@@ -20,6 +20,7 @@ from lit_prune.errors import BadSample, LitPruneError
 
 KINDS = ("parquet", "arrow", "hub")
 MOST_REWOUND = 1000
+MOST_EMPTY = 20  # passes without a sample, for every file there is: a stream misses a file so often once in e**20 times
 Place = tuple[int, int, int, int]  # pass, file of it, block of the file, rows taken of the block
 
 log = logging.getLogger(__name__)
@@ -143,17 +144,19 @@ class Stream(IterableDataset):
         return {"places": [list(place) for place in self.places], "turn": self.turn}
 
     def _data(self) -> dict[str, Any]:
-        return {"location": self.location.name, "files": self.data.num_shards, "seed": self.seed, "block": self.block}
+        sizes = [file.stat().st_size for file in self.location.files]  # a file of another size has other rows
+        found = {"location": self.location.name, "files": self.data.num_shards, "bytes": sum(sizes)}
+        return {**found, "seed": self.seed, "block": self.block}
 
     # Reading
 
-    def _batch(self, number: int, samples: Iterator[tuple[Sample | BadSample, Place]]) -> Fetched:
+    def _batch(self, number: int, samples: Iterator[tuple[Sample | Skipped, Place]]) -> Fetched:
         fetched, bad = Fetched([], []), 0
         try:
             for sample, place in samples:
                 fetched.place = (number, place)
-                if isinstance(sample, BadSample):
-                    fetched.skipped.append((sample.file, sample.sample, sample.reason))
+                if isinstance(sample, Skipped):
+                    fetched.skipped.append(sample)
                     bad += 1
                     if bad == MOST_REPLACEMENTS:
                         raise LitPruneError(f"{bad} bad samples in a row; the last: {error_text(fetched.skipped[-1])}")
@@ -167,14 +170,15 @@ class Stream(IterableDataset):
             fetched.failure = str(error)
         return fetched
 
-    def _samples(self, number: int, place: Place) -> Iterator[tuple[Sample | BadSample, Place]]:
-        """The samples of a stream from a place on, a bad one as its error, each with the place behind it."""
+    def _samples(self, number: int, place: Place) -> Iterator[tuple[Sample | Skipped, Place]]:
+        """The samples of a stream from a place on, a bad one as `Skipped`, each with the place behind it."""
         run, first, begun, taken = place
+        passes = 0  # without a sample; files may be empty, and all of a pass's be so by chance
         while True:
-            empty = True
+            passes += 1
             for position, file in enumerate(self._files(number, run)[first:], first):
                 for block, rows in self._blocks(file, begun):
-                    empty = False
+                    passes = 0
                     data, start = self.encode(self._table(rows, file, block)), block * self.block
                     order = np.random.default_rng([self.seed, run, file, block]).permutation(len(rows))
                     for row in order[taken:].tolist():
@@ -182,8 +186,8 @@ class Stream(IterableDataset):
                         yield _sample(data, start + row), (run, position, block, taken)
                     taken = 0
                 begun = 0
-            if empty and first == 0:
-                raise LitPruneError(f"{self.location.name}: no samples in the files of one of its streams")
+            if passes > MOST_EMPTY * self.data.num_shards:
+                raise LitPruneError(f"{self.location.name}: no samples in its files")
             run, first = run + 1, 0
 
     def _files(self, number: int, run: int) -> list[int]:
@@ -210,8 +214,8 @@ class Stream(IterableDataset):
         return str(self.location.files[file]) if self.location.files else f"{self.location.name}, file {file}"
 
 
-def _sample(data: InstructDataset, row: int) -> Sample | BadSample:
+def _sample(data: InstructDataset, row: int) -> Sample | Skipped:
     try:
         return data[row]
     except BadSample as error:
-        return error
+        return Skipped(*error.args, row)

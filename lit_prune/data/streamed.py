@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lit_prune.data.instruct import InstructData
+from lit_prune.data.settings import check_numbers
 from lit_prune.data.stream import Stream
 from lit_prune.errors import LitPruneError
 from lit_prune.progress import batches_since_step
@@ -31,9 +32,10 @@ class StreamedData(InstructData):
     """
 
     def __init__(self, base: str, train: str | None = None, steps: int = 1000, block: int = 256, **options: Any):
-        if steps < 1 or block < 1:
-            raise LitPruneError(f"data: steps ({steps}) and block ({block}) must be positive")
+        check_numbers(1, steps=steps, block=block)
         super().__init__(base, train, group_by_length=False, **options)
+        if len(self.sources) > 1:
+            raise LitPruneError(f"data.train: one location can be streamed, {len(self.sources)} are given")
         self.steps, self.block = steps, block
         self._stream: Stream | None = None
 

@@ -9,7 +9,9 @@ from instruct_samples import make_data, write_samples
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_prune.data.bad_samples import BadSampleLog
+from lit_prune.data.dataset import Skipped
 from lit_prune.data.mixture import WeightedSource
+from lit_prune.errors import LitPruneError
 
 
 class Nothing(LightningModule):
@@ -26,7 +28,7 @@ class Nothing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(processor, sources, folder, checkpoint=None, workers=0, devices=1, **options):
+def fit(processor, sources, folder, checkpoint=None, workers=0, devices=1, share=0.5, **options):
     trainer = Trainer(
         accelerator="cpu",
         strategy="ddp_fork" if devices > 1 else "auto",
@@ -38,7 +40,7 @@ def fit(processor, sources, folder, checkpoint=None, workers=0, devices=1, **opt
         enable_model_summary=False,
         **options,
     )
-    data = make_data(processor, train=sources, batch_size=4 // devices, num_workers=workers, max_bad_share=0.5)
+    data = make_data(processor, train=sources, batch_size=4 // devices, num_workers=workers, max_bad_share=share)
     trainer.fit(Nothing(), data, ckpt_path=checkpoint)
     return trainer
 
@@ -88,10 +90,40 @@ def test_ranks_write_lists_of_their_own(processor, sources, tmp_path):
     assert set(chain(*found.values())) == set(every_bad(sources))
 
 
+def test_samples_of_one_id_are_several(processor, tmp_path):
+    """Ids repeat in LLaVA's own data."""
+    path = write_samples(tmp_path, 200, bad=tuple(range(0, 200, 10)))
+    path.write_text(json.dumps([{**record, "id": "same"} for record in json.loads(path.read_text())]))
+    with pytest.raises(LitPruneError, match=r"\d+ of \d+ samples seen in train are bad"):
+        fit(processor, [str(path)], tmp_path / "stopped", max_epochs=1, share=0.09)
+    fit(processor, [str(path)], tmp_path / "run", max_epochs=1, share=0.2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["record"] for line in lines) == list(range(0, 200, 10))
+    assert {line["sample"] for line in lines} == {"same"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_share_is_that_of_the_epoch(processor, tmp_path, workers):
+    """A sample that stands in for a bad one is not a further one: 20 of 200 are 10 %, not 20 of 220."""
+    path = write_samples(tmp_path, 200, bad=tuple(range(9, 200, 10)))
+    records, data = [], make_data(processor, train=str(path), max_bad_share=1.0, num_workers=workers)
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        data.on_before_batch_transfer(batch, 0)
+        records += batch["records"]
+    assert len(records) == 200
+    assert (data.bad_samples.good, len(data.bad_samples.bad)) == (180, 20)
+    log = BadSampleLog(0.1)
+    bad = [Skipped("f", number, "broken", number) for number in range(20)]
+    log.update("train", 0, 180, bad, 200)  # not more than a tenth
+    with pytest.raises(LitPruneError, match=r"21 of 201 samples seen in train are bad \(max_bad_share=0.1\)"):
+        log.update("train", 0, 0, [Skipped("f", 20, "broken", 20)], 200)
+
+
 def test_what_another_rank_has_listed(tmp_path):
     first, second = (BadSampleLog(0.5, tmp_path, rank) for rank in (0, 1))
     for log, sample in ((first, "a"), (second, "a"), (second, "b"), (first, "b"), (first, "c")):
-        log.update("train", 0, 10, [("f.json", sample, "broken")], 100)
+        log.update("train", 0, 10, [Skipped("f.json", sample, "broken", ord(sample))], 100)
     assert listed(tmp_path) == {
         "bad_samples.jsonl": [("f.json", "a"), ("f.json", "c")],
         "bad_samples.rank1.jsonl": [("f.json", "b")],
@@ -100,5 +132,5 @@ def test_what_another_rank_has_listed(tmp_path):
 
 def test_a_list_that_was_cut_short_does_no_harm(tmp_path):
     (tmp_path / "bad_samples.jsonl").write_text('3\n{"other": 1}\nnot JSON\n{"file": "f.json", "sam')
-    BadSampleLog(0.5, tmp_path, 1).update("train", 0, 10, [("f.json", "a", "broken")], 100)
+    BadSampleLog(0.5, tmp_path, 1).update("train", 0, 10, [Skipped("f.json", "a", "broken", 0)], 100)
     assert (tmp_path / "bad_samples.rank1.jsonl").is_file()

@@ -242,6 +242,20 @@ def test_wrong_settings(processor, tmp_path):
         make_data(processor, test=str(tmp_path / "empty.json")).setup("test")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: 0} for name in ("batch_size", "eval_batch_size", "max_length", "prefetch_factor")),
+        *({name: -1} for name in ("num_workers", "seed")),
+        *({"max_bad_share": share} for share in (-0.1, 1.1, float("nan"))),
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_be(processor, wrong):
+    with pytest.raises(LitPruneError, match=rf"data.{next(iter(wrong))} is .*; it must be "):
+        make_data(processor, train="a.json", **wrong)
+
+
 # Mixtures
 
 
@@ -404,6 +418,17 @@ def test_other_data_is_refused(processor, tmp_path):
     path = write_samples(tmp_path / "data", 30)
     with pytest.raises(LitPruneError, match=r"cannot resume: .* sizes \[22\]"):
         run(processor, path, tmp_path, str(sorted(tmp_path.glob("*.ckpt"))[0]))
+
+
+def test_other_records_are_refused_however_many(processor, tmp_path):
+    path = write_samples(tmp_path / "data", 22)
+    run(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)], max_epochs=1)
+    checkpoint = str(sorted(tmp_path.glob("*.ckpt"))[0])
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # the same in another dress
+    run(processor, path, tmp_path, checkpoint, max_epochs=1)
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+    with pytest.raises(LitPruneError, match=r"cannot resume: .* fingerprints"):
+        run(processor, path, tmp_path, checkpoint, max_epochs=1)
 
 
 # Two processes

@@ -145,6 +145,6 @@ def test_turns_are_cut_and_counted(processor, tmp_path, workers):
     data = make_data(processor, **options)
     data.setup()
     (skipping,) = data.train_dataloader()
-    assert sorted(sample for _, sample, _ in skipping["skipped"]) == [2, 5]
+    assert sorted(bad.sample for bad in skipping["skipped"]) == [2, 5]
     (tested, *_) = data.test_dataloader()
     assert tested["ids"] == [0, 1, 3]

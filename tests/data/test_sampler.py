@@ -112,6 +112,13 @@ def test_a_checkpoint_of_other_data_is_refused(other, message):
         TrainBatches(other, 4).load_state_dict(state)
 
 
+def test_a_checkpoint_of_other_records_is_refused():
+    state = TrainBatches(ONE, 4, fingerprints=["a"]).state_dict(0, 1)
+    TrainBatches(ONE, 4, fingerprints=["a"]).load_state_dict(state)
+    with pytest.raises(LitPruneError, match=r"has fingerprints \['a'\], the data given now \['b'\]"):
+        TrainBatches(ONE, 4, fingerprints=["b"]).load_state_dict(state)
+
+
 def test_a_checkpoint_of_something_else_is_refused():
     with pytest.raises(LitPruneError, match=r"has sizes None, the data given now \[50\]"):
         TrainBatches(ONE, 4).load_state_dict({"seed": 7, "size": 50, "epoch": 0, "consumed": 4})

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import tarfile
 from collections import Counter
@@ -215,6 +216,43 @@ def test_bad_records_in_shards(tmp_path, monkeypatch):
         source[5]
 
 
+def test_members_of_other_kinds_are_no_samples(tmp_path):
+    """A text, hidden files between the others, and a name in capital letters."""
+    other = {"README.txt": b"x", "._a.json": b"x", "._a.png": b"x", "__MACOSX/._b.json": b"x", ".json": b"{}"}
+    mixed = {
+        "README.txt": b"x",
+        "._a.JSON": b"x",
+        "a.JSON": RECORD,
+        "._a.png": b"x",
+        "a.PNG": png("red"),
+        "b.cls": b"1",
+    }
+    write_tar(tmp_path / "a.tar", mixed)
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 1
+    assert source.images(0, source[0])[0].open().read() == png("red")
+    write_tar(tmp_path / "b.tar", other)
+    with pytest.raises(LitPruneError, match=r"b.tar: no samples"):
+        open_source(tmp_path / "b.tar")
+
+
+def test_names_are_only_names(tmp_path):
+    names = ["/etc/a.json", "../../b.json", "./d/c.json", "x" * 300 + ".json"]
+    write_tar(tmp_path / "a.tar", dict.fromkeys(names, RECORD))
+    assert len(list(open_source(tmp_path / "a.tar"))) == 4
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == []
+
+
+def test_two_records_of_one_key(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for _ in range(2):
+            member = tarfile.TarInfo("a.json")
+            member.size = len(RECORD)
+            tar.addfile(member, io.BytesIO(RECORD))
+    with pytest.raises(LitPruneError, match=r"a.tar: two records of the key a"):
+        open_source(tmp_path / "a.tar")
+
+
 def link(kind: bytes):
     def write(path):
         with tarfile.open(path, "w") as tar:
@@ -276,10 +314,23 @@ def test_the_index_is_made_anew_when_it_is_stale(tmp_path, monkeypatch):
         beside.write_bytes(broken) if isinstance(broken, bytes) else np.save(beside, broken)
         assert len(index_of(path)) == 3
         assert beside.read_bytes() == whole
+    for seed in range(200):  # any byte, most of them in the header
+        draw, changed = random.Random(seed), bytearray(whole)
+        changed[draw.randrange(128 if seed % 4 else len(whole))] = draw.randrange(256)
+        beside.write_bytes(changed)
+        assert len(index_of(path)) == 3
     write_tar(path, {f"{number}.json": RECORD for number in range(30)})
     assert len(index_of(path)) == 30
     monkeypatch.setattr("lit_prune.data.sources.tar_index._build", None)
     assert len(index_of(path)) == 30  # read, not made
+
+
+def test_a_shard_of_the_same_size_that_came_later(tmp_path):
+    path, records = tmp_path / "a.tar", [json.dumps({"a": "x" * size}).encode() for size in (3, 9)]
+    for order in (1, -1):
+        write_tar(path, dict(zip(("a.json", "b.json"), records[::order], strict=True)))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))  # no clock's tick decides
+        assert list(open_source(path)) == list(map(json.loads, records[::order]))
 
 
 def test_few_files_are_open_at_a_time(tmp_path):

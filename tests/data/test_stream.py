@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain, islice
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from instruct_samples import conversation
@@ -144,7 +145,8 @@ def test_what_cannot_be_streamed(stream, files, tmp_path, folder):
     datasets.Dataset.from_list(rows * 500).to_parquet(tmp_path / "bad" / "a.parquet")
     broken = next(iter(stream(tmp_path / "bad", block=250)))
     assert broken.failure.startswith("1000 bad samples in a row; the last: ")
-    datasets.Dataset.from_list(rows).select([]).to_parquet(tmp_path / "empty" / "a.parquet")
+    nothing = datasets.Dataset.from_list(rows).select([])
+    nothing.to_parquet(tmp_path / "empty" / "a.parquet")
     assert "no samples" in next(iter(stream(tmp_path / "empty"))).failure
     other = datasets.Dataset.from_list([{"text": "x"}])
     other.to_parquet(tmp_path / "other" / "a.parquet")
@@ -205,6 +207,35 @@ def test_two_processes_stream_and_resume(processor, files, tmp_path):
     assert sorted(rank["places"][0][0] for rank in state["streams"]) == [0, 1]
     again = both(str(next(tmp_path.glob("*-batch-2.ckpt"))))
     assert again == [seen[2:] for seen in whole]
+
+
+def test_files_without_rows_are_passed_by(stream, files, tmp_path):
+    """Also where they are all that a stream has in a pass; a row group of no rows, as Spark leaves them."""
+    table = pyarrow.parquet.read_table(tmp_path / "0.parquet").slice(0, 0)
+    for name in "456789":
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    seen, passes = set(), set()
+    for rank in range(2):
+        loader = DataLoader(stream(batch_size=1, rank=rank, world=2), batch_size=None, collate_fn=Collate(0, "train"))
+        for batch in islice(loader, 45):
+            assert "failure" not in batch
+            seen.update(batch["ids"])
+            passes.add((rank, batch["place"][1][0]))
+    assert seen == GOOD
+    assert len(passes) > 4
+
+
+def test_resume_after_a_file_grew(stream, files, tmp_path):
+    state = stream().state_dict()
+    table = pyarrow.parquet.read_table(tmp_path / "0.parquet")
+    pyarrow.parquet.write_table(pyarrow.concat_tables([table, table]), tmp_path / "0.parquet")
+    with pytest.raises(LitPruneError, match="stream has bytes"):
+        stream().load_state_dict(state)
+
+
+def test_one_location_is_streamed():
+    with pytest.raises(LitPruneError, match="one location can be streamed, 2 are given"):
+        StreamedData(base="unused", train=["a.parquet", "b.parquet"])
 
 
 def test_wrong_settings():

@@ -85,6 +85,82 @@ def test_reading_a_record_reads_no_image(tmp_path):
         assert file.read() == data
 
 
+def test_columns_that_no_record_has_go_unread(processor, tmp_path):
+    """Not even where Python has no word for their values; in a column that counts it is a bad sample."""
+    when = pyarrow.array([2**60, 1], pyarrow.timestamp("us"))
+    turns = [conversation("Q", "A")] * 2
+    pyarrow.parquet.write_table(pyarrow.table({"when": when, "conversations": turns}), tmp_path / "a.parquet")
+    assert batch_of(open_source(tmp_path / "a.parquet"), processor)["ids"] == [0, 1]
+    pyarrow.parquet.write_table(pyarrow.table({"id": when, "conversations": turns}), tmp_path / "b.parquet")
+    batch = batch_of(open_source(tmp_path / "b.parquet"), processor)
+    assert batch["ids"] == [1]
+    assert "a value cannot be read: date value out of range" in batch["skipped"][0].reason
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"conversations": [json.dumps(conversation("Q", "A"))]}, "neither a list"),
+        ({"conversations": [["Q", "A"]]}, "unknown role None"),
+        ({"messages": [conversation("Q", "A")]}, "unknown role None"),
+        ({"conversations": [1]}, "neither a list"),
+        ({"conversations": [conversation("Q", "A")], "image": [1]}, "neither a path nor bytes"),
+        ({"conversations": [conversation("Q", "A")], "images": [[[b"x"]]]}, "neither a path nor bytes"),
+        ({"conversations": [conversation("Q", "A")], "images": [[{"url": "a.png"}]]}, "neither a path nor bytes"),
+        ({"conversations": [conversation("Q", "A")], "image": ["iVBORw0KGgo" * 10_000]}, "cannot be read"),
+    ],
+)
+def test_columns_of_other_types(processor, tmp_path, columns, reason):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    batch = batch_of(open_source(tmp_path / "a.parquet"), processor)
+    assert not batch["ids"]
+    assert reason in batch["skipped"][0].reason
+    assert len(batch["skipped"][0].reason) <= 500
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data: pyarrow.array([data, None], pyarrow.large_binary()),
+        lambda data: pyarrow.array([data, None], pyarrow.binary(len(data))),
+        lambda data: pyarrow.array([data, None]).dictionary_encode(),
+        lambda data: pyarrow.array([[data], []], pyarrow.large_list(pyarrow.binary())),
+        lambda data: pyarrow.array(["a/x.png", None]).dictionary_encode(),
+    ],
+    ids=["large", "fixed", "dictionary", "large list", "paths in a dictionary"],
+)
+def test_images_as_others_store_them(processor, folder, tmp_path, make):
+    turns = [conversation("Q", "A")] * 2
+    table = pyarrow.table({"image": make((folder / "a" / "x.png").read_bytes()), "conversations": turns})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    batch = batch_of(open_source(tmp_path / "a.parquet", folder), processor)
+    assert batch["ids"] == [0, 1]
+    assert batch["inputs"]["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_brackets_in_names_and_files_without_rows(tmp_path):
+    """`datasets` takes names for patterns, and stumbles over row groups of no rows."""
+    (tmp_path / "a[1]").mkdir()
+    table = pyarrow.table({"conversations": [conversation("Q", "A")] * 3})
+    for name, count in {"0": 0, "1[b]": 3, "2": 0}.items():
+        pyarrow.parquet.write_table(table.slice(0, count), tmp_path / "a[1]" / f"{name}.parquet")
+    assert len(open_source(tmp_path / "a[1]")) == 3
+    assert len(open_source(tmp_path / "a[1]" / "1[b].parquet")) == 3
+    with pytest.raises(LitPruneError, match=r"0.parquet: .* no data"):
+        open_source(tmp_path / "a[1]" / "0.parquet")
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_saved_folder_stays_in_itself(tmp_path, up):
+    datasets.Dataset.from_list([{"conversations": conversation("Q", "A")}]).save_to_disk(tmp_path / "table")
+    next((tmp_path / "table").glob("*.arrow")).rename(tmp_path / "other.arrow")
+    state = json.loads((tmp_path / "table" / "state.json").read_text())
+    state["_data_files"] = [{"filename": "../other.arrow" if up else str(tmp_path / "other.arrow")}]
+    (tmp_path / "table" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(LitPruneError, match="names a file outside the folder"):
+        open_source(tmp_path / "table")
+
+
 def test_images_that_cannot_be_had(folder, tmp_path):
     turns = conversation("Q", "A")
     stored = [{"bytes": None, "path": path} for path in ("/etc/passwd", "../data.jsonl", "a/x.png", None)]

@@ -11,6 +11,7 @@ from lit_prune.errors import BadSample
 
 IMAGE_COLUMNS = ("image", "images")
 TURN_COLUMNS = ("conversations", "messages")
+COLUMNS = ("id", "skill", "boxes", *TURN_COLUMNS, *IMAGE_COLUMNS)  # all that a record has
 
 
 def record_of(row: dict[str, Any]) -> dict:

@@ -1,20 +1,24 @@
 """Arrow tables by Hugging Face `datasets`: parquet and arrow files, `save_to_disk` folders, data sets of the hub."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lit_prune.data.sources.base import ImageFile, Source
 from lit_prune.data.sources.locations import HUB, Location
-from lit_prune.data.sources.rows import IMAGE_COLUMNS, TURN_COLUMNS, image_files, record_of
+from lit_prune.data.sources.rows import COLUMNS, IMAGE_COLUMNS, TURN_COLUMNS, image_files, record_of
 from lit_prune.errors import BadSample, LitPruneError
+
+BATCH = 1000  # rows that are read of a parquet file at a time; `datasets` writes row groups of so many
 
 
 class Table(Source):
-    """Rows with a column `conversations` or `messages`, and `image` or `images`.
+    """Rows with a column `conversations` or `messages`, and `image` or `images`; columns that no record has go unread.
 
     Images are bytes, paths, or structs of `bytes` and `path`, one or a list of them (the `Image` feature too). Rows are
     read as they are stored: no decoder of `datasets` runs. A path without bytes is one under the image root.
@@ -43,7 +47,7 @@ class Table(Source):
         if not set(TURN_COLUMNS) & set(columns):
             raise LitPruneError(f"{location}: no column {' or '.join(TURN_COLUMNS)}; it has {', '.join(columns)}")
         self.row, self.count, self.location, self.images_root = row, count, location, images_root
-        self.text_columns = [name for name in columns if name not in IMAGE_COLUMNS]
+        self.text_columns = [name for name in columns if name in COLUMNS and name not in IMAGE_COLUMNS]
         self.image_columns = [name for name in columns if name in IMAGE_COLUMNS]
         self._files = list(files)
 
@@ -59,6 +63,8 @@ class Table(Source):
             return record_of(values | {name: _without_bytes(row[name][0]) for name in self.image_columns})
         except BadSample as error:
             raise BadSample(self.location, index, error.reason) from error
+        except (ValueError, OverflowError) as error:  # a time that Python has no word for
+            raise BadSample(self.location, index, f"a value cannot be read: {error}") from error
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
         row = self._row(index)
@@ -95,6 +101,7 @@ def open_table(location: Location, images_root: Path | None) -> Table:
     with explained(location.name):
         if location.kind == "saved":
             data = datasets.load_from_disk(str(location.files[0]))
+            _check_inside(location.files[0], data.cache_files)
         elif location.kind == "arrow":
             data = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in location.files])
         else:
@@ -111,12 +118,21 @@ def load_arguments(location: Location) -> dict[str, Any]:
         LitPruneError: a name that is not `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
     """
     if location.kind != "hub":
-        return {"path": location.kind, "data_files": [str(file) for file in location.files], "split": "train"}
+        batches = {"batch_size": BATCH} if location.kind == "parquet" else {}  # by default that of the file, even if 0
+        files = [escape(str(file)) for file in location.files]  # they are taken for patterns
+        return {"path": location.kind, "data_files": files, "split": "train", **batches}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?", location.name.removeprefix(HUB))
     if not found:
         raise LitPruneError(f"{location.name}: a data set of the hub is written hub:OWNER/NAME[/CONFIGURATION][:SPLIT]")
     path, configuration, split = found.groups()
     return {"path": path, "name": configuration, "split": split or "train"}
+
+
+def _check_inside(folder: Path, files: Sequence[dict[str, str]]) -> None:
+    """Raise LitPruneError if `state.json` names files elsewhere."""
+    for file in files:
+        if not Path(os.path.abspath(file["filename"])).is_relative_to(os.path.abspath(folder)):
+            raise LitPruneError(f"{folder}: its state.json names a file outside the folder: {file['filename']}")
 
 
 def library() -> ModuleType:

@@ -12,7 +12,7 @@ import numpy as np
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
 
-VERSION = 1
+VERSION = 2
 BLOCK = 512
 SUFFIX = ".index.npy"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -39,15 +39,16 @@ class TarIndex:
 
 
 def index_of(path: Path) -> TarIndex:
-    """The index of a shard: the one beside it, or made anew where that is missing, broken or of another size.
+    """The index of a shard: the one beside it, or made anew where that is missing, broken, older or of another size.
 
     A new one is kept beside the shard where the folder can be written.
 
     Raises:
-        LitPruneError: no plain tar file, one that is cut short, or one with members that are no regular files.
+        LitPruneError: no plain tar file, one that is cut short, one with members that are no regular files, or with two
+            records of one key.
     """
     beside = path.with_name(path.name + SUFFIX)
-    index = _load(beside, path.stat().st_size)
+    index = _load(beside, path)
     if index is None:
         index = _build(path)
         numbers = np.concatenate([[VERSION, index.size, len(index)], index.firsts, index.spans.ravel()])
@@ -56,13 +57,16 @@ def index_of(path: Path) -> TarIndex:
     return index
 
 
-def _load(file: Path, size: int) -> TarIndex | None:
+def _load(file: Path, shard: Path) -> TarIndex | None:
+    size = shard.stat().st_size
     try:
+        if file.stat().st_mtime_ns < shard.stat().st_mtime_ns:
+            return None
         numbers = np.load(file, allow_pickle=False)
         version, known_size, samples = numbers[:3].tolist()
         firsts, spans = np.split(numbers[3:], [samples + 1])
         spans = spans.reshape(-1, 2)
-    except (OSError, ValueError, EOFError, TypeError, LookupError):
+    except Exception:  # none there, or numpy's reader on a broken header, which raises anything
         return None
     whole = numbers.dtype == np.int64 and (version, known_size) == (VERSION, size) and len(firsts) == samples + 1
     if not whole or firsts[0] != 0 or firsts[-1] != len(spans) or (np.diff(firsts) < 1).any():
@@ -72,27 +76,30 @@ def _load(file: Path, size: int) -> TarIndex | None:
 
 def _build(path: Path) -> TarIndex:
     firsts, spans = array("q", [0]), array("q")
-    key, record, images = None, (0, 0), []
+    key, record, images = None, None, []
 
     def close() -> None:
-        for _, span in [(0, record), *sorted(images)]:
-            spans.extend(span)
-        firsts.append(len(spans) // 2)
+        if record or images:  # else members of other kinds only
+            for _, span in [(0, record or (0, 0)), *sorted(images)]:
+                spans.extend(span)
+            firsts.append(len(spans) // 2)
 
     for member in _members(path):
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
+        if not stem:  # hidden files, such as macOS puts beside each of its own
+            continue
         if (folder, stem) != key:
-            if key is not None:
-                close()
-            key, record, images = (folder, stem), (0, 0), []
+            close()
+            key, record, images = (folder, stem), None, []
         span, number = (member.offset_data, member.size), extension.partition(".")[0]
-        if extension == "json":
+        if extension.lower() == "json":
+            if record:
+                raise LitPruneError(f"{path}: two records of the key {stem}")
             record = span
         elif extension.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
             images.append((int(number) if number.isdecimal() else 0, span))
-    if key is not None:
-        close()
+    close()
     return TarIndex(path.stat().st_size, _as_numpy(firsts), _as_numpy(spans).reshape(-1, 2))
 
 
