@@ -33,7 +33,8 @@ class PruneModule(LightningModule):
 
     Args:
         base: the frozen model: "micro", a folder, or a hub id.
-        pruner: the method. repair: its repair adapter, if any.
+        pruner: the method, see configs/pruners/.
+        repair: the pruner's repair adapter, if any.
         keep: budget, visual tokens averaged over the decoder layers' inputs.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
         random_weights: build the base's real shape with random weights and download nothing: to measure and to test.
@@ -49,9 +50,11 @@ class PruneModule(LightningModule):
         watch: decoder layers whose attention in the teacher `loss.attention` reads: where the answer is looked up.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
-        lr: peak learning rate [R: 5e-5 for 7B]. repair_lr: that of the repair adapter, if another.
-        weight_decay: [R: 0.01].
-        warmup: share of the steps that warm up [R: 0.1]. floor: last learning rate over the peak, by cosine [R: 0.1].
+        lr: peak learning rate [R: 5e-5 for 7B].
+        repair_lr: that of the repair adapter, if another.
+        weight_decay: of AdamW [R: 0.01].
+        warmup: share of the steps that warm up [R: 0.1].
+        floor: last learning rate over the peak, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
     """
@@ -88,9 +91,11 @@ class PruneModule(LightningModule):
             raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
         self.keep, self.max_new_tokens, self.seed = keep, max_new_tokens, seed
-        if (plugin is None) == (pruner is None):
+        if plugin is None and pruner is None:
             raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
-        made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin)
+        if plugin is not None and pruner is not None:
+            raise LitPruneError("either model.pruner or model.plugin: add --model.pruner=null --model.repair=null")
+        made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
         if checkpoint_activations:

@@ -221,10 +221,11 @@ def test_one_process_goes_on_where_two_stopped(strategy, together, alone, small,
 
 @EVERY
 def test_a_checkpoint_gives_its_plugin(strategy, together, tmp_path):
-    """DDP's file and DeepSpeed's folder alike; the folder is a plug-in as it is."""
+    """DDP's file and DeepSpeed's folder alike, and the newest of several."""
     pair = together(strategy)
-    cli.main(["export", "--checkpoint", str(step(pair, 4)), "--out", str(tmp_path)])
-    assert differs(load_file(tmp_path / "plugin.safetensors"), trained(pair)) == 0
+    for checkpoint in (step(pair, 4), step(pair, 4).parent):
+        cli.main(["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path)])
+        assert differs(load_file(tmp_path / "plugin.safetensors"), trained(pair)) == 0
     assert Plugin.from_pretrained(tmp_path).settings() == Plugin.from_pretrained(pair / "plugin").settings()
 
 

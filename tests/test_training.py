@@ -177,6 +177,8 @@ def test_nothing_to_train_is_an_error(micro_folder, world, tmp_path):
 def test_a_method_or_a_folder(micro_folder):
     with pytest.raises(LitPruneError, match="either"):
         PruneModule(str(micro_folder))
+    with pytest.raises(LitPruneError, match=r"either .* --model\.pruner=null"):
+        PruneModule(str(micro_folder), Random([0]), plugin="plugin")
 
 
 def test_training_goes_on_from_a_plugin_folder(student, micro_folder, tmp_path):
@@ -187,6 +189,7 @@ def test_training_goes_on_from_a_plugin_folder(student, micro_folder, tmp_path):
     for name, value in module.plugin.state_dict().items():
         assert torch.equal(again.plugin.state_dict()[name], value)
     assert all(p.requires_grad for p in again.plugin.parameters())
+    assert all(part.training for part in again.plugin.modules())  # with dropout and noise, as any other run
 
 
 # -- spare: soft masks among contenders -----------------------------------------------------------------------------

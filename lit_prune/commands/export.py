@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lit_prune.checkpoints import verify
+from lit_prune.checkpoints import newest, verify
 from lit_prune.commands import console
+from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
 
 
@@ -14,10 +15,17 @@ def run(checkpoint: Path, out: Path) -> None:
     out is what only training needs: the optimizer's state and the place in the data.
 
     Args:
-        checkpoint: Lightning's file or DeepSpeed's folder, e.g. --checkpoint runs/rcp/checkpoints/last.ckpt.
+        checkpoint: Lightning's file or DeepSpeed's folder, or the newest in a folder of them, e.g. --checkpoint
+            runs/rcp/checkpoints.
         out: Folder to write; one that exists is written over.
     """
-    verify(checkpoint)
+    if out.is_file():
+        raise LitPruneError(f"--out {out} is a file: a folder is written")
+    if any(checkpoint.glob("*.ckpt")):
+        checkpoint = newest([checkpoint])
+        console.say(f"newest: {checkpoint}")
+    else:
+        verify(checkpoint)
     plugin = Plugin.from_checkpoint(checkpoint)
     plugin.save_pretrained(out)
     console.say(f"{out}: {plugin.base}, {sum(p.numel() for p in plugin.parameters()):,} parameters")
