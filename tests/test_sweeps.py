@@ -22,7 +22,7 @@ from lit_prune.cli import main
 from lit_prune.errors import LitPruneError
 from lit_prune.host.sizes import model_size
 from lit_prune.shapes import shipped_config
-from lit_prune.sweeps import open_study, read_sweep, search
+from lit_prune.sweeps import open_study, outcome, read_sweep, search
 from lit_prune.sweeps import study as study_module
 from lit_prune.vlm import plugin_from_yaml
 
@@ -208,6 +208,18 @@ def test_a_sweep_goes_on_where_it_was(quick, monkeypatch):
     for changes in ({"name": "another"}, {"parameters": {"x": {"values": [9]}}}):
         with pytest.raises(LitPruneError, match="holds another sweep"):
             open_study(quick(**changes), Path("out"))
+
+
+def test_a_trial_that_fails_says_why(quick):
+    """Where its metric is misspelt, and where the command itself has said what is wrong."""
+    sweep = quick(metric={"name": "scores"}, parameters={"x": {"values": [1]}})
+    told = []
+    search(open_study(sweep, Path("out")), sweep, Path("out"), 1, [], lambda trial: told.append(outcome(trial)))
+    assert told == ["failed: logged no scores; did you mean score?, see out/0000/log.txt"]
+    Path("trial.py").write_text("import sys; sys.exit('noise\\nerror: no such option')")
+    study = open_study(sweep, Path("again"))
+    search(study, sweep, Path("again"), 1, [], lambda trial: told.append(outcome(trial)))
+    assert told[1] == "failed: exit code 1 (error: no such option), see again/0000/log.txt"
 
 
 def test_two_workers_share_a_sweep(quick):

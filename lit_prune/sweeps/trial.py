@@ -1,6 +1,7 @@
 """One trial of a sweep: a process of its own, followed by what it logs."""
 
 import csv
+import difflib
 import math
 import os
 import signal
@@ -25,6 +26,12 @@ def values_of(folder: Path, metric: str) -> list[float]:
         whole = file.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
         found += [row[metric] for row in csv.DictReader(whole.splitlines()) if row.get(metric)]
     return [float(value) for value in found]
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a run has logged anything under."""
+    heads = [file.open(encoding="utf-8").readline() for file in folder.rglob("metrics.csv")]
+    return sorted({name for head in heads for name in head.strip().split(",")})
 
 
 def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int, float], bool]) -> tuple[float, bool]:
@@ -59,10 +66,20 @@ def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int,
     for number, value in enumerate(values[seen:], seen + 1):
         report(number, value)
     if process.returncode and not stopped:
-        raise TrialFailed(f"exit code {process.returncode}")
-    if not values or not math.isfinite(values[-1]):
-        raise TrialFailed(f"{metric} is {values[-1]}" if values else f"logged no {metric}")
+        raise TrialFailed(f"exit code {process.returncode}{_last_error(folder / LOG)}")
+    if not values:
+        near = difflib.get_close_matches(metric, names_in(folder), n=1)
+        raise TrialFailed(f"logged no {metric}{f'; did you mean {near[0]}?' if near else ''}")
+    if not math.isfinite(values[-1]):
+        raise TrialFailed(f"{metric} is {values[-1]}")
     return values[-1], stopped
+
+
+def _last_error(log: Path) -> str:
+    """What a trial of ours said last, if it failed by a mistake that a user can mend."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    return f" ({said[-1]})" if said else ""
 
 
 def _end(process: subprocess.Popen) -> None:
