@@ -8,12 +8,13 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,6 +25,17 @@ from lit_prune.plugin import Plugin
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 UNIVERSAL = ".universal"  # after a checkpoint's name: its copy for another number of ranks
+
+
+class OwnTypes(DeepSpeedPrecision):
+    """Leaves every weight in its type: Lightning casts whole modules, a frozen model of 14 GB in bf16 to 28 GB.
+
+    With a `bf16` precision DeepSpeed itself casts all weights, and no buffers: rotary frequencies stay float32.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module as it is."""
+        return module
 
 
 class PruneDeepSpeed(DeepSpeedStrategy):
@@ -42,7 +54,7 @@ class PruneDeepSpeed(DeepSpeedStrategy):
 
     def __init__(
         self,
-        stage: int = 2,
+        stage: Literal[1, 2, 3] = 2,
         exclude_frozen_parameters: bool = True,
         logging_batch_size_per_gpu: int = 1,
         **options: Any,
@@ -53,6 +65,14 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             logging_batch_size_per_gpu=logging_batch_size_per_gpu,
             **options,
         )
+        # Offloaded states are PyTorch's AdamW's, as all others: DeepSpeed's own Adam is compiled at the start, and a
+        # plug-in is small.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Hand the model to DeepSpeed with the types of weights that it has."""
+        self.precision_plugin = OwnTypes(self.precision_plugin.precision)
+        super().setup(trainer)
 
     def setup_environment(self) -> None:
         """Join the other ranks; on CPUs without Lightning's check for CUDA, and with devices that have a number."""
