@@ -1,5 +1,6 @@
 """Signals that end a run: where it stops, what it saves, how it exits; under Slurm, and with two ranks."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from test_checkpoints import Line, fit
 from tiny import slurm_task
 from torch.utils.data import DataLoader
 
-from lit_prune.callbacks import StopOnSignal, Stopped
+from lit_prune.callbacks import RunSummary, StopOnSignal, Stopped
 from lit_prune.checkpoints import newest
 
 
@@ -44,13 +45,19 @@ def stop(folder: Path, number: int, **options) -> int:
     """Run until a signal in batch 3 (of 8) ends it; gives the exit code."""
     handlers = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
     with pytest.raises(Stopped) as stopped:
-        fit(folder, 8, (StopOnSignal(), Send(number)), **options)
+        fit(folder, 8, (StopOnSignal(), RunSummary(), Send(number)), **options)
     assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)] == handlers
     return stopped.value.code
 
 
-def test_sigterm_stops_behind_the_batch_under_way(tmp_path: Path) -> None:
-    assert stop(tmp_path, signal.SIGTERM) == 143
+def test_sigterm_stops_behind_the_batch_under_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        assert stop(tmp_path, signal.SIGTERM) == 143
+    said = [text for text in caplog.messages if "stopped" in text or "weights_only" in text]
+    assert [text.partition(";")[0].partition(" after")[0] for text in said] == [
+        "SIGTERM: stopped at step 3",
+        "fit was stopped by a signal at step 3",
+    ]
     found = newest([tmp_path])
     assert found == tmp_path / "stopped.ckpt"
     assert torch.load(found, weights_only=True)["global_step"] == 3

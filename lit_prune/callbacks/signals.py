@@ -81,7 +81,7 @@ class StopOnSignal(Callback):
         text = "no checkpoint was asked for"
         if folder := saving_folder(trainer):
             path = folder / "stopped.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             text = f"saved {path}, go on with --ckpt_path last"
         rank_zero_info(f"{signal.Signals(number).name}: stopped at step {trainer.global_step}; {text}")
         for logger in trainer.loggers:

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.samples import SamplePictures
+from lit_prune.callbacks.signals import Stopped
+from lit_prune.errors import LitPruneError
 
 
 class RunSummary(Callback):
@@ -42,7 +44,9 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say it after an error or an interrupt too."""
-        self._say(trainer, f"was stopped by {type(exception).__name__}")
+        known = {Stopped: "a signal", KeyboardInterrupt: "Ctrl-C", LitPruneError: "an error"}
+        cause = next((text for kind, text in known.items() if isinstance(exception, kind)), type(exception).__name__)
+        self._say(trainer, f"was stopped by {cause}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say it last."""
