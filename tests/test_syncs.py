@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.host import Session
+from lit_prune.objective import Anneal, LossWeights
+from lit_prune.teaching import Moment, Teaching
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 
@@ -71,6 +73,23 @@ def test_a_decoding_step_looks_no_oftener_than_the_plain_models(tiny_model, prun
                 tiny_model(**step)
         counts.append(found)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mode", ["soft", "drop"])
+def test_a_training_step_looks_once_more_in_each_forward_than_the_plain_model(tiny_model, pruned, monkeypatch, mode):
+    """Padded prompts, labels, two repaired layers, clipped gates: forward of teacher and student, losses, backward."""
+    inputs = tiny.batch(tiny.samples(), answers=3)
+    with torch.no_grad(), looks(monkeypatch) as bare:
+        tiny_model(**{name: part for name, part in inputs.items() if name != "labels"}, use_cache=False)
+    vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
+    vlm.plugin.train()
+    options = {"train_mode": mode, "spare": None, "gate_clip": 1.0, "checkpoint_activations": False, "watch": ()}
+    teaching = Teaching(vlm, tiny.KEEP, LossWeights(distill=1.0), Anneal(), **options)
+    with looks(monkeypatch) as found:
+        teaching.step({"inputs": inputs}, Moment(seed=1, done=0.5)).total.backward()
+    vlm.plugin.zero_grad()
+    vlm.plugin.eval()
+    assert sorted(found) == sorted([*bare, "tolist"] * 2)
 
 
 def test_a_threshold_has_to_look(pruned, monkeypatch):

@@ -144,7 +144,7 @@ class DecoderHost:
         if forward is not None and session.answers_only:
             labels = kwargs.pop("labels", None)
             if forward.record is not None and labels is not None:
-                forward.record.targets = labels.roll(-1, 1)[forward.gate]
+                forward.record.targets = forward.at_gate(labels.roll(-1, 1))
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
@@ -187,7 +187,7 @@ class DecoderHost:
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None and forward.session.answers_only:
-            output.last_hidden_state = output.last_hidden_state[forward.gate][None]
+            output.last_hidden_state = forward.at_gate(output.last_hidden_state)[None]
             return output
         if forward is None or forward.columns.shape[1] == forward.length:
             return None
@@ -278,7 +278,7 @@ class DecoderHost:
             repaired = self._repair(index, output, forward)
             record = forward.record
             if record is not None and record.keeps(index):
-                record.hidden[index] = repaired[forward.gate]
+                record.hidden[index] = forward.at_gate(repaired)
             if record is not None and index in forward.session.watch and forward.tap is not None:
                 columns, real = selection.compact(forward.visual, forward.most_visual)
                 record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)

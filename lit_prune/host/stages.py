@@ -168,9 +168,10 @@ class Stages:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
             dropped = self._hopeless(columns, alive, kept, forward)
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
-            dropped, leaving = dropped | dead, leaving | dead
+            dropped, leaving = dead if dropped is None else dropped | dead, leaving | dead
             forward.gone = forward.gone if forward.session.soft else None
-        if not (there := forward.shorten(dropped, exact)) and not forward.session.soft:
+        there = dropped is not None and forward.shorten(dropped, exact)
+        if not there and not forward.session.soft:
             return hidden
         forward.move_up(leaving)
         if self.mass is not None:
@@ -201,17 +202,16 @@ class Stages:
             forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
             forward.mask = self.mask(hidden, forward.valid, None, 0, False)
 
-    def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor:
+    def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor | None:
         """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
-        none = torch.zeros_like(forward.valid)
         if forward.session.spare is None or kept.scores is None:
-            return none
+            return None
         images, kept_here = forward.images(columns, alive), kept.keep.sum(1, keepdim=True)
         if images is not None:
             kept_here = images.spread(images.sum(kept.keep.long()))
         contenders = (kept_here * forward.session.spare).ceil()
         far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive, images) >= contenders)
-        return none.scatter(1, columns, far)
+        return torch.zeros_like(forward.valid).scatter(1, columns, far)
 
     @staticmethod
     def _add_bias(columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> None:

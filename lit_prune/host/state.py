@@ -146,6 +146,7 @@ class Forward:
     grid: int = 0  # visual tokens of the sample that has most, at the start
     lengths: Lengths | None = None  # None: only the device knows
     most_gate: int | None = None
+    all_gate: int | None = None  # positions of all samples
     most_text: int | None = None
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
@@ -189,6 +190,13 @@ class Forward:
     def padded(self) -> bool | None:
         """Whether there is padding or filler among the columns, if known."""
         return None if self.lengths is None else min(self.lengths.valid) < self.columns.shape[1]
+
+    def at_gate(self, values: Tensor) -> Tensor:
+        """Values (batch, columns, ...) of the positions that predict answer tokens, row by row over the batch."""
+        if self.all_gate is None:
+            return values[self.gate]
+        rows = (~self.gate).flatten().to(torch.uint8).argsort(stable=True)[: self.all_gate]
+        return values.flatten(0, 1).index_select(0, rows)
 
     def shorten(self, dropped: Tensor, exact: list[int] | None) -> bool:
         """Whether a stage drops anything; `exact` counts say it without a look at the device."""
@@ -283,7 +291,8 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
         counts=counts_for(totals) if session.prune and any(totals) else {},
     )
     if pictured:
-        forward.grid, forward.most_text, forward.most_gate = max(totals), max(texts), max(gates)
+        forward.grid, forward.most_text = max(totals), max(texts)
+        forward.most_gate, forward.all_gate = max(gates), sum(gates)
         forward.lengths = Lengths(totals, lengths)
     elif ids.shape[1] == 1:
         forward.most_gate = 1
