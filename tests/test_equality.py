@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import DEPTH, KEEP, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
+from tiny import DEPTH, IMAGE, KEEP, PAD, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
@@ -406,6 +406,34 @@ def test_masks_of_a_threshold_are_cumulative(pruned):
         assert (second <= first).all()
         assert (third <= second).all()
         assert third.any(1).all(), "every sample keeps at least one token"
+
+
+def test_soft_masks_are_no_start_of_a_generation(pruned):
+    """They hide tokens in one forward; later ones would see them again."""
+    vlm, inputs = pruned(tiny.small_rcp(), KEEP), batch(samples())
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, PAD]}
+    with vlm.using(Session(soft=True)):
+        with pytest.raises(LitPruneError, match="soft"):
+            vlm.model.generate(**inputs, **options)
+        again = vlm.model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(again, vlm.model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+def test_a_cache_by_hand(pruned, tiny_model, mode):
+    """Prefill, then a step, as in training mode too: there a cache is there if it is asked for."""
+    vlm, inputs = pruned(tiny.small_rcp(), KEEP), batch(samples())
+    with torch.no_grad():
+        expected = generate(vlm, inputs, tokens=2).logits[:, 1]
+        tiny_model.train(mode)
+        vlm.plugin.eval()
+        first = tiny_model(**inputs, use_cache=True)
+        token = first.logits[:, -1].index_fill(1, torch.tensor([IMAGE, PAD]), float("-inf")).argmax(-1, keepdim=True)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+        second = tiny_model(input_ids=token, attention_mask=mask, past_key_values=first.past_key_values)
+        assert (tiny_model(**inputs).past_key_values is None) == mode
+    tiny_model.eval()
+    assert gap(second.logits[:, -1], expected) <= TOLERANCE
 
 
 def test_session_is_restored_after_an_error(pruned):

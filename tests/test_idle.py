@@ -5,7 +5,9 @@ import tiny
 import torch
 from families import FAMILIES, METHODS, collate, prompts
 from tiny import batch, forward, samples
+from transformers import DynamicCache
 
+from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.objective import answer_loss
@@ -137,3 +139,14 @@ def test_named_layers_alone_are_recorded(pruned):
     with torch.no_grad(), vlm.using(Session(record=record)):
         vlm.model(**batch(samples(), answers=2))
     assert list(record.hidden) == [5]
+
+
+@pytest.mark.parametrize("parts", [{"stop": 6}, {"prefix": Prefix(1)}], ids=["stop", "prefix"])
+def test_layers_that_are_left_out_leave_no_cache(pruned, parts):
+    """They have no keys, so nothing can go on from there: no cache by default, and none that is asked for."""
+    vlm, inputs = pruned(tiny.small_rcp(), tiny.KEEP), batch(samples())
+    with torch.no_grad(), vlm.using(Session(**parts)):
+        assert vlm.model(**inputs).past_key_values is None
+        for asked in ({"use_cache": True}, {"past_key_values": DynamicCache()}):
+            with pytest.raises(LitPruneError, match="use_cache=False"):
+                vlm.model(**inputs, **asked)

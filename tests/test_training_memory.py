@@ -123,6 +123,10 @@ def test_checkpointing_keeps_less_and_leaves_no_gradient_behind():
         assert [layer.training for layer in layers] == [False] * 3 + [True] * 5
         assert not any(part.training for layer in layers for part in layer.children())
     assert not any(part.training for part in vlm.model.modules())
+    layers[5].train()
+    with checkpointed(vlm.model, 3):
+        pass
+    assert [layer.training for layer in layers] == [False] * 5 + [True] + [False] * 2, "as it was"
     embeddings = vlm.model.get_input_embeddings()
     assert not embeddings(torch.tensor([[1]])).requires_grad
 

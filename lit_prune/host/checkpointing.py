@@ -34,10 +34,11 @@ def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
     layers below `first`, which have no gradients. Backward may run outside.
     """
     layers = places.find(model).layers[first:]
+    before = [layer.training for layer in layers]
     for layer in layers:
         layer.training = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = False
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training

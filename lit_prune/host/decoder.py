@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from lit_prune import selection
 from lit_prune.budget import Budget
@@ -152,10 +152,7 @@ class DecoderHost:
         if forward is None:
             return None
         kwargs = dict(kwargs)
-        cache = kwargs.get("past_key_values")
-        wants = kwargs.get("use_cache")
-        if cache is None and (module.config.use_cache if wants is None else wants) and not module.training:
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        cache = self._cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
@@ -169,8 +166,24 @@ class DecoderHost:
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
 
+    @staticmethod
+    def _cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | None:
+        """The cache that this forward fills; by default none in training, nor where layers are left out."""
+        if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+            kwargs["use_cache"] = module.config.use_cache and not module.training and not session.leaves_out
+        if kwargs.get("past_key_values") is None and kwargs["use_cache"]:
+            kwargs["past_key_values"] = DynamicCache(config=module.config)
+        if kwargs.get("past_key_values") is not None and session.leaves_out:
+            raise LitPruneError("layers that a session leaves out have no keys to cache: call with use_cache=False")
+        return kwargs.get("past_key_values")
+
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
+        if state.seen and state.soft:
+            raise LitPruneError(
+                "this cache was filled under soft masks, which hide tokens in one forward only: those that follow "
+                "would see them again; generate outside of Session(soft=True)"
+            )
         forward.cache_state = state
         if not forward.counts:
             forward.essence, forward.pictured = state.essence, state.pictured
@@ -313,6 +326,7 @@ class DecoderHost:
             padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
         state.padded[index] = padded
         if forward.counts:
+            state.soft = forward.session.soft
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
         if forward.restaged or past is not None:

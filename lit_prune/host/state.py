@@ -87,6 +87,11 @@ class Session:
     prefix: Prefix | None = None
     stop: int | None = None
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some layers may idle."""
+        return self.prefix is not None or self.stop is not None
+
     def idle(self, layer: int) -> bool:
         """Whether a decoder layer's work is left out."""
         started = self.prefix is not None and self.prefix.states is not None
@@ -101,7 +106,8 @@ class CacheState:
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
     takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
     anew, how many of each sample's have left before a stage's layers. `bias[layer]`: where mass is given back, what is
-    added to the attention logits of the cached keys of a stage's layers; those behind have none.
+    added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`: pruned tokens
+    are among the keys.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
@@ -112,6 +118,7 @@ class CacheState:
     lag: int | Tensor = 0
     removed: dict[int, Tensor] = field(default_factory=dict)
     bias: dict[int, Tensor] = field(default_factory=dict)
+    soft: bool = False
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
