@@ -12,6 +12,7 @@ from lit_prune.errors import BadSample
 
 IMAGE_MARKER = "<image>"
 IGNORED = -100
+MOST_TURNS = 1000  # the template is rendered once for each answer
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TooLong = Literal["skip", "cut_turns"]
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")  # one entry a token
@@ -126,15 +127,17 @@ def encode(
     conversation = read_conversation(record, answered)
     text, spans = render(processor, conversation.messages)
     inputs = _process(processor, text, images[: conversation.images])
-    inputs["labels"] = _labels(processor, text, spans, inputs["input_ids"])
     length = len(inputs["input_ids"])
-    if max_length is None or length <= max_length:
-        return inputs
-    fitting = sum(end <= max_length for end in answer_ends(inputs["labels"])) if too_long == "cut_turns" else 0
-    if not fitting or conversation.first(fitting).images < conversation.images:
+    limit = length if max_length is None else max_length
+    if length > limit and too_long == "skip":
         raise _bad(f"{length} tokens, more than the context of {max_length}")
-    end = answer_ends(inputs["labels"])[fitting - 1]
-    return {key: value[:end] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+    inputs["labels"] = _labels(processor, text, spans, inputs["input_ids"], limit)
+    if length <= limit:
+        return inputs
+    ends = answer_ends(inputs["labels"])
+    if not ends or conversation.first(len(ends)).images < conversation.images:
+        raise _bad(f"{length} tokens, more than the context of {max_length}")
+    return {key: value[: ends[-1]] if key in TOKEN_KEYS else value for key, value in inputs.items()}
 
 
 def answer_ends(labels: Tensor) -> list[int]:
@@ -160,6 +163,8 @@ def _turns(record: dict) -> list[dict]:
     key = next((key for key in layouts if record.get(key) is not None), None)
     if key is None or not isinstance(record[key], list):
         raise _bad("neither a list of conversations nor of messages")
+    if len(record[key]) > MOST_TURNS:
+        raise _bad(f"{len(record[key])} turns, more than {MOST_TURNS}")
     role_key, text_key = layouts[key]
     turns = []
     for turn in record[key]:
@@ -243,8 +248,8 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
     return {key: value[0] if key in TOKEN_KEYS else value for key, value in inputs.items()}
 
 
-def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor) -> Tensor:
-    """Labels of the answers, found by tokenizing the text up to both ends of each.
+def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor, limit: int) -> Tensor:
+    """Labels of the answers that end within `limit` tokens, found by tokenizing the text up to both ends of each.
 
     The text's own tokens stand in `input_ids` in the same order, with more image tokens between them.
     """
@@ -266,6 +271,8 @@ def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor) -> 
         if whole[: len(before)] != before or whole[: len(until)] != until or len(before) == len(until):
             raise _bad("the tokens of an answer cannot be told from those of its prompt")
         chosen = places[len(before) : len(until)]
+        if chosen[-1] >= limit:  # or a record of many turns would be tokenized once for each
+            break
         if chosen[-1] - chosen[0] + 1 != len(chosen):  # InternVL's <img>: it would seem to be two answers
             raise _bad("an answer with a token of images in its text")
         labels[chosen] = input_ids[chosen]

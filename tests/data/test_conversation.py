@@ -196,6 +196,7 @@ def test_what_stands_outside_is_left_out():
         ({"conversations": [{"from": "human", "value": 3}]}, "content is no text"),
         ({"conversations": ["Q", "A"]}, "unknown role None"),
         ({"conversations": "Q"}, "neither a list"),
+        ({"conversations": conversation("Q", "A") * 501}, "1002 turns, more than 1000"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor image: 'video'"),
         ({"question": "Q"}, "neither a list"),
         ({"image": 3, "conversations": conversation("Q", "A")}, "neither a path nor a list"),
@@ -225,6 +226,27 @@ def test_too_long_loses_whole_turns(processor):
         assert len(cut["labels"]) == end
     with pytest.raises(BadSample, match=f"{three} tokens, more than the context of {one - 1}"):
         encode(processor, MULTI, [RED], one - 1, too_long="cut_turns")
+
+
+@pytest.mark.parametrize("too_long", ["skip", "cut_turns"])
+def test_many_turns_are_not_tokenized_once_for_each(monkeypatch, too_long):
+    processor, tokenized = make_processor(), []
+    call = type(processor.tokenizer).__call__
+
+    def counted(self, text, *args, **options):
+        tokenized.append(sum(map(len, [text] if isinstance(text, str) else text)))
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(type(processor.tokenizer), "__call__", counted)
+    record = {"conversations": conversation(*["Is it so?", "It is."] * 100)}
+    whole = len(render(processor, read_conversation(record).messages)[0])
+    try:
+        found = encode(processor, record, max_length=200, too_long=too_long)
+    except BadSample:
+        assert too_long == "skip"
+    else:
+        assert 150 < len(found["input_ids"]) <= 200
+    assert whole <= sum(tokenized) < 3 * whole
 
 
 def test_a_turn_with_an_image_is_never_cut(processor):
