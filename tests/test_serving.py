@@ -16,7 +16,8 @@ from transformers import DynamicCache, pipeline
 import lit_prune
 from lit_prune.host import Record, Session
 from lit_prune.host.attention import Request, Tap
-from lit_prune.host.state import CacheState, Forward
+from lit_prune.host.cache import CacheState
+from lit_prune.host.state import Forward
 from lit_prune.micro.model import build_config, build_processor
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter

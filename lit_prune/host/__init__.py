@@ -2,6 +2,6 @@
 
 from lit_prune.host.decoder import DecoderHost
 from lit_prune.host.idle import Prefix
-from lit_prune.host.state import Record, Session, StageRecord
+from lit_prune.host.session import Record, Session, StageRecord
 
 __all__ = ["DecoderHost", "Prefix", "Record", "Session", "StageRecord"]

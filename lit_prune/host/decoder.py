@@ -5,26 +5,27 @@ rotary embeddings that fit; a hook behind the layers repairs answer positions; t
 the original length, so that labels, losses and `generate()` need no change.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
 
 from lit_prune import selection
 from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, refuse_chunks
 from lit_prune.host.idle import one_column, stretched
+from lit_prune.host.inputs import begin
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
 from lit_prune.host.positions import Renumbering
+from lit_prune.host.session import Session
 from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
-from lit_prune.host.state import CACHE, FORWARD, CacheState, Forward, Session, begin, one_mask
+from lit_prune.host.state import FORWARD, Forward
 from lit_prune.host.vision import TowerHost
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
@@ -134,7 +135,7 @@ class DecoderHost:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
         if hasattr(cache := kwargs.get("past_key_values"), CACHE):
             getattr(cache, CACHE).follow(cache)
-            kwargs = _only_new(kwargs, getattr(cache, CACHE))
+            kwargs = only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
@@ -152,30 +153,19 @@ class DecoderHost:
         if forward is None:
             return None
         kwargs = dict(kwargs)
-        cache = self._cache(module, forward.session, kwargs)
+        cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
             self._continue(forward, getattr(cache, CACHE), kwargs)
             if forward.counts:
-                _refuse_chunks()
+                refuse_chunks()
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
             columns, _ = selection.compact(forward.visual, forward.most_visual)
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
-
-    @staticmethod
-    def _cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | None:
-        """The cache that this forward fills; by default none in training, nor where layers are left out."""
-        if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
-            kwargs["use_cache"] = module.config.use_cache and not module.training and not session.leaves_out
-        if kwargs.get("past_key_values") is None and kwargs["use_cache"]:
-            kwargs["past_key_values"] = DynamicCache(config=module.config)
-        if kwargs.get("past_key_values") is not None and session.leaves_out:
-            raise LitPruneError("layers that a session leaves out have no keys to cache: call with use_cache=False")
-        return kwargs.get("past_key_values")
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
@@ -331,39 +321,3 @@ class DecoderHost:
             state.pictured = forward.pictured
         if forward.restaged or past is not None:
             forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)
-
-
-def _refuse_chunks() -> None:
-    """Raise `LitPruneError` inside a `generate()` that feeds the prompt in chunks: each would be pruned by itself.
-
-    A forward is told nothing of this setting, and a chunk looks like a prompt; only the caller's frame knows.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "_prefill":
-        frame = frame.f_back
-    config = None if frame is None else frame.f_locals.get("generation_config")
-    if getattr(config, "prefill_chunk_size", None) is not None:
-        raise LitPruneError(
-            "prefill_chunk_size feeds the prompt in chunks, which would be pruned one by one and without the question; "
-            "generate without it: the pruned prefill needs less memory anyway"
-        )
-
-
-def _only_new(kwargs: dict, state: CacheState) -> dict:
-    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned."""
-    ids, positions, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), one_mask(kwargs.get("attention_mask"))
-    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
-        return kwargs
-    new = (_columns(positions, state) if mask is None else mask.shape[-1]) - state.seen
-    if not 0 < new < ids.shape[1]:
-        return kwargs
-    trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
-    return {**kwargs, **trimmed}
-
-
-def _columns(positions: Tensor, state: CacheState) -> int:
-    """Columns so far by their position ids. Without a mask, when this is asked, there is no padding."""
-    if positions.ndim == 2:
-        return int(positions[0, -1]) + 1
-    # M-RoPE: text positions stand first where there are four rows; else images have made the others lag behind.
-    return int(positions[0, 0, -1]) + 1 if positions.shape[0] == 4 else int(positions[-1, 0, -1] + 1 - state.lag)

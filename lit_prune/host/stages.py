@@ -12,7 +12,8 @@ from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.lengths import on_device
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.places import Tower, plain_keys, query_key
-from lit_prune.host.state import Forward, StageRecord
+from lit_prune.host.session import StageRecord
+from lit_prune.host.state import Forward
 from lit_prune.host.vision import absent
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.repair import RepairAdapter

@@ -15,7 +15,7 @@ from lit_prune import selection
 from lit_prune.budget import Budget
 from lit_prune.cost import TowerTrace
 from lit_prune.host.places import Tower
-from lit_prune.host.state import Session
+from lit_prune.host.session import Session
 from lit_prune.pruners.base import Pruner, VisionContext
 
 PASS = "lit_prune_tower"  # keyword under which a TowerPass travels to the tower's layers

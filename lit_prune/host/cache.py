@@ -1,0 +1,98 @@
+"""What outlives a forward, on the KV cache itself, and what `generate()` does with caches that matters here."""
+
+import inspect
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from lit_prune.errors import LitPruneError
+from lit_prune.host.session import Session
+from lit_prune.repair import Essence
+
+CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
+
+
+@dataclass
+class CacheState:
+    """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
+
+    `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
+    that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
+    takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
+    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: where mass is given back, what is
+    added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`: pruned tokens
+    are among the keys.
+    """
+
+    valid: dict[int, Tensor] = field(default_factory=dict)
+    padded: dict[int, bool | None] = field(default_factory=dict)  # whether any isn't real, if known
+    essence: dict[int, Essence] = field(default_factory=dict)
+    pictured: Tensor | None = None
+    seen: int = 0
+    lag: int | Tensor = 0
+    removed: dict[int, Tensor] = field(default_factory=dict)
+    bias: dict[int, Tensor] = field(default_factory=dict)
+    soft: bool = False
+
+    def follow(self, cache) -> None:
+        """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
+        cropped = 0
+        for layer, valid in self.valid.items():
+            cropped = valid.shape[1] - int(cache.get_seq_length(layer))
+            self.valid[layer] = valid[:, : valid.shape[1] - cropped]
+            if layer in self.bias:
+                self.bias[layer] = self.bias[layer][:, : valid.shape[1] - cropped]
+        self.seen -= cropped
+
+
+def chosen_cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | None:
+    """The cache that this forward fills; by default none in training, nor where layers are left out."""
+    if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+        kwargs["use_cache"] = module.config.use_cache and not module.training and not session.leaves_out
+    if kwargs.get("past_key_values") is None and kwargs["use_cache"]:
+        kwargs["past_key_values"] = DynamicCache(config=module.config)
+    if kwargs.get("past_key_values") is not None and session.leaves_out:
+        raise LitPruneError("layers that a session leaves out have no keys to cache: call with use_cache=False")
+    return kwargs.get("past_key_values")
+
+
+def refuse_chunks() -> None:
+    """Raise `LitPruneError` inside a `generate()` that feeds the prompt in chunks: each would be pruned by itself.
+
+    A forward is told nothing of this setting, and a chunk looks like a prompt; only the caller's frame knows.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_prefill":
+        frame = frame.f_back
+    config = None if frame is None else frame.f_locals.get("generation_config")
+    if getattr(config, "prefill_chunk_size", None) is not None:
+        raise LitPruneError(
+            "prefill_chunk_size feeds the prompt in chunks, which would be pruned one by one and without the question; "
+            "generate without it: the pruned prefill needs less memory anyway"
+        )
+
+
+def only_new(kwargs: dict, state: CacheState) -> dict:
+    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned."""
+    ids, positions, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), one_mask(kwargs.get("attention_mask"))
+    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
+        return kwargs
+    new = (_columns(positions, state) if mask is None else mask.shape[-1]) - state.seen
+    if not 0 < new < ids.shape[1]:
+        return kwargs
+    trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
+    return {**kwargs, **trimmed}
+
+
+def _columns(positions: Tensor, state: CacheState) -> int:
+    """Columns so far by their position ids. Without a mask, when this is asked, there is no padding."""
+    if positions.ndim == 2:
+        return int(positions[0, -1]) + 1
+    # M-RoPE: text positions stand first where there are four rows; else images have made the others lag behind.
+    return int(positions[0, 0, -1]) + 1 if positions.shape[0] == 4 else int(positions[-1, 0, -1] + 1 - state.lag)
+
+
+def one_mask(mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    """The mask that sees the whole context, where `generate()` made one for each kind of layer."""
+    return mask["full_attention"] if isinstance(mask, dict) else mask

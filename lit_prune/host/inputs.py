@@ -1,0 +1,128 @@
+"""What the inputs of a forward say: which columns are real, visual, text, and which predict an answer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lit_prune.host.cache import CACHE, one_mask
+from lit_prune.host.lengths import Lengths
+from lit_prune.host.places import INPUTS, Places
+from lit_prune.host.session import Session
+from lit_prune.host.state import Forward
+
+
+def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) -> Forward | None:
+    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        return None
+    valid = _validity(one_mask(kwargs.get("attention_mask")), ids)
+    visual, starts, pictured = _visual(kwargs, ids, valid, places)
+    labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    answers = columns >= known if labels is None else labels != -100
+    prompt = valid & (answers.long().cumsum(1) == 0)
+    after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
+    text = prompt & ~visual & after_image
+    total = visual.sum(1)
+    gate = _gate(valid, visual, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
+    # The one look at the device: everything that later layers need to know of lengths, at once.
+    parts = (total, starts.sum(1), valid.sum(1), text.sum(1), gate.sum(1))
+    totals, images, lengths, texts, gates = torch.stack(parts).tolist() if pictured else ([], [0], [], [0], [0])
+    record = session.record if session.record is not None and not session.record.begun else None
+    if record is not None:
+        record.begun, record.trace.total_visual = True, total
+    forward = Forward(
+        session=session,
+        record=record,
+        columns=columns,
+        valid=valid,
+        visual=visual,
+        text=text,
+        gate=gate,
+        ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
+        seed=_seed(ids, prompt & ~visual),
+        total=total,
+        pictured=total > 0,
+        length=ids.shape[1],
+        counts=counts_for(totals) if session.prune and any(totals) else {},
+    )
+    if pictured:
+        forward.grid, forward.most_text = max(totals), max(texts)
+        forward.most_gate, forward.all_gate = max(gates), sum(gates)
+        forward.lengths = Lengths(totals, lengths)
+    elif ids.shape[1] == 1:
+        forward.most_gate = 1
+    if max(images) > 1:
+        forward.image = (starts.long().cumsum(1) - 1).clamp(min=0)
+        forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.image, visual.long())
+    return forward
+
+
+def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[Tensor, Tensor, bool]:
+    """Visual columns, the first column of every image, and whether this forward carries any image or video.
+
+    By what is passed, not by ids alone: a decoding step may feed back a generated token with the image token's id.
+    An image is a run of its tokens; where all images have one length, a run may hold several.
+    """
+    visual = starts = torch.zeros_like(valid)
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
+    for modality in passed:
+        mine = (ids == places.tokens[modality]) & valid
+        visual, starts = visual | mine, starts | (mine & ~pad(mine[:, :-1], (1, 0)))
+    if passed and places.image_length is not None:
+        place = visual.long().cumsum(1) - 1
+        inside = place - (place * starts).cummax(1).values
+        starts = starts | (visual & (inside % places.image_length == 0))
+    return visual, starts, bool(passed)
+
+
+def _prompt_length(kwargs: dict, ids: Tensor) -> int:
+    """Columns of the prompt: all, except where `generate(use_cache=False)` feeds prompt and answer so far again.
+
+    The prompt is remembered on the encoded image, which lives as long as that call to `generate()`.
+    """
+    encoded = next((out for out in (kwargs.get("mm_encoder_outputs") or {}).values() if out is not None), None)
+    if encoded is None or kwargs.get("use_cache") is not False or kwargs.get("labels") is not None:
+        return ids.shape[1]
+    prompt = getattr(encoded, CACHE, None)
+    if prompt is None or not torch.equal(prompt, ids[:, : prompt.shape[1]]):
+        prompt = ids
+        setattr(encoded, CACHE, prompt)
+    return prompt.shape[1]
+
+
+def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
+    """Which of the new columns are real, from a 2-D mask over all columns, a 4-D mask, or none."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.ndim == 4:
+        if ids.shape[1] == 1:
+            return torch.ones_like(ids, dtype=torch.bool)
+        last = mask[:, 0, -1, : ids.shape[1]]
+        return last if last.dtype == torch.bool else last >= 0
+    return mask[:, -ids.shape[1] :].bool()
+
+
+def _gate(valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions that predict answer tokens: before each label, else the `last` real columns.
+
+    Without labels that is the prompt's last column, and what was answered since; assisted decoding asks for the logits
+    of all its candidates, which follow an answer's start, so as many columns are repaired. A label right behind an
+    image has none: the visual token that would predict it may be dropped.
+    """
+    if labels is not None:
+        return pad(labels[:, 1:] != -100, (0, 1)) & valid & ~visual
+    count = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > last else last
+    from_end = valid.flip(1).long().cumsum(1).flip(1)
+    return valid & (from_end <= count)
+
+
+def _seed(ids: Tensor, prompt: Tensor) -> Tensor:
+    """A number per sample from its prompt's text ids and their order: the same alone, in a batch, padded or not."""
+    place = prompt.long().cumsum(1)
+    mixed = (ids.long() * 1000003 + place * 8191) % 2147483647
+    return (mixed * prompt * (place % 251 + 1)).sum(1) % 2147483647

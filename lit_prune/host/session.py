@@ -1,0 +1,86 @@
+"""How a caller wants forwards to run, and what they note for it."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lit_prune.cost import Trace
+from lit_prune.host.idle import Prefix
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage's outcome on the image's own grid of N tokens, for losses and pictures.
+
+    `kept` is cumulative, `gate` too; `scores` are those of the tokens then alive (-inf elsewhere). Gate and scores
+    carry gradients in training.
+    """
+
+    layer: int
+    kept: Tensor
+    gate: Tensor
+    scores: Tensor | None
+
+
+@dataclass
+class Record:
+    """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
+
+    `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch; of
+    all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
+    to predict, where labels were given and the session is `answers_only`.
+    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
+    `embeds` (batch, N, width) are the visual tokens as they enter the decoder.
+    """
+
+    keep_hidden: bool | frozenset[int] = False
+    keep_embeds: bool = False
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    stages: list[StageRecord] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    embeds: Tensor | None = None
+    targets: Tensor | None = None
+    begun: bool = False
+
+    def keeps(self, layer: int) -> bool:
+        """Whether the answer states behind a layer are wanted."""
+        return self.keep_hidden if isinstance(self.keep_hidden, bool) else layer in self.keep_hidden
+
+
+@dataclass(frozen=True)
+class Session:
+    """How the host treats the forwards inside `host.using(...)`.
+
+    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With `spare`
+    only the best `spare` times as many tokens as are kept stay in the sequence, as contenders; the rest is dropped.
+    `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
+    dropped token back is unbounded, since it stands against the few tokens that were kept.
+    `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
+    `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
+    vocabulary) row by row over the batch, and no loss. `prefix`: states to leave or to start from. `stop`: decoder
+    layers from here on idle, so that nothing behind them means anything. Both without a cache only.
+    """
+
+    prune: bool = True
+    repair: bool = True
+    soft: bool = False
+    spare: float | None = None
+    gate_clip: float | None = None
+    eps: float = 1e-8
+    hints: dict[str, Tensor] = field(default_factory=dict)
+    record: Record | None = None
+    watch: tuple[int, ...] = ()
+    answers_only: bool = False
+    prefix: Prefix | None = None
+    stop: int | None = None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some layers may idle."""
+        return self.prefix is not None or self.stop is not None
+
+    def idle(self, layer: int) -> bool:
+        """Whether a decoder layer's work is left out."""
+        started = self.prefix is not None and self.prefix.states is not None
+        return (started and layer < self.prefix.layer) or (self.stop is not None and layer >= self.stop)
