@@ -21,6 +21,7 @@ LIGHTNING_VERBS = {
     "predict": "Write the answers to a data set.",
 }
 DISTRIBUTION = "lit-prune"
+WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # the new and the old name of W&B's own server
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -134,10 +135,12 @@ def _wandb_key() -> bool:
     """Whether Weights & Biases could log in without asking."""
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/").rpartition("/")[2]
+    host = os.environ.get("WANDB_BASE_URL", WANDB_HOSTS[0]).rstrip("/").rpartition("/")[2]
+    hosts = WANDB_HOSTS if host in WANDB_HOSTS else (host,)
     files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     paths = [Path(name).expanduser() for name in files if name]
-    return any(path.is_file() and host in path.read_text(errors="ignore") for path in paths)
+    known = "".join(path.read_text(errors="ignore") for path in paths if path.is_file())
+    return any(host in known for host in hosts)
 
 
 def _report(error: BaseException, debug: bool) -> int | None:
@@ -164,6 +167,8 @@ def _users(error: BaseException) -> BaseException | None:
 
     if isinstance(error, UsageError | LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException":
         return error
+    if type(error).__module__.startswith("wandb.errors"):
+        return LitPruneError(f"Weights & Biases: {error} (WANDB_MODE=offline runs without it)")
     cause = error.__cause__  # jsonargparse wraps what a constructor raises
     while cause is not None and not isinstance(cause, LitPruneError):
         cause = cause.__cause__

@@ -64,9 +64,12 @@ class Model(L.LightningModule):
         if folder := os.environ.get("RANKS"):
             Path(folder, str(self.global_rank)).touch()
         if self.fault:
-            raise {"interrupt": KeyboardInterrupt(), "user": LitPruneError("bad"), "bug": ZeroDivisionError()}[
-                self.fault
-            ]
+            raise {
+                "interrupt": KeyboardInterrupt(),
+                "user": LitPruneError("bad"),
+                "wandb": wandb.errors.CommError("no server"),
+                "bug": ZeroDivisionError(),
+            }[self.fault]
         return self.line(batch).pow(2).mean()
 
     def moment(self) -> None:
@@ -382,9 +385,10 @@ def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(os, "environ", environ := dict(os.environ))
     cli._quiet()
     assert environ.pop("WANDB_MODE") == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
-    cli._quiet()
-    assert "WANDB_MODE" not in environ
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password none\n")
+        cli._quiet()
+        assert "WANDB_MODE" not in environ
 
 
 def test_wandb_runs_share_a_folder_and_know_their_configuration(
@@ -484,6 +488,8 @@ def test_a_bad_option_is_one_clear_message(run: Callable[[str], Result], options
 def test_users_errors_have_no_traceback_unless_debug(run: Callable[[str], Result]) -> None:
     result = run("fit -c base.yaml --model.fault user")
     assert (result.code, result.err.splitlines()[-1]) == (1, "error: bad")
+    no_server = "error: Weights & Biases: no server (WANDB_MODE=offline runs without it)"
+    assert run("fit -c base.yaml --model.fault wandb").err.splitlines()[-1] == no_server
     assert run("fit -c base.yaml --model.keep=0").err.splitlines()[-1] == "error: keep must be at least 1"
     assert run("fit -c base.yaml --ckpt_path no.ckpt").code == 1
     with pytest.raises(LitPruneError, match="bad"):

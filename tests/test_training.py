@@ -1,5 +1,6 @@
 """Training one method on an untrained micro-LLaVA: what moves, what is saved, and runs that are cut off."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import ROOT, batch, forward, same, same_ends, samples, trainer
 
+from lit_prune.callbacks import RunSummary, WriteAnswers
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
@@ -148,6 +150,20 @@ def test_validation_test_and_prediction_answer(student, world, tmp_path):
         assert found[f"{stage}/visual_tokens"] == KEEP
     answers = run.predict(module, data)
     assert [sorted(answer) for answer in answers[0]] == [["answer", "id"]] * 6
+
+
+def test_predict_writes_its_answers(student, world, tmp_path, caplog):
+    """Every batch's, in place of those of a run before, which may have had more ranks."""
+    for name in ("answers.jsonl", "answers.rank3.jsonl"):
+        (tmp_path / name).write_text("old")
+    run = trainer(tmp_path, [WriteAnswers(), RunSummary()], limit_predict_batches=2)
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        answers = run.predict(student(), world(eval_batch_size=4))
+    assert [path.name for path in tmp_path.glob("answers*")] == ["answers.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert lines == [answer for batch in answers for answer in batch]
+    assert len(lines) > len(answers[0])
+    assert f"answers  {tmp_path}/answers.jsonl" in caplog.text
 
 
 @pytest.mark.parametrize(("pruner", "passes"), [("rcp", 1), ("visionzip", 2)])

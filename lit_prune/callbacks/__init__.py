@@ -1,5 +1,6 @@
 """Lightning callbacks of this project."""
 
+from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.nan_guard import NanGuard
 from lit_prune.callbacks.progress import Progress
@@ -19,4 +20,5 @@ __all__ = [
     "Stopped",
     "Throughput",
     "WandbRun",
+    "WriteAnswers",
 ]

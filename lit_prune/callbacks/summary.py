@@ -11,6 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.signals import Stopped
@@ -18,7 +19,7 @@ from lit_prune.errors import LitPruneError
 
 
 class RunSummary(Callback):
-    """Says at the end of `fit`, `validate` and `test`, and after an error too, how it went and where its files are."""
+    """Says at the end of every verb, and after an error too, how it went and where its files are."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -66,7 +67,7 @@ class RunSummary(Callback):
     def _results(self, trainer: Trainer, verb: str) -> Iterator[tuple[str, str]]:
         if verb == "test" and (accuracy := trainer.callback_metrics.get("test/accuracy/all")) is not None:
             yield "accuracy", f"{float(accuracy):.4f}"
-        elif self.best is not None:
+        elif verb in ("fit", "validate") and self.best is not None:
             last = trainer.callback_metrics.get("val/accuracy/all")
             now = "" if last is None else f", last {float(last):.4f}"
             yield "accuracy", f"best {self.best[0]:.4f} at step {self.best[1]}{now}"
@@ -79,6 +80,8 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
             yield "plug-in", str(callback.folder)
         if isinstance(callback, SamplePictures) and callback.written:
             yield "pictures", str(callback.folder)
+        if isinstance(callback, WriteAnswers) and callback.file is not None:
+            yield "answers", str(callback.file)
         folder = getattr(callback, "folder", None) if isinstance(callback, SaveConfigCallback) else None
         if folder is not None and (file := Path(folder) / f"config_{trainer.state.fn.value}.yaml").is_file():
             yield "settings", str(file)
@@ -94,10 +97,12 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
 def _logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
-            yield "figures", str(Path(logger.log_dir) / "metrics.csv")
+            file = Path(logger.log_dir, "metrics.csv")
+            if file.is_file() or logger.experiment.metrics:  # which an error leaves to be written later
+                yield "figures", str(file)
         elif isinstance(logger, TensorBoardLogger):
             yield "TensorBoard", f"tensorboard --logdir {shlex.quote(str(logger.log_dir))}"
-        elif isinstance(logger, WandbLogger):
+        elif isinstance(logger, WandbLogger) and logger._experiment is not None:  # one that failed is not begun again
             run = logger.experiment
             folder = Path(run.dir).parent
             parts = sorted(str(part) for part in folder.parent.glob(f"offline-run-*-{run.id}"))  # of a resumed run

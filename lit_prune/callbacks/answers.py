@@ -1,0 +1,38 @@
+"""The answers of `predict`, in a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class WriteAnswers(Callback):
+    """Writes what `predict` answers as JSON lines with `id` and `answer`, batch by batch.
+
+    Rank 0 writes `answers.jsonl`, rank 3 `answers.rank3.jsonl`, in place of those of a `predict` before.
+
+    Args:
+        folder: where to; by default the run's folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.file: Path | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with an empty file; a former run may have had more ranks."""
+        folder = self.folder or Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("answers*.jsonl"):
+                old.unlink()
+        trainer.strategy.barrier("WriteAnswers")
+        rank = trainer.global_rank
+        self.file = folder / (f"answers.rank{rank}.jsonl" if rank else "answers.jsonl")
+        self.file.touch()
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Add the answers to a batch."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in outputs)
