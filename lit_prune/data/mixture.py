@@ -31,14 +31,14 @@ class WeightedSource:
 
 
 def as_sources(
-    train: str | WeightedSource | Sequence[str | dict | WeightedSource], images: str | None
+    train: str | dict | WeightedSource | Sequence[str | dict | WeightedSource], images: str | None
 ) -> list[WeightedSource]:
     """What a user gave as sources with all names and image roots filled in; names are made distinct by a number.
 
     Raises:
         LitPruneError: no source, a key that a source has not, a name given twice, or weights for some sources only.
     """
-    given = [train] if isinstance(train, str | WeightedSource) else list(train)
+    given = [train] if isinstance(train, str | dict | WeightedSource) else list(train)
     sources = [_as_source(item) for item in given]
     if not sources:
         raise LitPruneError("data.train: an empty list of sources")

@@ -8,6 +8,7 @@ import numpy as np
 
 from lit_prune.errors import LitPruneError
 
+LARGEST_WEIGHT = 1e12  # sums and products stay finite
 WINDOW = 50  # groups that are sorted by length together; transformers' sampler does so with as many [ours]
 
 
@@ -42,7 +43,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.weights is not None:
-            wrong = [weight for weight in self.weights if not (weight > 0 and math.isfinite(weight))]
+            wrong = [weight for weight in self.weights if not 0 < weight < LARGEST_WEIGHT]  # nan too
             if wrong or len(self.weights) != len(self.sizes):
                 raise LitPruneError(f"data.train: weights must be positive numbers, one a source: {self.weights}")
         if not all(self.counts):

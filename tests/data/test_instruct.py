@@ -308,6 +308,11 @@ def test_a_mixture_does_not_depend_on_workers_and_resumes(processor, two, tmp_pa
         run(processor, two, tmp_path, str(checkpoint), max_epochs=2)
 
 
+def test_one_source_as_a_dict(processor, tmp_path):
+    data = make_data(processor, train={"data": "a.json", "name": "pets"})
+    assert data.sources == [WeightedSource("a.json", name="pets")]
+
+
 def test_a_list_of_files_is_every_sample_once(processor, tmp_path):
     paths = [str(write_samples(tmp_path, count, name=name)) for count, name in ((9, "a.json"), (6, "b.jsonl"))]
     data = make_data(processor, train=paths, batch_size=5)

@@ -168,7 +168,9 @@ def test_apportioned_within_one(total, weights):
     assert all(abs(count - total * w / sum(weights)) < 1 for count, w in zip(counts, weights, strict=True))
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0,)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0,), (1e308, 1e308)]
+)
 def test_wrong_weights(weights):
     with pytest.raises(LitPruneError, match="must be positive numbers"):
         Order((5, 5), weights)
