@@ -39,7 +39,9 @@ def _sum_over_ranks(value: Tensor) -> Tensor:
     return _SumOverRanks.apply(value) if _several_ranks() else value
 
 
-def mean_over_ranks(value: Float[Tensor, ""] | float, count: Int[Tensor, ""] | int) -> Float[Tensor, ""] | float:
+def mean_over_ranks(
+    value: Float[Tensor, "*shape"] | float, count: Int[Tensor, ""] | int
+) -> Float[Tensor, "*shape"] | float:
     """The mean over the items of all ranks, from this rank's mean `value` over its `count` items.
 
     With gradients averaged over ranks, as strategies do, training equals that of one process with the whole batch.

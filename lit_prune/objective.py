@@ -70,7 +70,7 @@ class Anneal:
         """Scale of the logistic noise."""
         return self.noise if done < 1.0 - self.quiet_share else 0.0
 
-    def target(self, final: float, done: float) -> float:
+    def target(self, final: float | Tensor, done: float) -> float | Tensor:
         """Target share of visual tokens, from 1 to `final`."""
         if done >= self.target_share:
             return final
@@ -104,6 +104,15 @@ def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
     """
     shares = [min(keep, n) / n for n in total.tolist() if n]
     return mean(shares) if shares else 1.0
+
+
+def tokens_asked(keep: int, total: Int[Tensor, " batch"], anneal: Anneal, done: float) -> Float[Tensor, " batch"]:
+    """Visual tokens that a budget asks of each sample after a share `done` of the steps, float64; to log, not to train.
+
+    `total` are its own; 0 where it has no image.
+    """
+    own = total.double()
+    return anneal.target(own.clamp(max=keep) / own.clamp(min=1), done) * own
 
 
 def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:

@@ -20,6 +20,11 @@ def batches_since_step(trainer: Trainer) -> int:
     return done % trainer.accumulate_grad_batches
 
 
+def steps_next(trainer: Trainer) -> bool:
+    """Whether an optimizer step follows the batch under way: only then does Lightning log what it found."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 def rewind_to_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Take the batches since the last optimizer step out of the loops' counters, in place.
 

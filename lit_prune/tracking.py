@@ -12,23 +12,35 @@ from lit_prune.cost import Trace, decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
 from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
-from lit_prune.moments import moments, w2_squared
+from lit_prune.moments import mean_over_ranks, moments, w2_squared
+from lit_prune.objective import tokens_asked
 from lit_prune.plugin import Plugin
 from lit_prune.step_cost import joined, step_flops, structure
+from lit_prune.teaching import Step, Teaching
 from lit_prune.vlm import VLM
 
 
 @torch.no_grad()
-def step_figures(vlm: VLM, plugin: Plugin, student: Record, teacher: Record) -> dict[str, Tensor]:
-    """What one training step ran: tokens kept, FLOPs of the student's prefill, shift at the layers it recorded.
+def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> dict[str, Tensor | float]:
+    """What one training step found and ran, means over the samples or answer tokens of all ranks; all must call it.
+
+    Losses, temperature, visual tokens asked and kept, FLOPs of the student's prefill, shift at the recorded layers.
 
     Args:
-        vlm: the model with `plugin` attached.
-        student: what the step's student left, with hidden states. teacher: the same of its teacher.
+        teaching: how the step was run. step: what it left. done: share of all steps before it.
+        samples: of this rank's batch; a blank one behind them doesn't count.
     """
-    values = {"budget/actual": student.trace.average_visual().mean()}
-    values |= {f"kept/layer_{stage.layer}": stage.kept.sum(1).double().mean() for stage in student.stages}
-    values["flops/sample"] = decoder_total(price(student.trace, vlm.size, plugin.pruner, plugin.repair)).mean()
+    vlm, student, teacher = teaching.vlm, step.student, step.teacher
+    values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
+    values["tau"] = teaching.anneal.tau(done)
+    total = student.trace.total_visual
+    kept = {stage.layer: stage.kept.sum(1) for stage in student.stages}
+    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done)}
+    each["budget/actual"] = student.trace.average_visual()
+    each |= {f"kept/layer_{layer}": kept.get(layer, torch.zeros_like(total)) for layer in vlm.host.stages}
+    each["flops/sample"] = decoder_total(price(student.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair))
+    means = torch.stack([value[:samples].double().sum() for value in each.values()]) / max(1, samples)
+    values |= zip(each, mean_over_ranks(means, samples).unbind(), strict=True)
     for layer, states in sorted(student.hidden.items()):
         values[f"shift/layer_{layer}"] = w2_squared(moments(states), moments(teacher.hidden[layer]))
     return values
@@ -51,11 +63,11 @@ class Work:
     def __init__(self, vlm: VLM, plugin: Plugin) -> None:
         self.vlm, self.plugin = vlm, plugin
         self._priced = torch.zeros(len(WORK), dtype=torch.float64)
-        self._steps: list[tuple[Trace, Trace, int]] = []
+        self._steps: list[tuple[Trace, Trace, int, int]] = []
 
-    def add(self, student: Record, teacher: Record) -> None:
-        """Take a step into account."""
-        self._steps.append((student.trace, teacher.trace, len(student.targets)))
+    def add(self, student: Record, teacher: Record, samples: int) -> None:
+        """Take a step into account; `samples` without a blank one, whose tokens and FLOPs count."""
+        self._steps.append((student.trace, teacher.trace, len(student.targets), samples))
         if len(self._steps) == self.MOST:
             self._price()
 
@@ -71,17 +83,17 @@ class Work:
 
     @torch.no_grad()
     def _price(self) -> None:
-        alike: dict[Hashable, list[tuple[Trace, Trace, int]]] = {}
+        alike: dict[Hashable, list[tuple[Trace, Trace, int, int]]] = {}
         for step in self._steps:
             alike.setdefault(structure(list(step[:2])), []).append(step)
         for steps in alike.values():
-            students, teachers, answers = zip(*steps, strict=True)
+            students, teachers, answers, counts = zip(*steps, strict=True)
             student, teacher = joined(students), joined(teachers)
             visual, parts = student.total_visual.sum(), (self.plugin.pruner, self.plugin.repair)
             flops = step_flops(teacher, student, self.vlm.size, *parts, sum(answers))
             text, kept = teacher.ran[0].sum() - visual, student.average_visual().sum()
             priced = torch.stack([value.double() for value in (text, visual, kept, flops)])
-            samples = torch.tensor([len(student.total_visual)], dtype=torch.float64, device=priced.device)
+            samples = torch.tensor([sum(counts)], dtype=torch.float64, device=priced.device)
             self._priced = self._priced.to(priced.device) + torch.cat([samples, priced])
         self._steps = []
 

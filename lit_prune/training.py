@@ -16,10 +16,10 @@ from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
-from lit_prune.objective import Anneal, LossWeights, budget_share
+from lit_prune.objective import Anneal, LossWeights
 from lit_prune.optimizer import adamw, warm_cosine
 from lit_prune.plugin import Plugin
-from lit_prune.progress import end_epoch, rewind_to_step
+from lit_prune.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.strategies import in_step, parameter_count, whole_shape
@@ -184,7 +184,7 @@ class PruneModule(LightningModule):
         moment, part = self.moment(), self.trainer.profiler.profile
         step = self.step(batch, moment, part)
         with part("figures"):
-            self.work.add(step.student, step.teacher)
+            self.work.add(step.student, step.teacher, len(batch["ids"]))
             self._log_step(step, moment.done, batch)
         return step.total
 
@@ -206,22 +206,20 @@ class PruneModule(LightningModule):
         """The hooks that connect plug-in and model."""
         return self.vlm.host
 
-    @torch.no_grad()
     def _log_step(self, step: Step, done: float, batch: dict[str, Any]) -> None:
-        """The loss at every step; the other figures where loggers take them, and fetched from the device at once."""
-        size, every, student = len(batch["ids"]), self.trainer.log_every_n_steps, step.student
-        self.log("loss", step.total.detach(), prog_bar=True, logger=False, batch_size=size)
-        if not every or (self.trainer.global_step + 1) % every:  # the same steps on all ranks
+        """Where loggers take figures, make them and fetch them from the device at once; other steps wait for nothing.
+
+        The progress bar shows the same ones: Lightning would fetch them at each step.
+        """
+        every, samples = self.trainer.log_every_n_steps, len(batch["ids"])
+        if not every or (self.trainer.global_step + 1) % every or not steps_next(self.trainer):  # on all ranks alike
             return
-        target = self.teaching.anneal.target(budget_share(self.keep, student.trace.total_visual), done)
-        values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
-        values["tau"] = self.teaching.anneal.tau(done)
-        values["budget/target"] = target * student.trace.total_visual.double().mean()
-        values |= step_figures(self.vlm, self.plugin, student, step.teacher)
+        values = step_figures(self.teaching, step, done, samples)
         values |= {f"data/{name}": value for name, value in batch.get("figures", {}).items()}
         values = fetched(values)
-        self.log_dict(values, batch_size=size)
-        self.log("kept", values["budget/actual"], prog_bar=True, logger=False, batch_size=size)
+        self.log_dict(values, batch_size=samples)
+        for shown, name in (("loss", "loss/total"), ("kept", "budget/actual")):
+            self.log(shown, values[name], prog_bar=True, logger=False, batch_size=samples)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import wandb
 import yaml
 from faults import Cut, PowerCut
@@ -24,8 +25,11 @@ from test_syncs import looks
 from tiny import ROOT, trainer
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lit_prune import cli
+from lit_prune import cli, training
 from lit_prune.callbacks import RunSummary, SamplePictures, Throughput, WandbRun
+from lit_prune.objective import Anneal, tokens_asked
+from lit_prune.teaching import Moment
+from lit_prune.tracking import step_figures
 from lit_prune.training import PruneModule
 
 CONFIGS = ROOT / "configs"
@@ -322,23 +326,88 @@ def test_totals_and_charts_go_on_after_a_resume(student, world, tmp_path):
 
 
 def test_a_step_that_is_not_logged_never_looks_at_the_device(student, world, tmp_path, monkeypatch):
-    """And one that is looks once, beside the budget's own look."""
+    """And one that is looks nowhere either until its figures are fetched, all at once."""
     found: list[list[str]] = []
     plain = PruneModule._log_step
 
-    def watched(self, step, *args):
+    def watched(self, step, done, batch):
         with looks(monkeypatch) as seen:
-            self.work.add(step.student, step.teacher)
+            self.work.add(step.student, step.teacher, len(batch["ids"]))
             _ = self.work.totals
-            plain(self, step, *args)
+            plain(self, step, done, batch)
         found.append(seen)
 
     monkeypatch.setattr(PruneModule, "_log_step", watched)
     module = student()
     run = trainer(tmp_path, max_steps=3, log_every_n_steps=3)
     run.fit(module, world())
-    assert found[:2] == [[], []]
+    assert found == [[], [], []]
     assert run.callback_metrics["budget/actual"] == KEEP, "the third was logged"
+
+
+class Watch(Callback):
+    """Notes the looks at the device of each whole step, Lightning's own between two batches included."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch, self.stack, self.found = monkeypatch, contextlib.ExitStack(), []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.stack.close()
+        self.found.append(self.stack.enter_context(looks(self.monkeypatch)))
+
+    def on_train_end(self, *_: Any) -> None:
+        self.stack.close()
+
+
+def test_lightning_looks_at_nothing_that_is_not_logged(student, world, tmp_path, monkeypatch):
+    """What the progress bar shows, Lightning fetches at every step where it is handed on."""
+    counts = []
+    for logs in (True, False):
+        if not logs:
+            monkeypatch.setattr(PruneModule, "_log_step", lambda *_: None)
+        watch = Watch(monkeypatch)
+        trainer(tmp_path, [watch], max_steps=3, log_every_n_steps=3).fit(student(), world())
+        counts.append([len(found) for found in watch.found])
+    assert counts[0][:2] == counts[1][:2]
+    assert counts[0][2] > counts[1][2], "a step that is logged is looked at"
+
+
+def test_accumulated_batches_are_looked_at_once_a_step(student, world, tmp_path, monkeypatch):
+    """Lightning logs the last one of a step only."""
+    made, module = [], student()
+    monkeypatch.setattr(training, "step_figures", lambda *args: made.append(1) or step_figures(*args))
+    run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=2)
+    run.fit(module, world())
+    assert len(made) == run.global_step == 2
+    assert module.work.totals[0] == 3 * BATCH, "an epoch's third batch is a step of its own"
+
+
+def test_a_blank_sample_is_in_no_figure(student, world):
+    """A batch of texts under DeepSpeed: figures as without the image that was put behind them."""
+    module, data = student(), world()
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    ids = batch["inputs"]["input_ids"]
+    inputs = {name: part for name, part in batch["inputs"].items() if name != "pixel_values"}
+    inputs["input_ids"] = ids.masked_fill(ids == module.model.config.image_token_id, 5)
+    figures = []
+    for together in (True, False):
+        step = module.teaching.step({**batch, "inputs": inputs}, Moment(1, 0.5), in_step=together)
+        figures.append(step_figures(module.teaching, step, 0.5, BATCH))
+        assert len(step.student.trace.total_visual) == BATCH + together
+    assert figures[0].keys() == figures[1].keys() >= {"budget/actual", "kept/layer_1", "shift/layer_11"}
+    for name in ("budget/target", "budget/actual", "kept/layer_1", "kept/layer_5", "kept/layer_10"):
+        assert figures[0][name] == figures[1][name] == 0, name
+    assert float(figures[0]["shift/layer_11"]) == pytest.approx(float(figures[1]["shift/layer_11"]), rel=1e-4)
+
+
+def test_the_target_is_each_samples_own():
+    """Images of 144 and of 8 tokens and a text, with a budget of 16; then while the target still falls from all."""
+    total, anneal = torch.tensor([144, 8, 0]), Anneal(target_share=0.5)
+    assert tokens_asked(KEEP, total, anneal, 1.0).tolist() == [KEEP, 8, 0]
+    assert tokens_asked(KEEP, total, anneal, 0.0).tolist() == [144, 8, 0]
+    assert tokens_asked(KEEP, total, anneal, 0.25).tolist() == pytest.approx([80, 8, 0])
 
 
 def test_profiler_tells_the_parts_of_a_step(student, world, tmp_path):

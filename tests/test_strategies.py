@@ -57,6 +57,7 @@ LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir
 WORLD, BATCH = 2, 2
 CLOSE = 1e-4  # of weights after four steps that moved them by 1e-2: Adam enlarges the rounding of small gradients
 LOSSES = ("loss/total", "loss/task", "loss/repair")
+RAN = ("budget/target", "budget/actual", "kept/layer_1", "shift/layer_11")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def logged(folder: Path, version: int = 0) -> list[dict[str, float]]:
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """Of every step."""
-    return [{name: row[name] for name in LOSSES} for row in logged(folder) if "loss/total" in row]
+    return [{name: row[name] for name in LOSSES + RAN} for row in logged(folder) if "loss/total" in row]
 
 
 def validations(folder: Path) -> list[dict[str, float]]:

@@ -49,7 +49,7 @@ def test_an_estimate_is_what_a_step_does(student, world, tmp_path, options):
     add = module.work.add
     module.work.add = lambda *records: (seen.extend(records), add(*records))
     trainer(tmp_path, [counted], max_steps=1).fit(module, world(batch_size=1))
-    did, taught = (record.trace for record in seen)
+    did, taught = (record.trace for record in seen[:2])
     answers, visual = len(seen[0].targets), int(did.total_visual)
     text = int(taught.queries[0]) - visual - answers
     plugin, size, mode = module.plugin, module.vlm.size, module.teaching.train_mode
