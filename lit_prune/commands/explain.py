@@ -192,6 +192,14 @@ def _condense(message: str) -> str:
     place, _ = _place(message)
     if place and len(reasons) == 1:
         reason = re.sub(r"Expected a (.*)\. Got value: ", r"expected \1, got ", reasons[0])
-        reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.", "").replace("Literal", "one of ")
-        return f"`{place}`: {reason.removeprefix('- ')}"
+        return f"`{place}`: {_plain(reason)}"
+    kinds = [found[1] for r in reasons if (found := re.fullmatch(r"- Expected an? (.*)", r))]
+    if place and kinds and len(kinds) == len(reasons) and (given := re.search(r"Given value: (.*)", message)):
+        return f"`{place}`: expected {', or '.join(_plain(kind) for kind in kinds)}, got {given[1]}"
     return message.strip()
+
+
+def _plain(reason: str) -> str:
+    """Types as people write them."""
+    reason = re.sub(r"<class '([^']*)'>", r"\1", reason)
+    return reason.replace("typing.", "").replace("Literal", "one of ").removeprefix("- ")
