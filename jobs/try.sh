@@ -4,7 +4,7 @@
 #   bash jobs/try.sh --fresh              start again (runs/try is moved aside)
 #   bash jobs/try.sh --fresh --model.keep=32     further arguments go to `fit` and `test`
 #   RUN=runs/seed1 bash jobs/try.sh --seed_everything=1 --model.seed=1     another folder
-# About 12 minutes on two CPU cores after the install; nothing is fetched while it runs.
+# About 5 minutes on two free CPU cores after the install; nothing is fetched while it runs.
 set -euo pipefail
 
 # shellcheck source=jobs/install.sh
