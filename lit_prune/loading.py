@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
-from lit_prune.shapes import names, shipped_config
+from lit_prune.shapes import Config, names, shipped_config, shipped_shape
 
 MICRO = Path(__file__).parent / "micro" / "weights"
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
@@ -134,6 +134,12 @@ def load_config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     if str(base) in names() and not Path(base).is_dir():
         return shipped_config(str(base))
     return _fetch(AutoConfig.from_pretrained, base, local=True)
+
+
+def load_shape(base: str | Path) -> Config:
+    """What sizes and prices are read off: the fields of a shipped shape as they stand, else the configuration."""
+    shipped = str(base) in names() and not Path(base).is_dir()
+    return shipped_shape(str(base)) if shipped else load_config(base)
 
 
 def _fetch(function: Callable, base: str | Path, local: bool = False, **options: Any) -> Any:

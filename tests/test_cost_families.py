@@ -8,19 +8,21 @@ import torch
 from test_cost import counter
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from lit_prune.cost import Trace, VisionTrace, decoder_total, kv_bytes, plan, price, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.host.sizes import image_load, model_size, tower_trace, vision_trace
+from lit_prune.host.places import check_stages
+from lit_prune.host.sizes import _canvas, image_load, model_size, tower_trace, vision_trace
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.repair import RepairAdapter
-from lit_prune.shapes import names, shipped_config
+from lit_prune.shapes import Config, names, shipped_config, shipped_shape
 from lit_prune.vlm import VLM
 
 TEXT, IMAGE, VOCABULARY = 11, 59, 60
@@ -164,6 +166,15 @@ def test_tiles_are_the_processors():
         assert image_load(config, *size).visual == 256 * tiles, size
 
 
+def test_canvases_are_the_librarys():
+    """Of images of many sizes, in LLaVA-NeXT's five canvases and LLaVA-OneVision's thirty-six."""
+    draw = torch.Generator().manual_seed(0)
+    for name in CROPPED:
+        canvases = shipped_config(name).image_grid_pinpoints
+        for size in torch.randint(20, 3000, (300, 2), generator=draw).tolist():
+            assert list(_canvas(*size, canvases)) == list(select_best_resolution(tuple(size), canvases)), size
+
+
 def test_grids_are_the_processors():
     for name, factor in zip(GRIDS, (28, 32), strict=True):
         for size in [(672, 672), (640, 427), (1080, 1920), (300, 301)]:
@@ -189,6 +200,23 @@ def test_shipped_shapes_have_a_price(name):
     size = model_size(shipped_config(name))
     parts = price(plan({}, size.image.visual, 64, size.depth), size)
     assert parts["decoder"] > parts["vision"] > parts["projector"] > parts["lm_head"] > 0
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shape_says_what_its_configuration_says(name):
+    """Fields as they stand are enough: nothing that is asked of them rests on a default of the library."""
+
+    def refused(config: Config, *stages: int) -> str | None:
+        try:
+            check_stages(config, stages)
+        except LitPruneError as error:
+            return str(error)
+
+    shape, config = shipped_shape(name), shipped_config(name)
+    assert model_size(shape) == model_size(config)
+    assert image_load(shape, 500, 900) == image_load(config, 500, 900)
+    for first in (0, 2, 20):
+        assert refused(shape, first) == refused(config, first)
 
 
 def test_unknown_tower_is_refused():

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
 
 from lit_prune.budget import Budget, format_schedule, parse_budget
 from lit_prune.cost import (
@@ -21,9 +20,9 @@ from lit_prune.cost import (
 from lit_prune.errors import LitPruneError
 from lit_prune.host.places import check_stages
 from lit_prune.host.sizes import model_size, tower_size, tower_trace
-from lit_prune.loading import load_config
+from lit_prune.loading import load_shape
 from lit_prune.plugin import Plugin
-from lit_prune.shapes import names
+from lit_prune.shapes import Config, names
 from lit_prune.vlm import as_plugin
 
 
@@ -64,7 +63,7 @@ class Case:
     """A prompt on a model's shape, and the method that is to prune it, if any."""
 
     model: str
-    config: PreTrainedConfig
+    config: Config
     size: ModelSize
     prompt: Prompt
     dtype: str
@@ -140,7 +139,7 @@ def describe(
 ) -> Case:
     """A case from the options of the command line; raises `LitPruneError` for what can't be priced."""
     try:
-        config = load_config(model)
+        config = load_shape(model)
     except LitPruneError as error:
         raise LitPruneError(f"{error}. Shapes known here: micro, {', '.join(names())}") from error
     pixels = _pixels(image_size, visual)

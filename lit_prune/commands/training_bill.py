@@ -12,7 +12,7 @@ from lit_prune.commands.pricing import Bill, Case
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
-from lit_prune.loading import random_model
+from lit_prune.loading import load_config, random_model
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Dims
 from lit_prune.training_cost import Estimate, Weights, estimate, plan_step
@@ -51,7 +51,7 @@ def _count(module: torch.nn.Module) -> int:
 def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:
     """The estimate under each bill's schedule."""
     size, prompt, plugin = case.size, case.prompt, built(case.plugin, case.size)
-    weights, pruner, repair = count_weights(case.config, plugin), plugin.pruner, plugin.repair
+    weights, pruner, repair = count_weights(load_config(case.model), plugin), plugin.pruner, plugin.repair
     found = {}
     for name, made in bills.items():
         tokens = (prompt.visual, prompt.text, prompt.answer)

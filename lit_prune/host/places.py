@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.pruners.base import Dims
+from lit_prune.shapes import Config
 
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
 INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -96,7 +96,7 @@ def find(model: nn.Module) -> Places:
     )
 
 
-def check_stages(config: PreTrainedConfig, stages: tuple[int, ...]) -> None:
+def check_stages(config: Config, stages: tuple[int, ...]) -> None:
     """Raise `LitPruneError` where a model can't drop visual tokens before these decoder layers.
 
     Its first layers may need all visual tokens behind them (deepstack), later ones may see a window of the context.

@@ -1,4 +1,4 @@
-"""Sizes for `lit_prune.cost`, read off a transformers configuration; no model is needed."""
+"""Sizes for `lit_prune.cost`, read off a transformers configuration or a shipped shape; no model is needed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from lit_prune.budget import Budget
 from lit_prune.cost import ImageLoad, ModelSize, TowerTrace, VisionTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Pruner
+from lit_prune.shapes import Config
 
 # Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
 TOWERS = {
@@ -26,7 +26,7 @@ USUAL = (672, 672)  # height and width in pixels of the image that stands for an
 TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
 
 
-def model_size(config: PreTrainedConfig, image: tuple[int, int] = USUAL) -> ModelSize:
+def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
     """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
 
     Raises `LitPruneError` for a vision tower whose arithmetic isn't known.
@@ -53,7 +53,7 @@ def model_size(config: PreTrainedConfig, image: tuple[int, int] = USUAL) -> Mode
     )
 
 
-def image_load(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
+def image_load(config: Config, height: int, width: int) -> ImageLoad:
     """What an image of so many pixels asks of the model, by the rule of the model's own processor.
 
     Limits on an image's pixels, which stand in a processor's files, are not known here.
@@ -70,7 +70,7 @@ def image_load(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
     return crop_load(config, 1)
 
 
-def crop_load(config: PreTrainedConfig, crops: int, visual: int | None = None) -> ImageLoad:
+def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoad:
     """The load of `crops` crops of the tower's fixed size, which give `visual` tokens (all of theirs by default)."""
     vision = config.vision_config
     rows, columns = (
@@ -88,10 +88,10 @@ def crop_load(config: PreTrainedConfig, crops: int, visual: int | None = None) -
     )
 
 
-def grid_load(config: PreTrainedConfig, frames: int, rows: int, columns: int) -> ImageLoad:
+def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad:
     """The load of an image that the tower takes in its own size, as a grid of patches, with or without windows."""
     vision, merge = config.vision_config, _merge(config)
-    depth = vision.num_hidden_layers
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
     patches = frames * rows * columns
     windowed = full = frames * (rows * columns) ** 2
     if hasattr(vision, "window_size"):
@@ -102,7 +102,7 @@ def grid_load(config: PreTrainedConfig, frames: int, rows: int, columns: int) ->
     return ImageLoad(patches, (patches,) * depth, pairs, patches // merge**2, patches // merge**2)
 
 
-def vision_trace(config: PreTrainedConfig, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
+def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
     """What the tower runs for a processor's `inputs`, whose samples have `total` visual tokens (batch,).
 
     None where images have one size, or where the inputs don't say which size they have.
@@ -133,12 +133,10 @@ def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[I
     return [list(loads[a:b]) for a, b in pairwise(marks)]
 
 
-def _any_resolution(config: PreTrainedConfig, height: int, width: int) -> ImageLoad:
+def _any_resolution(config: Config, height: int, width: int) -> ImageLoad:
     """Crops on the best of the model's canvases and the whole image; padding is cut off, rows end in a line break."""
-    from transformers.image_processing_utils import select_best_resolution  # slow to import
-
     crop, patch = config.vision_config.image_size, config.vision_config.patch_size
-    canvas = select_best_resolution((height, width), [tuple(size) for size in config.image_grid_pinpoints])
+    canvas = _canvas(height, width, config.image_grid_pinpoints)
     side = crop // patch
     rows, columns = (side * (pixels // crop) for pixels in canvas)
     crops = rows * columns // side**2 + 1
@@ -152,7 +150,21 @@ def _any_resolution(config: PreTrainedConfig, height: int, width: int) -> ImageL
     return crop_load(config, crops, visual=side**2 + rows * (columns + 1))
 
 
-def _lone_crop(config: PreTrainedConfig) -> ImageLoad:
+def _canvas(height: int, width: int, canvases: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The canvas on which the most of an image's pixels are left, the smallest of such.
+
+    transformers' `select_best_resolution`, whose import brings models' code.
+    """
+
+    def left(canvas: Sequence[int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - canvas[0] * canvas[1]
+
+    return max(canvases, key=left)
+
+
+def _lone_crop(config: Config) -> ImageLoad:
     """One of several images, which is not cut into crops: its tokens and one line break."""
     return crop_load(config, 1, visual=crop_load(config, 1).visual + 1)
 
@@ -197,7 +209,7 @@ class TowerSize:
         return min(self.side**2, -(-arriving // self.tiles))
 
 
-def tower_size(config: PreTrainedConfig) -> TowerSize:
+def tower_size(config: Config) -> TowerSize:
     """Sizes of the tower of LLaVA-1.5 and LLaVA-NeXT.
 
     Raises `LitPruneError` for models that merge or resample patches: which visual token a patch is can't be told there.
@@ -220,7 +232,7 @@ def tower_size(config: PreTrainedConfig) -> TowerSize:
     )
 
 
-def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: Budget, tiles: int) -> TowerTrace:
+def tower_trace(config: Config, pruner: Pruner, keep: Budget, tiles: int) -> TowerTrace:
     """What `tiles` tiles would ask of the tower under a pruner's stages; nothing runs."""
     size = tower_size(config)
     share, patches = size.share(keep), size.side**2
@@ -239,7 +251,7 @@ def tower_trace(config: PreTrainedConfig, pruner: Pruner, keep: Budget, tiles: i
     return TowerTrace(one * entered, tokens, one * now, one * scored, stages)
 
 
-def _tower(config: PreTrainedConfig) -> tuple[int, int]:
+def _tower(config: Config) -> tuple[int, int]:
     kind = config.vision_config.model_type
     if kind not in TOWERS:
         raise LitPruneError(
@@ -249,12 +261,12 @@ def _tower(config: PreTrainedConfig) -> tuple[int, int]:
     return TOWERS[kind]
 
 
-def _merge(config: PreTrainedConfig) -> int:
+def _merge(config: Config) -> int:
     """Patches along one side that become one visual token."""
     return getattr(config.vision_config, "spatial_merge_size", None) or int(1 / getattr(config, "downsample_ratio", 1))
 
 
-def _patch_values(vision: PreTrainedConfig) -> int:
+def _patch_values(vision: Config) -> int:
     height, width = _pair(vision.patch_size)
     channels = getattr(vision, "num_channels", None) or vision.in_channels
     return channels * height * width * getattr(vision, "temporal_patch_size", 1)

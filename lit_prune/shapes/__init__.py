@@ -8,6 +8,7 @@ the library changes no shape.
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,6 +16,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lit_prune.errors import LitPruneError
 
 FOLDER = Path(__file__).parent
+
+
+class Shape(SimpleNamespace):
+    """Fields of a configuration, to be read as transformers' own, whose classes bring models' code: seconds."""
+
+    def get_text_config(self) -> "Shape":
+        """The decoder's fields."""
+        return self.text_config
+
+
+Config = PreTrainedConfig | Shape
 
 
 @cache
@@ -29,7 +41,16 @@ def shipped_config(name: str) -> PreTrainedConfig:
     Raises:
         LitPruneError: the shape of `name` is not shipped, with those that are.
     """
+    fields = json.loads(_text(name))
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def shipped_shape(name: str) -> Shape:
+    """The same fields as they stand, for what asks for nothing that a configuration's class would add."""
+    return json.loads(_text(name), object_hook=lambda fields: Shape(**fields))
+
+
+def _text(name: str) -> str:
     if name not in names():
         raise LitPruneError(f"the shape of {name} is not shipped; shipped are: {', '.join(names())}")
-    fields = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    return (FOLDER / f"{name}.json").read_text(encoding="utf-8")
