@@ -61,7 +61,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
     """Pillow's name of the format, one of `FORMATS`, by the header alone; arguments and errors as `decode_image`."""
     with _header(file, name, max_pixels) as image:
-        return image.format
+        return "JPEG" if image.format == "MPO" else image.format  # a phone's: a JPEG with others behind it
 
 
 @contextmanager
