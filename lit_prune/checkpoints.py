@@ -28,7 +28,7 @@ BEFORE = ".old"  # after a checkpoint's name, while another takes its place
 
 
 class SafeTrainer(Trainer):
-    """A Trainer whose checkpoints, whoever has them saved and with any strategy, are whole or not there.
+    """Lightning's Trainer, with checkpoints that are whole or not there, whoever saves them and with any strategy.
 
     All ranks must see the same folder. A write that fails ends the run: the checkpoints before it are untouched, and a
     disk that is too full for a checkpoint is too full for logs too.

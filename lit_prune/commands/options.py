@@ -28,9 +28,10 @@ def run_verb(verb: str, argv: list[str]) -> None:
     own_config = "config" in inspect.signature(run).parameters
     if not own_config:
         parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
-    known = {"config", *inspect.signature(run).parameters}
-    short = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in known]
-    parser.epilog = "; ".join([*short, "lists may be written --option a b, flags without a value"])
+    names = [*inspect.signature(run).parameters]
+    hints = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in {"config", *names}]
+    hints += [f"a first word is --{names[0]}", "lists may be written --option a b, flags without a value"]
+    parser.epilog = "; ".join(hints)
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
     try:
         options = parser.parse_args(plain(argv, run))
