@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
@@ -54,7 +54,7 @@ class PruneDeepSpeed(DeepSpeedStrategy):
 
     def __init__(
         self,
-        stage: Literal[1, 2, 3] = 2,
+        stage: int = 2,
         exclude_frozen_parameters: bool = True,
         logging_batch_size_per_gpu: int = 1,
         **options: Any,
@@ -80,7 +80,10 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             super().setup_environment()
             return
         import deepspeed
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+        set_accelerator(CPU_Accelerator())  # else DeepSpeed takes the GPU of a machine that has one
         # Else this one is compiled at every start, for half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
@@ -233,16 +236,49 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def refuse_foreign(path: Path, trainer: Trainer) -> None:
-    """Raise `LitPruneError` for a checkpoint of another strategy: a file under DeepSpeed, a folder elsewhere."""
-    deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
-    if path.exists() and path.is_dir() != deepspeed:
-        written, here = ("DeepSpeed", "another strategy") if path.is_dir() else ("another strategy", "DeepSpeed")
+def refuse_unusable(trainer: Trainer) -> None:
+    """Raise `LitPruneError` for settings of the trainer that would train badly without a word, or fail late."""
+    deepspeed, precision = isinstance(trainer.strategy, DeepSpeedStrategy), str(trainer.precision)
+    instead = "take 32-true, and model.dtype=bfloat16 or float16 for the frozen model alone"
+    if precision in ("16-true", "16-mixed"):
+        reason = "its loss scale would enlarge the gradients that model.gate_clip bounds"
+        raise LitPruneError(f"trainer.precision={precision} doesn't fit: {reason}; {instead}")
+    if precision == "bf16-true" and not deepspeed:
+        reason = "what trains would be bf16, in which small steps round to nothing"
+        raise LitPruneError(f"trainer.precision={precision} doesn't fit: {reason}; {instead}")
+    stage = trainer.strategy.config.get("zero_optimization", {}).get("stage", 0) if deepspeed else None
+    if stage not in (None, 1, 2, 3):
+        raise LitPruneError(f"trainer.strategy: stage {stage} of ZeRO; take 1, 2 or 3, or DDP")
+    if deepspeed and trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        raise LitPruneError("trainer.gradient_clip_algorithm=value: DeepSpeed clips gradients by their norm only")
+
+
+def refuse_foreign(path: Path, trainer: Trainer, fit: bool = True) -> None:
+    """Raise `LitPruneError` for a checkpoint of another strategy: a file under DeepSpeed, a folder elsewhere.
+
+    To `fit` on from it, for a folder of ZeRO-3 under another stage too, and the other way round.
+    """
+    if not path.exists():
+        return
+    deepspeed, written, here = isinstance(trainer.strategy, DeepSpeedStrategy), _kind(path), NO_ZERO
+    if deepspeed:
+        here = ZERO_3 if trainer.strategy.zero_stage_3 else ZERO_2
+    if path.is_dir() != deepspeed or (fit and written != here):
         raise LitPruneError(
-            f"{path} was written under {written}, and this is {here}: the optimizer's state doesn't carry over. The "
-            f"plug-in does: lit-prune export --checkpoint {path} --out FOLDER, then --model.plugin=FOLDER "
+            f"{path} was written under {written}, and this run is under {here}: the optimizer's state doesn't carry "
+            f"over. The plug-in does: lit-prune export --checkpoint {path} --out FOLDER, then --model.plugin=FOLDER "
             f"--model.pruner=null --model.repair=null"
         )
+
+
+NO_ZERO, ZERO_2, ZERO_3 = "another strategy than DeepSpeed", "DeepSpeed's ZeRO-1 or -2", "DeepSpeed's ZeRO-3"
+
+
+def _kind(checkpoint: Path) -> str:
+    """What wrote a checkpoint; ZeRO-1 and -2 read each other's."""
+    if not checkpoint.is_dir():
+        return NO_ZERO
+    return ZERO_3 if any((checkpoint / "checkpoint").glob("zero_pp_rank_*_model_states.pt")) else ZERO_2
 
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")

@@ -22,7 +22,7 @@ from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.strategies import in_step, parameter_count, whole_shape
+from lit_prune.strategies import in_step, parameter_count, refuse_unusable, whole_shape
 from lit_prune.teaching import Moment, Step, Teaching
 from lit_prune.tracking import Meters, Work, fetched, step_figures
 from lit_prune.vlm import load
@@ -122,6 +122,10 @@ class PruneModule(LightningModule):
         self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would train badly."""
+        refuse_unusable(self.trainer)
 
     def on_fit_start(self) -> None:
         """Say what trains."""

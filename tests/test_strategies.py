@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import ROOT
+from tiny import ROOT, trainer
 
 from lit_prune import cli
 from lit_prune.commands.trainer import build
 from lit_prune.data import MicroData
 from lit_prune.data.order import Order
 from lit_prune.data.sampler import TrainBatches
+from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
 from lit_prune.strategies import PruneDeepSpeed
 
@@ -212,7 +213,8 @@ def torchrun(root: Path, small: Path, cases: dict[str, tuple[str, list[str]]], v
     (root / "lines.json").write_text(json.dumps(lines))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*start, str(Path(__file__).with_name("pair.py")), str(root / "lines.json")]
-    alike = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # DeepSpeed's own choice on a machine with a GPU, whatever `trainer.accelerator` says.
+    alike = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cuda"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=alike)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folders
@@ -253,6 +255,30 @@ def test_other_stages_offload_and_bf16_train_as_one_process_does(name, further, 
         assert mine == pytest.approx(wanted, rel=1e-3 if half else 1e-5)
     assert differs(trained(found), trained(one)) < (5e-3 if half else CLOSE)
     assert {value.dtype for value in trained(found).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "option", "message"),
+    [
+        ("deepspeed_2", "--trainer.precision=16-mixed", "precision=16-mixed doesn't fit: its loss scale"),
+        ("ddp", "--trainer.precision=bf16-true", "take 32-true, and model.dtype=bfloat16"),
+        ("deepspeed_3", "--trainer.gradient_clip_algorithm=value", "DeepSpeed clips gradients by their norm only"),
+        ("deepspeed_2", f"{ZERO}.stage=0", "stage 0 of ZeRO; take 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(overlay, option, message, small, tmp_path, capsys):
+    """Before a second process is started."""
+    strategy = ROOT / "configs" / "strategies" / f"{overlay}.yaml"
+    with pytest.raises(SystemExit):
+        cli.main(["fit", *words(tmp_path, small, strategy, "--trainer.devices=2", option)])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_training_from_python_is_refused_too(student, world, tmp_path):
+    with pytest.raises(LitPruneError, match="precision=bf16-true doesn't fit"):
+        trainer(tmp_path, precision="bf16-true").fit(student(), world())
 
 
 @EVERY
@@ -312,7 +338,8 @@ def test_exported_nothing(tmp_path, capsys):
 def test_a_checkpoint_of_another_strategy_is_refused(alone, together, small, tmp_path, capsys):
     """With what to do: the plug-in carries over, the optimizer's state doesn't."""
     zero = DEEPSPEED[0]
-    for strategy, checkpoint in ((zero, step(alone, 2)), (None, step(together(zero), 2))):
+    zero_2, zero_3 = (step(together(strategy), 2) for strategy in DEEPSPEED)
+    for strategy, checkpoint in ((zero, step(alone, 2)), (None, zero_2), (zero, zero_3), (DEEPSPEED[1], zero_2)):
         with pytest.raises(SystemExit):
             cli.main(["fit", *words(tmp_path, small, strategy), f"--ckpt_path={checkpoint}"])
         assert f"lit-prune export --checkpoint {checkpoint}" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
-from lit_prune.strategies import refuse_foreign
+from lit_prune.strategies import refuse_foreign, refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
@@ -150,6 +150,7 @@ class PruneCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Only a checkpoint that is whole is used; `last` is the newest one of the run, from wherever it was saved."""
+        refuse_unusable(self.trainer)  # here too: before further processes are started
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         given = kwargs.get("ckpt_path")
         if given is None and subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
@@ -161,7 +162,7 @@ class PruneCLI(LightningCLI):
         elif given is None and subcommand == "fit":
             self._tell_of_earlier()
         if kwargs.get("ckpt_path"):
-            refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer)
+            refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer, fit=subcommand == "fit")
             if subcommand == "fit":
                 self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
         return kwargs
