@@ -54,6 +54,15 @@ def test_a_broken_line_is_one_bad_sample(tmp_path):
         records[5]
 
 
+def test_a_line_as_large_as_a_file(tmp_path, monkeypatch):
+    """Parsed it would fill the memory."""
+    monkeypatch.setattr(module, "LARGEST_RECORD", 30)
+    records = JsonFile(write(tmp_path, '{"id": 1}\n{"id": "' + "x" * 30 + '"}\n', "data.jsonl"))
+    assert records[0] == {"id": 1}
+    with pytest.raises(BadSample, match="a record of 41 bytes, more than 30"):
+        records[1]
+
+
 def test_pickled_while_open(tmp_path):
     records = JsonFile(write(tmp_path, json.dumps(SAMPLES)))
     assert records[3] == pickle.loads(pickle.dumps(records))[3]

@@ -15,7 +15,7 @@ from lit_prune.data.sources.base import FileReader, ImageFile, Source
 from lit_prune.errors import BadSample, LitPruneError
 
 CHUNK = 1 << 20
-LARGEST_RECORD = 1 << 26  # characters; a longer "record" is a broken file
+LARGEST_RECORD = 1 << 26  # characters, and bytes; a longer "record" is a broken file
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _KINDS = {"{": "an object", '"': "a string", "t": "true", "f": "false", "n": "null"}
 
@@ -53,6 +53,8 @@ class JsonFile(Source):
         if not 0 <= index < len(self):
             raise IndexError(index)
         offset, length = self.spans[index].tolist()
+        if length > LARGEST_RECORD:
+            raise BadSample(self.path, index, f"a record of {length} bytes, more than {LARGEST_RECORD}")
         try:
             record = json.loads(self._reader.read(self.path, self.size, offset, length))
         except (ValueError, RecursionError) as error:
