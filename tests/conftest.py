@@ -1,5 +1,6 @@
 """Models that several test modules share, and pruners that go when the test does."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
 from lit_prune.training import PruneModule
 from lit_prune.vlm import VLM
+
+OUTSIDE = ("SLURM_", "MASTER_", "WANDB_", "LIT_PRUNE_")
+OUTSIDE += ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "COLUMNS", "FORCE_COLOR", "NO_COLOR")
+
+
+def pytest_configure() -> None:
+    """The caller's environment changes no test: the job of a cluster, an account, a terminal's width and colours."""
+    for name in [name for name in os.environ if name.startswith(OUTSIDE)]:
+        del os.environ[name]
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 @pytest.fixture(scope="session")

@@ -138,8 +138,6 @@ def test_one_budget_gives_the_plain_table(config, tmp_path):
 
 
 def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     shutil.copytree(measured / "cells", tmp_path / "cells")
     compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, wandb=True)
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/cells_*.table.json")

@@ -36,13 +36,11 @@ def cluster(tmp_path, monkeypatch, micro_folder):
     for name in ("configs", "jobs"):
         Path(name).symlink_to(ROOT / name)
     Path("runs/slurm").mkdir(parents=True)
-    for name in [key for key in os.environ if key.startswith(("SLURM_", "MASTER_"))]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", os.pathsep.join([str(ROOT / "tests" / "slurm"), str(BIN), os.environ["PATH"]]))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CONFIG", "configs/micro.yaml")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return [*SHORT, f"--model.base={micro_folder}", f"--data.init_args.root={tmp_path / 'world'}"]
 
 
@@ -101,6 +99,7 @@ def test_the_stand_in_is_strict(cluster, text, told):
     assert told in refused.stderr
 
 
+@pytest.mark.timeout(PATIENCE)
 def test_two_tasks_are_one_run(cluster):
     """jobs/slurm/one_node.sbatch, cut down to two tasks on CPUs."""
     ran = sbatch("--ntasks-per-node=2", "jobs/slurm/one_node.sbatch", *cluster)

@@ -122,10 +122,8 @@ def places(tmp_path_factory) -> Iterator[SimpleNamespace]:
     """Folders, and an environment without a W&B account."""
     root = tmp_path_factory.mktemp("logging")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DATA_DIR", str(root / "staging"))
-        patch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "1")
+        patch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
         yield SimpleNamespace(root=root, world=root / "world")
 
 

@@ -135,13 +135,15 @@ def ranks(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A run of two ranks that is under way: rank zero's process, and the other one's id. Nothing of it stays."""
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(tmp_path), "1000"]
     run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not ((seen := tmp_path / "rank_1").exists() and int(seen.read_text() or 0) > 2):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.05)
-    yield run, int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
-    with suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    try:
+        while not ((seen := tmp_path / "rank_1").exists() and int(seen.read_text() or 0) > 2):
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.05)
+        yield run, int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
 
 
 def gone(pid: int, seconds: float) -> bool:
@@ -159,9 +161,9 @@ def gone(pid: int, seconds: float) -> bool:
 def test_all_ranks_stop_at_one_batch_whichever_is_told(tmp_path: Path, ranks: tuple[subprocess.Popen, int]) -> None:
     run, other = ranks
     os.kill(other, signal.SIGTERM)
-    said = run.communicate(timeout=120)[1]
+    said = run.communicate()[1]
     assert run.returncode == 143, said
-    assert gone(other, 10)
+    assert gone(other, 60)
     step = torch.load(newest([tmp_path]), weights_only=True)["global_step"]
     assert newest([tmp_path]).name == "stopped.ckpt"
     assert f"SIGTERM: stopped at step {step}; saved {tmp_path}/stopped.ckpt" in said
