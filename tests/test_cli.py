@@ -61,8 +61,6 @@ class Model(L.LightningModule):
         self.save_hyperparameters(ignore=["pruner"])
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        if folder := os.environ.get("RANKS"):
-            Path(folder, str(self.global_rank)).touch()
         if self.fault:
             raise {
                 "interrupt": KeyboardInterrupt(),
@@ -221,19 +219,6 @@ def test_other_distributions_lightning_is_handed_the_rest(tmp_path: Path) -> Non
     result = shell(BIN / "lightning", "studio", "--now", PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stdout) == (3, "other ['studio', '--now']\n")
     assert shell(BIN / "lit-prune", "studio", PYTHONPATH=str(tmp_path)).returncode == 2
-
-
-def test_two_processes_through_the_module_door(folder: Path) -> None:
-    """Lightning relaunches `python -m lit_prune` for the second rank."""
-    (folder / "sitecustomize.py").write_text(
-        f"import lit_prune.commands.trainer as t\nt.MODEL, t.DATA = '{ME}.Model', '{ME}.Data'\n"
-    )
-    (folder / "ranks").mkdir()
-    command = ["fit", "-c", "base.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1"]
-    path = os.pathsep.join([str(folder), str(Path(__file__).parent), str(ROOT)])
-    result = shell(sys.executable, "-m", "lit_prune", *command, PYTHONPATH=path, RANKS="ranks", OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("jobs/**/*.sh")), ids=lambda p: p.name)

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,10 +60,15 @@ FREE = {"__init__", "micro"}  # the package's front door, and micro-LLaVA with a
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def modules_imported(path: Path) -> Iterator[str]:
     """Dotted names that a file imports anywhere, relative ones resolved; for `from a import b` both a and a.b."""
     package = ["lit_prune", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,14 +89,13 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
 def pruner_classes() -> set[str]:
     """The concrete pruners: public classes of the files beside `base.py` that descend from one of `base.py`'s."""
     files = [p for p in (PACKAGE / "pruners").glob("*.py") if p.stem not in ("base", "__init__")]
     base = PACKAGE / "pruners" / "base.py"
-    ancestors = (
-        {n.name for n in ast.parse(base.read_text()).body if isinstance(n, ast.ClassDef)} if base.exists() else set()
-    )
-    classes = [n for p in files for n in ast.parse(p.read_text()).body if isinstance(n, ast.ClassDef)]
+    ancestors = {n.name for n in tree(base).body if isinstance(n, ast.ClassDef)} if base.exists() else set()
+    classes = [n for p in files for n in tree(p).body if isinstance(n, ast.ClassDef)]
     found: set[str] = set()
     for _ in classes:  # as often as a chain of classes may be long
         parents = ancestors | found
@@ -150,7 +155,7 @@ def test_nobody_knows_a_pruner_by_name(path: Path) -> None:
     concrete = pruner_classes()
     imported = {name.rpartition(".")[2] for name in modules_imported(path) if name.startswith("lit_prune.")}
     assert not imported & concrete
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
             tested = {n.id for a in node.args[1:] for n in ast.walk(a) if isinstance(n, ast.Name)}
             tested |= {n.attr for a in node.args[1:] for n in ast.walk(a) if isinstance(n, ast.Attribute)}

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
 from tiny import ROOT, same_ends, slurm_task, trainer
 
+from lit_prune import cli
 from lit_prune.checkpoints import SUMS, seal
 
 # -- checkpoints between two optimizer steps ------------------------------------------------------------------------
@@ -125,16 +126,18 @@ LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: "
 LOGGER += "{save_dir: FOLDER, name: logs, flush_logs_every_n_steps: 1}}"
 
 
-def fit(folder, base, *more: str, end: tuple[int, int, int] | None = None, **environment: str) -> tuple[int, str]:
-    """`fit` in a process group of its own, to which it may send a signal in some batch of some epoch.
-
-    Returns its exit code and what it said.
-    """
+def words(folder, base, end: tuple[int, int, int] | None = None) -> list[str]:
+    """The command line of a run that may send its group a signal in some batch of some epoch."""
     own = {"model.base": base, "data.init_args.root": base.parent / "world", "trainer.default_root_dir": folder}
     own["trainer.callbacks"] = f"[{SAVING}{SENDING % end if end else ''}]".replace("FOLDER", str(folder))
     own["trainer.logger"] = f"[{LOGGER}]".replace("FOLDER", str(folder))
-    words = [f"--{name}={value}" for name, value in {**TINY, **own}.items()]
-    command = [sys.executable, "-m", "lit_prune", "fit", "-c", str(ROOT / "configs" / "micro.yaml"), *words, *more]
+    options = [f"--{name}={value}" for name, value in {**TINY, **own}.items()]
+    return ["fit", "-c", str(ROOT / "configs" / "micro.yaml"), *options]
+
+
+def fit(folder, base, *more: str, end: tuple[int, int, int] | None = None, **environment: str) -> tuple[int, str]:
+    """Such a run in a process group of its own: its exit code and what it said."""
+    command = [sys.executable, "-m", "lit_prune", *words(folder, base, end), *more]
     known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment}
     run = subprocess.run(command, env=known, start_new_session=True, stderr=subprocess.PIPE, text=True, check=False)
     return run.returncode, run.stderr
@@ -151,8 +154,7 @@ def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folde
     """Killed by force, then terminated, then pre-empted, workers and all; each time resumed with --ckpt_path last."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     last = "--ckpt_path=last"
-    code, said = fit(whole, micro_folder)
-    assert code == 0, said
+    cli.main(words(whole, micro_folder))
     code, said = fit(part, micro_folder, end=(signal.SIGKILL, 3, 0))
     assert code == -signal.SIGKILL, said
     code, said = fit(part, micro_folder, last, end=(signal.SIGTERM, 6, 0))
@@ -162,8 +164,7 @@ def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folde
     assert code == 128 + signal.SIGUSR1, said
     assert f"Restored all states from the checkpoint at {part}/stopped.ckpt" in said
     assert (tmp_path / "requeue").read_text() == "4711\n"
-    code, said = fit(part, micro_folder, last)
-    assert code == 0, said
+    cli.main([*words(part, micro_folder), last])
     assert same_ends(whole / "last.ckpt", part / "last.ckpt")["global_step"] == 8
     lines, found = logged(whole), logged(part)
     assert sorted(lines) == list(range(8))

@@ -109,9 +109,9 @@ def test_pruning_may_be_switched_under_a_pipeline(served, pipe):
 def test_five_hundred_requests_leave_nothing_behind():
     """Hooks, our objects, caches and tensors are as many as before; memory stays flat. On a shallow model, for time."""
     config = build_config()
-    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 5, 1
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 4, 1
     served = lit_prune.load(config, random_weights=True, processor=build_processor())
-    served.attach(RCP([1, 2, 3], [4.0, 2.0, 1.0], inner=16), RepairAdapter([3, 4], [1, 2], bottleneck=16), keep=48)
+    served.attach(RCP([1, 2], [2.0, 1.0], inner=16), RepairAdapter([3], [1], bottleneck=16), keep=64)
     pipe = pipeline("image-text-to-text", model=served.model, processor=served.processor)
     options = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 2, "do_sample": False}}
 

@@ -304,20 +304,28 @@ def checkpoints(folder) -> ModelCheckpoint:
     return ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
 
 
+TWO_EPOCHS = {"max_epochs": 2, "limit_val_batches": 1}
+
+
+@pytest.fixture(scope="module", params=["soft", "drop"])
+def uninterrupted(request, student, world, tmp_path_factory):
+    """A mode of training, and the folder of a run of six steps."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer(folder, [checkpoints(folder)], **TWO_EPOCHS).fit(student(train_mode=request.param), world())
+    return request.param, folder
+
+
 @pytest.mark.parametrize("cut", [3, 5], ids=["first epoch", "second epoch"])
-@pytest.mark.parametrize("mode", ["soft", "drop"])
-def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, mode):
+def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, uninterrupted):
     """Weights, optimizer, schedule: with noise and dropout, on checkpoints of step 2 and step 4 of 6."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    options = {"max_epochs": 2, "limit_val_batches": 1}
-    trainer(whole, [checkpoints(whole)], **options).fit(student(train_mode=mode), world())
+    mode, whole = uninterrupted
     with pytest.raises(PowerCut):
-        trainer(part, [checkpoints(part), Cut(cut)], **options).fit(student(train_mode=mode), world())
+        trainer(tmp_path, [checkpoints(tmp_path), Cut(cut)], **TWO_EPOCHS).fit(student(train_mode=mode), world())
     torch.manual_seed(99)
-    resumed = trainer(part, [checkpoints(part)], **options)
-    resumed.fit(student(train_mode=mode), world(), ckpt_path=part / "last.ckpt")
+    resumed = trainer(tmp_path, [checkpoints(tmp_path)], **TWO_EPOCHS)
+    resumed.fit(student(train_mode=mode), world(), ckpt_path=tmp_path / "last.ckpt")
     assert resumed.global_step == 6
-    assert same_ends(whole / "last.ckpt", part / "last.ckpt")["global_step"] == 6
+    assert same_ends(whole / "last.ckpt", tmp_path / "last.ckpt")["global_step"] == 6
 
 
 # -- batches without an image, and bases in half precision ---------------------------------------------------------
