@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,8 @@ def measured(config, tmp_path_factory) -> Path:
     """The results of a whole run through the command line."""
     out = tmp_path_factory.mktemp("measured")
     options = ["--methods", *METHODS, "--keep", "16", "5.6%", "--seeds", "0", "1", "--out", str(out)]
-    before = os.getcwd()
-    os.chdir(ROOT)
-    cli.main(["compare", *(part for file in config for part in ("-c", file)), *options])
-    os.chdir(before)
+    with chdir(ROOT):
+        cli.main(["compare", *(part for file in config for part in ("-c", file)), *options])
     return out
 
 

@@ -143,7 +143,8 @@ def ranks(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        run.wait()
+        run.stderr.close()
 
 
 def gone(pid: int, seconds: float) -> bool:
