@@ -157,8 +157,18 @@ def _report(error: BaseException, debug: bool) -> int | None:
     told = _users(error)
     if told is None:
         return None
-    print(f"error: {str(told).strip() or type(told).__name__}", file=sys.stderr)
+    print(f"{_rank()}error: {str(told).strip() or type(told).__name__}", file=sys.stderr)
     return USAGE if isinstance(told, UsageError) else FAILURE
+
+
+def _rank() -> str:
+    """Which of several processes speaks, in Lightning's words; nothing for the first."""
+    if "lightning" not in sys.modules:
+        return ""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank = getattr(rank_zero_only, "rank", None)
+    return f"[rank: {rank}] " if rank else ""
 
 
 def _users(error: BaseException) -> BaseException | None:
@@ -168,7 +178,8 @@ def _users(error: BaseException) -> BaseException | None:
     if isinstance(error, UsageError | LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException":
         return error
     if type(error).__module__.startswith("wandb.errors"):
-        return LitPruneError(f"Weights & Biases: {error} (WANDB_MODE=offline runs without it)")
+        said = str(error).partition("\n")[0]  # behind it stands advice for programmers
+        return LitPruneError(f"Weights & Biases: {said} (WANDB_MODE=offline runs without it)")
     cause = error.__cause__  # jsonargparse wraps what a constructor raises
     while cause is not None and not isinstance(cause, LitPruneError):
         cause = cause.__cause__

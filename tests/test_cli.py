@@ -16,6 +16,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from tiny import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
@@ -65,7 +66,7 @@ class Model(L.LightningModule):
             raise {
                 "interrupt": KeyboardInterrupt(),
                 "user": LitPruneError("bad"),
-                "wandb": wandb.errors.CommError("no server"),
+                "wandb": wandb.errors.CommError("no server\nset this"),
                 "bug": ZeroDivisionError(),
             }[self.fault]
         return self.line(batch).pow(2).mean()
@@ -483,6 +484,13 @@ def test_users_errors_have_no_traceback_unless_debug(run: Callable[[str], Result
     assert run("fit -c base.yaml --ckpt_path no.ckpt").code == 1
     with pytest.raises(LitPruneError, match="bad"):
         run("fit -c base.yaml --debug --model.fault user")
+
+
+def test_an_error_of_another_rank_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, said in ((0, "error: bad\n"), (3, "[rank: 3] error: bad\n")):
+        monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+        assert cli._report(LitPruneError("bad"), debug=False) == 1
+        assert capsys.readouterr().err == said
 
 
 def test_traceback_in_the_shell_only_with_debug(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import difflib
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -78,7 +79,7 @@ def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int,
 def _last_error(log: Path) -> str:
     """What a trial of ours said last, if it failed by a mistake that a user can mend."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.startswith("error: ")]
+    said = [line for line in lines if re.match(r"(\[rank: \d+\] )?error: ", line)]
     return f" ({said[-1]})" if said else ""
 
 
