@@ -6,6 +6,7 @@ Nothing here runs code of a checkpoint, and without a network nothing waits for 
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,15 @@ def load_shape(base: str | Path) -> Config:
     """What sizes and prices are read off: the fields of a shipped shape as they stand, else the configuration."""
     shipped = str(base) in names() and not Path(base).is_dir()
     return shipped_shape(str(base)) if shipped else load_config(base)
+
+
+def context_length(processor: Any, base: str | None = None) -> int | None:
+    """Tokens that a model has positions for: the least that its tokenizer and the config of `base` say, if any does."""
+    limits = [processor.tokenizer.model_max_length]
+    if base is not None:
+        with suppress(LitPruneError):  # a processor that came without a configuration
+            limits.append(getattr(load_config(base).get_text_config(), "max_position_embeddings", None))
+    return min((int(limit) for limit in limits if limit is not None and limit < 1e9), default=None)
 
 
 def _fetch(function: Callable, base: str | Path, local: bool = False, **options: Any) -> Any:

@@ -26,6 +26,11 @@ def test_help_comes_without_any_framework(command):
     assert not FRAMEWORK & imported(command)
 
 
+@pytest.mark.parametrize("verb", ["generate", "shard"])
+def test_help_of_what_does_not_train_comes_without_lightning(verb):
+    assert not (MODELLING - {"torch._dynamo"}) & imported(f"{verb} --help")
+
+
 @pytest.mark.parametrize("model", ["llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"])
 def test_pricing_needs_no_models_code(model):
     found = imported(f"cost --model {model} --pruner configs/pruners/rcp.yaml --keep 320")

@@ -5,7 +5,6 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
 from lit_prune.data.settings import check_numbers, check_share
 from lit_prune.data.sources import Source, open_source
 from lit_prune.errors import LitPruneError
+from lit_prune.loading import context_length
 from lit_prune.progress import batches_since_step
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -275,17 +275,6 @@ class InstructData(LightningDataModule):
         given = root.resolve() != Path.cwd()  # a logger's folder is another one after a resume
         self.bad_samples.folder = root if given or not log_dir else Path(log_dir)
         self.bad_samples.rank = self.trainer.global_rank
-
-
-def context_length(processor: Any, base: str | None = None) -> int | None:
-    """Tokens that a model has positions for: the least that its tokenizer and the config of `base` say, if any does."""
-    limits = [processor.tokenizer.model_max_length]
-    if base is not None:
-        from lit_prune.loading import load_config
-
-        with suppress(LitPruneError):  # a processor that came without a configuration
-            limits.append(getattr(load_config(base).get_text_config(), "max_position_embeddings", None))
-    return min((int(limit) for limit in limits if limit is not None and limit < 1e9), default=None)
 
 
 def _mode(split: str) -> Mode:
