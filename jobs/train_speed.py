@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step of RCP with repair, at a model's real shape with random weights.
+"""Time, FLOPs and peak memory of a training step of RCP with repair, at a model's real shape with random weights.
 
 python jobs/train_speed.py --variants soft spare drop               # LLaVA-1.5-7B in bfloat16 on a GPU: 576 + 64 tokens
 python jobs/train_speed.py --model configs/bench/cpu.yaml --overlay configs/bench/pruners/rcp.yaml --keep 144 \
@@ -24,6 +24,7 @@ import yaml
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,6 +37,13 @@ from lit_prune.timing.benchmark import random_prompt
 from lit_prune.training import PruneModule
 from lit_prune.vlm import plugin_from_yaml
 
+ATEN = torch.ops.aten
+FUSED = {  # attention on a CPU, which PyTorch's counter doesn't know
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
 ROOT = Path(__file__).parents[1]
 ANSWER = 16  # last tokens of each prompt, which are labelled
 
@@ -154,7 +162,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--text-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant, after one that is not")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant, after two that are not")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time of this thread alone")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -168,10 +176,10 @@ def main() -> None:
             base = folder
         modules = {name: build(name, base, args) for name in args.variants}
     rows = {name: {"held": module.held, "losses": None, "seconds": []} for name, module in modules.items()}
-    for turn in range(args.rounds + 1):
+    for turn in range(-1, args.rounds + 1):
         for name, module in modules.items():
             measure(module, rows[name], turn, args)
-        if turn:
+        if turn > 0:
             report(rows, args)
 
 
@@ -184,35 +192,45 @@ def build(name: str, base: str, args: argparse.Namespace) -> Measured:
 
 
 def measure(module: Measured, row: dict, turn: int, args: argparse.Namespace) -> None:
-    """One step of one variant: its memory in the first round, its seconds in the others."""
+    """One step of one variant: its FLOPs in turn -1, its memory in turn 0, then its seconds."""
     inputs = random_prompt(module.vlm, args.batch, args.text_tokens).pixels
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = -100
     batch = {"inputs": {**inputs, "labels": labels}, "ids": list(range(args.batch))}
     clock = clock_for(args.clock, module.vlm.model.device)
-    module.meter = clock if turn else lambda work: peak_bytes(work, module.vlm.model.device)
+    meters = {-1: flops, 0: lambda work: peak_bytes(work, module.vlm.model.device)}
+    module.meter = meters.get(turn, clock)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
     trainer = Trainer(max_steps=1, enable_model_summary=False, accelerator="auto", devices=1, **quiet)
     trainer.fit(module, DataLoader([batch], batch_size=None))
-    if turn:
+    if turn > 0:
         row["seconds"].append(module.result[0])
     else:
-        row["peak"] = module.result
+        row["peak" if turn == 0 else "flops"] = module.result
         row["losses"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("loss/")}
+
+
+def flops(work: Callable) -> int:
+    """FLOPs of a step by PyTorch's counter, which keeps tensors alive: not to be measured beside memory."""
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def report(rows: dict, args: argparse.Namespace) -> None:
     """A table of the rounds so far, and whether the naive form computes what `soft` does."""
-    print(f"{'variant':14}{'s/step':>8}{'faster':>8}{'weights GB':>12}{'peak GB':>9}{'both':>7}{'share':>7}")
+    heads = f"{'s/step':>8}{'faster':>8}{'TFLOP':>8}{'fewer':>8}{'weights GB':>12}{'peak GB':>9}{'both':>7}{'share':>7}"
+    print(f"{'variant':14}{heads}")
     first = next(iter(rows.values()))
     for name, row in rows.items():
         row["median"] = median(row["seconds"])
         both = row["held"] + row["peak"]
         share = both / (first["held"] + first["peak"])
         faster = median(first["seconds"]) / row["median"]
-        figures = (row["held"] / 1e9, row["peak"] / 1e9, both / 1e9)
         print(
-            f"{name:14}{row['median']:8.3f}{faster:7.2f}x" + "{:12.3f}{:9.3f}{:7.3f}".format(*figures), f"{share:6.2f}"
+            f"{name:14}{row['median']:8.3f}{faster:7.2f}x"
+            f"{row['flops'] / 1e12:8.3f}{first['flops'] / row['flops']:7.2f}x"
+            f"{row['held'] / 1e9:12.3f}{row['peak'] / 1e9:9.3f}{both / 1e9:7.3f}{share:7.2f}"
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

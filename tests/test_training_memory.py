@@ -14,6 +14,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.checkpointing import checkpointed, prepare
+from lit_prune.host.state import FORWARD
 from lit_prune.timing import peak_bytes
 
 GRID = 12
@@ -98,6 +99,40 @@ def test_a_square_costs_memory():
         return kept + torch.ones(500).sum()
 
     assert 4000 + 2000 <= peak_bytes(work, CPU) <= 4000 + 4000 + 100
+
+
+def test_the_states_of_dropped_tokens_pass_on_no_gradient_to_speak_of():
+    """Soft masks: what teaches a dropped token is its gate; its states have weights of 1e-8 in all that follows.
+
+    So backward through their rows of every later layer, most of the sequence, is work that changes nothing. It is done
+    all the same: a layer can't be told to leave rows out.
+    """
+    vlm = attach()
+    taught, cut = teach(vlm), []
+    plain = gradients(vlm, *taught, soft=True)
+
+    def without(rows: str) -> list[torch.Tensor]:
+        def detach(module, args: tuple, kwargs: dict):
+            forward = kwargs[FORWARD]
+            if forward.gone is None:
+                return None
+            gone = forward.gone if rows == "dropped" else forward.visual & ~forward.gone
+            cut.append(float(gone.sum() / forward.valid.sum()))
+            return (torch.where(gone[..., None], args[0].detach(), args[0]), *args[1:]), kwargs
+
+        handles = [layer.register_forward_pre_hook(detach, with_kwargs=True) for layer in vlm.host.places.layers]
+        found = gradients(vlm, *taught, soft=True)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    def close(found: list[torch.Tensor]) -> bool:
+        pairs = zip(plain, found, strict=True)
+        return all((one - other).norm() <= 1e-5 * one.norm() + 1e-6 for one, other in pairs)
+
+    assert close(without("dropped"))
+    assert max(cut) > 0.7, "most of the sequence"
+    assert not close(without("kept"))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
