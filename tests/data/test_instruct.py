@@ -11,6 +11,7 @@ from itertools import chain
 import pytest
 import torch
 from instruct_samples import TOKENS, conversation, make_data, write_samples
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -21,8 +22,10 @@ from lit_prune.data.conversation import IGNORED
 from lit_prune.data.dataset import InstructDataset, concatenate
 from lit_prune.data.instruct import InstructData, context_length
 from lit_prune.data.loader import dead_workers_explained
+from lit_prune.data.micro import MicroData
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.data.sources import open_source, sample_name
+from lit_prune.data.streamed import StreamedData
 from lit_prune.errors import LitPruneError
 
 # Batches
@@ -254,6 +257,20 @@ def test_wrong_settings(processor, tmp_path):
 def test_numbers_that_cannot_be(processor, wrong):
     with pytest.raises(LitPruneError, match=rf"data.{next(iter(wrong))} is .*; it must be "):
         make_data(processor, train="a.json", **wrong)
+
+
+def test_options_that_are_passed_on_are_known_to_the_command_line():
+    """jsonargparse finds them in the code of the parent; what the parent is given already is no option."""
+
+    def keys(data: type) -> set[str]:
+        parser = ArgumentParser()
+        parser.add_class_arguments(data, "data")
+        return {action.dest.removeprefix("data.") for action in parser._actions} - {"help", "config"}
+
+    options = keys(InstructData)
+    assert keys(StreamedData) == options - {"group_by_length"} | {"steps", "block"}
+    own = {"root", "train_samples", "val_samples", "test_samples", "data_seed", "questions_per_image"}
+    assert keys(MicroData) == options - {"train", "val", "test", "predict", "images"} | own
 
 
 # Mixtures

@@ -1,9 +1,11 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from lit_prune.data.sources import json_files as module
+from lit_prune.data.sources.base import FileReader
 from lit_prune.data.sources.json_files import JsonFile
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -61,6 +63,11 @@ def test_a_line_as_large_as_a_file(tmp_path, monkeypatch):
     assert records[0] == {"id": 1}
     with pytest.raises(BadSample, match="a record of 41 bytes, more than 30"):
         records[1]
+
+
+def test_a_disk_that_fails_is_told_in_words():
+    with pytest.raises(LitPruneError, match="/proc/self/mem: Input/output error"):  # its first bytes are nobody's
+        FileReader().read(Path("/proc/self/mem"), 0, 0, 10)
 
 
 def test_pickled_while_open(tmp_path):

@@ -90,11 +90,14 @@ class FileReader:
         """`length` bytes from `offset` on.
 
         Raises:
-            LitPruneError: the file cannot be opened, or is not `size` bytes long any more.
+            LitPruneError: the file cannot be opened or read, or is not `size` bytes long any more.
         """
-        file = self._file(path, size)
-        file.seek(offset)
-        return file.read(length)
+        try:
+            file = self._file(path, size)
+            file.seek(offset)
+            return file.read(length)
+        except OSError as error:
+            raise LitPruneError(f"{path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close what is open; reading opens again."""
@@ -120,10 +123,7 @@ class FileReader:
 
 
 def _opened(path: Path, size: int) -> BinaryIO:
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise LitPruneError(f"{path}: {error.strerror}") from error
+    file = path.open("rb")
     if os.fstat(file.fileno()).st_size != size:
         file.close()
         raise LitPruneError(f"{path}: the file changed after it was opened")
