@@ -42,6 +42,7 @@ EVERY_VERB = ("seed_everything", "trainer", "model", "data")
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"Found \d+ module\(s\) in eval mode",  # the frozen model always is
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # DeepSpeed calls it
     r"You are using a custom batch sampler `EvalBatches` for prediction",  # which gives every sample
     r"Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
 )
