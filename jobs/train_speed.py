@@ -33,7 +33,7 @@ from lit_prune.host import Record, Session
 from lit_prune.host.attention import REQUEST
 from lit_prune.teaching import Teaching
 from lit_prune.timing import clock_for, peak_bytes
-from lit_prune.timing.benchmark import random_prompt
+from lit_prune.timing.prompts import random_prompt
 from lit_prune.training import PruneModule
 from lit_prune.vlm import plugin_from_yaml
 

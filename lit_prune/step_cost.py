@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_prune.cost import ModelSize, Trace, attention, decoder_layer, price
+from lit_prune.cost import ModelSize, attention, decoder_layer, price
+from lit_prune.trace import Trace
 
 
 def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, repair=None, answers: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_prune import evaluation
-from lit_prune.cost import Trace, decoder_total, price
+from lit_prune.cost import decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
 from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
@@ -17,6 +17,7 @@ from lit_prune.objective import tokens_asked
 from lit_prune.plugin import Plugin
 from lit_prune.step_cost import joined, step_flops, structure
 from lit_prune.teaching import Step, Teaching
+from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
 

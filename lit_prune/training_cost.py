@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.cost import ModelSize, Trace, decoder_layer, plan
+from lit_prune.cost import ModelSize, decoder_layer
 from lit_prune.step_cost import step_flops
+from lit_prune.trace import Trace, plan
 from lit_prune.training_plan import Training
 
 STAGES = {"ddp": 0, "deepspeed_1": 1, "deepspeed_2": 2, "deepspeed_3": 3}  # of ZeRO: what is split over the ranks

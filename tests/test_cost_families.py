@@ -12,7 +12,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from lit_prune.cost import Trace, VisionTrace, decoder_total, kv_bytes, plan, price, step
+from lit_prune.cost import decoder_total, kv_bytes, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.places import check_stages
@@ -23,6 +23,7 @@ from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.repair import RepairAdapter
 from lit_prune.shapes import Config, names, shipped_config, shipped_shape
+from lit_prune.trace import Trace, VisionTrace, plan, step
 from lit_prune.vlm import VLM
 
 TEXT, IMAGE, VOCABULARY = 11, 59, 60

@@ -21,6 +21,7 @@ FLOORS = {
             "graphs",
             "moments",
             "cost",
+            "trace",
             "step_cost",
             "training_cost",
             "training_plan",

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
-from lit_prune.cost import ModelSize, Trace, decoder_total, price
+from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
 REPEATS = 5  # timed runs, of which the median counts

@@ -5,24 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from lit_prune.budget import Budget, format_schedule, parse_budget
-from lit_prune.cost import (
-    ModelSize,
-    TowerTrace,
-    Trace,
-    decode,
-    decoder_layer,
-    decoder_total,
-    kv_bytes,
-    plan,
-    price,
-    step,
-)
+from lit_prune.cost import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host.places import check_stages
 from lit_prune.host.sizes import model_size, tower_size, tower_trace
 from lit_prune.loading import load_shape
 from lit_prune.plugin import Plugin
 from lit_prune.shapes import Config, names
+from lit_prune.trace import TowerTrace, Trace, plan, step
 from lit_prune.vlm import as_plugin
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lit_prune.budget import Budget
-from lit_prune.cost import ImageLoad, ModelSize, TowerTrace, VisionTrace
+from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Pruner
 from lit_prune.shapes import Config
+from lit_prune.trace import ImageLoad, TowerTrace, VisionTrace
 
 # Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
 TOWERS = {
