@@ -63,6 +63,12 @@ def test_several_budgets_and_a_plot(tmp_path):
     assert (tmp_path / "plots" / "cost.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_flag_of_a_group_needs_no_value(tmp_path):
+    options = ["--pruner", RCP, "--keep", "64", "--train", "--train.batch-size", "4", "--train.checkpointing"]
+    settings = report(tmp_path, *options)["training"]["settings"]
+    assert (settings["batch_size"], settings["checkpointing"], settings["gpus"]) == (4, True, 8)
+
+
 def test_full_model_alone(tmp_path):
     found = report(tmp_path, "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--image-size", "1008", "672")
     assert found["visual_tokens"] == 36 * 24

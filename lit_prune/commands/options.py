@@ -48,7 +48,7 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
     A bare ``--group`` of options, a dataclass, stands for its defaults; ``--group.name value`` sets one of them.
     A file of options comes first, so that the options given beside it win wherever they stand.
     """
-    hints = {"config": str, **{name: kind for name, kind in typing.get_type_hints(run).items() if name != "return"}}
+    hints = _hints(run)
     lists: dict[str, list[str]] = {}
     files, plain_argv = [], []
     tokens = list(argv)
@@ -74,6 +74,16 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
         else:
             plain_argv.append(name if value is None else f"--{name}={value}")
     return files + plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
+
+
+def _hints(run: Callable[..., None]) -> dict[str, typing.Any]:
+    """The type of every option: of the parameters, and as `group.name` of the fields of those that are dataclasses."""
+    hints = {"config": str, **typing.get_type_hints(run)}
+    hints.pop("return", None)
+    for name, kind in list(hints.items()):
+        for group in (part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)):
+            hints |= {f"{name}.{field}": of for field, of in typing.get_type_hints(group).items()}
+    return hints
 
 
 def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:
