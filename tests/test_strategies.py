@@ -77,7 +77,7 @@ def small(micro_folder, tmp_path_factory) -> Path:
     without_images(Path(world.paths["val"]), [1, 3])
     made = json.loads(json.dumps(SMALL))
     made["model"]["base"] = str(micro_folder)
-    made["data"]["init_args"] |= {split: world.paths[split] for split in ("train", "val", "test")}
+    made["data"]["init_args"] |= {split: world.paths[split] for split in ("train", "val", "test", "predict")}
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(made))
     return path
@@ -200,16 +200,13 @@ SLOW = {
     "zero_3_bf16": ("deepspeed_3", [BF16]),
     "ddp_bf16": ("ddp", [BF16]),
 }
+OVERLAYS = {path.stem: path for path in STRATEGIES}
 NAMES = [*FURTHER, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-FIT_ONLY = "--trainer.limit_val_batches=0"
+FIT_ONLY, TWO = "--trainer.limit_val_batches=0", ["--trainer.devices=2"]
 
 
-def torchrun(root: Path, small: Path, cases: dict[str, tuple[str, list[str]]], verb: str = "fit") -> dict[str, Path]:
-    """Runs of two processes, one after another under one start; gives their folders by name."""
-    folders, lines = {name: root / name for name in cases}, []
-    for name, (overlay, more) in cases.items():
-        strategy = ROOT / "configs" / "strategies" / f"{overlay}.yaml"
-        lines.append([verb, *words(folders[name], small, strategy, "--trainer.devices=2", *more)])
+def torchrun(root: Path, lines: list[list[str]]) -> None:
+    """Runs of two processes, one after another under one start; each is what follows `lit-prune`."""
     (root / "lines.json").write_text(json.dumps(lines))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*start, str(Path(__file__).with_name("pair.py")), str(root / "lines.json")]
@@ -217,7 +214,6 @@ def torchrun(root: Path, small: Path, cases: dict[str, tuple[str, list[str]]], v
     alike = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cuda"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=alike)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return folders
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +223,11 @@ def further(small, tmp_path_factory) -> Callable[[str], Path]:
 
     def run(name: str) -> Path:
         if name not in found:
-            kind = FURTHER if name in FURTHER else SLOW
-            cases = {each: (overlay, [*more, FIT_ONLY]) for each, (overlay, more) in kind.items()}
-            found.update(torchrun(tmp_path_factory.mktemp("further"), small, cases))
+            root, kind, lines = tmp_path_factory.mktemp("further"), FURTHER if name in FURTHER else SLOW, []
+            for each, (overlay, more) in kind.items():
+                found[each] = root / each
+                lines.append(["fit", *words(found[each], small, OVERLAYS[overlay], *TWO, FIT_ONLY, *more)])
+            torchrun(root, lines)
         return found[name]
 
     return run
@@ -268,9 +266,8 @@ def test_other_stages_offload_and_bf16_train_as_one_process_does(name, further, 
 )
 def test_what_cannot_work_is_refused_in_one_line(overlay, option, message, small, tmp_path, capsys):
     """Before a second process is started."""
-    strategy = ROOT / "configs" / "strategies" / f"{overlay}.yaml"
     with pytest.raises(SystemExit):
-        cli.main(["fit", *words(tmp_path, small, strategy, "--trainer.devices=2", option)])
+        cli.main(["fit", *words(tmp_path, small, OVERLAYS[overlay], *TWO, option)])
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1
     assert message in errors[0]
@@ -279,6 +276,44 @@ def test_what_cannot_work_is_refused_in_one_line(overlay, option, message, small
 def test_training_from_python_is_refused_too(student, world, tmp_path):
     with pytest.raises(LitPruneError, match="precision=bf16-true doesn't fit"):
         trainer(tmp_path, precision="bf16-true").fit(student(), world())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overlay", "options"),
+    [
+        ("deepspeed_2", ["--trainer.precision=bf16-mixed"]),
+        ("deepspeed_3", ["--trainer.precision=bf16-true"]),
+        ("deepspeed_3", FURTHER["zero_3_offload"][1]),
+    ],
+)
+def test_states_in_bf16_or_host_memory_go_on_as_they_were(overlay, options, alone, small, tmp_path):
+    """To the bit; and rounding the plug-in to bf16 changes what it learns, but not altogether."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    made = [*TWO, FIT_ONLY, *options]
+    saved = whole / "checkpoints" / "epoch=0-step=2.ckpt"
+    lines = [words(whole, small, OVERLAYS[overlay], *made)]
+    lines += [words(part, small, OVERLAYS[overlay], *made, f"--ckpt_path={saved}")]
+    torchrun(tmp_path, [["fit", *line] for line in lines])
+    assert differs(trained(whole), trained(part)) == 0
+    assert losses(part) == losses(whole)[2:]
+    for mine, wanted in zip(losses(whole), losses(alone), strict=True):
+        assert mine == pytest.approx(wanted, rel=0.1)
+    half = "bf16" in options[0]
+    assert {value.dtype for value in trained(whole).values()} == {torch.bfloat16 if half else torch.float32}
+
+
+@EVERY
+def test_overlays_go_beside_micro_too(strategy, micro_folder, tmp_path):
+    fixed = [
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--model.base={micro_folder}",
+        "--trainer.accelerator=cpu",
+        *TWO,
+    ]
+    made = build([str(ROOT / "configs" / "micro.yaml"), str(strategy)], [*fixed, "--trainer.logger=false"]).trainer
+    assert made.num_devices == 2
+    assert type(made.strategy).__name__ in ("DDPStrategy", "PruneDeepSpeed")
 
 
 @EVERY
@@ -345,13 +380,27 @@ def test_a_checkpoint_of_another_strategy_is_refused(alone, together, small, tmp
         assert f"lit-prune export --checkpoint {checkpoint}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", DEEPSPEED[1:], ids=lambda path: path.stem)
-def test_two_processes_test_what_they_trained(strategy, together, alone, small, tmp_path):
-    """Pruned: Lightning takes every hook off a model that DeepSpeed only evaluates."""
-    launch(tmp_path / "two", small, strategy, f"--ckpt_path={step(together(strategy), 4)}", verb="test")
-    cli.main(["test", *words(tmp_path / "one", small), f"--ckpt_path={step(alone, 4)}"])
+@pytest.mark.parametrize(
+    "overlay", ["deepspeed_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deepspeed_3"))]
+)
+def test_two_processes_test_and_predict_as_one_does(overlay, together, small, tmp_path):
+    """Pruned: Lightning takes every hook off a model that DeepSpeed only evaluates. Each answer once."""
+    pair, verbs = together(OVERLAYS[overlay]), ("test", "predict")
+    found = [*TWO, f"--ckpt_path={step(pair, 4)}"]
+    torchrun(tmp_path, [[verb, *words(tmp_path / "two", small, OVERLAYS[overlay], *found)] for verb in verbs])
+    own = [f"--model.plugin={pair / 'plugin'}", "--model.pruner=null", "--model.repair=null"]
+    for verb in verbs:
+        cli.main([verb, *words(tmp_path / "one", small, None, *own)])
     two, one = (logged(tmp_path / name)[-1] for name in ("two", "one"))
     assert one["test/visual_tokens"] == 16
     assert two.pop("test/flops") == pytest.approx(one.pop("test/flops"), rel=1e-2)
     assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+    two, one = (answers(tmp_path / name) for name in ("two", "one"))
+    assert len(two) == 5
+    assert two == one
+
+
+def answers(folder: Path) -> list[tuple[str, str]]:
+    """What `predict` wrote, on all ranks, by the samples' names."""
+    lines = [json.loads(line) for file in folder.glob("answers*.jsonl") for line in file.read_text().splitlines()]
+    return sorted((line["id"], line["answer"]) for line in lines)
