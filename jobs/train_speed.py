@@ -207,6 +207,7 @@ def measure(module: Measured, row: dict, turn: int, args: argparse.Namespace) ->
         row["seconds"].append(module.result[0])
     else:
         row["peak" if turn == 0 else "flops"] = module.result
+    if turn < 0:  # before any weight has moved
         row["losses"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("loss/")}
 
 
