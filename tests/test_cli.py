@@ -313,6 +313,15 @@ def test_fit_saves_its_configuration_resumes_and_runs_twice(
     assert trainer.build("run/config_fit.yaml").model.keep == 8
 
 
+def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_with_more(run: Callable[[str], Result]) -> None:
+    """Saved every second step; in the middle of an epoch of 8, and at its end."""
+    edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 2")
+    for steps, last in ((3, 3), (5, 5), (-1, 8), (9, 8)):
+        result = run(f"fit -c base.yaml --trainer.max_epochs 1 --trainer.max_steps {steps} --ckpt_path last")
+        assert result.code == 0, result.err
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == last
+
+
 def test_without_a_logger_nothing_asks_for_learning_rates(run: Callable[[str], Result]) -> None:
     result = run("fit -c base.yaml --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor")
     assert result.code == 0, result.err

@@ -2,6 +2,7 @@
 
 from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.last import SaveLast
 from lit_prune.callbacks.nan_guard import NanGuard
 from lit_prune.callbacks.progress import Progress
 from lit_prune.callbacks.samples import SamplePictures
@@ -16,6 +17,7 @@ __all__ = [
     "Progress",
     "RunSummary",
     "SamplePictures",
+    "SaveLast",
     "StopOnSignal",
     "Stopped",
     "Throughput",

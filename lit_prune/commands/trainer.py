@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from lit_prune.callbacks import NanGuard, StopOnSignal, Stopped, WriteAnswers
+from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
@@ -110,7 +110,7 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
-            trainer_defaults={"callbacks": [StopOnSignal(), NanGuard(), WriteAnswers()]},
+            trainer_defaults={"callbacks": [StopOnSignal(), NanGuard(), SaveLast(), WriteAnswers()]},
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
             auto_configure_optimizers=False,
