@@ -410,6 +410,7 @@ def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkey
     """Offline: every start has a folder, named after the run's id; `wandb sync` puts those of one id into one run."""
     for name in ("WANDB_MODE", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # its process stays in the folder in which an earlier test began it
     logger = {
         "class_path": "lightning.pytorch.loggers.WandbLogger",
         "init_args": {"save_dir": "run", "offline": True},
