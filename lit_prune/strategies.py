@@ -25,6 +25,7 @@ from lit_prune.plugin import Plugin
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 UNIVERSAL = ".universal"  # after a checkpoint's name: its copy for another number of ranks
+NO_ZERO, ZERO_2, ZERO_3 = "another strategy than DeepSpeed", "DeepSpeed's ZeRO-1 or -2", "DeepSpeed's ZeRO-3"
 
 
 class OwnTypes(DeepSpeedPrecision):
@@ -269,9 +270,6 @@ def refuse_foreign(path: Path, trainer: Trainer, fit: bool = True) -> None:
             f"over. The plug-in does: lit-prune export --checkpoint {path} --out FOLDER, then --model.plugin=FOLDER "
             f"--model.pruner=null --model.repair=null"
         )
-
-
-NO_ZERO, ZERO_2, ZERO_3 = "another strategy than DeepSpeed", "DeepSpeed's ZeRO-1 or -2", "DeepSpeed's ZeRO-3"
 
 
 def _kind(checkpoint: Path) -> str:
