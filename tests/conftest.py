@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import tiny
+import torch
 from torch import nn
 
 from lit_prune.data import MicroData
@@ -29,9 +30,14 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """What a test, or a command that it runs, leaves in the environment goes with it."""
+    """What a test, or a command that it runs, leaves in the environment goes with it, and so does a number of threads.
+
+    Sums of two threads differ in their last bits from those of one, as in a process that a later test starts.
+    """
+    threads = torch.get_num_threads()
     with patch.dict(os.environ):
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
