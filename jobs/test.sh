@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install if needed, check the style, run the tests. On a machine with a GPU its tests run too.
+# Install if needed, check the style, run the tests, some files side by side. On a machine with a GPU its tests run too.
 #   bash jobs/test.sh                     everything but the slow tests
 #   bash jobs/test.sh -m slow             only those
 #   bash jobs/test.sh tests/test_cli.py -k help -x     arguments go to pytest
@@ -16,8 +16,13 @@ note "ruff"
 ruff check .
 
 marks="not slow and not gpu"
+spread=(-n logical --maxprocesses=4 --dist=loadfile)
 if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     marks="not slow"
+    spread=() # the memory of one GPU is for one process
+fi
+if (($#)); then
+    spread=()
 fi
 note "pytest ($marks)"
-exec "$PY" -m pytest -m "$marks" "$@"
+exec "$PY" -m pytest -m "$marks" ${spread[@]+"${spread[@]}"} "$@"
