@@ -31,8 +31,8 @@ def values_of(folder: Path, metric: str) -> list[float]:
 
 def names_in(folder: Path) -> list[str]:
     """What a run has logged anything under."""
-    heads = [file.open(encoding="utf-8").readline() for file in folder.rglob("metrics.csv")]
-    return sorted({name for head in heads for name in head.strip().split(",")})
+    heads = [file.read_text(encoding="utf-8").partition("\n")[0] for file in folder.rglob("metrics.csv")]
+    return sorted({name for head in heads for name in head.split(",")})
 
 
 def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int, float], bool]) -> tuple[float, bool]:
