@@ -32,6 +32,7 @@ from lit_prune.commands.overlays import config_files, with_resets
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
+from lit_prune.files import written_whole
 from lit_prune.strategies import refuse_foreign, refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
@@ -79,7 +80,8 @@ class SaveConfig(SaveConfigCallback):
         file = self.folder / f"config_{trainer.state.fn.value}.yaml"
         if stage == "fit" and trainer.ckpt_path and file.is_file():
             _tell_changes(yaml.safe_load(file.read_text(encoding="utf-8")), config)
-        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        with written_whole(file) as aside:  # the next start reads it, whatever becomes of this one
+            aside.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(config)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from lit_prune.files import written_whole
 from lit_prune.micro.batches import NONE, Batch, prefetch, question_batch, vision_batch
 from lit_prune.micro.losses import (
     SUPERVISED_LAYERS,
@@ -80,8 +81,8 @@ class Trainer:
             "seed": self.seed,
             "spent": self.spent,
         }
-        torch.save(state, self.out / "checkpoint.tmp")
-        (self.out / "checkpoint.tmp").rename(self.out / "checkpoint.pt")
+        with written_whole(self.out / "checkpoint.pt") as file:
+            torch.save(state, file)
 
     def load(self) -> None:
         """Continue from the checkpoint."""
