@@ -132,15 +132,19 @@ def load_config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
 
     if isinstance(base, PreTrainedConfig):
         return copy.deepcopy(base)
-    if str(base) in names() and not Path(base).is_dir():
+    if _is_shipped(base):
         return shipped_config(str(base))
     return _fetch(AutoConfig.from_pretrained, base, local=True)
 
 
 def load_shape(base: str | Path) -> Config:
     """What sizes and prices are read off: the fields of a shipped shape as they stand, else the configuration."""
-    shipped = str(base) in names() and not Path(base).is_dir()
-    return shipped_shape(str(base)) if shipped else load_config(base)
+    return shipped_shape(str(base)) if _is_shipped(base) else load_config(base)
+
+
+def _is_shipped(base: str | Path) -> bool:
+    """Whether a name is that of a shipped shape, and of no folder here."""
+    return str(base) in names() and not Path(base).is_dir()
 
 
 def context_length(processor: Any, base: str | None = None) -> int | None:

@@ -64,7 +64,7 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
         elif name in hints and _is(hints[name], bool) and not given:
             spoken = tokens and tokens[0].lower() in YES_NO
             plain_argv.append(f"--{name}={tokens.pop(0) if spoken else 'true'}")
-        elif name in hints and _is_group(hints[name]) and not given and (not tokens or tokens[0].startswith("-")):
+        elif name in hints and _groups(hints[name]) and not given and (not tokens or tokens[0].startswith("-")):
             plain_argv.append(f"--{name}={{}}")
         elif name in hints and value is None:
             (files if name == "config" else plain_argv).extend([f"--{name}", *tokens[:1]])
@@ -81,7 +81,7 @@ def _hints(run: Callable[..., None]) -> dict[str, typing.Any]:
     hints = {"config": str, **typing.get_type_hints(run)}
     hints.pop("return", None)
     for name, kind in list(hints.items()):
-        for group in (part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)):
+        for group in _groups(kind):
             hints |= {f"{name}.{field}": of for field, of in typing.get_type_hints(group).items()}
     return hints
 
@@ -111,6 +111,6 @@ def _is(kind: typing.Any, wanted: type) -> bool:
     return kind is wanted or typing.get_origin(kind) is wanted
 
 
-def _is_group(kind: typing.Any) -> bool:
-    """Whether a type is a dataclass, or one or None."""
-    return any(dataclasses.is_dataclass(part) for part in (kind, *typing.get_args(kind)))
+def _groups(kind: typing.Any) -> list[type]:
+    """The dataclasses that a type is, or is a union of: groups of options."""
+    return [part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)]
