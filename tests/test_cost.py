@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from lit_prune.budget import average
 from lit_prune.cost import decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.host import Record, Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.sizes import model_size, tower_trace
 from lit_prune.pruners.base import Dims
 from lit_prune.pruners.rcp import RCP
@@ -137,7 +138,7 @@ def test_cache_bytes_are_those_of_the_cache(pruned, pruner):
     vlm = pruned(pruner)
     inputs, record = batch(samples((50,))), Record()
     forward(vlm, inputs, record=record)
-    cache = generate(vlm, inputs, tokens=1).past_key_values
+    cache = cache_of(generate(vlm, inputs, tokens=1))
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes(record.trace, vlm.size, 4).tolist() == [real]
 
@@ -164,7 +165,7 @@ def test_llava_on_the_meta_device():
         with counter() as prefill:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         with counter() as step_counts:
-            model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+            model(input_ids=ids[:, :1], use_cache=True, **{cache_keyword(model): cache_of(out)})
         with counter() as vision:
             model.get_image_features(pixels)
     trace = plan({}, visual=576, text=64, depth=32)
@@ -238,7 +239,7 @@ def test_decoding_is_priced_step_by_step(pruned):
     parts = decode(record.trace, vlm.size, 5, vlm.plugin.repair)
     assert parts["repair"].item() == 5 * price(step(record.trace, 3), vlm.size, repair=vlm.plugin.repair)["repair"]
     assert parts["total"].item() == long.get_total_flops() - short.get_total_flops()
-    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(out).layers)
     assert kv_bytes(step(record.trace, 5), vlm.size, 4).tolist() == [real]
     assert decode(record.trace, vlm.size, 0)["total"].item() == 0
 

@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from lit_prune.cost import decoder_total, kv_bytes, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.places import check_stages
 from lit_prune.host.sizes import _canvas, image_load, model_size, tower_trace, vision_trace
 from lit_prune.pruners.fastv import FastV
@@ -126,12 +127,12 @@ def test_prefill_and_a_decoding_step(family):
     trace = plan({}, int(total), TEXT, size.depth)
     trace.vision = vision_trace(model.config, inputs, total)
     assert as_counted(price(trace, size)) == found
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert kv_bytes(trace, size, 4).item() == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     again = {"input_ids": torch.tensor([[3]]), "attention_mask": torch.ones(1, int(total) + TEXT + 1)}
     if name in GRIDS:
         again["position_ids"] = torch.full((3, 1, 1), 40)
-    found, output = measured(lambda: model(**again, past_key_values=cache, use_cache=True))
+    found, output = measured(lambda: model(**again, use_cache=True, **{cache_keyword(model): cache}))
     assert as_counted(price(step(trace, 1), size)) == found
 
 

@@ -4,9 +4,11 @@ import pytest
 import tiny
 import torch
 from tiny import DEPTH, IMAGE, KEEP, PAD, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.compat import cache_keyword, cache_of
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -115,14 +117,20 @@ def test_dropping_equals_masking(pruned, pruner, side, cache):
 
 
 @EVERY
-def test_dropping_equals_masking_in_double_precision(pruned, pruner):
+def test_dropping_equals_masking_in_double_precision(pruned, pruner, monkeypatch):
+    def double_norm(self, states):  # the library's casts to fp32, which rounds differently from machine to machine
+        return self.weight * states * (states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
     model = tiny.build_model().double()
     inputs = batch(samples(), answers=4)
     inputs["pixel_values"] = inputs["pixel_values"].double()
     vlm = pruned(pruner, model=model)
+    if vlm.plugin.repair is not None:
+        vlm.plugin.repair.double()
     text = real_text(inputs)
     dropped, masked = forward(vlm, inputs)[0], forward(vlm, inputs, soft=True, eps=1e-30)[0]
-    assert gap(dropped[text], masked[text]) <= 1e-6  # norms and repair stay in fp32
+    assert gap(dropped[text], masked[text]) <= 1e-9  # scores and gates stay in fp32
 
 
 def test_attention_of_the_layer_before_may_be_rcps_baseline(pruned):
@@ -217,7 +225,7 @@ def second_turn(vlm, inputs, question, rows=None):
     new = ids.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new, dtype=torch.long)], 1)
     dialogue = {"input_ids": ids, "attention_mask": mask}
-    return first, dialogue, generate(vlm, dialogue, tokens=5, rows=rows, past_key_values=first.past_key_values)
+    return first, dialogue, generate(vlm, dialogue, tokens=5, rows=rows, **{cache_keyword(vlm.model): cache_of(first)})
 
 
 def dialogue_equals_one_forward(vlm, inputs, question):
@@ -261,7 +269,7 @@ def test_second_turn_on_the_pruned_cache(pruned, pruner):
 def test_cache_keeps_only_what_was_kept(pruned):
     inputs = batch(samples((50,)))
     vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
-    cache = generate(vlm, inputs, tokens=4).past_key_values
+    cache = cache_of(generate(vlm, inputs, tokens=4))
     schedule, now, expected = vlm.host.schedule, VISUAL, []
     for layer in range(DEPTH):
         now = schedule.get(layer, now)
@@ -430,8 +438,8 @@ def test_a_cache_by_hand(pruned, tiny_model, mode):
         first = tiny_model(**inputs, use_cache=True)
         token = first.logits[:, -1].index_fill(1, torch.tensor([IMAGE, PAD]), float("-inf")).argmax(-1, keepdim=True)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
-        second = tiny_model(input_ids=token, attention_mask=mask, past_key_values=first.past_key_values)
-        assert (tiny_model(**inputs).past_key_values is None) == mode
+        second = tiny_model(input_ids=token, attention_mask=mask, **{cache_keyword(tiny_model): cache_of(first)})
+        assert (cache_of(tiny_model(**inputs)) is None) == mode
     tiny_model.eval()
     assert gap(second.logits[:, -1], expected) <= TOLERANCE
 

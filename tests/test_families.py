@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from lit_prune.budget import average
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Record, Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.vlm import VLM
@@ -158,7 +159,7 @@ def test_second_turn_on_the_pruned_cache(attach, name, method):
         ids = torch.cat([first.sequences, question], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 10, dtype=torch.long)], 1)
         turn = {"input_ids": ids, "attention_mask": mask}
-        return generate(vlm, turn, 4, past_key_values=first.past_key_values)
+        return generate(vlm, turn, 4, **{cache_keyword(vlm.model): cache_of(first)})
 
     inputs = collate(family, samples)
     out, start = dialogue(inputs, question), inputs["input_ids"].shape[1]
@@ -180,7 +181,7 @@ def test_second_turn_on_a_cache_pruned_at_layer_0(name):
         start = inputs["input_ids"].shape[1]
         first = generate(vlm, inputs, 4)
         ids = torch.cat([first.sequences, question], 1)
-        out = generate(vlm, {"input_ids": ids}, 4, past_key_values=first.past_key_values)
+        out = generate(vlm, {"input_ids": ids}, 4, **{cache_keyword(vlm.model): cache_of(first)})
         whole = longer(inputs, out.sequences, start)
         whole["labels"][:, start + 4 : start + 10] = -100
         assert gap(forward(vlm, whole)[0][:, start + 9 : -1], out.logits) <= TOLERANCE
@@ -197,7 +198,7 @@ def test_an_image_in_a_later_turn_has_a_budget_of_its_own(attach):
     def dialogue(run):
         one = run(first)
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
-        turn = {"input_ids": ids, "pixel_values": second["pixel_values"], "past_key_values": one.past_key_values}
+        turn = {"input_ids": ids, "pixel_values": second["pixel_values"], cache_keyword(model): cache_of(one)}
         return run(turn)
 
     def plain(inputs):
@@ -211,7 +212,7 @@ def test_an_image_in_a_later_turn_has_a_budget_of_its_own(attach):
     same = dialogue(lambda inputs: generate(vlm, inputs, 4))
     assert torch.equal(same.sequences, expected.sequences)
     vlm = attach("llava-1.5", keep=12)
-    cache = dialogue(lambda inputs: generate(vlm, inputs, 4)).past_key_values
+    cache = cache_of(dialogue(lambda inputs: generate(vlm, inputs, 4)))
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     kept = vlm.host.schedule[6]
     assert lengths[0] - lengths[7] == 2 * (36 - kept)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
 from lit_prune.host import Prefix, Record, Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.objective import answer_loss
 from lit_prune.pruners.rcp import RCP
 from lit_prune.vlm import VLM
@@ -146,7 +147,7 @@ def test_layers_that_are_left_out_leave_no_cache(pruned, parts):
     """They have no keys, so nothing can go on from there: no cache by default, and none that is asked for."""
     vlm, inputs = pruned(tiny.small_rcp(), tiny.KEEP), batch(samples())
     with torch.no_grad(), vlm.using(Session(**parts)):
-        assert vlm.model(**inputs).past_key_values is None
-        for asked in ({"use_cache": True}, {"past_key_values": DynamicCache()}):
+        assert cache_of(vlm.model(**inputs)) is None
+        for asked in ({"use_cache": True}, {cache_keyword(vlm.model): DynamicCache()}):
             with pytest.raises(LitPruneError, match="use_cache=False"):
                 vlm.model(**inputs, **asked)

@@ -15,6 +15,7 @@ from tiny import IMAGE, PRUNERS, TOLERANCE, VISUAL, Chosen, batch, forward, gap,
 from lit_prune.cost import price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.merging import collect_mass
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, plugin_from_yaml
@@ -164,8 +165,8 @@ def test_a_second_image_finds_the_mass_of_the_first(pruned):
         again["attention_mask"] = torch.cat([before, again["attention_mask"]], 1)
         positions = before.sum(1, keepdim=True) + torch.arange(44)
         with torch.no_grad():
-            logits = vlm.model(**again, position_ids=positions, past_key_values=out.past_key_values).logits
-        caches[rows] = logits[0], out.past_key_values.lit_prune.bias[2][0].exp()
+            logits = vlm.model(**again, position_ids=positions, **{cache_keyword(vlm.model): cache_of(out)}).logits
+        caches[rows] = logits[0], cache_of(out).lit_prune.bias[2][0].exp()
     assert gap(caches[1][0], caches[2][0]) <= TOLERANCE
     extra = caches[1][1] - 1
     assert round(extra.sum().item()) == 2 * VISUAL * 3 // 4

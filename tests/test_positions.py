@@ -15,6 +15,7 @@ from test_equality import (
 from tiny import DEPTH, IMAGE, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.plugin import SETTINGS, Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.uniform import Uniform
@@ -160,7 +161,7 @@ def test_a_second_image_goes_on_from_the_new_length(pruned):
         cached = forward_on(vlm, alone, new)
         both = forward_on(vlm, out, {name: torch.cat([part, part]) for name, part in new.items()})
     assert gap(cached[0], both[0]) <= TOLERANCE
-    state = alone.past_key_values.lit_prune
+    state = cache_of(alone).lit_prune
     assert state.removed[2].tolist() == [2 * (VISUAL - vlm.host.schedule[2])]
     assert state.removed[5].tolist() == [2 * (VISUAL - vlm.host.schedule[5])]
 
@@ -172,7 +173,7 @@ def forward_on(vlm, out, new):
     start = before.sum(1, keepdim=True)
     positions = start + torch.arange(new["input_ids"].shape[1])
     return vlm.model(
-        **{**new, "attention_mask": mask}, position_ids=positions, past_key_values=out.past_key_values
+        **{**new, "attention_mask": mask}, position_ids=positions, **{cache_keyword(vlm.model): cache_of(out)}
     ).logits
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.host import Session
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.objective import Anneal, LossWeights
 from lit_prune.teaching import Moment, Teaching
 
@@ -66,9 +67,9 @@ def test_a_decoding_step_looks_no_oftener_than_the_plain_models(tiny_model, prun
         if not attached:
             vlm.detach()
         with torch.no_grad():
-            cache = tiny_model(**inputs, use_cache=True).past_key_values
+            cache = cache_of(tiny_model(**inputs, use_cache=True))
             mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
-            step = {"input_ids": torch.full((3, 1), 5), "attention_mask": mask, "past_key_values": cache}
+            step = {"input_ids": torch.full((3, 1), 5), "attention_mask": mask, cache_keyword(tiny_model): cache}
             with looks(monkeypatch) as found:
                 tiny_model(**step)
         counts.append(found)

@@ -16,6 +16,7 @@ import lit_prune
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
+from lit_prune.host.compat import cache_of
 from lit_prune.loading import resolve
 from lit_prune.micro.model import build_config, build_processor
 from lit_prune.pruners.random import Random
@@ -154,7 +155,7 @@ def test_readme_lines(micro):
     inputs = micro.processor(text=text, images=image(), return_tensors="pt")
     out = micro.model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     micro.detach()
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     full = out.sequences.shape[1] - 1
     assert lengths[0] == full
     assert sum(full - n for n in lengths) == 16 * (144 - 16)

@@ -150,7 +150,7 @@ def forward(vlm: VLM, inputs: dict[str, Tensor], **session) -> tuple[Tensor, Rec
 
 
 def generate(vlm: VLM, inputs: dict[str, Tensor], tokens: int = 8, rows: Tensor | None = None, **options):
-    """Stock `generate()`; gives the output with `.sequences`, `.logits` (one tensor) and `.past_key_values`."""
+    """Stock `generate()`; gives the output with `.sequences`, `.logits` (one tensor) and the cache."""
     size = inputs["input_ids"].shape[0]
     chosen = hints(8)["regions"][:size] if rows is None else hints(8)["regions"][rows]
     fixed = {"do_sample": False, "suppress_tokens": [IMAGE, PAD], "pad_token_id": PAD, **options}

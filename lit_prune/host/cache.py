@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.session import Session
 from lit_prune.repair import Essence
 
@@ -48,13 +49,14 @@ class CacheState:
 
 def chosen_cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | None:
     """The cache that this forward fills; by default none in training, nor where layers are left out."""
-    if kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
+    cache = cache_of(kwargs)
+    if kwargs.get("use_cache") is None and cache is None:
         kwargs["use_cache"] = module.config.use_cache and not module.training and not session.leaves_out
-    if kwargs.get("past_key_values") is None and kwargs["use_cache"]:
-        kwargs["past_key_values"] = DynamicCache(config=module.config)
-    if kwargs.get("past_key_values") is not None and session.leaves_out:
+    if cache is None and kwargs["use_cache"]:
+        cache = kwargs[cache_keyword(module)] = DynamicCache(config=module.config)
+    if cache is not None and session.leaves_out:
         raise LitPruneError("layers that a session leaves out have no keys to cache: call with use_cache=False")
-    return kwargs.get("past_key_values")
+    return cache
 
 
 def refuse_chunks() -> None:

@@ -17,6 +17,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, refuse_chunks
+from lit_prune.host.compat import cache_of
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.inputs import begin
 from lit_prune.host.mass import MassGivenBack
@@ -133,7 +134,7 @@ class DecoderHost:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        if hasattr(cache := kwargs.get("past_key_values"), CACHE):
+        if hasattr(cache := cache_of(kwargs), CACHE):
             getattr(cache, CACHE).follow(cache)
             kwargs = only_new(kwargs, getattr(cache, CACHE))
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
@@ -258,7 +259,7 @@ class DecoderHost:
         forward.tap = None
         if forward.counts and index + 1 in self.stages and self._reads_previous(self.stages.index(index + 1)):
             rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
         if index in forward.session.watch and forward.record is not None and forward.grid:
             forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
@@ -305,7 +306,7 @@ class DecoderHost:
 
     def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
-        state, cache = forward.cache_state, kwargs["past_key_values"]
+        state, cache = forward.cache_state, cache_of(kwargs)
         past = state.valid.get(index)
         if self.mass is not None:
             self.mass.remember(index, forward, 0 if past is None else past.shape[1])

@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedConfig
 
 from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
+from lit_prune.host.compat import causal_mask
 from lit_prune.host.lengths import on_device
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.places import Tower, plain_keys, query_key
@@ -245,17 +246,7 @@ class Stages:
 
         `padded` says whether some columns are filler; None: nobody knows, so the device is asked.
         """
-        from transformers.masking_utils import create_causal_mask  # slow to import
-
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=None if padded is False else valid,
-            past_key_values=cache,
-            position_ids=None,
-            layer_idx=index,
-            allow_is_causal_skip=not padded,
-        )
+        return causal_mask(self.config, hidden, None if padded is False else valid, cache, index, skip=not padded)
 
 
 def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_prune import selection
 from lit_prune.budget import Budget
+from lit_prune.host.compat import bidirectional_mask
 from lit_prune.host.places import Tower
 from lit_prune.host.session import Session
 from lit_prune.pruners.base import Pruner, VisionContext
@@ -118,10 +119,8 @@ class TowerHost:
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
         state.mask = None
         if index < self.tower.size.features and not bool(state.real.all()):
-            from transformers.masking_utils import create_bidirectional_mask  # slow to import
-
             valid = torch.nn.functional.pad(state.real, (self.tower.size.prefix, 0), value=True)
-            state.mask = create_bidirectional_mask(self.tower.module.config, hidden, valid)
+            state.mask = bidirectional_mask(self.tower.module.config, hidden, valid)
         return hidden
 
     def _context(self, index: int, patches: Tensor, state: TowerPass) -> VisionContext:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
-from lit_prune.host.places import find
+from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.host.places import find, unwrap
 from lit_prune.vlm import VLM
 
 SEED = 0  # of the random prompts and of untrained plug-ins
@@ -48,12 +49,13 @@ def random_prompt(vlm: VLM, batch: int, text_tokens: int) -> Prompt:
 def prefill(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     """The first token, greedily, and the cache."""
     output = model(**inputs, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    return output.logits[:, -1:].argmax(-1), cache_of(output)
 
 
 def decode(model: nn.Module, token: Tensor, cache: Any, steps: int) -> Tensor:
     """The last of `steps` further tokens, greedily."""
+    cached = {cache_keyword(unwrap(model)): cache, "use_cache": True, "logits_to_keep": 1}
     for _ in range(steps):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=token, **cached)
         token = output.logits[:, -1:].argmax(-1)
     return token
