@@ -16,6 +16,8 @@ FLOORS = {
         [
             "errors",
             "files",
+            "images",
+            "shipped",
             "selection",
             "merging",
             "graphs",

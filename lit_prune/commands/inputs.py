@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lit_prune.commands.console import err, say
-from lit_prune.data.images import read_image
 from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.images import read_image
 from lit_prune.loading import context_length
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, as_plugin, load
