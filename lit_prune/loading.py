@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, extra
 from lit_prune.shapes import Config, names, shipped_config, shipped_shape
 
 MICRO = Path(__file__).parent / "micro" / "weights"
@@ -82,7 +82,7 @@ def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **optio
     from transformers import AutoModelForImageTextToText
 
     if _adapted(base) and find_spec("peft") is None:
-        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: pip install 'lit-prune[peft]'")
+        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
     if dtype is None:
         dtype = torch.float32 if str(base) == "micro" else "auto"
     return _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
@@ -166,8 +166,8 @@ def _fetch(function: Callable, base: str | Path, local: bool = False, **options:
         raise LitPruneError(f"{base} can't be loaded ({_first_line(error)}). {_advice(base)}") from error
     except ImportError as error:
         raise LitPruneError(
-            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, "
-            f"such as pip install 'lit-prune[quantized,peft]'"
+            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, such as "
+            f"{extra('quantized', 'peft')}"
         ) from error
     except (ValueError, SafetensorError) as error:
         raise LitPruneError(f"{base} can't be loaded: {_first_line(error)}") from error
