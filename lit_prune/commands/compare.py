@@ -17,6 +17,7 @@ from lit_prune.comparison.tables import Row, as_csv, markdown, overviews, remark
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
 from lit_prune.host.places import find
+from lit_prune.shipped import config_names
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")
@@ -92,10 +93,9 @@ def run(
 
 
 def _all_methods() -> list[str]:
+    """The full model and `configs/pruners`, of this folder or else of the package."""
     found = sorted(map(str, PRUNERS.glob("*.yaml")))
-    if not found:
-        raise LitPruneError(f"no methods in {PRUNERS}: run from the repository's folder, or give --methods")
-    return [FULL, *found]
+    return [FULL, *(found or config_names("pruners"))]
 
 
 def _to_gpu(vlm: VLM) -> None:

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
+from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.images import as_image
 from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
@@ -64,7 +65,7 @@ def run(
     if pruner is None and (compare or keep is not None):
         raise LitPruneError(f"--{'compare' if compare else 'keep'} needs a method: give --pruner too")
     images, prompts = pair(image, prompt)
-    opened = {path: open_image(path) for path in images}
+    opened = {path: as_image(path) for path in images}
     vlm = load_model(model, dtype, device)
     name = "full model" if pruner is None else attach(vlm, pruner, keep)
     inputs = encode(vlm, [opened[path] for path in images], prompts)

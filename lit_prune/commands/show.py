@@ -8,11 +8,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
+from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
+from lit_prune.images import as_image
 from lit_prune.micro import world
 from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
 from lit_prune.vlm import VLM
@@ -109,7 +110,7 @@ def _of_image(path: str, prompt: str | None) -> Asked:
     """An image file and the user's question."""
     if prompt is None:
         raise LitPruneError(f"give a question about {path}: --prompt")
-    return Asked(open_image(path), prompt)
+    return Asked(as_image(path), prompt)
 
 
 def _fours(numbers: list[int]) -> list[Box]:

@@ -28,7 +28,7 @@ from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, Write
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
-from lit_prune.commands.overlays import config_files, with_resets
+from lit_prune.commands.overlays import config_files, with_resets, with_shipped
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
@@ -102,7 +102,7 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, verb: str | None, args: list[str]) -> None:
         self.verb = verb
-        self.args = args
+        self.args = args = with_shipped(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
