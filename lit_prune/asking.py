@@ -44,9 +44,12 @@ def check_prompts(prompts: Iterable[str], image_token: str | None) -> None:
 
 
 def _listed(values: Any, name: str, wanted: str) -> list[Any]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise LitPruneError(f"{name} can't be {_kind(values)}: {wanted}, or a list of it")
-    return list(values)
+    try:
+        if not isinstance(values, str | bytes | Mapping):
+            return list(values)
+    except TypeError:  # no iterable, or an array without a dimension
+        pass
+    raise LitPruneError(f"{name} can't be {_kind(values)}: {wanted}, or a list of it")
 
 
 def _kind(value: Any) -> str:
