@@ -45,6 +45,10 @@ def run(
             whole grid.
         fixed: Options that every trial gets, e.g. --fixed trainer.max_steps=50 model.base=/models/llava.
         seed: Of the proposals; by default another each time.
+
+    Examples:
+        lit-prune sweep -c sweeps/micro.yaml --trials 12
+        lit-prune sweep -c sweeps/micro.yaml --trials 2 --fixed trainer.max_steps=20 --out runs/sweeps/short
     """
     if find_spec("optuna") is None:
         raise LitPruneError(f"`lit-prune sweep` needs Optuna: {extra('sweep')}")
