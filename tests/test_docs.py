@@ -19,7 +19,9 @@ from PIL import Image
 from tiny import ROOT
 
 import lit_prune
+from lit_prune import cli
 from lit_prune.cli import LIGHTNING_VERBS, UsageError, main, verbs
+from lit_prune.commands import trainer
 from lit_prune.commands.options import examples, parse_verb
 from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import read_conversation
@@ -303,6 +305,31 @@ def test_every_verb_shows_examples_that_its_parser_reads(verb, workplace, capsys
     assert "examples:" in printed
     assert all(f"  {line}\n" in printed for line in lines_of(verb))
     assert max(len(line) for line in lines_of(verb)) < 118
+
+
+def test_the_first_help_shows_examples_that_are_read(workplace, capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    for line in cli.EXAMPLES:
+        assert f"  {line}\n" in printed
+        (words,) = commands(line)
+        parse(words)
+
+
+@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
+def test_lightnings_verbs_show_theirs(verb, workplace, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    usage, _, about = printed.partition("\n\n")
+    assert usage == f"usage: lightning {verb} -c FILE [-c FILE ...] [--option value ...]"
+    assert about.startswith(LIGHTNING_VERBS[verb])
+    for line in trainer.EXAMPLES[verb]:
+        assert f"  {line}\n" in printed
+        (words,) = commands(line)
+        parse(words)
+    assert "--trainer.max_steps" in printed
+    assert "--model.keep" in printed
 
 
 @pytest.mark.parametrize("verb", ["sample", "configs", "generate", "show", "cost"])
