@@ -79,9 +79,9 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
     def summary(self, schedule: Schedule | None = None) -> list[str]:
         """Lines for people: method, budget, the `schedule` solved from it, repair, options, and how much trains."""
         lines = [f"pruner: {type(self.pruner).__name__}"]
-        if isinstance(self.keep, int):
-            tokens = f"{self.keep}" if self.dims is None or self.dims.varies else f"{self.keep} of {self.dims.visual}"
-            lines.append(f"budget: {tokens} visual tokens, averaged over the decoder layers' inputs")
+        if self.keep is not None and not isinstance(self.keep, dict):
+            total = "the" if self.dims is None or self.dims.varies else self.dims.visual
+            lines.append(f"budget: {self.keep} of {total} visual tokens, averaged over the decoder layers' inputs")
         if schedule:
             stages = ", ".join(f"{count} from layer {layer}" for layer, count in schedule.items())
             lines.append(f"schedule: {stages}")
