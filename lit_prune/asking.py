@@ -1,12 +1,19 @@
 """Images and questions as callers give them, one or many, as two lists of equal length."""
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from lit_prune.errors import LitPruneError
-from lit_prune.images import ACCEPTED, as_image, is_image
+from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.images import read_image, upright
+
+Picture = str | Path | Image.Image | np.ndarray
+ACCEPTED = "give a path, a PIL image, or an array of uint8, height x width (x 3)"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
 def pair(images: Any, prompts: Any) -> tuple[list[Image.Image], list[str]]:
@@ -41,6 +48,60 @@ def check_prompts(prompts: Iterable[str], image_token: str | None) -> None:
         if not prompt.strip() or (image_token and image_token in prompt):
             token = f" or hold {image_token}" if image_token else ""
             raise LitPruneError(f"prompt {prompt!r}: write the question alone, it must not be empty{token}")
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value stands for one picture, readable or not, rather than for several."""
+    return isinstance(value, str | Path | Image.Image) or (isinstance(value, np.ndarray) and value.ndim < 4)
+
+
+def as_image(value: Any, name: str = "1") -> Image.Image:
+    """A picture from whatever a caller has, in RGB and upright.
+
+    Args:
+        value: path of a file wherever it lies, a PIL image, or an array of uint8, height x width or height x width x
+            channels (1 grey, 3 RGB, 4 RGB and transparency, which is left away).
+        name: for messages, where it is no file.
+
+    Raises:
+        LitPruneError: it is no picture, or can't be read.
+    """
+    if isinstance(value, str | Path):
+        return _read(value)
+    if isinstance(value, np.ndarray):
+        value = _from_array(value, name)
+    if not isinstance(value, Image.Image):
+        raise LitPruneError(f"image {name} is {_kind(value)}: {ACCEPTED}")
+    return upright(value, name)
+
+
+def _read(path: str | Path) -> Image.Image:
+    """An image file that the user names: wherever it lies and wherever its links lead."""
+    if not str(path):
+        raise LitPruneError("the path of an image is empty")
+    if URL.match(str(path)):
+        raise LitPruneError(f"image {str(path)[:60]} is an address: give a file")
+    try:
+        real = Path(path).expanduser().resolve()
+        folder = real.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no system takes
+        reason = getattr(error, "strerror", None) or error
+        raise LitPruneError(f"image {path!s:.200} cannot be read: {reason}") from error
+    if folder:
+        raise LitPruneError(f"image {path} is a folder: give files")
+    try:
+        return read_image(real.parent, real.name)
+    except BadSample as error:
+        raise LitPruneError(f"{path}: {error.reason}") from error
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    """Grey, RGB or RGBA of 8 bits."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
+        size = " x ".join(map(str, array.shape)) or "no dimension"
+        raise LitPruneError(f"image {name} is an array of {size}, {array.dtype}: {ACCEPTED}")
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
 
 
 def _listed(values: Any, name: str, wanted: str) -> list[Any]:

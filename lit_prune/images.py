@@ -1,13 +1,11 @@
 """Reading images that others made: inside their root only, of a sane size, and whole."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from lit_prune.errors import BadSample
@@ -15,68 +13,6 @@ from lit_prune.errors import BadSample
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 LONGEST = 200  # times the shorter side; the limit of Qwen2-VL's processor
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program
-Picture = str | Path | Image.Image | np.ndarray
-ACCEPTED = "give a path, a PIL image, or an array of uint8, height x width (x 3)"
-
-
-def as_image(value: Any, name: str = "1") -> Image.Image:
-    """A picture from whatever a caller has: a file, a PIL image, or an array; in RGB and upright.
-
-    Args:
-        value: path of a file wherever it lies, a PIL image, or an array of uint8, height x width or height x width x
-            channels (1 grey, 3 RGB, 4 RGB and transparency, which is left away).
-        name: for messages, where it is no file.
-
-    Raises:
-        BadSample: it is no picture, or can't be read. File and sample are left open.
-    """
-    if isinstance(value, str | Path):
-        return _read_anywhere(value)
-    if isinstance(value, np.ndarray):
-        value = _from_array(value, name)
-    if not isinstance(value, Image.Image):
-        raise _bad(f"image {name} is {'None' if value is None else f'of type {type(value).__name__}'}: {ACCEPTED}")
-    try:
-        _check_size(value, name, MAX_PIXELS)
-        return _upright(value, name)
-    except BadSample:
-        raise
-    except Exception as error:  # pixels are read late, and decoders raise anything on a broken file
-        raise _bad(f"image {name} cannot be read: {error}") from error
-
-
-def is_image(value: Any) -> bool:
-    """Whether a value stands for one picture, readable or not, rather than for several."""
-    return isinstance(value, str | Path | Image.Image) or (isinstance(value, np.ndarray) and value.ndim < 4)
-
-
-def _read_anywhere(path: str | Path) -> Image.Image:
-    """An image file that the user names: wherever it lies and wherever its links lead."""
-    if not str(path):
-        raise _bad("the path of an image is empty")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(path)):  # https://..., data:image/png...
-        raise _bad(f"image {str(path)[:60]} is an address: give a file")
-    try:
-        real = Path(path).expanduser().resolve()
-        folder = real.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no system takes
-        reason = getattr(error, "strerror", None) or error
-        raise _bad(f"image {path!s:.200} cannot be read: {reason}") from error
-    if folder:
-        raise _bad(f"image {path} is a folder: give files")
-    try:
-        return read_image(real.parent, real.name)
-    except BadSample as error:
-        raise _bad(f"{path}: {error.reason}") from error
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    """Grey, RGB or RGBA of 8 bits."""
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
-        size = " x ".join(map(str, array.shape)) or "no dimension"
-        raise _bad(f"image {name} is an array of {size}, {array.dtype}: {ACCEPTED}")
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
 
 
 def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -116,7 +52,24 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
             left open.
     """
     with _header(file, name, max_pixels) as image:
-        return _upright(image, name)
+        decoded = _rgb(image, name)
+        with suppress(Exception):  # what is broken in EXIF may raise anything; it says nothing then
+            ImageOps.exif_transpose(decoded, in_place=True)
+        return decoded
+
+
+def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that is open already, as `decode_image` gives it; name and errors as there."""
+    try:
+        _check_size(image, name, max_pixels)
+        decoded = _rgb(image, name)
+    except BadSample:
+        raise
+    except Exception as error:  # pixels are read late, and decoders raise anything on a broken file
+        raise _bad(f"image {name} cannot be read: {error}") from error
+    with suppress(Exception):  # as above
+        ImageOps.exif_transpose(decoded, in_place=True)
+    return decoded
 
 
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
@@ -163,14 +116,6 @@ def resolve_image(root: str | Path, relative_path: str) -> Path:
     if not found:
         raise _bad(f"image {relative_path} is missing in {root}")
     return path
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """The image in RGB, turned as its EXIF says."""
-    decoded = _rgb(image, name)
-    with suppress(Exception):  # what is broken in EXIF may raise anything; it says nothing then
-        ImageOps.exif_transpose(decoded, in_place=True)
-    return decoded
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune import loading
-from lit_prune.asking import check_prompts, pair
+from lit_prune.asking import Picture, check_prompts, is_image, pair
 from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
@@ -20,7 +20,6 @@ from lit_prune.host import DecoderHost, Session
 from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
-from lit_prune.images import Picture, is_image
 from lit_prune.methods import as_plugin, plugin_from_yaml
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner

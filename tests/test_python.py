@@ -16,9 +16,8 @@ from tiny import ROOT
 
 import lit_prune
 import lit_prune.data
-from lit_prune.asking import pair
+from lit_prune.asking import as_image, pair
 from lit_prune.errors import LitPruneError
-from lit_prune.images import as_image
 from lit_prune.loading import closest_model
 from lit_prune.pruners.random import Random
 from lit_prune.vlm import VLM, load
@@ -169,6 +168,11 @@ def test_pictures_of_every_mode_are_read_as_files_are(tmp_path):
     deep = Image.fromarray((grey.astype(np.uint16) + 1) * 256)
     deep.save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(as_image(deep)), np.asarray(as_image(tmp_path / "deep.png")))
+
+
+def test_a_colon_makes_no_address(picture, tmp_path):
+    picture.save(tmp_path / "shot 12:30.png")
+    assert as_image(tmp_path / "shot 12:30.png").size == picture.size
 
 
 def test_pictures_are_upright(tmp_path):

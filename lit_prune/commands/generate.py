@@ -11,12 +11,12 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from lit_prune.asking import as_image
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.images import as_image
 from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 

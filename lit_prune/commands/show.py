@@ -7,13 +7,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lit_prune.asking import as_image
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
-from lit_prune.images import as_image
 from lit_prune.micro import world
 from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
 from lit_prune.vlm import VLM
