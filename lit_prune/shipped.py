@@ -79,9 +79,9 @@ def closest_configs(path: str | Path, kind: str = "") -> list[str]:
 
 
 def config_or_text(value: str) -> str:
-    """The value of `--config` with the file that it names looked up; text of its own, or what isn't there, as it is."""
+    """The value of `--config` with the file that it names looked up; what is here, or text of its own, as it is."""
     try:
-        return str(find_config(value))
+        return value if Path(value).is_file() else str(find_config(value))
     except (LitPruneError, OSError, ValueError):
         return value
 

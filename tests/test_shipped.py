@@ -116,6 +116,13 @@ def test_options_of_a_command_line_are_looked_up(elsewhere):
     assert found == [*shipped_two, "-c", "mine.yaml", "--config", "{model: {keep: 3}}", "--model.keep", "micro.yaml"]
 
 
+def test_whatever_is_here_is_left_as_it_is_written(elsewhere):
+    """A file of any name, a pipe, text in place of a file, an address."""
+    (elsewhere / "micro").write_text("model: {keep: 3}")
+    for value in ("micro", "/dev/stdin", "{}", "model: {keep: 3}", "x" * 5000, "a\0b", "https://x.org/micro.yaml", ""):
+        assert overlays.config_or_text(value) == value
+
+
 @pytest.mark.parametrize("files", [["micro.yaml", "configs/pruners/fastv.yaml"], ["micro", "pruners/fastv"]])
 def test_a_run_is_built_from_shipped_files(files, micro_folder):
     made = build(files, [f"--model.base={micro_folder}", "--trainer.logger=false"])
