@@ -17,7 +17,7 @@ VENV="$fresh/venv"
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 # Left out: local labels (+cpu), the CUDA libraries that some builds of PyTorch bring and pin themselves, this project.
-"$PY" -m pip freeze --exclude-editable --exclude lit-prune |
+"$PY" -m pip freeze --all --exclude-editable --exclude lit-prune --exclude pip |
     grep -viE '^(nvidia-|cuda-|triton)' | grep -v ' @ ' | sed -E 's/\+[a-z0-9.]+$//' | LC_ALL=C sort -f >"$fresh/versions"
 cp constraints.txt "$fresh/before"
 {

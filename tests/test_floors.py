@@ -15,7 +15,10 @@ FLOORS = {
     **dict.fromkeys(
         [
             "errors",
+            "asking",
             "files",
+            "images",
+            "shipped",
             "selection",
             "merging",
             "graphs",
@@ -30,7 +33,7 @@ FLOORS = {
         0,
     ),
     **dict.fromkeys(["pruners", "repair"], 1),
-    **dict.fromkeys(["host", "loading", "plugin", "shapes", "vlm"], 2),
+    **dict.fromkeys(["host", "loading", "methods", "plugin", "shapes", "vlm"], 2),
     **dict.fromkeys(
         [
             "training",

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_prune.commands.overlays import classes_in
+from lit_prune.shipped import closest_configs, meant
 
 SPEC = ["class_path", "init_args", "dict_kwargs"]
 UNKNOWN = re.compile(r"(?:does not accept option '([^']+)')|(?:Option '([^']+)' is not accepted)")
@@ -107,9 +108,7 @@ def _bad_file(message: str, files: list[str]) -> str:
     for file in files:
         path = Path(file)
         if not path.is_file():
-            near = [str(p) for p in path.parent.glob(f"*{path.suffix}")]
-            meant = next(iter(difflib.get_close_matches(file, near, n=1, cutoff=0.7)), None)
-            return f"no configuration file `{file}`{_meant(meant)}"
+            return f"no configuration file `{file}`{meant(closest_configs(file))}"
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from lit_prune.shipped import config_or_text
+
 CONFIG = ("-c", "--config")
 
 
@@ -32,6 +34,16 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
             result.append(f"--config={json.dumps(_nested(key))}" if option in CONFIG else f"--{key}=null")
             chosen = {k: v for k, v in chosen.items() if not k.startswith(f"{key}.")}
         chosen.update(found)
+        result += written
+    return result
+
+
+def with_shipped(args: list[str]) -> list[str]:
+    """The same command line with configuration files looked up: those that aren't here come with the package."""
+    result: list[str] = []
+    for option, value, written in _options(args):
+        if option in CONFIG and value is not None:
+            written = [f"{option}={config_or_text(value)}"] if len(written) == 1 else [option, config_or_text(value)]
         result += written
     return result
 

@@ -28,7 +28,8 @@ from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, Write
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands.explain import explain, explain_interpolation
-from lit_prune.commands.overlays import config_files, with_resets
+from lit_prune.commands.options import HelpFormatter
+from lit_prune.commands.overlays import config_files, with_resets, with_shipped
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
@@ -39,6 +40,19 @@ MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
 WANDB_RUN = "wandb_run_id"  # beside the checkpoints: the id of the run that wrote them
+EXAMPLES = {
+    "fit": [
+        "lightning fit -c micro.yaml",
+        "lightning fit -c micro.yaml --ckpt_path last --trainer.max_steps 400",
+        "lightning fit -c micro.yaml -c pruners/dcp_rcp.yaml --model.keep 8 --trainer.default_root_dir runs/dcp_rcp",
+    ],
+    "validate": ["lightning validate -c micro.yaml --ckpt_path last"],
+    "test": [
+        "lightning test -c micro.yaml --ckpt_path last",
+        "lightning test -c micro.yaml -c pruners/fastv.yaml --trainer.default_root_dir runs/fastv",
+    ],
+    "predict": ["lightning predict -c micro.yaml --ckpt_path last"],
+}
 EVERY_VERB = ("seed_everything", "trainer", "model", "data")
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
@@ -102,10 +116,11 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, verb: str | None, args: list[str]) -> None:
         self.verb = verb
-        self.args = args
+        self.args = args = with_shipped(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+        main = {"prog": "lightning", "formatter_class": HelpFormatter}
         super().__init__(
             _load(MODEL),
             LightningDataModule,
@@ -114,7 +129,7 @@ class PruneCLI(LightningCLI):
             trainer_class=SafeTrainer,
             trainer_defaults={"callbacks": [StopOnSignal(), NanGuard(), SaveLast(), WriteAnswers()]},
             seed_everything_default=SEED,
-            parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
+            parser_kwargs={**kwargs, **main, **({verb: {**kwargs, **_help(verb)}} if verb else {})},
             auto_configure_optimizers=False,
             args=([verb] if verb else []) + with_resets(args, {"data": DATA}),
             run=verb is not None,
@@ -217,6 +232,19 @@ def build(config: str | list[str], overrides: list[str] | None = None) -> PruneC
     """
     files = [config] if isinstance(config, str) else config
     return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])])
+
+
+def _help(verb: str) -> dict[str, Any]:
+    """How a verb's `--help` begins and ends: in between are some hundred options."""
+    about = f"{LIGHTNING_VERBS[verb]}\nLater files win over earlier ones, and options over files."
+    more = [
+        f"lightning {verb} -c FILE --print_config    shows what all files and options come to",
+        "--data.help CLASS, --model.pruner.help CLASS    show the options of a class",
+        "`lit-prune configs` lists the files that come with the package",
+    ]
+    lines = ["examples:", *(f"  {line}" for line in EXAMPLES[verb]), "", *more]
+    usage = f"lightning {verb} -c FILE [-c FILE ...] [--option value ...]"
+    return {"usage": usage, "description": about, "epilog": "\n".join(lines)}
 
 
 def _tell_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
