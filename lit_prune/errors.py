@@ -43,3 +43,8 @@ def _requirements(name: str) -> list[str]:
     found = (re.fullmatch(r"""([^;]+);.*extra == ["'](.+)["'].*""", line) for line in every)
     chosen = [match[1].strip() for match in found if match and match[2] == name]
     return [package for package in chosen if not package.startswith("lit-prune")]
+
+
+def in_words(error: BaseException) -> str:
+    """An unexpected exception in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")

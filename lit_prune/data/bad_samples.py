@@ -6,7 +6,8 @@ from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
 
-from lit_prune.data.dataset import Skipped, error_text
+from lit_prune.data.dataset import error_text
+from lit_prune.data.samples import Skipped
 from lit_prune.errors import LitPruneError
 
 ENOUGH = 100  # samples seen before their bad share is judged

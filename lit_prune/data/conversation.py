@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_prune.data.parts import IMAGE_MARKER, Part, images_in
 from lit_prune.data.prompt import Span, render, text_options
+from lit_prune.data.records import Turn, image_paths, number_images, own_images, read_turns
 from lit_prune.errors import BadSample
 
-IMAGE_MARKER = "<image>"
+__all__ = ["Conversation", "Encoded", "encode", "encode_conversation", "image_paths", "read_conversation"]
+
 IGNORED = -100
-MOST_TURNS = 1000  # the template is rendered once for each answer
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TooLong = Literal["skip", "cut_turns"]
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")  # one entry a token
 
@@ -22,11 +23,15 @@ TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_tok
 class Conversation:
     """Chat messages whose contents are lists of parts, up to and including the last answer, or the last question.
 
-    `answer` is the text of the last answer, also where the messages end before it; "" if there is none.
+    `answer` is the text of the last answer, also where the messages end before it; "" if there is none. `shown` are the
+    numbers of the images in `image_paths(record)`, in the order in which the messages show them; `trained` says of
+    every answer whether it is one to learn.
     """
 
     messages: list[dict[str, Any]]
     answer: str
+    shown: tuple[int, ...] = ()
+    trained: tuple[bool, ...] = ()
 
     @property
     def question(self) -> str:
@@ -48,51 +53,45 @@ class Conversation:
         """The conversation up to and including its `answers`-th answer."""
         ends = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
         messages = self.messages[: ends[answers - 1] + 1]
-        return Conversation(messages, _text(messages[-1]))
-
-
-def image_paths(record: dict) -> list[str]:
-    """The image paths of a record: `image` or `images`, one or a list. Raises BadSample if they are no strings."""
-    value = record["image"] if record.get("image") is not None else record.get("images")
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise _bad("its images are neither a path nor a list of paths")
-    return paths
+        return Conversation(messages, _text(messages[-1]["content"]), self.shown, self.trained[:answers])
 
 
 def read_conversation(record: dict, answered: bool = True) -> Conversation:
-    """The conversation of a record in LLaVA's `conversations` or the `messages` layout.
+    """The conversation of a record in one of the layouts of `lit_prune.data.records`.
 
     Images without any marker go to the start of the first question. What follows the last answer is left out.
 
     Args:
         record: `conversations` (`from`: human/gpt/system, `value`) or `messages` (`role`, `content`: text or parts),
-            and its image paths, one for every `<image>` marker.
+            and its images, one for every `<image>` marker; or a question and its answer.
         answered: end with the last answer; otherwise with the last question (its answer, if there is one, is cut off).
 
     Raises:
         BadSample: no question, no answer or an empty one, turns that do not alternate, or numbers of markers and images
             that differ.
     """
-    turns = _turns(record)
-    system = turns[:1] if turns and turns[0]["role"] == "system" else []
+    turns = read_turns(record, answered)
+    number_images(record, turns)
+    system = turns[:1] if turns and turns[0].role == "system" else []
     turns = turns[len(system) :]
-    if turns and turns[0]["role"] == "assistant":  # as LLaVA does: what comes before the first question is left out
+    if turns and turns[0].role == "assistant":  # as LLaVA does: what comes before the first question is left out
         turns = turns[1:]
-    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise _bad("its turns do not alternate between question and answer")
-    _match_images(system + turns, len(image_paths(record)))
+    _match_images(system + turns, len(own_images(record)))
     answer = ""
     if answered or len(turns) % 2 == 0:
         if len(turns) < 2:
             raise _bad("a conversation without an answer" if turns else "an empty conversation")
         turns = turns[: len(turns) // 2 * 2]
-        answer = _text(turns[-1])
-    if not all(_text(turn) for turn in (turns if answered else turns[:-1]) if turn["role"] == "assistant"):
+        answer = _text(turns[-1].parts)
+    if not all(_text(turn.parts) for turn in (turns if answered else turns[:-1]) if turn.role == "assistant"):
         raise _bad("a conversation with an empty answer")
-    if not answered and turns[-1]["role"] == "assistant":
+    if not answered and turns[-1].role == "assistant":
         turns = turns[:-1]
-    return Conversation(system + turns, answer)
+    shown = tuple(part.pop("number") for turn in system + turns for part in images_in(turn.parts))
+    messages = [{"role": turn.role, "content": turn.parts} for turn in system + turns]
+    return Conversation(messages, answer, shown, tuple(turn.trained for turn in turns if turn.role == "assistant"))
 
 
 def encode(
@@ -103,41 +102,80 @@ def encode(
     answered: bool = True,
     too_long: TooLong = "skip",
 ) -> dict[str, Tensor]:
-    """One record as model inputs without a batch dimension; see `render` for its text.
+    """One record as model inputs without a batch dimension, to train on.
+
+    Args:
+        processor: see `encode_conversation`.
+        record: see `read_conversation`.
+        images: its images in the order of `image_paths`.
+        max_length: most tokens a sample may have.
+        answered: whether the text ends with the last answer or with the generation prompt after the last question.
+        too_long: see `encode_conversation`.
+
+    Raises:
+        BadSample: see `read_conversation` and `encode_conversation`.
+    """
+    return encode_conversation(processor, read_conversation(record, answered), images, max_length, too_long).inputs
+
+
+@dataclass
+class Encoded:
+    """Model inputs of a conversation.
+
+    `ends` are the numbers of tokens up to and including each answer that is left, `prompt` that before the last one.
+    """
+
+    inputs: dict[str, Tensor]
+    ends: list[int]
+    prompt: int
+
+
+def encode_conversation(
+    processor: Any,
+    conversation: Conversation,
+    images: Sequence[Any] = (),
+    max_length: int | None = None,
+    too_long: TooLong = "skip",
+    weighted: bool = True,
+) -> Encoded:
+    """A conversation as model inputs without a batch dimension; see `render` for its text.
+
+    `inputs` are `input_ids`, `attention_mask`, `labels` (tokens,): labels are the tokens of every answer with the
+    special token that closes it, else -100 (all -100 without answers). With images `pixel_values` (images, ...) and
+    whatever else the processor returns.
 
     Args:
         processor: a processor with a chat template that expands every image to a run of image tokens.
-        record: see `read_conversation`.
-        images: its images in the order of its paths.
+        conversation: what `read_conversation` gave.
+        images: the images of its record, in the order of `image_paths`.
         max_length: most tokens a sample may have.
-        answered: whether the text ends with the last answer or with the generation prompt after the last question.
         too_long: what becomes of a longer sample. "skip": it is a bad one. "cut_turns": its last turns are cut, each a
             whole question and answer, as many as it takes; a turn that shows an image is never cut, so that the sample
             is bad if it does not fit by then, or if its first turn is too long already. (LLaVA's own training cuts at
             the token, also in the middle of an answer.)
-
-    Returns:
-        `input_ids`, `attention_mask`, `labels` (tokens,): labels are the tokens of every answer with the special token
-        that closes it, else -100 (all -100 if not answered). With images `pixel_values` (images, ...) and whatever else
-        the processor returns.
+        weighted: leave the answers that are not to be learnt out of the labels.
 
     Raises:
-        BadSample: see `read_conversation`; or the sample is too long, or the template's prompts are no prefixes of it.
+        BadSample: the sample is too long, the template or the processor cannot take it, its prompts are no prefixes of
+            it, or no answer is to be learnt.
     """
-    conversation = read_conversation(record, answered)
     text, spans = render(processor, conversation.messages)
-    inputs = _process(processor, text, images[: conversation.images])
+    if conversation.shown and max(conversation.shown) >= len(images):
+        raise _bad(f"image {max(conversation.shown)} is shown, but there are {len(images)}")
+    inputs = _process(processor, text, [images[number] for number in conversation.shown])
     length = len(inputs["input_ids"])
     limit = length if max_length is None else max_length
     if length > limit and too_long == "skip":
         raise _bad(f"{length} tokens, more than the context of {max_length}")
     inputs["labels"] = _labels(processor, text, spans, inputs["input_ids"], limit)
-    if length <= limit:
-        return inputs
-    ends = answer_ends(inputs["labels"])
-    if not ends or conversation.first(len(ends)).images < conversation.images:
-        raise _bad(f"{length} tokens, more than the context of {max_length}")
-    return {key: value[: ends[-1]] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+    ends, prompt = answer_ends(inputs["labels"]), prompt_length(inputs["labels"])
+    if length > limit:
+        if not ends or conversation.first(len(ends)).images < conversation.images:
+            raise _bad(f"{length} tokens, more than the context of {max_length}")
+        inputs = {key: value[: ends[-1]] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+    if weighted and not all(conversation.trained[: len(ends)]):
+        inputs["labels"] = _trained_labels(inputs["labels"], ends, conversation.trained)
+    return Encoded(inputs, ends, prompt)
 
 
 def answer_ends(labels: Tensor) -> list[int]:
@@ -155,97 +193,60 @@ def prompt_length(labels: Tensor) -> int:
     return int(answer[gaps[-1] + 1] if len(gaps) else answer[0])
 
 
-# Reading the record
+def _text(parts: Sequence[Part]) -> str:
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _turns(record: dict) -> list[dict]:
-    layouts = {"conversations": ("from", "value"), "messages": ("role", "content")}
-    key = next((key for key in layouts if record.get(key) is not None), None)
-    if key is None or not isinstance(record[key], list):
-        raise _bad("neither a list of conversations nor of messages")
-    if len(record[key]) > MOST_TURNS:
-        raise _bad(f"{len(record[key])} turns, more than {MOST_TURNS}")
-    role_key, text_key = layouts[key]
-    turns = []
-    for turn in record[key]:
-        role = turn.get(role_key) if isinstance(turn, dict) else None
-        if not isinstance(role, str) or role not in ROLES:
-            raise _bad(f"a turn of unknown role {role!r}")
-        parts = _parts(turn.get(text_key))
-        turns.append({"role": ROLES[role], "content": parts if role in ("human", "user") else _joined(parts)})
-    return turns
-
-
-def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Text in one part: templates mark an answer part by part. With images as it is, to be refused later."""
-    if len(parts) < 2 or any(part["type"] == "image" for part in parts):
-        return parts
-    return [{"type": "text", "text": " ".join(part["text"].strip() for part in parts)}]
-
-
-def _parts(content: Any) -> list[dict[str, str]]:
-    """Text and image parts in their order, text split at its markers. White space goes at both ends of the text.
-
-    Between text and an image inside it white space stays: templates that move images to the front must glue no words.
-    """
-    items = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    parts = [part for item in items for part in _part(item) if part["type"] == "image" or part["text"].strip()]
-    texts = [part for part in parts if part["type"] == "text"]
-    if texts:
-        texts[0]["text"] = texts[0]["text"].lstrip()
-        texts[-1]["text"] = texts[-1]["text"].rstrip()
-    return parts
-
-
-def _part(item: Any) -> list[dict[str, str]]:
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "image":
-        return [{"type": "image"}]
-    if kind != "text":
-        raise _bad(f"a part of a message that is neither text nor image: {kind!r}")
-    if not isinstance(item.get("text"), str):
-        raise _bad("a turn whose content is no text")
-    try:
-        item["text"].encode()
-    except UnicodeEncodeError as error:  # JSON may hold halves of characters; tokenizers take none
-        raise _bad(f"a turn whose text is no Unicode: {error.reason}") from error
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(item["text"].split(IMAGE_MARKER)):
-        parts += [{"type": "image"}] if number else []
-        parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _text(turn: dict) -> str:
-    return " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
-
-
-def _match_images(turns: list[dict], images: int) -> None:
-    markers = 0
+def _match_images(turns: list[Turn], own: int) -> None:
+    """Number the image parts that have no number yet: they show the record's `own` images that no other part shows."""
     for turn in turns:
-        count = sum(part["type"] == "image" for part in turn["content"])
-        if count and turn["role"] != "user":
-            place = "an answer" if turn["role"] == "assistant" else "a system prompt"
+        if turn.role != "user" and images_in(turn.parts):
+            place = "an answer" if turn.role == "assistant" else "a system prompt"
             raise _bad(f"an {IMAGE_MARKER} marker in {place}")
-        markers += count
-    first = next((turn for turn in turns if turn["role"] == "user"), None)
-    if images and first and not markers:
-        first["content"][:0] = [{"type": "image"} for _ in range(images)]
-    elif markers != images:
-        raise _bad(f"{markers} {IMAGE_MARKER} markers but {images} images")
+    parts = [part for turn in turns for part in images_in(turn.parts)]
+    taken = {part["number"] for part in parts if "number" in part}
+    left = [number for number in range(own) if number not in taken]
+    first = next((turn for turn in turns if turn.role == "user"), None)
+    if left and first and not parts:
+        parts = [{"type": "image"} for _ in left]
+        first.parts[:0] = parts
+    markers = [part for part in parts if "number" not in part]
+    if len(markers) != len(left):
+        raise _bad(f"{len(markers)} {IMAGE_MARKER} markers but {len(left)} images")
+    for part, number in zip(markers, left, strict=True):
+        part["number"] = number
 
 
 # Tokens
 
 
 def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tensor]:
+    for token in (getattr(processor, name, None) for name in ("video_token", "audio_token")):
+        if token and token in text:
+            raise _bad(f"a text with {token}, which the processor takes for a video or a sound")
     extra = text_options(processor.tokenizer, text)
     try:
         # nested, so that processors know these as the images of one sample: LLaVA-OneVision's cuts no tiles of several
         inputs = processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **extra)
     except ValueError as error:  # a marker of this processor inside the text, an image of impossible shape
         raise _bad(str(error)) from error
-    return {key: value[0] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+    inputs = {key: value[0] if key in TOKEN_KEYS else value for key, value in inputs.items()}
+    written = text.count(getattr(processor, "image_token", None) or IMAGE_MARKER)
+    expanded = (inputs["input_ids"] == processor.image_token_id).any()
+    if written != len(images) and (written or not expanded):  # some templates write another token for an image
+        raise _bad(f"the chat template shows {written} images, the conversation {len(images)}")
+    return inputs
+
+
+def _trained_labels(labels: Tensor, ends: list[int], trained: Sequence[bool]) -> Tensor:
+    """The labels without those of answers that are not to be learnt."""
+    labels = labels.clone()
+    for before, end, learnt in zip([0, *ends], ends, trained, strict=False):
+        if not learnt:
+            labels[before:end] = IGNORED
+    if not (labels != IGNORED).any():
+        raise _bad("no answer to learn from: all have weight 0")
+    return labels
 
 
 def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor, limit: int) -> Tensor:

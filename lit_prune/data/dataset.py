@@ -1,8 +1,8 @@
 """Samples of a source and the batches made of them, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -13,63 +13,19 @@ from lit_prune.data.conversation import (
     IGNORED,
     TOKEN_KEYS,
     TooLong,
-    answer_ends,
-    encode,
-    prompt_length,
+    encode_conversation,
     read_conversation,
 )
+from lit_prune.data.records import similar_keys
+from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import ImageFile, Source, sample_name
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import BadSample, LitPruneError, in_words
 from lit_prune.images import MAX_PIXELS, decode_image
 
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
 LONGEST_REASON = 500  # characters; an "image path" may be the image itself in base64
 LARGEST_PIXEL = 1e9  # what a box may reach to; Python's integers may be larger than any float
-
-
-@dataclass
-class Sample:
-    """One encoded record.
-
-    `prompt` is the number of tokens before the last answer, `record` its index in its source, `source` that one's name
-    in a mixture, `cut` how many turns it lost for its length.
-    """
-
-    inputs: dict[str, Tensor]
-    prompt: int
-    id: str | int
-    answer: str
-    question: str
-    skill: str
-    boxes: list
-    record: int
-    cut: int = 0
-    source: str = ""
-
-
-class Skipped(NamedTuple):
-    """A bad sample. Its `record`, the index in its source, tells it apart: other samples may have the same id."""
-
-    file: str
-    sample: str | int
-    reason: str
-    record: int
-
-
-@dataclass
-class Fetched:
-    """What one index batch gave.
-
-    `replaced` counts the samples that stand in for bad ones, `failure` is why a training batch could not be filled,
-    `place` that in a `Stream`.
-    """
-
-    samples: list[Sample]
-    skipped: list[Skipped]
-    replaced: int = 0
-    failure: str | None = None
-    place: tuple | None = None
 
 
 class InstructDataset(Dataset):
@@ -102,7 +58,13 @@ class InstructDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """The encoded record. Raises BadSample, which names file and sample."""
+        """The encoded record.
+
+        Raises:
+            BadSample: whatever is wrong with the record, its images or what the processor makes of them; it names file
+                and sample.
+            LitPruneError: the source itself can't be read any more.
+        """
         name: str | int = index
         try:
             record = self.source[index]
@@ -110,6 +72,12 @@ class InstructDataset(Dataset):
             return self._encode(record, name, index)
         except BadSample as error:
             raise BadSample(self.source.file_of(index), name, _shortened(error.reason)) from error
+        except LitPruneError:
+            raise
+        except BaseException as error:  # templates, tokenizers and processors raise anything on odd input
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's is no Exception
+                raise
+            raise BadSample(self.source.file_of(index), name, _shortened(in_words(error))) from error
 
     def __getitems__(self, indices: list[int]) -> Fetched:
         """The samples of an index batch; called by the data loader in place of `__getitem__`."""
@@ -138,13 +106,16 @@ class InstructDataset(Dataset):
         answered = self.mode != "predict"
         conversation = read_conversation(record, answered)
         images = [self._decode(image) for image in self.source.images(index, record)]
-        inputs = encode(self.processor, record, images, self.max_length, answered, self.too_long)
-        cut = conversation.answers - len(answer_ends(inputs["labels"])) if answered else 0
+        weighted = self.mode == "train"  # in evaluation every answer is one to compare with
+        encoded = encode_conversation(
+            self.processor, conversation, images, self.max_length, self.too_long, weighted=weighted
+        )
+        cut = conversation.answers - len(encoded.ends) if answered else 0
         if cut:
             conversation = conversation.first(conversation.answers - cut)
         return Sample(
-            inputs=inputs,
-            prompt=prompt_length(inputs["labels"]),
+            inputs=encoded.inputs,
+            prompt=encoded.prompt,
             id=name,
             answer=conversation.answer,
             question=conversation.question,
@@ -152,6 +123,8 @@ class InstructDataset(Dataset):
             boxes=_boxes(record),
             record=index,
             cut=cut,
+            file=self.source.file_of(index),
+            unread=() if images else tuple(similar_keys(record)),
         )
 
     def _decode(self, image: ImageFile) -> Image.Image:
@@ -178,13 +151,57 @@ def _boxes(record: dict) -> list[list[float]]:
 
 
 class Collate:
-    """Makes a batch of what an index batch gave: see `InstructData` for its layout. Pickles."""
+    """Makes a batch of what an index batch gave: see `InstructData` for its layout. Pickles.
+
+    A sample that does not go with the others, say for other shapes, is a bad one. In training another one of the batch
+    takes its place.
+    """
 
     def __init__(self, pad_id: int, mode: Mode):
         self.padding = {"input_ids": pad_id, "labels": IGNORED}  # anything else is padded with 0
         self.mode = mode
 
     def __call__(self, fetched: Fetched) -> dict[str, Any]:
+        try:
+            return self._batch(fetched)
+        except Exception as error:
+            return self._batch(self._without_misfits(fetched, error))
+
+    def _without_misfits(self, fetched: Fetched, error: Exception) -> Fetched:
+        """The largest group of samples that go together, found one by one; the others are bad samples."""
+        samples = fetched.samples
+        fitting: list[Sample] = []
+        for first in samples:
+            group = self._grown([first], samples) if self._fits([first]) else []
+            fitting = max(fitting, group, key=len)
+            if len(fitting) > len(samples) // 2:
+                break
+        chosen = {id(sample) for sample in fitting}
+        wrong = [sample for sample in samples if id(sample) not in chosen]
+        reason = f"does not fit into a batch with the others: {_shortened(in_words(error))}"
+        skipped = [Skipped(sample.file, sample.id, reason, sample.record) for sample in wrong]
+        found = replace(fetched, samples=fitting, skipped=[*fetched.skipped, *skipped])
+        if self.mode == "train" and fitting:
+            found.samples = [fitting[number % len(fitting)] for number in range(len(samples))]
+            found.replaced += len(wrong)
+        elif self.mode == "train":
+            found.failure = fetched.failure or f"no sample of a batch can be used; the last: {error_text(skipped[-1])}"
+        return found
+
+    def _grown(self, group: list[Sample], samples: list[Sample]) -> list[Sample]:
+        for sample in samples:
+            if sample is not group[0] and self._fits([*group, sample]):
+                group = [*group, sample]
+        return group
+
+    def _fits(self, samples: list[Sample]) -> bool:
+        try:
+            self._batch(Fetched(samples, []))
+        except Exception:  # any is why the whole batch failed
+            return False
+        return True
+
+    def _batch(self, fetched: Fetched) -> dict[str, Any]:
         samples = fetched.samples
         batch: dict[str, Any] = {
             "inputs": self._inputs(samples),
@@ -203,6 +220,8 @@ class Collate:
             batch["failure"] = fetched.failure
         if fetched.place:
             batch["place"] = fetched.place
+        if unread := {key: (sample.file, sample.id) for sample in samples for key in sample.unread}:
+            batch["unread"] = unread
         if self.mode != "train":
             batch["prompts"] = self._prompts(samples, batch["inputs"])
         return batch

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from lit_prune.data.conversation import image_paths
 from lit_prune.data.dataset import InstructDataset
+from lit_prune.data.records import PAIR_KEYS, TURN_KEYS, image_paths
+from lit_prune.data.resume import spread
 from lit_prune.errors import BadSample
 
 ENCODED = 16  # samples a source that the estimate is fitted to
@@ -19,7 +20,7 @@ def estimate_lengths(dataset: InstructDataset) -> np.ndarray:
     for index in range(len(dataset)):
         sizes[index] = _size(dataset, index)
     probes, tokens = [], []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, ENCODED).astype(int)).tolist():
+    for index in spread(len(dataset), ENCODED):
         try:
             ids = dataset[index].inputs["input_ids"]
         except BadSample:
@@ -38,13 +39,14 @@ def _size(dataset: InstructDataset, index: int) -> tuple[int, int]:
     """Characters of all turns of a record, and its images."""
     try:
         record = dataset.source[index]
-        turns = record.get("conversations") or record.get("messages") or []
-        return sum(_characters(turn.get("value", turn.get("content"))) for turn in turns), len(image_paths(record))
+        turns = next((record[key] for key in TURN_KEYS if record.get(key)), [])
+        texts = [turn.get("value", turn.get("content")) for turn in turns] or [record.get(key) for key in PAIR_KEYS]
+        return sum(map(_characters, texts)), len(image_paths(record))
     except (BadSample, AttributeError, TypeError):  # not what `read_conversation` takes: it will say so
         return 0, 0
 
 
 def _characters(content: object) -> int:
     if isinstance(content, list):
-        return sum(_characters(part.get("text")) for part in content)
+        return sum(_characters(part if isinstance(part, str) else part.get("text")) for part in content)
     return len(content) if isinstance(content, str) else 0

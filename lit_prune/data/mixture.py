@@ -8,7 +8,8 @@ from pathlib import PurePath
 
 from torch.utils.data import Dataset
 
-from lit_prune.data.dataset import Fetched, InstructDataset
+from lit_prune.data.dataset import InstructDataset
+from lit_prune.data.samples import Fetched
 from lit_prune.errors import LitPruneError
 
 

@@ -1,12 +1,21 @@
 """The prompt of a conversation by the processor's own chat template, and where its answers stand in the text."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import TemplateError
 
-from lit_prune.errors import BadSample
+from lit_prune.errors import BadSample, LitPruneError
 
 Span = tuple[int, int]
+# What a text holds in place of an image where a template takes no parts, by the processor's token for one: images come
+# first, as the templates of these families have them. Others are refused.
+PLACEHOLDERS = {
+    "<image>": "<image>\n",  # LLaVA
+    "<IMG_CONTEXT>": "<IMG_CONTEXT>\n",  # InternVL
+    "<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>",  # Qwen-VL
+}
 
 
 def render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
@@ -19,14 +28,33 @@ def render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
     the generation prompt's holds. Text that ends with an answer ends with its closing token, text that ends with a
     question ends with the generation prompt.
 
+    A template that takes texts in place of parts gets texts, with the family's placeholder for each image.
+
     Raises:
-        BadSample: the template refuses the conversation, renders fewer turns to what is no prefix of the whole, or
-            changes an answer.
+        BadSample: the template refuses the conversation, leaves out a part of it, renders fewer turns to what is no
+            prefix of the whole, or changes an answer.
+        LitPruneError: there is no template.
     """
+    apply, whole = _fitting(processor, messages)
     try:
-        return _render(processor, messages)
-    except TemplateError as error:  # templates refuse roles and orders they do not know
-        raise _bad(f"the chat template refuses the conversation: {error}") from error
+        text, spans = _render(processor, messages, apply, whole)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise _refused(processor, error) from error
+    _check_texts(processor, messages, whole)
+    return text, spans
+
+
+def chat_template(processor: Any) -> str | dict[str, str]:
+    """The processor's chat template, else its tokenizer's. Raises LitPruneError where there is none."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not template:
+        raise LitPruneError(
+            f"{_name(processor)} has no chat template: put the model's chat_template.jinja into its folder, "
+            "or take a model that was trained to chat"
+        )
+    return template
 
 
 def text_options(tokenizer: Any, text: str) -> dict[str, bool]:
@@ -35,18 +63,96 @@ def text_options(tokenizer: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if begins else {}
 
 
-def _render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
-    whole = processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+Apply = Callable[[list[dict], bool], str]  # messages, and whether the generation prompt ends the text
+
+
+def _fitting(processor: Any, messages: list[dict]) -> tuple[Apply, str]:
+    """How the template takes messages: in parts, with the system prompt as a text, or all as texts; and what it gives.
+
+    Some templates raise on parts, others write Python's or JSON's form of the list into the prompt.
+    """
+    template = chat_template(processor)
+    chosen = {} if getattr(processor, "chat_template", None) else {"chat_template": template}
+    ends = messages[-1]["role"] == "user"
+    first: Exception | None = None
+    for dress in (_as_parts, _system_as_text, _as_texts):
+
+        def apply(turns: list[dict], generation: bool, dress: Callable = dress) -> str:
+            dressed = [dress(processor, turn) for turn in turns]
+            return processor.apply_chat_template(dressed, add_generation_prompt=generation, **chosen)
+
+        try:
+            whole = apply(messages, ends)
+        except Exception as error:  # jinja passes on what its filters raise
+            first = first or error
+            continue
+        lists = [dress(processor, turn)["content"] for turn in messages]
+        if not any(form in whole for form in _forms(lists)):
+            return apply, whole
+    raise _refused(processor, first)
+
+
+def _forms(contents: list[Any]) -> list[str]:
+    """The contents that are lists, as Python and JSON write them."""
+    lists = [content for content in contents if isinstance(content, list) and content]
+    return [str(content) for content in lists] + [json.dumps(content, ensure_ascii=False) for content in lists]
+
+
+def _as_parts(processor: Any, message: dict) -> dict:
+    return message
+
+
+def _system_as_text(processor: Any, message: dict) -> dict:
+    return _as_texts(processor, message) if message["role"] == "system" else message
+
+
+def _as_texts(processor: Any, message: dict) -> dict:
+    images = sum(part["type"] == "image" for part in message["content"])
+    place = PLACEHOLDERS.get(getattr(processor, "image_token", None))
+    if images and place is None:
+        raise _bad(f"the chat template of {_name(processor)} takes texts alone, and how they show images is not known")
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    return {**message, "content": (place or "") * images + "".join(texts)}
+
+
+def _check_texts(processor: Any, messages: list[dict], whole: str) -> None:
+    """Raise BadSample if a text of the conversation is missing from the prompt: templates drop what they don't know."""
+    at = 0
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text" and (text := part["text"].strip()):
+                at = whole.find(text, at)
+                if at < 0:
+                    what = "system prompt" if message["role"] == "system" else f"{message['role']}'s text"
+                    raise _bad(f"the chat template of {_name(processor)} leaves out or changes the {what}")
+                at += len(text)
+
+
+def _name(processor: Any) -> str:
+    """The processor for messages: its class, and what it was loaded from."""
+    origin = getattr(processor.tokenizer, "name_or_path", "")
+    return f"{type(processor).__name__} ({origin})" if origin else type(processor).__name__
+
+
+def _refused(processor: Any, error: Exception | None) -> BadSample:
+    if error is None or isinstance(error, BadSample):
+        return error or _bad(f"the chat template of {_name(processor)} takes neither parts nor texts")
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    reason = f"{kind}{error}".partition("\n")[0]
+    return _bad(f"the chat template of {_name(processor)} refuses the conversation: {reason}")
+
+
+def _render(processor: Any, messages: list[dict], apply: Apply, whole: str) -> tuple[str, list[Span]]:
     text, spans, done, mark = "", [], 0, None  # `done` characters of `whole` are in `text`
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+            prompt = apply(messages[:number], True)
             before, space, begin = _meet(whole, prompt)
             end = begin + len(message["content"][0]["text"])
             if whole[begin:end] != message["content"][0]["text"]:
                 raise _bad("the chat template changes an answer")
             if not spans:
-                mark = _closing_token(processor, messages[: number + 1], end)
+                mark = _closing_token(processor, apply(messages[: number + 1], False)[end:])
             closing, after = _close(whole, end, mark, processor.tokenizer.eos_token)
             text += whole[done:before] + prompt[before:]
             start = len(text)
@@ -70,12 +176,11 @@ def _meet(whole: str, prompt: str) -> tuple[int, str, int]:
     return before, space[len(prompt) - before :] if space.startswith(prompt[before:]) else "", begin
 
 
-def _closing_token(processor: Any, messages: list[dict], end: int) -> str | None:
-    """The special token that the template writes behind an answer, the last thing the messages say, if any."""
-    rest = processor.apply_chat_template(messages)[end:].lstrip()
+def _closing_token(processor: Any, rest: str) -> str | None:
+    """The special token that the template writes behind an answer, if any; `rest` is all that follows the answer."""
     added = processor.tokenizer.added_tokens_decoder.values()
     special = (*processor.tokenizer.all_special_tokens, *(token.content for token in added if token.special))
-    return next((token for token in special if rest.startswith(token)), None)
+    return next((token for token in special if rest.lstrip().startswith(token)), None)
 
 
 def _close(whole: str, end: int, mark: str | None, eos: str | None) -> tuple[str, int]:

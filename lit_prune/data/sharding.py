@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_prune.data.conversation import read_conversation
+from lit_prune.data.records import without_images
 from lit_prune.data.sources import Source, sample_name
 from lit_prune.data.sources.shards import LARGEST_MEMBER, MANIFEST
 from lit_prune.data.sources.tar_index import BLOCK, index_of
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import BadSample, LitPruneError, in_words
 from lit_prune.files import ASIDE, written_whole
 from lit_prune.images import image_format
 
@@ -139,7 +140,7 @@ def _pack(source: Source, index: int) -> list[tuple[str, bytes]]:
         record = source[index]
         name = sample_name(record, index)
         read_conversation(record, answered=False)
-        members = [("json", json.dumps(record, ensure_ascii=False).encode())]
+        members = [("json", json.dumps(without_images(record), ensure_ascii=False).encode())]
         for number, image in enumerate(source.images(index, record)):
             with image.open() as file:
                 data = file.read(LARGEST_MEMBER + 1)
@@ -151,6 +152,10 @@ def _pack(source: Source, index: int) -> list[tuple[str, bytes]]:
         raise BadSample("", name, error.reason) from error
     except (TypeError, ValueError) as error:
         raise BadSample("", name, f"cannot be written as JSON: {error}") from error
+    except LitPruneError:
+        raise
+    except Exception as error:
+        raise BadSample("", name, in_words(error)) from error
     return members
 
 

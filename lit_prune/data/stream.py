@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lit_prune.data.dataset import MOST_REPLACEMENTS, Fetched, InstructDataset, Sample, Skipped, error_text
+from lit_prune.data.dataset import MOST_REPLACEMENTS, InstructDataset, error_text
 from lit_prune.data.resume import refuse_other_data
+from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import Source
 from lit_prune.data.sources.locations import locate
 from lit_prune.data.sources.tables import Table, explained, library, load_arguments

@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import random
+import re
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_columns_that_no_record_has_go_unread(processor, tmp_path):
     [
         ({"conversations": [json.dumps(conversation("Q", "A"))]}, "neither a list"),
         ({"conversations": [["Q", "A"]]}, "unknown role None"),
-        ({"messages": [conversation("Q", "A")]}, "unknown role None"),
+        ({"messages": [[{"speaker": "human", "value": "Q"}]]}, "without a role .* its keys are speaker, value"),
         ({"conversations": [1]}, "neither a list"),
         ({"conversations": [conversation("Q", "A")], "image": [1]}, "neither a path nor bytes"),
         ({"conversations": [conversation("Q", "A")], "images": [[[b"x"]]]}, "neither a path nor bytes"),
@@ -114,7 +115,7 @@ def test_columns_of_other_types(processor, tmp_path, columns, reason):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     batch = batch_of(open_source(tmp_path / "a.parquet"), processor)
     assert not batch["ids"]
-    assert reason in batch["skipped"][0].reason
+    assert re.search(reason, batch["skipped"][0].reason)
     assert len(batch["skipped"][0].reason) <= 500
 
 

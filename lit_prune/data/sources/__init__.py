@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lit_prune.data.sources.base import ImageFile, Source, sample_name
+from lit_prune.data.references import ImageFile
+from lit_prune.data.sources.base import Source, sample_name
 from lit_prune.data.sources.json_files import JsonFile
 from lit_prune.data.sources.locations import Location, locate
 from lit_prune.data.sources.shards import Shards, check_finished

@@ -3,23 +3,12 @@
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from lit_prune.data.references import ImageFile
 from lit_prune.errors import LitPruneError
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image's file as it stands, not decoded: `name` for messages, `open` for a binary file at its begin.
-
-    `open` raises BadSample for an image that is missing or may not be read.
-    """
-
-    name: str
-    open: Callable[[], BinaryIO]
 
 
 class Source(ABC):
@@ -35,9 +24,7 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict:
-        """A record in the `conversations` or the `messages` layout, as `read_conversation` takes it.
-
-        `image` or `images` name its images. Reading a record reads no image.
+        """A record as `read_conversation` takes it. Reading a record reads none of the images beside its turns.
 
         Raises:
             BadSample: nothing that could be a record; with file and index.
@@ -46,7 +33,7 @@ class Source(ABC):
 
     @abstractmethod
     def images(self, index: int, record: dict) -> list[ImageFile]:
-        """The images of a record in the order of their names, opened by nobody yet.
+        """The images of a record in the order of `image_paths`, opened by nobody yet.
 
         Args:
             index: of the record.

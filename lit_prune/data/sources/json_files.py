@@ -4,15 +4,14 @@ import codecs
 import json
 from array import array
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from lit_prune.data.conversation import image_paths
-from lit_prune.data.sources.base import FileReader, ImageFile, Source
+from lit_prune.data.records import image_paths
+from lit_prune.data.references import ImageFile, image_file
+from lit_prune.data.sources.base import FileReader, Source
 from lit_prune.errors import BadSample, LitPruneError
-from lit_prune.images import open_image
 
 CHUNK = 1 << 20
 LARGEST_RECORD = 1 << 26  # characters, and bytes; a longer "record" is a broken file
@@ -64,7 +63,7 @@ class JsonFile(Source):
         return record
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
-        return [ImageFile(path, partial(open_image, self.images_root, path)) for path in image_paths(record)]
+        return [image_file(value, number, self.images_root) for number, value in enumerate(image_paths(record))]
 
     def file_of(self, index: int) -> str:
         return str(self.path)

@@ -1,17 +1,21 @@
 """Rows of tables, whose images stand in a column of their own as bytes or paths, as records and image files."""
 
-import io
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lit_prune.data.sources.base import ImageFile
+from lit_prune.data.records import IMAGE_KEYS, PAIR_KEYS, PAIRS, SYSTEM_KEYS, TURN_KEYS, UNREAD, image_paths
+from lit_prune.data.references import ImageFile, as_list, image_file, name_of
 from lit_prune.errors import BadSample
-from lit_prune.images import open_image
 
-IMAGE_COLUMNS = ("image", "images")
-TURN_COLUMNS = ("conversations", "messages")
-COLUMNS = ("id", "skill", "boxes", *TURN_COLUMNS, *IMAGE_COLUMNS)  # all that a record has
+
+def columns_read(columns: Sequence[str]) -> list[str]:
+    """The columns that make up a record, besides those of images; none if no column holds turns or questions."""
+    turns = [name for name in TURN_KEYS if name in columns]
+    if not turns and not {asked for asked, _ in PAIRS} & set(columns):
+        return []
+    read = {"id", "skill", "boxes", *SYSTEM_KEYS, *UNREAD, *(turns or PAIR_KEYS)}
+    return [name for name in columns if name in read]
 
 
 def record_of(row: dict[str, Any]) -> dict:
@@ -20,49 +24,57 @@ def record_of(row: dict[str, Any]) -> dict:
     Raises:
         BadSample: images that are neither a path nor bytes. File and sample are left open.
     """
-    record = {key: value for key, value in row.items() if value is not None and key not in IMAGE_COLUMNS}
-    for column in TURN_COLUMNS:
-        if isinstance(record.get(column), dict):  # a struct of lists, as older versions of `datasets` write it
-            turns = record[column]
-            record[column] = [dict(zip(turns, values, strict=False)) for values in zip(*turns.values(), strict=False)]
-    if names := [_name(value, number) for number, value in enumerate(stored_images(row))]:
+    record = {key: value for key, value in row.items() if value is not None and key not in IMAGE_KEYS}
+    for column in TURN_KEYS:
+        if column in record:
+            record[column] = _as_turns(record[column])
+    if names := [name_of(value, number) for number, value in enumerate(stored_images(row))]:
         record["images"] = names
     return record
 
 
-def image_files(row: dict[str, Any], root: Path | None) -> list[ImageFile]:
+def image_files(row: dict[str, Any], record: dict, root: Path | None) -> list[ImageFile]:
     """The images of a row: of their bytes, else of the file that their path names under the root.
+
+    Args:
+        row: its columns of images.
+        record: what `record_of` made of the row.
+        root: folder that paths start from; None refuses them.
 
     Raises:
         BadSample: as `record_of`.
     """
-    images = []
-    for number, value in enumerate(stored_images(row)):
-        name, data = _name(value, number), value.get("bytes") if isinstance(value, dict) else value
-        opens = partial(io.BytesIO, data) if isinstance(data, bytes) else partial(_open_path, root, name)
-        images.append(ImageFile(name, opens))
-    return images
+    own = stored_images(row)
+    inside = image_paths(record)[len(own) :]  # the turns
+    return [image_file(value, number, root) for number, value in enumerate([*own, *inside])]
 
 
 def stored_images(row: dict[str, Any]) -> list[Any]:
-    """What the row holds in place of images: a path, bytes, or a dict of both, each."""
-    value = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+    """What the row holds in place of images: a path, bytes, or a dict of both, each.
+
+    Raises:
+        BadSample: something else, or others in either column. File and sample are left open.
+    """
+    found = [as_list(row.get(column)) for column in IMAGE_KEYS if as_list(row.get(column))]
+    for values in found:
+        for number, value in enumerate(values):
+            if not isinstance(value, str | bytes) and not (
+                isinstance(value, dict) and value.keys() & {"bytes", "path"}
+            ):
+                raise BadSample("", None, f"image {number} is neither a path nor bytes")
+    if len(found) > 1 and [*map(name_of, found[0], range(9999))] != [*map(name_of, found[1], range(9999))]:
+        raise BadSample("", None, f"images in the columns {' and '.join(IMAGE_KEYS)} that differ")
+    return found[0] if found else []
+
+
+def _as_turns(value: Any) -> Any:
+    """A list of objects, where an older `datasets` has stored an object of lists; also for the contents of turns."""
+    if isinstance(value, dict) and value and all(isinstance(values, list) for values in value.values()):
+        value = [dict(zip(value, values, strict=False)) for values in zip(*value.values(), strict=False)]
     if isinstance(value, list):
-        return value
-    return [] if value is None or value == {"bytes": None, "path": None} else [value]
-
-
-def _name(value: Any, number: int) -> str:
-    held = value if isinstance(value, dict) else {"path": value} if isinstance(value, str) else {"bytes": value}
-    path, data = held.get("path"), held.get("bytes")
-    if isinstance(path, str) and path:
-        return path
-    if not isinstance(data, bytes):
-        raise BadSample("", None, f"image {number} is neither a path nor bytes")
-    return f"number {number}"
-
-
-def _open_path(root: Path | None, path: str) -> BinaryIO:
-    if root is None:
-        raise BadSample("", None, f"image {path} is only a path: the folder it lies in must be given as image root")
-    return open_image(root, path)
+        turns = [turn for turn in value if isinstance(turn, dict)]
+        for turn in turns:
+            for key in ("content", "value"):
+                if isinstance(turn.get(key), dict):
+                    turn[key] = _as_turns(turn[key])
+    return value

@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lit_prune.data.conversation import image_paths
-from lit_prune.data.sources.base import FileReader, ImageFile, Source
+from lit_prune.data.records import image_paths
+from lit_prune.data.references import ImageFile, name_of
+from lit_prune.data.sources.base import FileReader, Source
 from lit_prune.data.sources.tar_index import index_of
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -53,13 +54,13 @@ class Shards(Source):
         if not isinstance(record, dict):
             found = f"not {type(record).__name__}" if span[1] else "there is none beside its images"
             raise BadSample(self.paths[shard], index, f"a JSON object was expected, {found}")
-        if images and record.get("image") is None and record.get("images") is None:
+        if images and not _names_images(record):
             record["images"] = [f"number {number}" for number in range(len(images))]
         return record
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
         shard, (_, *spans) = self._place(index)
-        names = image_paths(record)
+        names = [name_of(value, number) for number, value in enumerate(image_paths(record))]
         if len(names) != len(spans):
             raise BadSample("", None, f"{len(names)} images are named but {len(spans)} lie in the shard")
         return [ImageFile(name, partial(self._open, shard, span)) for name, span in zip(names, spans, strict=True)]
@@ -83,6 +84,14 @@ class Shards(Source):
         if span[1] > LARGEST_MEMBER:
             raise BadSample("", None, f"{span[1]} bytes in one member, more than {LARGEST_MEMBER}")
         return self._reader.read(self.paths[shard], self.indexes[shard].size, *span)
+
+
+def _names_images(record: dict) -> bool:
+    """Whether the record names images; also where it cannot be read, which is said later."""
+    try:
+        return bool(image_paths(record))
+    except BadSample:
+        return True
 
 
 def check_finished(folder: Path) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lit_prune.data.sources.base import ImageFile, Source
+from lit_prune.data.records import IMAGE_KEYS, UNREAD
+from lit_prune.data.references import ImageFile
+from lit_prune.data.sources.base import Source
 from lit_prune.data.sources.locations import HUB, Location
-from lit_prune.data.sources.rows import COLUMNS, IMAGE_COLUMNS, TURN_COLUMNS, image_files, record_of
+from lit_prune.data.sources.rows import columns_read, image_files, record_of
 from lit_prune.errors import BadSample, LitPruneError, extra
 
 BATCH = 1000  # rows that are read of a parquet file at a time; `datasets` writes row groups of so many
 
 
 class Table(Source):
-    """Rows with a column `conversations` or `messages`, and `image` or `images`; columns that no record has go unread.
+    """Rows with a column of turns, and `image` or `images`; columns that no record has go unread.
 
     Images are bytes, paths, or structs of `bytes` and `path`, one or a list of them (the `Image` feature too). Rows are
     read as they are stored: no decoder of `datasets` runs. A path without bytes is one under the image root.
@@ -44,11 +46,11 @@ class Table(Source):
         images_root: Path | None,
         files: Sequence[Path] = (),
     ):
-        if not set(TURN_COLUMNS) & set(columns):
-            raise LitPruneError(f"{location}: no column {' or '.join(TURN_COLUMNS)}; it has {', '.join(columns)}")
+        self.text_columns = columns_read(columns)
+        if not self.text_columns:
+            raise LitPruneError(f"{location}: no column conversations or messages; it has {', '.join(columns)}")
         self.row, self.count, self.location, self.images_root = row, count, location, images_root
-        self.text_columns = [name for name in columns if name in COLUMNS and name not in IMAGE_COLUMNS]
-        self.image_columns = [name for name in columns if name in IMAGE_COLUMNS]
+        self.image_columns = [name for name in columns if name in IMAGE_KEYS]
         self._files = list(files)
 
     def __len__(self) -> int:
@@ -59,8 +61,13 @@ class Table(Source):
             raise IndexError(index)
         try:
             row = self._row(index)
-            values = {name: row[name][0].as_py() for name in self.text_columns}
-            return record_of(values | {name: _without_bytes(row[name][0]) for name in self.image_columns})
+            media = {*self.image_columns, *UNREAD}
+            return record_of(
+                {
+                    name: _without_bytes(row[name][0]) if name in media else row[name][0].as_py()
+                    for name in (*self.text_columns, *self.image_columns)
+                }
+            )
         except BadSample as error:
             raise BadSample(self.location, index, error.reason) from error
         except (ValueError, OverflowError) as error:  # a time that Python has no word for
@@ -68,7 +75,7 @@ class Table(Source):
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
         row = self._row(index)
-        return image_files({name: row[name][0].as_py() for name in self.image_columns}, self.images_root)
+        return image_files({name: row[name][0].as_py() for name in self.image_columns}, record, self.images_root)
 
     def file_of(self, index: int) -> str:
         return self.location

@@ -15,7 +15,7 @@ from lit_prune.files import written_whole
 VERSION = 2
 BLOCK = 512
 SUFFIX = ".index.npy"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""One encoded record, a bad one, and what an index batch gives."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One encoded record.
+
+    `prompt` is the number of tokens before the last answer, `record` its index in its source and `file` the file there,
+    `source` that one's name in a mixture, `cut` how many turns it lost for its length, `unread` which of its keys seem
+    to hold images that nothing reads.
+    """
+
+    inputs: dict[str, Tensor]
+    prompt: int
+    id: str | int
+    answer: str
+    question: str
+    skill: str
+    boxes: list
+    record: int
+    cut: int = 0
+    source: str = ""
+    file: str = ""
+    unread: tuple[str, ...] = ()
+
+
+class Skipped(NamedTuple):
+    """A bad sample. Its `record`, the index in its source, tells it apart: other samples may have the same id."""
+
+    file: str
+    sample: str | int
+    reason: str
+    record: int
+
+
+@dataclass
+class Fetched:
+    """What one index batch gave.
+
+    `replaced` counts the samples that stand in for bad ones, `failure` is why a training batch could not be filled,
+    `place` that in a `Stream`.
+    """
+
+    samples: list[Sample]
+    skipped: list[Skipped]
+    replaced: int = 0
+    failure: str | None = None
+    place: tuple | None = None
