@@ -264,8 +264,8 @@ class PruneModule(LightningModule):
         """The same as validation, on the test set."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
-        """Answers to a batch of prompts."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str | None]]:
+        """Answers to a batch of prompts, each with its question and the data's own answer, None where there is none."""
         together = self._in_step
         if together and not has_image(batch):
             batch = with_blank(batch, self.vlm)
@@ -274,7 +274,9 @@ class PruneModule(LightningModule):
         limits = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
         texts = self.vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1])
-        return [{"id": str(i), "answer": text} for i, text in zip(batch["ids"], texts, strict=False)]  # none of a blank
+        samples = zip(batch["ids"], texts, batch["questions"], batch["answers"], strict=False)  # none of a blank
+        keys = ("id", "answer", "question", "reference")
+        return [dict(zip(keys, (str(i), text, asked, known or None), strict=True)) for i, text, asked, known in samples]
 
     @property
     def _in_step(self) -> bool:

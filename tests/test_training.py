@@ -149,7 +149,12 @@ def test_validation_test_and_prediction_answer(student, world, tmp_path):
         assert 0 <= found[f"{stage}/accuracy/all"] <= 1
         assert found[f"{stage}/visual_tokens"] == KEEP
     answers = run.predict(module, data)
-    assert [sorted(answer) for answer in answers[0]] == [["answer", "id"]] * 6
+    assert [sorted(answer) for answer in answers[0]] == [["answer", "id", "question", "reference"]] * 6
+    data.setup("predict")
+    held = {str(record["id"]): record for record in data.datasets["predict"].source}
+    for answer in answers[0]:
+        asked, told = (turn["value"] for turn in held[answer["id"]]["conversations"])
+        assert (answer["question"], answer["reference"]) == (asked.removeprefix("<image>").strip(), told)
 
 
 def test_predict_writes_its_answers(student, world, tmp_path, caplog):

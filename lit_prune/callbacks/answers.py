@@ -8,7 +8,9 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class WriteAnswers(Callback):
-    """Writes what `predict` answers as JSON lines with `id` and `answer`, batch by batch.
+    """Writes what `predict` answers as JSON lines with `id`, `answer`, `question` and `reference`, batch by batch.
+
+    `reference` is the answer that the data hold, null where they hold none.
 
     Rank 0 writes `answers.jsonl`, rank 3 `answers.rank3.jsonl`, in place of those of a `predict` before.
 

@@ -154,6 +154,22 @@ class PruneCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
 
+    def before_instantiate_classes(self) -> None:
+        """Data that are missing end a run here, before a model is loaded and a logger has begun anything."""
+        self.checked: InstructData | None = None
+        if self.verb is None:
+            return
+        spec = self.config[self.verb].data
+        kind = _load(spec.class_path)
+        if issubclass(kind, InstructData):
+            self.checked = kind(**spec.init_args.as_dict())
+            self.checked.check(self.verb)
+
+    def after_instantiate_classes(self) -> None:
+        """What was opened to check it is not opened again."""
+        if self.checked is not None:
+            self.datamodule.opened = self.checked.opened
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put right what Lightning's own parts make of our configurations."""
         trainer = super().instantiate_trainer(**kwargs)

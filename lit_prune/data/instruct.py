@@ -1,9 +1,6 @@
 """LightningDataModule for instruction data that can be indexed: JSON, tables, tar shards."""
 
-import os
-import signal
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,16 +13,19 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
 from lit_prune.data.bad_samples import BadSampleLog
+from lit_prune.data.checks import check_sources
 from lit_prune.data.conversation import TooLong
 from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
 from lit_prune.data.lengths import estimate_lengths
-from lit_prune.data.loader import Loader
+from lit_prune.data.loader import make_loader
 from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
+from lit_prune.data.prompt import chat_template
 from lit_prune.data.resume import fingerprint
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
 from lit_prune.data.settings import check_numbers, check_share
 from lit_prune.data.sources import Source, open_source
+from lit_prune.data.tally import Tally
 from lit_prune.errors import LitPruneError
 from lit_prune.loading import context_length
 from lit_prune.progress import batches_since_step
@@ -108,8 +108,8 @@ class InstructData(LightningDataModule):
         self.seed, self.max_length, self.max_bad_share = seed, max_length, max_bad_share
         self.too_long, self.group_by_length, self.prefetch_factor = too_long, group_by_length, prefetch_factor
         self.datasets: dict[str, InstructDataset | Mixture] = {}
-        self._seen: Counter[str] = Counter()  # training samples on this rank, by source
-        self._cut = 0
+        self.opened: dict[tuple, Source] = {}  # by location and image root: what `check` opened and `setup` takes
+        self.tally = Tally()
         self.bad_samples = BadSampleLog(max_bad_share)
         self._processor: Any = None
         self._loaded_from: str | None = None
@@ -128,20 +128,34 @@ class InstructData(LightningDataModule):
     def processor(self, processor: Any) -> None:
         self._processor, self._loaded_from = processor, None
 
+    def check(self, stage: str) -> None:
+        """Open the data that a verb reads, so that what is missing is noticed before a model is loaded.
+
+        Args:
+            stage: fit, validate, test or predict.
+
+        Raises:
+            LitPruneError: data that are not given, not there, cannot be read at all; or training data without images.
+        """
+        for split in self._splits(stage):
+            self._check(split)
+
     # What Lightning calls
 
     def setup(self, stage: str | None = None) -> None:
         for name in [s for s, split in REQUIRED.items() if (s == stage if stage else self.paths[split])]:
-            if not self.paths[REQUIRED[name]]:
-                raise LitPruneError(
-                    f"data: {REQUIRED[name]} is not given: {name} needs a file or folder of instruction data"
-                )
-            for split in SPLITS[name]:
-                if self.paths[split] and split != "train":
-                    self.datasets[split] = self._encoder(split)(open_source(self.paths[split], self.images))
+            for split in self._splits(name):
+                if split != "train":
+                    (place,) = self._places(split)
+                    self.datasets[split] = self._encoder(split)(self._open(*place))
         if stage in (None, "fit") and self.paths["train"]:
             self._setup_train()
         self._prepare_trainer()
+
+    def teardown(self, stage: str) -> None:
+        """Say so if a run saw no image at all."""
+        if stage == "fit":
+            self.tally.warn_without_images()
 
     def train_dataloader(self) -> DataLoader:
         batches = self._train_batches
@@ -161,7 +175,8 @@ class InstructData(LightningDataModule):
         return self._eval_loader("predict")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Takes the account of bad samples off the batch."""
+        """Take the batch's account of bad samples, and warn of what was not read."""
+        self.tally.warn_of_keys(batch.pop("unread", {}))
         skipped, cut, replaced = batch.pop("skipped", []), batch.pop("cut", 0), batch.pop("replaced", 0)
         stage, current = "data", None
         if self.trainer is not None:
@@ -174,8 +189,7 @@ class InstructData(LightningDataModule):
         if "failure" in batch:
             raise LitPruneError(batch["failure"])
         if split == "train":
-            self._seen.update(batch["sources"])
-            self._cut += cut
+            self.tally.add(batch, cut)
             batch["figures"] = self._figures()
         return batch
 
@@ -209,17 +223,43 @@ class InstructData(LightningDataModule):
 
     # Parts
 
+    def _splits(self, stage: str) -> list[str]:
+        """The splits that a verb reads. Raises LitPruneError if the one that it needs is not given."""
+        if not self.paths[REQUIRED[stage]]:
+            raise LitPruneError(
+                f"data: {REQUIRED[stage]} is not given: {stage} needs a file or folder of instruction data"
+            )
+        return [split for split in SPLITS[stage] if self.paths[split]]
+
+    def _places(self, split: str) -> list[tuple[str, str | None]]:
+        """Location and image root of every source of a split."""
+        if split == "train":
+            return [(source.data, source.images) for source in self.sources]
+        return [(self.paths[split], self.images)]
+
+    def _open(self, location: str, images: str | None) -> Source:
+        return self.opened.pop((location, images), None) or open_source(location, images)
+
+    def _check(self, split: str) -> None:
+        sources = [self._open(*place) for place in self._places(split)]
+        check_sources(sources, split, unreadable=self.max_bad_share == 1)
+        self.opened |= dict(zip(self._places(split), sources, strict=True))
+
     def _setup_train(self) -> None:
         encode = self._encoder("train")
-        parts = [encode(open_source(source.data, source.images)) for source in self.sources]
+        parts = [encode(self._open(*place)) for place in self._places("train")]
         self.datasets["train"] = Mixture(parts, [source.name for source in self.sources])
         carries = self.trainer is not None and self.trainer.strategy.handles_gradient_accumulation
         multiple = self.trainer.accumulate_grad_batches if carries else 1
         prints = [fingerprint(part.source) for part in parts]
-        self._train_batches = TrainBatches(self._order(), self.batch_size, *self._rank_and_world(), multiple, prints)
+        repeats = self.trainer is not None and self.trainer.overfit_batches > 0
+        self._train_batches = TrainBatches(
+            self._order(), self.batch_size, *self._rank_and_world(), multiple, prints, repeats
+        )
 
     def _encoder(self, split: str) -> Callable[[Source], InstructDataset]:
-        """Makes the data set of a source's samples."""
+        """Makes the data set of a source's samples. Raises LitPruneError for a processor without a chat template."""
+        chat_template(self.processor)
         options = {"max_length": self._context(), "mode": _mode(split), "too_long": self.too_long}
         return partial(InstructDataset, processor=self.processor, **options)
 
@@ -232,10 +272,8 @@ class InstructData(LightningDataModule):
 
     def _figures(self) -> dict[str, float]:
         """What is logged of the training data."""
-        names, seen = self.datasets["train"].names, self._seen.total()
-        figures = {f"share/{name}": self._seen[name] / seen for name in names} if len(names) > 1 else {}
-        cut = {"cut_turns": float(self._cut)} if self.too_long == "cut_turns" else {}
-        return figures | cut | {"bad": float(len(self.bad_samples.known))}
+        cut = {"cut_turns": float(self.tally.cut)} if self.too_long == "cut_turns" else {}
+        return self.tally.shares(self.datasets["train"].names) | cut | {"bad": float(len(self.bad_samples.known))}
 
     def _context(self) -> int | None:
         """The given `max_length`, else the context of the base model as far as it is known."""
@@ -245,18 +283,8 @@ class InstructData(LightningDataModule):
 
     def _loader(self, split: str, **order: Any) -> DataLoader:
         """A loader; `order` are its arguments that say what a batch is made of."""
-        if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
-        return Loader(
-            self.datasets[split],
-            num_workers=self.num_workers,
-            collate_fn=Collate(pad_token(self.processor), _mode(split)),
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_outlive_first_signal,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            generator=torch.Generator().manual_seed(self.seed),  # loaders shall not draw from the global one
-            **{"persistent_workers": self.num_workers > 0, **order},
-        )
+        collate = Collate(pad_token(self.processor), _mode(split))
+        return make_loader(self.datasets[split], collate, self.num_workers, self.prefetch_factor, self.seed, **order)
 
     def _eval_loader(self, split: str) -> DataLoader:
         share = RankShare(len(self.datasets[split]), *self._rank_and_world())
@@ -279,9 +307,3 @@ class InstructData(LightningDataModule):
 
 def _mode(split: str) -> Mode:
     return split if split in ("train", "predict") else "eval"
-
-
-def _outlive_first_signal(_: int) -> None:
-    """For workers: the signals of a job reach them too, but are the main process's affair. A second one ends them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

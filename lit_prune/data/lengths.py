@@ -4,7 +4,7 @@ import numpy as np
 
 from lit_prune.data.dataset import InstructDataset
 from lit_prune.data.records import PAIR_KEYS, TURN_KEYS, image_paths
-from lit_prune.data.resume import spread
+from lit_prune.data.sources import spread
 from lit_prune.errors import BadSample
 
 ENCODED = 16  # samples a source that the estimate is fitted to

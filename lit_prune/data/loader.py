@@ -1,10 +1,13 @@
-"""A data loader whose dead workers are reported in words."""
+"""Data loaders whose workers outlive the signals of a job, and whose dead workers are reported in words."""
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from lit_prune.errors import LitPruneError
 
@@ -33,3 +36,36 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         with dead_workers_explained():
             yield from super().__iter__()
+
+
+def make_loader(
+    dataset: Dataset, collate: Callable, workers: int, prefetch: int | None, seed: int, **order: Any
+) -> Loader:
+    """A loader of index batches.
+
+    Args:
+        dataset: gives an index batch.
+        collate: makes a batch of it.
+        workers: processes that read.
+        prefetch: batches that each reads ahead; None for torch's own number.
+        seed: of what torch draws for its workers.
+        order: arguments of the loader that say what a batch is made of.
+    """
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
+    return Loader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_first_signal,
+        prefetch_factor=prefetch if workers else None,
+        generator=torch.Generator().manual_seed(seed),  # loaders shall not draw from the global one
+        **{"persistent_workers": workers > 0, **order},
+    )
+
+
+def _outlive_first_signal(_: int) -> None:
+    """For workers: the signals of a job reach them too, but are the main process's affair. A second one ends them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

@@ -4,13 +4,9 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
-
 from lit_prune.data.records import PAIR_KEYS
-from lit_prune.data.sources import Source
+from lit_prune.data.sources import Source, spread
 from lit_prune.errors import BadSample, LitPruneError
-
-SAMPLED = 64  # records a source that its fingerprint is over
 
 
 def fingerprint(source: Source) -> str:
@@ -19,21 +15,17 @@ def fingerprint(source: Source) -> str:
     So records in another order are found out; a change of a few is not, unless it hits one of these.
     """
     digest = hashlib.sha256()
-    for index in spread(len(source), SAMPLED):
+    for index in spread(len(source)):
         try:
             record = source[index]
         except BadSample:
             record = {}
         told = [record.get(key) for key in ("id", "conversations", "messages")]
         if told[1:] == [None, None]:
-            told += [record.get(key) for key in ("conversation", *PAIR_KEYS)]
+            others = [record.get(key) for key in ("conversation", *PAIR_KEYS)]
+            told += others if any(value is not None for value in others) else []
         digest.update(json.dumps(told, default=str).encode())
     return digest.hexdigest()[:16]
-
-
-def spread(size: int, count: int) -> list[int]:
-    """At most `count` indices below `size`, evenly spaced."""
-    return np.unique(np.linspace(0, size - 1, count).astype(int)).tolist()
 
 
 def refuse_other_data(saved: dict[str, Any], given: dict[str, Any], what: str) -> None:

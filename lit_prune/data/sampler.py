@@ -22,7 +22,8 @@ class TrainBatches(Sampler[list[int]]):
     batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
     `consumed`, so that `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to the epoch
     that Lightning sets: it counts an epoch that `max_steps` broke off as a whole one, the data goes on where it was.
-    `fingerprints` are those of the sources, see `fingerprint`.
+    `fingerprints` are those of the sources, see `fingerprint`. With `repeats` every epoch has the order of the first,
+    to overfit on a few batches.
 
     Raises:
         LitPruneError: fewer samples than one global batch.
@@ -36,9 +37,10 @@ class TrainBatches(Sampler[list[int]]):
         world: int = 1,
         multiple: int = 1,
         fingerprints: Sequence[str] = (),
+        repeats: bool = False,
     ):
         self.order, self.batch_size, self.rank, self.world, self.multiple = order, batch_size, rank, world, multiple
-        self.fingerprints = list(fingerprints)
+        self.fingerprints, self.repeats = list(fingerprints), repeats
         self.global_batch = batch_size * world
         if len(order) < self.global_batch * multiple:
             accumulated = f", accumulated {multiple} times," if multiple > 1 else ""
@@ -107,7 +109,7 @@ class TrainBatches(Sampler[list[int]]):
         }
 
     def _batches(self, epoch: int, starts: range) -> Iterator[list[int]]:
-        order = self.order.epoch(epoch)
+        order = self.order.epoch(0 if self.repeats else epoch)
         for start in starts:
             yield order[start + self.rank : start + self.global_batch : self.world].tolist()
 

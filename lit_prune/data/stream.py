@@ -15,7 +15,7 @@ from lit_prune.data.dataset import MOST_REPLACEMENTS, InstructDataset, error_tex
 from lit_prune.data.resume import refuse_other_data
 from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import Source
-from lit_prune.data.sources.locations import locate
+from lit_prune.data.sources.locations import Location, locate
 from lit_prune.data.sources.tables import Table, explained, library, load_arguments
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -72,9 +72,7 @@ class Stream(IterableDataset):
         rank: int = 0,
         world: int = 1,
     ):
-        found = locate(location)
-        if found.kind not in KINDS:
-            raise LitPruneError(f"{location}: only parquet, arrow and the hub are streamed; InstructData reads it")
+        found = streamed_location(location)
         self.location, self.encode, self.names = found, encode, [name]
         self.images_root = Path(images_root) if images_root is not None else found.folder
         self.batch_size, self.steps, self.seed, self.block = batch_size, steps, seed, block
@@ -213,6 +211,15 @@ class Stream(IterableDataset):
 
     def _name(self, file: int) -> str:
         return str(self.location.files[file]) if self.location.files else f"{self.location.name}, file {file}"
+
+
+def streamed_location(location: str) -> Location:
+    """The files of a location that can be streamed. Raises LitPruneError for another one, or without `datasets`."""
+    found = locate(location)
+    if found.kind not in KINDS:
+        raise LitPruneError(f"{location}: only parquet, arrow and the hub are streamed; InstructData reads it")
+    library()
+    return found
 
 
 def _sample(data: InstructDataset, row: int) -> Sample | Skipped:

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from lit_prune.data.instruct import InstructData
 from lit_prune.data.settings import check_numbers
-from lit_prune.data.stream import Stream
+from lit_prune.data.stream import Stream, streamed_location
 from lit_prune.errors import LitPruneError
 from lit_prune.progress import batches_since_step
 
@@ -63,7 +63,17 @@ class StreamedData(InstructData):
         if self._stream is not None and state_dict:
             self._stream.load_state_dict(state_dict)
 
+    def _check(self, split: str) -> None:
+        if split == "train":
+            streamed_location(self.sources[0].data)
+        else:
+            super()._check(split)
+
     def _setup_train(self) -> None:
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise LitPruneError(
+                "overfit_batches needs the same batches in every epoch, which a stream does not give: use InstructData"
+            )
         source = self.sources[0]
         rank, world = self._rank_and_world()
         self._stream = self.datasets["train"] = Stream(

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from lit_prune.data.references import ImageFile
-from lit_prune.data.sources.base import Source, sample_name
+from lit_prune.data.sources.base import Source, sample_name, spread
 from lit_prune.data.sources.json_files import JsonFile
 from lit_prune.data.sources.locations import Location, locate
 from lit_prune.data.sources.shards import Shards, check_finished
 from lit_prune.data.sources.tables import open_table
 from lit_prune.errors import LitPruneError
 
-__all__ = ["ImageFile", "Source", "open_source", "sample_name"]
+__all__ = ["ImageFile", "Source", "open_source", "sample_name", "spread"]
 
 
 def open_source(location: str | Path, images_root: str | Path | None = None) -> Source:

@@ -4,11 +4,22 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from lit_prune.data.records import own_images, similar_keys
 from lit_prune.data.references import ImageFile
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import BadSample, LitPruneError
+
+SAMPLED = 64  # records of a source that are looked at to know it
+
+
+def spread(size: int, count: int = SAMPLED) -> list[int]:
+    """At most `count` indices below `size`, evenly spaced."""
+    return np.unique(np.linspace(0, size - 1, count).astype(int)).tolist()
 
 
 class Source(ABC):
@@ -46,6 +57,15 @@ class Source(ABC):
     @abstractmethod
     def file_of(self, index: int) -> str:
         """The file or location that messages about a record name."""
+
+    def similar_keys(self) -> list[str]:
+        """Keys of records without an image that look as if they held some, of 64 records, evenly spaced."""
+        found: dict[str, None] = {}
+        for index in spread(len(self)):
+            with suppress(BadSample):
+                record = self[index]
+                found |= {} if own_images(record) else dict.fromkeys(similar_keys(record))
+        return list(found)
 
     @property
     @abstractmethod

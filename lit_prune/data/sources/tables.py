@@ -1,15 +1,17 @@
 """Arrow tables by Hugging Face `datasets`: parquet and arrow files, `save_to_disk` folders, data sets of the hub."""
 
+import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lit_prune.data.records import IMAGE_KEYS, UNREAD
+from lit_prune.data.records import IMAGE_KEYS, UNREAD, similar_keys
 from lit_prune.data.references import ImageFile
 from lit_prune.data.sources.base import Source
 from lit_prune.data.sources.locations import HUB, Location
@@ -51,6 +53,7 @@ class Table(Source):
             raise LitPruneError(f"{location}: no column conversations or messages; it has {', '.join(columns)}")
         self.row, self.count, self.location, self.images_root = row, count, location, images_root
         self.image_columns = [name for name in columns if name in IMAGE_KEYS]
+        self.columns = list(columns)
         self._files = list(files)
 
     def __len__(self) -> int:
@@ -80,6 +83,9 @@ class Table(Source):
     def file_of(self, index: int) -> str:
         return self.location
 
+    def similar_keys(self) -> list[str]:
+        return [] if self.image_columns else similar_keys(dict.fromkeys(self.columns, "unread"))
+
     @property
     def files(self) -> list[Path]:
         return self._files
@@ -105,6 +111,7 @@ def open_table(location: Location, images_root: Path | None) -> Table:
             there or cannot be reached.
     """
     datasets = library()
+    _refuse_empty(location)
     with explained(location.name):
         if location.kind == "saved":
             data = datasets.load_from_disk(str(location.files[0]))
@@ -116,6 +123,25 @@ def open_table(location: Location, images_root: Path | None) -> Table:
         files = [Path(file["filename"]) for file in data.cache_files]
         row = data.with_format("arrow").__getitem__
     return Table(row, len(data), data.column_names, location.name, images_root or location.folder, files)
+
+
+def _refuse_empty(location: Location) -> None:
+    """Raise LitPruneError for a table without rows, which `datasets` takes for a broken one."""
+    empty = False
+    with suppress(Exception):  # broken files are explained later
+        if location.kind == "parquet":
+            from pyarrow.parquet import read_metadata
+
+            empty = all(read_metadata(file).num_rows == 0 for file in location.files)
+        else:
+            empty = location.kind == "saved" and not _saved_files(location.files[0])
+    if empty:
+        raise LitPruneError(f"{location.name}: it has no data: 0 rows")
+
+
+def _saved_files(folder: Path) -> list[Any]:
+    """The data files of a folder that `Dataset.save_to_disk` wrote."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
 
 
 def load_arguments(location: Location) -> dict[str, Any]:
@@ -154,6 +180,9 @@ def library() -> ModuleType:
 @contextmanager
 def explained(location: str) -> Iterator[None]:
     """What `datasets` raises for a broken file or an unreachable hub, as one sentence with the location."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs the same error
     try:
         yield
     except ConnectionError as error:
@@ -164,6 +193,8 @@ def explained(location: str) -> Iterator[None]:
     except Exception as error:  # broken files raise anything
         cause = error.__cause__ or error
         raise LitPruneError(f"{location}: cannot be read: {type(cause).__name__}: {cause}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _without_bytes(scalar: Any) -> Any:

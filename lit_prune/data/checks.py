@@ -1,0 +1,70 @@
+"""What can be said of data before a model is loaded: that they are there, can be read, and show images."""
+
+import logging
+from collections.abc import Sequence
+
+from lit_prune.data.conversation import read_conversation
+from lit_prune.data.records import image_paths
+from lit_prune.data.sources import Source, spread
+from lit_prune.errors import BadSample, LitPruneError
+
+LOOKED_AT = 10_000  # records that are looked through for an image
+
+log = logging.getLogger(__name__)
+
+
+def check_sources(sources: Sequence[Source], split: str, unreadable: bool = False) -> None:
+    """Look at records of the sources of a split, and warn of keys that seem to hold images which nothing reads.
+
+    Args:
+        sources: all of the split.
+        split: train, val, test or predict.
+        unreadable: whether a source may hold no readable record at all.
+
+    Raises:
+        LitPruneError: a source without a readable record, or training data without an image.
+    """
+    for source in sources:
+        if not unreadable:
+            _refuse_unreadable(source, answered=split != "predict")
+    if split == "train" and not any(map(_shows_images, sources)):
+        raise LitPruneError(_no_images(sources))
+    for source in sources:
+        if (keys := source.similar_keys()) and not _shows_images(source):
+            log.warning("%s: no record shows an image, and nothing reads %s", source.file_of(0), ", ".join(keys))
+
+
+def _refuse_unreadable(source: Source, answered: bool) -> None:
+    """Raise LitPruneError if none of 64 records, evenly spaced, holds a conversation; `answered`: with an answer."""
+    indices, first = spread(len(source)), None
+    for index in indices:
+        try:
+            read_conversation(source[index], answered)
+        except BadSample as error:
+            first = first or BadSample(source.file_of(index), index, error.reason)
+        else:
+            return
+    raise LitPruneError(f"none of {len(indices)} records can be read; {first}")
+
+
+def _shows_images(source: Source) -> bool:
+    """Whether a record of the source refers to an image; of many records 10,000 are looked at, evenly spaced."""
+    return any(_images(source, index) for index in spread(len(source), LOOKED_AT))
+
+
+def _no_images(sources: Sequence[Source]) -> str:
+    """One sentence on training data without images, with the keys that look as if they held some."""
+    count = sum(len(source) for source in sources)
+    keys = sorted({key for source in sources for key in source.similar_keys()})
+    told = f"; nothing reads {', '.join(f'`{key}`' for key in keys)}" if keys else ""
+    return (
+        f"data.train: none of {count} records shows an image, and pruning learns from images alone{told}: images stand "
+        "under `image` or `images`, or in the turns"
+    )
+
+
+def _images(source: Source, index: int) -> int:
+    try:
+        return len(image_paths(source[index]))
+    except BadSample:
+        return 0

@@ -1,0 +1,50 @@
+"""A count of what training has read, for what is logged and for what is worth a warning."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lit_prune.data.conversation import TOKEN_KEYS
+
+ENOUGH = 100  # samples without any image that are worth a warning
+
+log = logging.getLogger(__name__)
+
+
+class Tally:
+    """Counts training samples on this rank by their source, and turns that were cut. Warns once of each thing."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+        self.cut = 0
+        self._images = False
+        self._warned: set[str] = set()
+
+    def add(self, batch: dict[str, Any], cut: int) -> None:
+        """Count a training batch, of whose samples `cut` turns are left out."""
+        self.seen.update(batch["sources"])
+        self.cut += cut
+        self._images |= any(key not in TOKEN_KEYS for key in batch["inputs"])
+        self.warn_without_images(ENOUGH)
+
+    def shares(self, names: Sequence[str]) -> dict[str, float]:
+        """The share of each source of a mixture; nothing for a single source."""
+        total = self.seen.total()
+        return {f"share/{name}": self.seen[name] / total for name in names} if len(names) > 1 else {}
+
+    def warn_without_images(self, enough: int = 1) -> None:
+        """Say it once if none of the samples so far, at least `enough`, had an image."""
+        total = self.seen.total()
+        if total >= enough and not self._images:
+            self._warn("", f"none of the {total} samples trained on so far shows an image: nothing is learnt from them")
+
+    def warn_of_keys(self, unread: dict[str, tuple[str, Any]]) -> None:
+        """Say it once for each key that samples without an image have and nothing reads; `unread` names one by file."""
+        for key, (file, sample) in unread.items():
+            self._warn(key, f"{file}: sample {sample} has no image, and nothing reads its {key}")
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            log.warning(text)
+        self._warned.add(key)
