@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lit_prune.data.parts import IMAGE_MARKER, Part, images_in
 from lit_prune.data.prompt import Span, render, text_options
-from lit_prune.data.records import Turn, image_paths, number_images, own_images, read_turns
+from lit_prune.data.records import Turn, image_paths, number_images, own_images, read_turns, similar_keys
 from lit_prune.errors import BadSample
+from lit_prune.images import short
 
 __all__ = ["Conversation", "Encoded", "encode", "encode_conversation", "image_paths", "read_conversation"]
 
@@ -78,7 +79,7 @@ def read_conversation(record: dict, answered: bool = True) -> Conversation:
         turns = turns[1:]
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise _bad("its turns do not alternate between question and answer")
-    _match_images(system + turns, len(own_images(record)))
+    _match_images(system + turns, len(own_images(record)), similar_keys(record))
     answer = ""
     if answered or len(turns) % 2 == 0:
         if len(turns) < 2:
@@ -197,7 +198,7 @@ def _text(parts: Sequence[Part]) -> str:
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _match_images(turns: list[Turn], own: int) -> None:
+def _match_images(turns: list[Turn], own: int, unread: list[str]) -> None:
     """Number the image parts that have no number yet: they show the record's `own` images that no other part shows."""
     for turn in turns:
         if turn.role != "user" and images_in(turn.parts):
@@ -212,7 +213,8 @@ def _match_images(turns: list[Turn], own: int) -> None:
         first.parts[:0] = parts
     markers = [part for part in parts if "number" not in part]
     if len(markers) != len(left):
-        raise _bad(f"{len(markers)} {IMAGE_MARKER} markers but {len(left)} images")
+        hint = f"; nothing reads its {short(', '.join(unread))}" if unread else ""
+        raise _bad(f"{len(markers)} {IMAGE_MARKER} markers but {len(left)} images{hint}")
     for part, number in zip(markers, left, strict=True):
         part["number"] = number
 

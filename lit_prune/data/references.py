@@ -23,7 +23,7 @@ LONGEST_PATH = 4096  # characters; no file system takes more
 DEEPEST = 3  # objects around a reference, as in {"image_url": {"url": ...}}
 
 # Base64 of the first bytes of JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC, SVG, XML and PDF.
-_BASE64_IMAGE = re.compile(r"/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk[0-3]|SUkqA|TU0AK|AAAA.{4,6}ZnR5c|PHN2Z|PD94bW|JVBERi")
+_BASE64_IMAGE = re.compile(r"/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk[0-3]|SUkqA|TU0AK|AAAA..Z0eXB|PHN2Z|PD94bW|JVBERi")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
