@@ -147,10 +147,10 @@ def _render(processor: Any, messages: list[dict], apply: Apply, whole: str) -> t
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = apply(messages[:number], True)
-            before, space, begin = _meet(whole, prompt)
+            before, space, begin = _meet(processor, whole, prompt)
             end = begin + len(message["content"][0]["text"])
             if whole[begin:end] != message["content"][0]["text"]:
-                raise _bad("the chat template changes an answer")
+                raise _bad(f"the chat template of {_name(processor)} changes an answer")
             if not spans:
                 mark = _closing_token(processor, apply(messages[: number + 1], False)[end:])
             closing, after = _close(whole, end, mark, processor.tokenizer.eos_token)
@@ -162,7 +162,7 @@ def _render(processor: Any, messages: list[dict], apply: Apply, whole: str) -> t
     return (text, spans) if messages[-1]["role"] == "assistant" else (text + whole[done:], [])
 
 
-def _meet(whole: str, prompt: str) -> tuple[int, str, int]:
+def _meet(processor: Any, whole: str, prompt: str) -> tuple[int, str, int]:
     """Where a generation prompt and the whole text part, white space apart.
 
     Returns:
@@ -170,7 +170,7 @@ def _meet(whole: str, prompt: str) -> tuple[int, str, int]:
     """
     before = len(prompt.rstrip())
     if whole[:before] != prompt[:before]:
-        raise _bad("the chat template renders the first turns differently when others follow")
+        raise _bad(f"the chat template of {_name(processor)} renders the first turns differently when others follow")
     begin = len(whole) - len(whole[before:].lstrip())
     space = whole[before:begin]
     return before, space[len(prompt) - before :] if space.startswith(prompt[before:]) else "", begin
