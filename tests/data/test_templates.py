@@ -103,9 +103,9 @@ def test_a_family_without_a_known_placeholder_is_refused():
             RECORD,
             "leaves out or changes the user's text",
         ),
-        (UNMARKED.replace("{{ '<image>\n' }}", ""), RECORD, "shows 0 images, the conversation 1"),
+        (UNMARKED.replace("{{ '<image>\n' }}", ""), RECORD, "image"),  # by the library, or by us
         (of_texts("{{ message['content'] | tojson }}"), RECORD, "changes an answer"),
-        ("no messages at all", RECORD, "the chat template of LlavaProcessor"),
+        ("no messages at all", RECORD, "changes an answer"),
     ],
 )
 def test_templates_that_fail_are_named(template, record, words):
@@ -113,9 +113,7 @@ def test_templates_that_fail_are_named(template, record, words):
         encode(make_processor(template), record, [RED])
     assert words in caught.value.reason
     assert "\n" not in caught.value.reason
-    assert (
-        words in ("changes an answer", "shows 0 images, the conversation 1") or "LlavaProcessor" in caught.value.reason
-    )
+    assert words == "image" or "the chat template of LlavaProcessor" in caught.value.reason
 
 
 def test_a_failing_template_names_file_and_sample(tmp_path):
