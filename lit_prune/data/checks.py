@@ -41,10 +41,10 @@ def _refuse_unreadable(source: Source, answered: bool) -> None:
         try:
             read_conversation(source[index], answered)
         except BadSample as error:
-            first = first or BadSample(source.file_of(index), index, error.reason)
+            first = first or f"sample {index}: {error.reason}"
         else:
             return
-    raise LitPruneError(f"none of {len(indices)} records can be read; {first}")
+    raise LitPruneError(f"{source.file_of(0)}: none of {len(indices)} records can be read: {first}")
 
 
 def _shows_images(source: Source) -> bool:

@@ -9,8 +9,10 @@ from instruct_samples import make_data, write_samples
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_prune.data.bad_samples import BadSampleLog
-from lit_prune.data.dataset import Skipped
+from lit_prune.data.dataset import Collate, InstructDataset
 from lit_prune.data.mixture import WeightedSource
+from lit_prune.data.samples import Skipped
+from lit_prune.data.sources import open_source
 from lit_prune.errors import LitPruneError
 
 
@@ -134,3 +136,66 @@ def test_a_list_that_was_cut_short_does_no_harm(tmp_path):
     (tmp_path / "bad_samples.jsonl").write_text('3\n{"other": 1}\nnot JSON\n{"file": "f.json", "sam')
     BadSampleLog(0.5, tmp_path, 1).update("train", 0, 10, [Skipped("f.json", "a", "broken", 0)], 100)
     assert (tmp_path / "bad_samples.rank1.jsonl").is_file()
+
+
+# Samples that do not go together
+
+
+class Odd(InstructDataset):
+    """Gives the samples of `odd` pixel values of another shape."""
+
+    odd: tuple[int, ...] = ()
+
+    def _encode(self, record, name, index):
+        sample = super()._encode(record, name, index)
+        if index in self.odd:
+            sample.inputs["pixel_values"] = sample.inputs["pixel_values"][0]
+        return sample
+
+
+def odd_batch(processor, tmp_path, odd, mode):
+    path = write_samples(tmp_path, 6)
+    data = Odd(open_source(path), processor, mode=mode)
+    data.odd = odd
+    return str(path), Collate(0, mode)(data.__getitems__(list(range(6))))
+
+
+@pytest.mark.parametrize("odd", [(0,), (5,), (2, 3), (0, 5)])
+def test_a_sample_that_does_not_fit_its_batch_is_bad(processor, tmp_path, odd):
+    path, batch = odd_batch(processor, tmp_path, odd, "eval")
+    assert batch["records"] == [index for index in range(6) if index not in odd]
+    assert batch["inputs"]["pixel_values"].shape == (6 - len(odd), 3, 8, 8)
+    assert batch["prompts"]["input_ids"].shape[0] == 6 - len(odd)
+    assert [(bad.file, bad.sample, bad.record) for bad in batch["skipped"]] == [(path, f"s{i}", i) for i in odd]
+    assert all("does not fit into a batch with the others: " in bad.reason for bad in batch["skipped"])
+    _, batch = odd_batch(processor, tmp_path, odd, "train")
+    assert len(batch["ids"]) == 6
+    assert set(batch["records"]) == set(range(6)) - set(odd)
+    assert batch["replaced"] == len(odd)
+
+
+def test_a_batch_that_cannot_be_made_at_all(processor, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Collate, "_join", fail)
+    _, batch = odd_batch(processor, tmp_path, (), "eval")
+    assert batch["ids"] == []
+    assert len(batch["skipped"]) == 6
+    _, batch = odd_batch(processor, tmp_path, (), "train")
+    assert "no sample of a batch can be used; the last: " in batch["failure"]
+
+
+def test_odd_samples_are_counted_in_training(processor, tmp_path, monkeypatch):
+    path = write_samples(tmp_path, 24)
+    encode = InstructDataset._encode
+
+    def odd(self, record, name, index):
+        sample = encode(self, record, name, index)
+        if index == 7:
+            sample.inputs["pixel_values"] = sample.inputs["pixel_values"].flatten()
+        return sample
+
+    monkeypatch.setattr(InstructDataset, "_encode", odd)
+    fit(processor, [str(path)], tmp_path / "run", max_epochs=2)
+    assert listed(tmp_path / "run") == {"bad_samples.jsonl": [(str(path), "s7")]}
