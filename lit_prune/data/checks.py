@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lit_prune.data.conversation import read_conversation
 from lit_prune.data.records import image_paths
 from lit_prune.data.sources import Source, spread
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import BadSample, LitPruneError, in_words
 
 LOOKED_AT = 10_000  # records that are looked through for an image
 
@@ -40,8 +40,9 @@ def _refuse_unreadable(source: Source, answered: bool) -> None:
     for index in indices:
         try:
             read_conversation(source[index], answered)
-        except BadSample as error:
-            first = first or f"sample {index}: {error.reason}"
+        except Exception as error:  # whatever it is, it will be a bad sample
+            reason = error.reason if isinstance(error, BadSample) else in_words(error)
+            first = first or f"sample {index}: {reason}"
         else:
             return
     raise LitPruneError(f"{source.file_of(0)}: none of {len(indices)} records can be read: {first}")
@@ -54,11 +55,12 @@ def _shows_images(source: Source) -> bool:
 
 def _no_images(sources: Sequence[Source]) -> str:
     """One sentence on training data without images, with the keys that look as if they held some."""
-    count = sum(len(source) for source in sources)
+    count, looked = sum(map(len, sources)), sum(min(len(source), LOOKED_AT) for source in sources)
+    some = f"{looked} of {count} records, evenly spaced," if looked < count else f"{count} records"
     keys = sorted({key for source in sources for key in source.similar_keys()})
     told = f"; nothing reads {', '.join(f'`{key}`' for key in keys)}" if keys else ""
     return (
-        f"data.train: none of {count} records shows an image, and pruning learns from images alone{told}: images stand "
+        f"data.train: none of {some} shows an image, and pruning learns from images alone{told}: images stand "
         "under `image` or `images`, or in the turns"
     )
 
@@ -66,5 +68,5 @@ def _no_images(sources: Sequence[Source]) -> str:
 def _images(source: Source, index: int) -> int:
     try:
         return len(image_paths(source[index]))
-    except BadSample:
+    except Exception:  # a bad sample, whatever it is
         return 0

@@ -226,6 +226,11 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
     for token in (getattr(processor, name, None) for name in ("video_token", "audio_token")):
         if token and token in text:
             raise _bad(f"a text with {token}, which the processor takes for a video or a sound")
+    token = getattr(processor, "image_token", None) or IMAGE_MARKER
+    written = text.count(token)
+    if written and written != len(images):  # some templates write another token for an image, and none of these
+        passed = f"{len(images)} were passed" if images else "no images were passed"
+        raise _bad(f"the prompt has {written} times {token}, the processor's own token for an image, but {passed}")
     extra = text_options(processor.tokenizer, text)
     try:
         # nested, so that processors know these as the images of one sample: LLaVA-OneVision's cuts no tiles of several
@@ -233,10 +238,8 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
     except ValueError as error:  # a marker of this processor inside the text, an image of impossible shape
         raise _bad(str(error)) from error
     inputs = {key: value[0] if key in TOKEN_KEYS else value for key, value in inputs.items()}
-    written = text.count(getattr(processor, "image_token", None) or IMAGE_MARKER)
-    expanded = (inputs["input_ids"] == processor.image_token_id).any()
-    if written != len(images) and (written or not expanded):  # some templates write another token for an image
-        raise _bad(f"the chat template shows {written} images, the conversation {len(images)}")
+    if images and not (inputs["input_ids"] == processor.image_token_id).any():
+        raise _bad(f"the chat template shows none of {len(images)} images")
     return inputs
 
 

@@ -42,7 +42,7 @@ def _size(dataset: InstructDataset, index: int) -> tuple[int, int]:
         turns = next((record[key] for key in TURN_KEYS if record.get(key)), [])
         texts = [turn.get("value", turn.get("content")) for turn in turns] or [record.get(key) for key in PAIR_KEYS]
         return sum(map(_characters, texts)), len(image_paths(record))
-    except (BadSample, AttributeError, TypeError):  # not what `read_conversation` takes: it will say so
+    except Exception:  # not what `read_conversation` takes: it will say so
         return 0, 0
 
 

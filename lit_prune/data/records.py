@@ -1,7 +1,8 @@
 """Records in the layouts that people use, read into turns: who speaks, text and images, and what is trained on.
 
 `conversations` (LLaVA, ShareGPT) and `messages` (OpenAI, Hugging Face) hold turns, whose keys may be those of either;
-`instruction`, `input`, `output` (Alpaca) and their relatives hold one question and its answer.
+`texts` (The Cauldron, FineVision) pairs of them; `instruction`, `input`, `output` (Alpaca) and their relatives one
+question and its answer.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ ROLES: dict[str, Role] = {
     "developer": "system",
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-TURN_KEYS = ("conversations", "messages", "conversation")
+TURN_KEYS = ("conversations", "messages", "conversation", "texts")
 IMAGE_KEYS = ("image", "images")
 SYSTEM_KEYS = ("system", "system_prompt")
 PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
@@ -63,9 +64,10 @@ def read_turns(record: dict, answered: bool = True) -> list[Turn]:
     """
     _refuse_unread(record, UNREAD)
     given = {key: record[key] for key in TURN_KEYS if record.get(key) is not None}
-    layouts = [_turns(value) for value in given.values() if value != []]
+    held = [key for key in given if given[key] != []]
+    layouts = [_turns(given[key]) for key in held[:1] + [key for key in held[1:] if key == "messages"]]
     if any(turns != layouts[0] for turns in layouts[1:]):
-        raise _bad(f"turns under {' and '.join(given)} that differ")
+        raise _bad("turns under conversations and messages that differ")
     turns = layouts[0] if layouts else _pair(record, answered)
     if turns is None and not given:
         raise _bad(f"neither a list of conversations nor of messages; its keys are {_keys(record)}")
@@ -161,9 +163,17 @@ def similar_keys(record: dict) -> list[str]:
 def _turns(value: Any) -> list[Turn]:
     if not isinstance(value, list):
         raise _bad("neither a list of conversations nor of messages")
-    if len(value) > MOST_TURNS:
-        raise _bad(f"{len(value)} turns, more than {MOST_TURNS}")
-    return [_turn(turn) for turn in value]
+    turns = [turn for item in value for turn in _both(item)]
+    if len(turns) > MOST_TURNS:
+        raise _bad(f"{len(turns)} turns, more than {MOST_TURNS}")
+    return [_turn(turn) for turn in turns]
+
+
+def _both(item: Any) -> list[Any]:
+    """An item of a list of turns as turns: one, or a question and its answer (`user`, `assistant`)."""
+    if isinstance(item, dict) and {"user", "assistant"} <= item.keys():
+        return [{"role": role, "content": item[role]} for role in ("user", "assistant")]
+    return [item]
 
 
 def _turn(turn: Any) -> Turn:

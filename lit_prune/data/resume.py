@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import Any
 
 from lit_prune.data.records import PAIR_KEYS
@@ -22,9 +23,10 @@ def fingerprint(source: Source) -> str:
             record = {}
         told = [record.get(key) for key in ("id", "conversations", "messages")]
         if told[1:] == [None, None]:
-            others = [record.get(key) for key in ("conversation", *PAIR_KEYS)]
+            others = [record.get(key) for key in ("conversation", "texts", *PAIR_KEYS)]
             told += others if any(value is not None for value in others) else []
-        digest.update(json.dumps(told, default=str).encode())
+        with suppress(RecursionError):  # nested too deeply: a bad sample
+            digest.update(json.dumps(told, default=str).encode())
     return digest.hexdigest()[:16]
 
 

@@ -203,7 +203,7 @@ def test_spoilt_records_are_bad_or_right(root, qwen, data):
     check(data.draw(spoilt(data.draw(dressed(said, root)))), qwen, root)
 
 
-@MANY
+@settings(MANY, max_examples=500)
 @given(objects)
 def test_any_object_is_bad_or_right(root, qwen, record):
     check(record, qwen, root)

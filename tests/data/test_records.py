@@ -49,6 +49,8 @@ def reason(record: dict, answered: bool = True) -> str:
         {"conversations": conversation("Q", "A"), "messages": CHAT},
         {"conversations": [], "messages": CHAT},
         {"conversations": conversation("Q", "A"), "system": "", "tools": [], "video": None, "videos": [None]},
+        {"texts": [{"user": "Q", "assistant": "A", "source": "x"}]},
+        {"messages": CHAT, "texts": ["a text in the image"], "conversation": "7"},
         {"instruction": "Q", "output": "A"},
         {"instruction": "Q", "input": "", "output": "A"},
         {"query": "Q", "response": "A", "history": None},

@@ -12,7 +12,7 @@ import numpy as np
 
 from lit_prune.data.records import own_images, similar_keys
 from lit_prune.data.references import ImageFile
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import LitPruneError
 
 SAMPLED = 64  # records of a source that are looked at to know it
 
@@ -62,7 +62,7 @@ class Source(ABC):
         """Keys of records without an image that look as if they held some, of 64 records, evenly spaced."""
         found: dict[str, None] = {}
         for index in spread(len(self)):
-            with suppress(BadSample):
+            with suppress(Exception):  # a bad sample, whatever it is
                 record = self[index]
                 found |= {} if own_images(record) else dict.fromkeys(similar_keys(record))
         return list(found)

@@ -11,7 +11,7 @@ from lit_prune.errors import BadSample
 
 def columns_read(columns: Sequence[str]) -> list[str]:
     """The columns that make up a record, besides those of images; none if no column holds turns or questions."""
-    turns = [name for name in TURN_KEYS if name in columns]
+    turns = [name for name in TURN_KEYS[:2] if name in columns] or [name for name in TURN_KEYS[2:] if name in columns]
     if not turns and not {asked for asked, _ in PAIRS} & set(columns):
         return []
     read = {"id", "skill", "boxes", *SYSTEM_KEYS, *UNREAD, *(turns or PAIR_KEYS)}
@@ -61,7 +61,8 @@ def stored_images(row: dict[str, Any]) -> list[Any]:
             if not isinstance(value, str | bytes) and not (
                 isinstance(value, dict) and value.keys() & {"bytes", "path"}
             ):
-                raise BadSample("", None, f"image {number} is neither a path nor bytes")
+                hint = ": arrays of pixels are not read, files are" if isinstance(value, list) else ""
+                raise BadSample("", None, f"image {number} is neither a path nor bytes{hint}")
     if len(found) > 1 and [*map(name_of, found[0], range(9999))] != [*map(name_of, found[1], range(9999))]:
         raise BadSample("", None, f"images in the columns {' and '.join(IMAGE_KEYS)} that differ")
     return found[0] if found else []
