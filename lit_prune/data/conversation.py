@@ -79,7 +79,7 @@ def read_conversation(record: dict, answered: bool = True) -> Conversation:
         turns = turns[1:]
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise _bad("its turns do not alternate between question and answer")
-    _match_images(system + turns, len(own_images(record)), similar_keys(record))
+    _match_images(system + turns, record)
     answer = ""
     if answered or len(turns) % 2 == 0:
         if len(turns) < 2:
@@ -198,21 +198,22 @@ def _text(parts: Sequence[Part]) -> str:
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _match_images(turns: list[Turn], own: int, unread: list[str]) -> None:
-    """Number the image parts that have no number yet: they show the record's `own` images that no other part shows."""
+def _match_images(turns: list[Turn], record: dict) -> None:
+    """Number the image parts that have no number yet: they show the record's own images that no other part shows."""
     for turn in turns:
         if turn.role != "user" and images_in(turn.parts):
             place = "an answer" if turn.role == "assistant" else "a system prompt"
             raise _bad(f"an {IMAGE_MARKER} marker in {place}")
     parts = [part for turn in turns for part in images_in(turn.parts)]
     taken = {part["number"] for part in parts if "number" in part}
-    left = [number for number in range(own) if number not in taken]
+    left = [number for number in range(len(own_images(record))) if number not in taken]
     first = next((turn for turn in turns if turn.role == "user"), None)
     if left and first and not parts:
         parts = [{"type": "image"} for _ in left]
         first.parts[:0] = parts
     markers = [part for part in parts if "number" not in part]
     if len(markers) != len(left):
+        unread = similar_keys(record)
         hint = f"; nothing reads its {short(', '.join(unread))}" if unread else ""
         raise _bad(f"{len(markers)} {IMAGE_MARKER} markers but {len(left)} images{hint}")
     for part, number in zip(markers, left, strict=True):

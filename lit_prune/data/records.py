@@ -80,8 +80,20 @@ def image_paths(record: dict) -> list[Any]:
     Raises:
         BadSample: see `own_images` and `read_turns`.
     """
-    holds_turns = any(record.get(key) for key in TURN_KEYS)
-    return number_images(record, read_turns(record, answered=False) if holds_turns else [])
+    return number_images(record, read_turns(record, answered=False) if _images_inside(record) else [])
+
+
+def _images_inside(record: dict) -> bool:
+    """Whether turns of a record may refer to images themselves: quicker than to read them."""
+    held = (record.get(key) for key in TURN_KEYS)
+    turns = [turn for value in held if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    return any(
+        isinstance(turn.get("value"), list)
+        or isinstance(turn.get("content"), list)
+        or "image" in turn
+        or "images" in turn
+        for turn in turns
+    )
 
 
 def own_images(record: dict) -> list[Any]:
@@ -90,6 +102,8 @@ def own_images(record: dict) -> list[Any]:
     Raises:
         BadSample: they are no references, or others under either key. File and sample are left open.
     """
+    if record.keys().isdisjoint(IMAGE_KEYS):
+        return []
     given = [value for value in (record.get(key) for key in IMAGE_KEYS) if as_list(value)]
     if not all(isinstance(value, str | bytes | dict | list | tuple) for value in given):
         raise _bad("its images are neither a path nor a list of paths")
@@ -153,10 +167,11 @@ def similar_keys(record: dict) -> list[str]:
     """Keys that nothing reads, but that look as if they held images."""
     found = []
     for key, value in record.items():
-        letters = "".join(filter(str.isalpha, str(key))).lower()
-        looks = letters.startswith(("image", "img", "pic", "photo")) or get_close_matches(letters, IMAGE_KEYS, 1, 0.75)
-        if key not in KNOWN and looks and isinstance(value, str | list | dict) and as_list(value):
-            found.append(str(key))
+        if key not in KNOWN and isinstance(value, str | list | dict) and as_list(value):
+            letters = "".join(filter(str.isalpha, str(key))).lower()
+            looks = letters.startswith(("image", "img", "pic", "photo"))
+            if looks or get_close_matches(letters, IMAGE_KEYS, 1, 0.75):
+                found.append(str(key))
     return found
 
 
@@ -260,7 +275,7 @@ def _with_system(record: dict, turns: list[Turn]) -> list[Turn]:
 
 
 def _refuse_unread(holder: dict, keys: dict[str, str]) -> None:
-    for key, reason in keys.items():
+    for key, reason in () if holder.keys().isdisjoint(keys) else keys.items():
         value = holder.get(key)
         if value and value != "[]" and as_list(value):
             raise _bad(f"it has {key}: {reason}")
