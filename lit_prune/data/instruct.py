@@ -108,7 +108,7 @@ class InstructData(LightningDataModule):
         self.seed, self.max_length, self.max_bad_share = seed, max_length, max_bad_share
         self.too_long, self.group_by_length, self.prefetch_factor = too_long, group_by_length, prefetch_factor
         self.datasets: dict[str, InstructDataset | Mixture] = {}
-        self.opened: dict[tuple, Source] = {}  # by location and image root: what `check` opened and `setup` takes
+        self.opened: dict[str, list[Source]] = {}  # by split: what `check` opened and `setup` takes
         self.tally = Tally()
         self.bad_samples = BadSampleLog(max_bad_share)
         self._processor: Any = None
@@ -129,10 +129,7 @@ class InstructData(LightningDataModule):
         self._processor, self._loaded_from = processor, None
 
     def check(self, stage: str) -> None:
-        """Open the data that a verb reads, so that what is missing is noticed before a model is loaded.
-
-        Args:
-            stage: fit, validate, test or predict.
+        """Open the data that a verb (fit, validate, test, predict) reads: to be called before a model is loaded.
 
         Raises:
             LitPruneError: data that are not given, not there, cannot be read at all; or training data without images.
@@ -146,8 +143,8 @@ class InstructData(LightningDataModule):
         for name in [s for s, split in REQUIRED.items() if (s == stage if stage else self.paths[split])]:
             for split in self._splits(name):
                 if split != "train":
-                    (place,) = self._places(split)
-                    self.datasets[split] = self._encoder(split)(self._open(*place))
+                    (source,) = self._sources(split)
+                    self.datasets[split] = self._encoder(split)(source)
         if stage in (None, "fit") and self.paths["train"]:
             self._setup_train()
         self._prepare_trainer()
@@ -190,7 +187,8 @@ class InstructData(LightningDataModule):
             raise LitPruneError(batch["failure"])
         if split == "train":
             self.tally.add(batch, cut)
-            batch["figures"] = self._figures()
+            cut_turns = self.too_long == "cut_turns"
+            batch["figures"] = self.tally.figures(self.datasets["train"].names, len(self.bad_samples.known), cut_turns)
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -231,23 +229,21 @@ class InstructData(LightningDataModule):
             )
         return [split for split in SPLITS[stage] if self.paths[split]]
 
-    def _places(self, split: str) -> list[tuple[str, str | None]]:
-        """Location and image root of every source of a split."""
+    def _sources(self, split: str) -> list[Source]:
+        """The sources of a split: those that were checked, else opened now."""
+        if split in self.opened:
+            return self.opened.pop(split)
         if split == "train":
-            return [(source.data, source.images) for source in self.sources]
-        return [(self.paths[split], self.images)]
-
-    def _open(self, location: str, images: str | None) -> Source:
-        return self.opened.pop((location, images), None) or open_source(location, images)
+            return [open_source(source.data, source.images) for source in self.sources]
+        return [open_source(self.paths[split], self.images)]
 
     def _check(self, split: str) -> None:
-        sources = [self._open(*place) for place in self._places(split)]
+        self.opened[split] = sources = self._sources(split)
         check_sources(sources, split, unreadable=self.max_bad_share == 1)
-        self.opened |= dict(zip(self._places(split), sources, strict=True))
 
     def _setup_train(self) -> None:
         encode = self._encoder("train")
-        parts = [encode(self._open(*place)) for place in self._places("train")]
+        parts = [encode(source) for source in self._sources("train")]
         self.datasets["train"] = Mixture(parts, [source.name for source in self.sources])
         carries = self.trainer is not None and self.trainer.strategy.handles_gradient_accumulation
         multiple = self.trainer.accumulate_grad_batches if carries else 1
@@ -269,11 +265,6 @@ class InstructData(LightningDataModule):
         world = self._rank_and_world()[1]
         given = None if None in weights else tuple(weights)
         return Order(mixture.sizes, given, self.seed, lengths, self.batch_size * world)
-
-    def _figures(self) -> dict[str, float]:
-        """What is logged of the training data."""
-        cut = {"cut_turns": float(self.tally.cut)} if self.too_long == "cut_turns" else {}
-        return self.tally.shares(self.datasets["train"].names) | cut | {"bad": float(len(self.bad_samples.known))}
 
     def _context(self) -> int | None:
         """The given `max_length`, else the context of the base model as far as it is known."""

@@ -28,7 +28,8 @@ TURN_KEYS = ("conversations", "messages", "conversation", "texts")
 IMAGE_KEYS = ("image", "images")
 SYSTEM_KEYS = ("system", "system_prompt")
 PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
-PAIR_KEYS = (*(key for pair in PAIRS for key in pair), "input", "history")
+BESIDE_PAIRS = ("context", "passage", "choices", "options", "hint")  # without these their questions are others
+PAIR_KEYS = (*(key for pair in PAIRS for key in pair), "input", "history", *BESIDE_PAIRS)
 WEIGHT_KEYS = ("weight", "loss", "train")  # of an answer: 0 or false leaves it out of the labels
 UNREAD = {  # without these a sample would say something else than its record
     **dict.fromkeys(("video", "videos"), "videos are not read"),
@@ -242,6 +243,7 @@ def _pair(record: dict, answered: bool) -> list[Turn] | None:
     for asked, told in PAIRS:
         if is_absent(record.get(asked)) or (answered and record.get(told) is None):
             continue
+        _refuse_unread(record, dict.fromkeys(BESIDE_PAIRS, "write it into the question"))
         question, more = record[asked], record.get("input") if asked == "instruction" else None
         if not is_absent(more):
             if not isinstance(more, str) or not isinstance(question, str):
@@ -267,6 +269,8 @@ def _with_system(record: dict, turns: list[Turn]) -> list[Turn]:
     given = [record[key] for key in SYSTEM_KEYS if not is_absent(record.get(key))]
     if not given:
         return turns
+    if any(text != given[0] for text in given[1:]):
+        raise _bad(f"{' and '.join(SYSTEM_KEYS)} that differ")
     first = Turn("system", joined(read_parts(given[0], "system")))
     rest = turns[1:] if turns and turns[0].role == "system" else turns
     if len(rest) < len(turns) and turns[0].parts and turns[0] != first:

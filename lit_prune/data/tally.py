@@ -28,10 +28,17 @@ class Tally:
         self._images |= any(key not in TOKEN_KEYS for key in batch["inputs"])
         self.warn_without_images(ENOUGH)
 
-    def shares(self, names: Sequence[str]) -> dict[str, float]:
-        """The share of each source of a mixture; nothing for a single source."""
+    def figures(self, names: Sequence[str], bad: int, cut_turns: bool) -> dict[str, float]:
+        """What is logged of the training data.
+
+        Args:
+            names: of the sources; the share of each is logged where there are several.
+            bad: distinct bad samples.
+            cut_turns: whether turns are cut at all.
+        """
         total = self.seen.total()
-        return {f"share/{name}": self.seen[name] / total for name in names} if len(names) > 1 else {}
+        shares = {f"share/{name}": self.seen[name] / total for name in names} if len(names) > 1 else {}
+        return shares | ({"cut_turns": float(self.cut)} if cut_turns else {}) | {"bad": float(bad)}
 
     def warn_without_images(self, enough: int = 1) -> None:
         """Say it once if none of the samples so far, at least `enough`, had an image."""

@@ -87,12 +87,12 @@ def test_what_was_opened_is_not_opened_again(processor, tmp_path, monkeypatch):
     data = make_data(processor, train=path, test=path)
     data.check("fit")
     data.check("test")
-    assert len(opened) == 1
+    assert len(opened) == 2  # one for each split
     data.setup("fit")
     data.setup("test")
-    assert len(opened) == 2  # one for each split
+    assert len(opened) == 2
     data.setup("test")
-    assert len(opened) == 3  # a file may have changed since
+    assert len(opened) == 3  # the file may have changed since
 
 
 # Data without images

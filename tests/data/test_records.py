@@ -88,6 +88,14 @@ def test_answers_that_are_no_text(value):
     assert reason({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": value}]})
 
 
+@pytest.mark.parametrize("key", ["context", "choices", "options", "hint"])
+def test_what_a_question_cannot_do_without(key):
+    """Taken from the question it would ask something else; beside turns it is a key like any other."""
+    value = ["a", "b"] if key in ("choices", "options") else "Once upon a time"
+    assert f"it has {key}: write it into the question" in reason({"question": "Q", "answer": "A", key: value})
+    assert turns({"question": "Q", "answer": "A", key: None}) == turns({"messages": CHAT, key: value})
+
+
 # Systems, weights, what is not read
 
 
@@ -98,6 +106,7 @@ def test_a_system_beside_the_turns():
     assert turns({**with_turn, "system": "S"}) == turns(with_turn)
     empty = {"conversations": [{"from": "system", "value": ""}, *conversation("Q", "A")]}
     assert turns({**empty, "system": "S"}) == turns(with_turn)
+    assert "system and system_prompt that differ" in reason({**plain, "system": "S", "system_prompt": "T"})
     assert "another one beside them" in reason({**with_turn, "system": "T"})
     assert "content is no text" in reason({**plain, "system": {"a": 1}})
     assert "in a system prompt" in reason({**plain, "image": "a", "system": "<image>"})
