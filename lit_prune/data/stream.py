@@ -16,7 +16,7 @@ from lit_prune.data.resume import refuse_other_data
 from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import Source
 from lit_prune.data.sources.locations import Location, locate
-from lit_prune.data.sources.tables import Table, explained, library, load_arguments
+from lit_prune.data.sources.tables import Table, class_names, explained, library, load_arguments
 from lit_prune.errors import BadSample, LitPruneError
 
 KINDS = ("parquet", "arrow", "hub")
@@ -207,7 +207,8 @@ class Stream(IterableDataset):
         def row(index: int) -> Any:
             return rows.slice(index - start, 1)
 
-        return Table(row, start + len(rows), rows.column_names, self._name(file), self.images_root)
+        columns, classes = rows.column_names, class_names(self.data.features)
+        return Table(row, start + len(rows), columns, self._name(file), self.images_root, classes=classes)
 
     def _name(self, file: int) -> str:
         return str(self.location.files[file]) if self.location.files else f"{self.location.name}, file {file}"

@@ -16,6 +16,7 @@ from PIL import Image
 from source_samples import as_bytes, assert_same, batch_of, damaged, outcome, rows
 
 from lit_prune.data.conversation import read_conversation
+from lit_prune.data.sharding import write_shards
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError
 
@@ -69,6 +70,43 @@ def test_one_image_a_row(processor, folder, tmp_path):
         assert batch["records"] == [0, 1]
         assert batch["answers"] == ["A", "A"]
         assert batch["inputs"]["pixel_values"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("stored", ["parquet", "saved"])
+def test_classes_are_read_by_their_names(processor, tmp_path, stored):
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["cat", "dog"]),
+            "skill": datasets.ClassLabel(names=["animals"]),
+        }
+    )
+    rows = {"question": ["Q"] * 3, "answer": [1, 0, -1], "skill": [0, None, 0]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(tmp_path / "a.parquet") if stored == "parquet" else data.save_to_disk(tmp_path / "a.parquet")
+    batch = batch_of(open_source(tmp_path / "a.parquet"), processor)
+    assert batch["answers"] == ["dog", "cat"]
+    assert batch["skills"] == ["animals", "all"]
+    assert len(batch["skipped"]) == 1
+
+
+def test_images_inside_the_turns_as_a_feature(processor, folder, tmp_path):
+    """Their bytes lie in the column of turns; packed into shards they lie beside it."""
+    text, image = datasets.Value("string"), datasets.Image()
+    part = {"type": text, "text": text, "image": image}
+    features = datasets.Features({"messages": [{"role": text, "content": [part]}]})
+    shown = {"bytes": (folder / "a" / "x.png").read_bytes(), "path": None}
+    question = [{"type": "image", "text": None, "image": shown}, {"type": "text", "text": "Q", "image": None}]
+    answer = [{"type": "text", "text": "A", "image": None}]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    datasets.Dataset.from_dict({"messages": [turns]}, features=features).to_parquet(tmp_path / "a.parquet")
+    record = {"image": "a/x.png", "conversations": conversation("<image>Q", "A")}
+    (folder / "one.jsonl").write_text(json.dumps(record))
+    expected = batch_of(open_source(folder / "one.jsonl"), processor)
+    source = open_source(tmp_path / "a.parquet")
+    assert_same(batch_of(source, processor), expected)
+    write_shards(source, "x", tmp_path / "shards", 10**6)
+    assert_same(batch_of(open_source(tmp_path / "shards"), processor), expected)
 
 
 def test_reading_a_record_reads_no_image(tmp_path):

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -34,6 +34,7 @@ class Table(Source):
         location: for messages.
         images_root: folder of the images that are paths; None refuses them.
         files: what holds the rows.
+        classes: names of the classes of columns that hold their numbers.
 
     Raises:
         LitPruneError: no column of conversations.
@@ -47,6 +48,7 @@ class Table(Source):
         location: str,
         images_root: Path | None,
         files: Sequence[Path] = (),
+        classes: Mapping[str, Sequence[str]] | None = None,
     ):
         self.text_columns = columns_read(columns)
         if not self.text_columns:
@@ -54,7 +56,7 @@ class Table(Source):
         self.row, self.count, self.location, self.images_root = row, count, location, images_root
         self.image_columns = [name for name in columns if name in IMAGE_KEYS]
         self.columns = list(columns)
-        self._files = list(files)
+        self._files, self.classes = list(files), dict(classes or {})
 
     def __len__(self) -> int:
         return self.count
@@ -64,16 +66,10 @@ class Table(Source):
             raise IndexError(index)
         try:
             row = self._row(index)
-            media = {*self.image_columns, *UNREAD}
-            return record_of(
-                {
-                    name: _without_bytes(row[name][0]) if name in media else row[name][0].as_py()
-                    for name in (*self.text_columns, *self.image_columns)
-                }
-            )
+            return record_of({name: self._value(row, name) for name in (*self.text_columns, *self.image_columns)})
         except BadSample as error:
             raise BadSample(self.location, index, error.reason) from error
-        except (ValueError, OverflowError) as error:  # a time that Python has no word for
+        except (ValueError, OverflowError, IndexError) as error:  # a time that Python has no word for, a class unknown
             raise BadSample(self.location, index, f"a value cannot be read: {error}") from error
 
     def images(self, index: int, record: dict) -> list[ImageFile]:
@@ -89,6 +85,15 @@ class Table(Source):
     @property
     def files(self) -> list[Path]:
         return self._files
+
+    def _value(self, row: Any, name: str) -> Any:
+        """A column of a row as Python has it: classes by their names, images and the like without their bytes."""
+        if name in self.image_columns or name in UNREAD:
+            return _without_bytes(row[name][0])
+        value = row[name][0].as_py()
+        if name in self.classes and value is not None:
+            return self.classes[name][value] if value >= 0 else None
+        return value
 
     def _row(self, index: int) -> Any:
         """The row, checked: offsets of a damaged file would make pyarrow read anywhere in memory."""
@@ -122,7 +127,14 @@ def open_table(location: Location, images_root: Path | None) -> Table:
             data = datasets.load_dataset(**load_arguments(location))
         files = [Path(file["filename"]) for file in data.cache_files]
         row = data.with_format("arrow").__getitem__
-    return Table(row, len(data), data.column_names, location.name, images_root or location.folder, files)
+        classes = class_names(data.features)
+    return Table(row, len(data), data.column_names, location.name, images_root or location.folder, files, classes)
+
+
+def class_names(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """The names of the classes of every column of the `ClassLabel` feature."""
+    label = library().ClassLabel
+    return {name: feature.names for name, feature in (features or {}).items() if isinstance(feature, label)}
 
 
 def _refuse_empty(location: Location) -> None:
