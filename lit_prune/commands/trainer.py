@@ -112,10 +112,11 @@ class PruneCLI(LightningCLI):
     Args:
         verb: fit, validate, test or predict; None to build only.
         args: The command line after the verb.
+        reads: The verb whose data are checked before a model is loaded; by default the one that runs.
     """
 
-    def __init__(self, verb: str | None, args: list[str]) -> None:
-        self.verb = verb
+    def __init__(self, verb: str | None, args: list[str], reads: str | None = None) -> None:
+        self.verb, self.reads = verb, reads or verb
         self.args = args = with_shipped(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -157,13 +158,11 @@ class PruneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Data that are missing end a run here, before a model is loaded and a logger has begun anything."""
         self.checked: InstructData | None = None
-        if self.verb is None:
-            return
-        spec = self.config[self.verb].data
+        spec = (self.config[self.verb] if self.verb else self.config).data
         kind = _load(spec.class_path)
-        if issubclass(kind, InstructData):
+        if self.reads and isinstance(kind, type) and issubclass(kind, InstructData):
             self.checked = kind(**spec.init_args.as_dict())
-            self.checked.check(self.verb)
+            self.checked.check(self.reads)
 
     def after_instantiate_classes(self) -> None:
         """What was opened to check it is not opened again."""
@@ -239,15 +238,16 @@ class PruneCLI(LightningCLI):
         return None
 
 
-def build(config: str | list[str], overrides: list[str] | None = None) -> PruneCLI:
+def build(config: str | list[str], overrides: list[str] | None = None, reads: str | None = None) -> PruneCLI:
     """Model, data module and trainer of a configuration (``.model``, ``.datamodule``, ``.trainer``), not run.
 
     Args:
         config: One or several files, the later ones override.
         overrides: As on the command line: ``["--model.keep=16"]``.
+        reads: The verb whose data are checked before the model is loaded, if any.
     """
     files = [config] if isinstance(config, str) else config
-    return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])])
+    return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])], reads)
 
 
 def _help(verb: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 from recording import QUIET, Recorder
 
 from lit_prune.cli import main
+from lit_prune.commands.trainer import build
 from lit_prune.data.instruct import InstructData
 from lit_prune.data.micro import MicroData
 from lit_prune.data.sources import json_files
@@ -205,3 +206,9 @@ def test_missing_data_leave_nothing_and_load_nothing(tmp_path, monkeypatch, caps
     assert words in told
     assert "Traceback" not in told
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_only_built_checks_what_it_will_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_prune.training.load", None)
+    with pytest.raises(LitPruneError, match=r"none.json: no such file"):
+        build(MICRO, ["--data=lit_prune.data.InstructData", f"--data.val={tmp_path}/none.json"], reads="validate")
