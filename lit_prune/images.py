@@ -111,7 +111,7 @@ def formats() -> tuple[str, ...]:
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file that is no readable image is instead, by its first bytes; None for what is not known."""
+    """Name the format of a file that is no readable image, from its first bytes; None if unknown."""
     return next((kind for magic, kind in _MAGIC if re.match(magic, head, re.DOTALL | re.IGNORECASE)), None)
 
 
@@ -144,7 +144,7 @@ def _header(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]
 
 
 def _unidentified(file: BinaryIO) -> str:
-    """Why Pillow does not know a file: what it is, as far as its first bytes say."""
+    """Explain why Pillow cannot identify a file, from its first bytes."""
     try:
         file.seek(0)
         head = file.read(HEAD)

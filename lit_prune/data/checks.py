@@ -1,4 +1,4 @@
-"""What can be said of data before a model is loaded: that they are there, can be read, and show images."""
+"""Checks of data before a model is loaded: the files exist, records can be read, training data show images."""
 
 import logging
 from collections.abc import Sequence
@@ -49,18 +49,18 @@ def _refuse_unreadable(source: Source, answered: bool) -> None:
 
 
 def _shows_images(source: Source) -> bool:
-    """Whether a record of the source refers to an image; of many records 10,000 are looked at, evenly spaced."""
+    """True if any record refers to an image; of a larger source 10,000 evenly spaced records are read."""
     return any(_images(source, index) for index in spread(len(source), LOOKED_AT))
 
 
 def _no_images(sources: Sequence[Source]) -> str:
-    """One sentence on training data without images, with the keys that look as if they held some."""
+    """Error message for training data without images; names keys that look as if they held some."""
     count, looked = sum(map(len, sources)), sum(min(len(source), LOOKED_AT) for source in sources)
     some = f"{looked} of {count} records, evenly spaced," if looked < count else f"{count} records"
     keys = sorted({key for source in sources for key in source.similar_keys()})
-    told = f"; nothing reads {', '.join(f'`{key}`' for key in keys)}" if keys else ""
+    hint = f"; nothing reads {', '.join(f'`{key}`' for key in keys)}" if keys else ""
     return (
-        f"data.train: none of {some} shows an image, and pruning learns from images alone{told}: images stand "
+        f"data.train: none of {some} shows an image, and pruning learns from images alone{hint}: images stand "
         "under `image` or `images`, or in the turns"
     )
 

@@ -67,7 +67,7 @@ Apply = Callable[[list[dict], bool], str]  # messages, and whether the generatio
 
 
 def _fitting(processor: Any, messages: list[dict]) -> tuple[Apply, str]:
-    """How the template takes messages: in parts, with the system prompt as a text, or all as texts; and what it gives.
+    """The form of messages that the template accepts (parts, system prompt as text, or all text), and its output.
 
     Some templates raise on parts, others write Python's or JSON's form of the list into the prompt.
     """

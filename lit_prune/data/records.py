@@ -85,7 +85,7 @@ def image_paths(record: dict) -> list[Any]:
 
 
 def _images_inside(record: dict) -> bool:
-    """Whether turns of a record may refer to images themselves: quicker than to read them."""
+    """True if turns may hold image references of their own. Much faster than reading the turns."""
     held = (record.get(key) for key in TURN_KEYS)
     turns = [turn for value in held if isinstance(value, list) for turn in value if isinstance(turn, dict)]
     return any(
@@ -240,8 +240,8 @@ def _trained(turn: dict) -> bool:
 
 def _pair(record: dict, answered: bool) -> list[Turn] | None:
     """The turns of a record that holds one question and its answer, None if it does not."""
-    for asked, told in PAIRS:
-        if is_absent(record.get(asked)) or (answered and record.get(told) is None):
+    for asked, answer in PAIRS:
+        if is_absent(record.get(asked)) or (answered and record.get(answer) is None):
             continue
         _refuse_unread(record, dict.fromkeys(BESIDE_PAIRS, "write it into the question"))
         question, more = record[asked], record.get("input") if asked == "instruction" else None
@@ -250,9 +250,9 @@ def _pair(record: dict, answered: bool) -> list[Turn] | None:
                 raise _bad("a turn whose content is no text")
             question = f"{question}\n{more}"
         turns = []
-        for ask, tell in [*_history(record), (question, record.get(told))]:
-            turns += [{"role": "user", "content": ask}, {"role": "assistant", "content": tell}]
-        return _turns(turns if record.get(told) is not None else turns[:-1])
+        for ask, reply in [*_history(record), (question, record.get(answer))]:
+            turns += [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]
+        return _turns(turns if record.get(answer) is not None else turns[:-1])
     return None
 
 

@@ -40,7 +40,7 @@ class ImageFile:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value stands for no image: null, nan, blank text."""
+    """True for a value that means no image: null, NaN, blank text."""
     return (
         value is None
         or (isinstance(value, float) and math.isnan(value))
@@ -72,7 +72,7 @@ def name_of(value: Any, number: int) -> str:
 
 
 def is_embedded(value: Any, number: int = 0) -> bool:
-    """Whether a reference holds the image itself: bytes, a data URL, base64. Raises BadSample as `name_of`."""
+    """True if a reference holds the image itself: bytes, a data URL, base64. Raises BadSample as `name_of` does."""
     return _unwrapped(value, number)[1]
 
 
@@ -126,7 +126,7 @@ def _is_data_url(text: str) -> bool:
 
 
 def _is_base64(text: str) -> bool:
-    """Whether a text is no path but an image: long, and beginning as images do in base64."""
+    """True for long text that begins like an image file in base64, and is therefore no path."""
     if len(text) < LEAST_BASE64 or not _BASE64_IMAGE.match(text):
         return False
     return len(text) > LONGEST_PATH or _BASE64.fullmatch(text) is not None

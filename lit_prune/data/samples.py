@@ -1,4 +1,4 @@
-"""One encoded record, a bad one, and what an index batch gives."""
+"""Records of encoded samples, of skipped ones, and of an index batch."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Fetched:
-    """What one index batch gave.
+    """The result of one index batch.
 
     `replaced` counts the samples that stand in for bad ones, `failure` is why a training batch could not be filled,
     `place` that in a `Stream`.

@@ -1,4 +1,4 @@
-"""A count of what training has read, for what is logged and for what is worth a warning."""
+"""Running counts over the training samples, for logs and warnings."""
 
 import logging
 from collections import Counter
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Tally:
-    """Counts training samples on this rank by their source, and turns that were cut. Warns once of each thing."""
+    """Counts training samples on this rank by source, and turns that were cut. Each warning is given once."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
@@ -29,7 +29,7 @@ class Tally:
         self.warn_without_images(ENOUGH)
 
     def figures(self, names: Sequence[str], bad: int, cut_turns: bool) -> dict[str, float]:
-        """What is logged of the training data.
+        """Values to log about the training data.
 
         Args:
             names: of the sources; the share of each is logged where there are several.

@@ -16,7 +16,7 @@ SPECIAL = ("<|", "|>", "<image>", "<video>", "<audio>", "<img>", "<s>", "</s>", 
 
 
 def plain(text: str) -> bool:
-    """Whether a text holds no token that a tokenizer or this project takes for something else."""
+    """True if a text holds no token that a tokenizer or this project takes for something else."""
     return not any(mark in text for mark in SPECIAL)
 
 

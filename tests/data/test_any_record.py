@@ -106,7 +106,7 @@ def shown(inputs: dict) -> list[str]:
 
 
 def written(said: Said) -> str:
-    """What Qwen's template makes of a conversation, by hand."""
+    """The conversation as Qwen's template renders it, written by hand."""
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     text = turn.format("system", said.system) if said.system else ""
@@ -187,7 +187,7 @@ def literal_answers(record: dict) -> Iterator[tuple[str, bool]]:
 
 
 def check(record: dict, processor, root: Path) -> bool:
-    """Whether the record is good; then its labels are its answers."""
+    """True if the record is good; then its labels must be its answers."""
     batch = fetched(record, processor, root)
     if batch["skipped"]:
         return False

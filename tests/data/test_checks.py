@@ -1,4 +1,4 @@
-"""What is wrong with data as a whole is said before a model is loaded, and what is not read is said once."""
+"""Errors about data as a whole come before a model is loaded, and unread keys are named once."""
 
 import json
 import logging
@@ -142,7 +142,7 @@ def test_a_key_that_some_records_have_is_named_once(processor, tmp_path, caplog,
 
 
 def test_training_on_texts_alone_is_said(processor, tmp_path, caplog):
-    """Where nobody called `check`, and for streams, whose records nobody has looked through."""
+    """Also if `check` was never called, and for streams, whose records cannot be read in advance."""
     caplog.set_level(logging.WARNING, "lit_prune")
     options = {"max_epochs": 1, "default_root_dir": tmp_path, "enable_checkpointing": False, **QUIET}
     path = write(tmp_path / "a.jsonl", [TEXT] * 12)

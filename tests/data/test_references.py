@@ -1,4 +1,4 @@
-"""What stands for an image in a record: every form that is read, and one short line for what is not."""
+"""References to images in records: every form that is read, and one short line for each that is refused."""
 
 import base64
 import json

@@ -50,7 +50,7 @@ def image_files(row: dict[str, Any], record: dict, root: Path | None) -> list[Im
 
 
 def stored_images(row: dict[str, Any]) -> list[Any]:
-    """What the row holds in place of images: a path, bytes, or a dict of both, each.
+    """The image values of a row, each a path, bytes, or a dict of both.
 
     Raises:
         BadSample: something else, or others in either column. File and sample are left open.
