@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -41,22 +42,36 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """A whole JSON file."""
-    text = read_text(path)
+    return _parsed(read_text(path), path, 1)
+
+
+def read_records(path: Path, name: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON file that is a list, or an object with a list under `name`; each with its place."""
+    content = read_json(path)
+    records = content if name is None else take(content, str(path), name)[0]
+    if not isinstance(records, list):
+        where = f" under {name!r}" if name else ""
+        raise LitPruneError(f"{path}: a list is expected{where}, not {type(records).__name__}")
+    for index, record in enumerate(records):
+        place = f"{path}, {name or 'item'} {index}"
+        yield place, as_object(record, place)
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise LitPruneError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        place = f"{path}:{line + error.lineno - 1}"
+        raise LitPruneError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, too deep a nesting
+        raise LitPruneError(f"{path}:{line}: not JSON that can be read: {error}") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON lines file, each with its place, "file:line"; empty lines are skipped."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LitPruneError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-            yield f"{path}:{number}", as_object(record, f"{path}:{number}")
+            yield f"{path}:{number}", as_object(_parsed(line, path, number), f"{path}:{number}")
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -71,6 +86,15 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield place, row
 
 
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turn an error over a field of another type than in the official file into one that names the record."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise LitPruneError(f"{place}: not as in the official file: {type(error).__name__}: {error}") from error
+
+
 def as_object(record: Any, place: str) -> dict[str, Any]:
     """A record that is a JSON object; anything else is an error that names its place."""
     if not isinstance(record, dict):
@@ -78,9 +102,9 @@ def as_object(record: Any, place: str) -> dict[str, Any]:
     return record
 
 
-def take(record: dict[str, Any], place: str, *names: str) -> list[Any]:
+def take(record: Any, place: str, *names: str) -> list[Any]:
     """The values of fields that a record must have."""
-    missing = [name for name in names if name not in record]
+    missing = [name for name in names if name not in as_object(record, place)]
     if missing:
         raise LitPruneError(f"{place}: no field {missing[0]!r}; the official file has {', '.join(names)}")
     return [record[name] for name in names]
