@@ -42,6 +42,8 @@ class MME(Rule):
     def frozen(self, case: dict[str, Any]) -> Any:
         if case["kind"] == "parse":
             return parse(case["text"])
+        if any(len(rows) % 2 for rows in case["rows"].values()):
+            raise LitPruneError("a category has an odd number of rows; the official script stops here")
         rows = [(category, n, *row) for category, rows in case["rows"].items() for n, row in enumerate(rows)]
         judged = [  # two successive rows are one image
             self.judge(Question(text, f"{n // 2}/{image}", text, {"label": label}, group=category), answer)

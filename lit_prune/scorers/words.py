@@ -6,6 +6,7 @@ with a capital: words are in lower case by the time that they are looked up.
 """
 
 import re
+from functools import lru_cache
 
 from lit_prune.scorers.rule import total
 
@@ -36,6 +37,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The official expression also means to spare full stops after a digit, but its look-behind is written as a look-ahead.
 FULL_STOP = re.compile(r"\.(?!\d)")
 MOST_FULL_STOPS = 32  # the official code passes re.UNICODE, which is 32, where `sub` takes a count
+CACHED = 1 << 16  # answers: most are given many times
 THOUSANDS = re.compile(r"\d,\d")
 
 
@@ -44,11 +46,13 @@ def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(CACHED)
 def normalise(text: str) -> str:
     """Normalise an answer as the VQA evaluation does: punctuation, then case, number words, articles, contractions."""
     return _plain_words(_without_punctuation(text))
 
 
+@lru_cache(CACHED)
 def evalai(text: str) -> str:
     """Normalise an answer as EvalAI's processor does: commas, question marks and possessives come first."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
