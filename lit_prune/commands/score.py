@@ -131,8 +131,9 @@ def _remarks(chosen: Benchmark, rule: Rule, joined: Joined, missing: Missing) ->
 def _extra(joined: Joined) -> list[str]:
     """A sentence about answers to no question, one about those of other splits or categories."""
     groups = {question.group for question, _ in joined.answers}
-    others = [answer for answer in joined.extra if answer.group and answer.group not in groups and groups != {""}]
-    extra = [answer for answer in joined.extra if answer not in others]
+    known = {None, *groups} if groups != {""} else {answer.group for answer in joined.extra}
+    others = [answer for answer in joined.extra if answer.group not in known]
+    extra = [answer for answer in joined.extra if answer.group in known]
     sentences = []
     if others:
         names = ", ".join(sorted({str(answer.group) for answer in others}))
@@ -164,7 +165,7 @@ def _report(
         "missing": len(joined.missing),
         "repeated": joined.repeated,
         "extra": len(joined.extra),
-        "raw": rule.raw,
+        "raw": rule.raw if rule.processed else None,
         "labels": [str(path) for path in labels.files],
         "answers": [str(path) for path in answers],
     }
