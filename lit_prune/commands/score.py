@@ -60,13 +60,13 @@ def run(
     if cases is not None:
         if answers or root:
             raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
-        count = check(scorers.rule(chosen.rule), cases)
+        count = check(scorers.rule_of(chosen.rule), cases)
         console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False)
         return
     if not answers or root is None:
         raise LitPruneError("give --answers FILE and --root DIR, or --cases FILE")
     given = _named(chosen, read_answers(answers), root, questions)
-    rule = scorers.rule(chosen.rule, raw=True if raw is None else raw)
+    rule = scorers.rule_of(chosen.rule, raw=True if raw is None else raw)
     if rule.processed and raw is None:
         rule.raw = _raw(given)
     labels = chosen.load(root, split, given)

@@ -8,9 +8,9 @@ from importlib import import_module
 
 from lit_prune.scorers.rule import Question, Rule
 
-__all__ = ["Question", "Rule", "rule"]
+__all__ = ["Question", "Rule", "rule_of"]
 
 
-def rule(name: str, **options: bool) -> Rule:
-    """Build a benchmark's rule: `rule("pope")`, or `rule("vqa", raw=False)` for answers in their submitted form."""
+def rule_of(name: str, **options: bool) -> Rule:
+    """Build a benchmark's rule: `rule_of("pope")`, or `rule_of("vqa", raw=False)` for submissions."""
     return import_module(f"{__name__}.{name}").RULE(**options)

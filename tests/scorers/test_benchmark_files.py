@@ -10,7 +10,7 @@ from lit_prune.data.benchmarks.base import Labels
 from lit_prune.data.benchmarks.mmbench import pictures
 from lit_prune.data.benchmarks.textvqa import TextVQAFiles, question_of
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers import Question, rule
+from lit_prune.scorers import Question, rule_of
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -154,9 +154,9 @@ def test_images_in_mmbenchs_table(root):
 def test_right_answers_score_highest(root, name):
     """Every reader fits its rule: the references, given as answers, are right."""
     questions = load(root, name).questions
-    figures = rule(benchmark(name).rule, raw=False).score((question, _right(question)) for question in questions)
+    figures = rule_of(benchmark(name).rule, raw=False).score((question, _right(question)) for question in questions)
     best = 200 if name == "mme" else 100
-    assert figures[rule(benchmark(name).rule).headline] == pytest.approx(best * 10 if name == "mme" else best)
+    assert figures[rule_of(benchmark(name).rule).headline] == pytest.approx(best * 10 if name == "mme" else best)
 
 
 def _right(question: Question) -> str:
@@ -296,7 +296,7 @@ def test_gqas_choices_give_validity(root):
     dump(root / "gqa" / "testdev_choices.json", choices)
     labels = load(root, "gqa")
     assert len(labels.files) == 2
-    figures = rule("gqa").score((question, "cup") for question in labels.questions)
+    figures = rule_of("gqa").score((question, "cup") for question in labels.questions)
     assert (figures["validity"], figures["plausibility"]) == (100, 0)
 
 

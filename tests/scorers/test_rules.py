@@ -27,7 +27,9 @@ TEXT = st.lists(WORDS, max_size=4).map(" ".join) | st.text(max_size=8)
 
 
 def test_benchmarks_are_found_by_name():
-    rules = {scorers.rule(path.stem).__class__ for path in Path(scorers.__file__).parent.glob("*.py") if _is_rule(path)}
+    rules = {
+        scorers.rule_of(path.stem).__class__ for path in Path(scorers.__file__).parent.glob("*.py") if _is_rule(path)
+    }
     assert len(rules) == 9
     assert all(rule().title and rule().headline for rule in rules)
 
@@ -454,7 +456,7 @@ def test_seedbench_by_hand():
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_frozen_cases(path):
     """To the last bit."""
-    rule = scorers.rule(path.stem)
+    rule = scorers.rule_of(path.stem)
     for number, case in enumerate(json.loads(path.read_text())["cases"]):
         expected, got = evaluate(rule, case, str(number))
         if "error" in str(expected):
@@ -465,4 +467,4 @@ def test_frozen_cases(path):
 
 @pytest.mark.parametrize("name", [path.stem for path in Path(scorers.__file__).parent.glob("*.py") if _is_rule(path)])
 def test_no_answers_give_no_figures(name):
-    assert not [value for value in scorers.rule(name).score([]).values() if value is not None]
+    assert not [value for value in scorers.rule_of(name).score([]).values() if value is not None]

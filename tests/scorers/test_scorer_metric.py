@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_prune.scorers import Question, rule
+from lit_prune.scorers import Question, rule_of
 from lit_prune.scorers.metric import Scorer
 
 SPLITS = ("random", "popular")
@@ -22,7 +22,7 @@ def questions(count: int) -> list[Question]:
 
 
 def scorer(answers: list[str], asked: list[Question], size: int = 3) -> Scorer:
-    metric = Scorer(rule("pope"))
+    metric = Scorer(rule_of("pope"))
     for start in range(0, len(asked), size):
         metric.update(answers[start : start + size], asked[start : start + size])
     return metric
@@ -36,7 +36,7 @@ ANSWERS = st.lists(st.sampled_from(["Yes", "No", "a\nb", "", "no.\u2028yes", "é
 def test_order_and_batches_make_no_difference(answers, random, size):
     asked = questions(len(answers))
     pairs = list(zip(asked, answers, strict=True))
-    expected = rule("pope").score(pairs)
+    expected = rule_of("pope").score(pairs)
     random.shuffle(pairs)
     metric = scorer([answer for _, answer in pairs], [question for question, _ in pairs], size)
     assert metric.compute() == expected
@@ -86,7 +86,7 @@ def test_casts_and_checkpoints_keep_what_was_counted():
     expected = metric.compute()
     metric.persistent(True)
     saved = metric.state_dict()
-    again = Scorer(rule("pope"))
+    again = Scorer(rule_of("pope"))
     again.persistent(True)
     again.load_state_dict(saved)
     assert again.compute() == expected
@@ -100,8 +100,8 @@ def test_casts_and_checkpoints_keep_what_was_counted():
 
 def test_as_many_answers_as_questions():
     with pytest.raises(ValueError, match="argument 2"):
-        Scorer(rule("pope")).update(["Yes"], questions(2))
+        Scorer(rule_of("pope")).update(["Yes"], questions(2))
 
 
 def test_headline():
-    assert Scorer(rule("mme")).headline == "perception"
+    assert Scorer(rule_of("mme")).headline == "perception"
