@@ -50,6 +50,7 @@ FLOORS = {
             "pictures",
             "data",
             "metrics",
+            "scorers",
             "sweeps",
             "timing",
             "strategies",

@@ -1,0 +1,116 @@
+"""What every benchmark offers: its questions from the official files, and how answers name them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from lit_prune.errors import LitPruneError
+from lit_prune.scorers.answers import Answer
+from lit_prune.scorers.files import official
+from lit_prune.scorers.rule import Question
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@dataclass
+class Labels:
+    """A benchmark's questions, the files that they were read from, and remarks about these."""
+
+    questions: list[Question]
+    files: list[Path]
+    remarks: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check that there are questions, and that each can be told from the others."""
+        names = ", ".join(map(str, self.files))
+        if not self.questions:
+            raise LitPruneError(f"{names}: no questions")
+        seen: set[tuple[str, str]] = set()
+        for question in self.questions:
+            name = (question.group, str(question.id))
+            if name in seen:
+                raise LitPruneError(f"{names}: two questions have the id {'/'.join(filter(None, name))}")
+            seen.add(name)
+
+
+class Benchmark(ABC):
+    """A benchmark's official files in a local folder.
+
+    Attributes:
+        rule: module of `lit_prune.scorers` with its rule; None: it can't be scored offline.
+        source: where the files are had, one sentence.
+        splits: names of its splits, the default first.
+        image_folders: folders that may hold the images, under the root.
+    """
+
+    rule: ClassVar[str | None]
+    source: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]] = ()
+    image_folders: ClassVar[tuple[str, ...]] = (".",)
+    question_file: ClassVar[str | None] = None  # LLaVA's, for benchmarks whose answers name nothing but its ids
+
+    @abstractmethod
+    def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
+        """Read the questions of a split.
+
+        Args:
+            root: folder of the official files.
+            split: one of `splits`; None is the first.
+            answers: where several versions of a file are there, the one that they were made for is read.
+
+        Raises:
+            LitPruneError: a file is missing (with where it is had) or is not the official one; or no such split.
+        """
+
+    def keys(self, question: Question) -> Iterable[Hashable]:
+        """All keys under which an answer may name a question."""
+        return [str(question.id)]
+
+    def key(self, answer: Answer) -> Hashable:
+        """The key under which an answer names its question.
+
+        Raises:
+            LitPruneError: the answer does not name it.
+        """
+        if answer.id is None:
+            raise LitPruneError(f"{answer.place}: no id of the question (`question_id`)")
+        return answer.id
+
+    def image(self, root: Path, question: Question) -> Path:
+        """Find the image of a question.
+
+        Raises:
+            LitPruneError: it is in none of the folders, with where it is had.
+        """
+        return official(root, [f"{folder}/{question.image}" for folder in self.image_folders], self.source)
+
+    def chosen(self, split: str | None) -> str:
+        """The name of a split, after checking it."""
+        if split is None:
+            return self.splits[0]
+        if split not in self.splits:
+            raise LitPruneError(f"no split {split!r}; there are {', '.join(self.splits)}")
+        return split
+
+
+def lines(*parts: str) -> str:
+    """A prompt of several lines; empty parts are left out."""
+    return "\n".join(part for part in parts if part != "")
+
+
+def lettered(options: Iterable[str]) -> str:
+    """Options as lines "A. ...", "B. ..."."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEFGH", options, strict=False))
+
+
+def plain(prompt: str) -> str:
+    """A prompt's question: without LLaVA's instruction, spaces at the ends or several in a row."""
+    return " ".join(prompt.removesuffix(SHORT).split())
+
+
+def stem(image: str) -> str:
+    """Name of an image without folders and suffix."""
+    return Path(image).name.partition(".")[0]

@@ -1,0 +1,68 @@
+"""MMBench: multiple choice, every question once for each rotation of its options."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_prune.data.benchmarks.base import LETTER, Benchmark, Labels, lettered, lines
+from lit_prune.errors import LitPruneError
+from lit_prune.scorers.answers import Answer
+from lit_prune.scorers.files import EMPTY, official, read_table, take
+from lit_prune.scorers.mmbench import choices
+from lit_prune.scorers.rule import Question
+
+FILES = {
+    "en": ["mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"],
+    "cn": ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"],
+}
+LETTERS = {"en": LETTER, "cn": "请直接回答选项字母。"}
+
+
+class MMBenchFiles(Benchmark):
+    """The development set's table, `mmbench_dev_20230712.tsv`; images are in it, as base64.
+
+    `image` of a question is its `index`; `pictures` reads the images by it. Answers name a question by `index` or, in
+    LLaVA's files, `question_id`.
+    """
+
+    rule = "mmbench"
+    source = (
+        "MMBench's development set is at https://download.openmmlab.com/mmclassification/datasets/mmbench/ "
+        "(mmbench_dev_20230712.tsv, mmbench_dev_cn_20231003.tsv; Apache-2.0)."
+    )
+    splits = ("en", "cn")
+
+    def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
+        split = self.chosen(split)
+        path = official(root, FILES[split], self.source)
+        questions = []
+        for index, (place, row) in enumerate(read_table(path)):
+            number, text, answer = take(row, place, "index", "question", "answer")
+            if not number.isdigit():
+                raise LitPruneError(f"{place}: the index is {number!r}, not a number")
+            options = choices({name: cell for name, cell in row.items() if cell not in EMPTY})
+            reference = {"choices": options, "answer": answer, "ability": row.get("l2-category", "")}
+            hint = row.get("hint", "")
+            prompt = lines("" if hint in EMPTY else hint, text, lettered(options.values()), LETTERS[split])
+            questions.append(Question(number, number, text, reference, index=index, prompt=prompt))
+        return Labels(questions, [path])
+
+
+def pictures(path: Path) -> dict[str, bytes]:
+    """Read the encoded images of a table by `index`. A cell may name the row whose image it shares.
+
+    Raises:
+        LitPruneError: a cell is neither base64 nor the index of a row with an image.
+    """
+    cells = {take(row, place, "index", "image")[0]: (place, row["image"]) for place, row in read_table(path)}
+    found = {}
+    for number, (place, cell) in cells.items():
+        data = cells[cell][1] if cell in cells else cell
+        try:
+            found[number] = base64.b64decode(data, validate=True)
+        except ValueError as error:
+            raise LitPruneError(f"{place}: the image is no base64: {error}") from error
+    return found
+
+
+BENCHMARK = MMBenchFiles()
