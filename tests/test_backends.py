@@ -111,12 +111,15 @@ def test_flex_attention_takes_its_own_mask_after_a_stage(flex, pruned, uncompile
     assert len(decoder) == 4, "the prompt's length, and one behind each stage"
 
 
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["dyn", "static"]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_flex_attention_generates_the_same(pruned, flex, uncompiled, method):
+def test_flex_attention_generates_the_same(pruned, flex, uncompiled, method, cache):
     inputs = tiny.batch(tiny.samples())
     pruner, repair = make(method)
     expected = tiny.generate(pruned(pruner, repair=repair), inputs, 4)
-    found = tiny.generate(pruned(pruner, repair=repair, model=flex, shaken=False), inputs, 4)
+    found = tiny.generate(pruned(pruner, repair=repair, model=flex, shaken=False), inputs, 4, **cache)
     assert torch.equal(found.sequences, expected.sequences)
     assert tiny.gap(found.logits, expected.logits) <= tiny.TOLERANCE
 

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, IMAGE, KEEP, METHODS, VIDEO, Family, Picture, collate, modalities, prompt, prompts
 from tiny import DEPTH, PAD, forward, gap
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticCache
 
 from lit_prune.budget import average
 from lit_prune.errors import LitPruneError
@@ -51,6 +51,14 @@ def attach() -> Iterator[Callable[..., VLM]]:
 
 def generate(vlm: VLM, inputs: dict[str, Tensor], tokens: int = 5, **options):
     return tiny.generate(vlm, inputs, tokens, suppress_tokens=[IMAGE, VIDEO, PAD], **options)
+
+
+def cache_options(vlm: VLM, static: bool) -> dict:
+    """Options of `generate()` for a cache of a fixed number of columns, or for the usual one."""
+    if not static:
+        return {}
+    made = StaticCache(config=vlm.model.config.get_text_config(), max_cache_len=256)
+    return {cache_keyword(vlm.model): made, "disable_compile": True}
 
 
 def text(inputs: dict[str, Tensor]) -> Tensor:
@@ -149,17 +157,19 @@ def test_cached_decoding_equals_recomputation(attach, name, method):
 
 @EVERY
 @METHOD
-def test_second_turn_on_the_pruned_cache(attach, name, method):
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_second_turn_on_the_pruned_cache(attach, name, method, static):
     family, samples = FAMILIES[name], prompts(FAMILIES[name])
     question = torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
     vlm = attach(name, method)
 
     def dialogue(inputs, question):
-        first = generate(vlm, inputs, 4)
+        options = cache_options(vlm, static)
+        first = generate(vlm, inputs, 4, **options)
         ids = torch.cat([first.sequences, question], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 10, dtype=torch.long)], 1)
         turn = {"input_ids": ids, "attention_mask": mask}
-        return generate(vlm, turn, 4, **{cache_keyword(vlm.model): cache_of(first)})
+        return generate(vlm, turn, 4, **{**options, cache_keyword(vlm.model): cache_of(first)})
 
     inputs = collate(family, samples)
     out, start = dialogue(inputs, question), inputs["input_ids"].shape[1]
@@ -171,17 +181,19 @@ def test_second_turn_on_the_pruned_cache(attach, name, method):
         assert alone.sequences[0, -4:].tolist() == out.sequences[row, -4:].tolist()
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3-vl"])
-def test_second_turn_on_a_cache_pruned_at_layer_0(name):
+def test_second_turn_on_a_cache_pruned_at_layer_0(name, static):
     """The library counts columns by layer 0; with M-RoPE its positions don't count them either."""
     family, question = FAMILIES[name], torch.randint(2, 50, (1, 6), generator=torch.Generator().manual_seed(7))
     vlm = tiny.attach(built(name), Random([0, 4]), KEEP, METHODS["text attention"][1]())
     try:
         inputs = collate(family, prompts(family)[1:2])
         start = inputs["input_ids"].shape[1]
-        first = generate(vlm, inputs, 4)
+        options = cache_options(vlm, static)
+        first = generate(vlm, inputs, 4, **options)
         ids = torch.cat([first.sequences, question], 1)
-        out = generate(vlm, {"input_ids": ids}, 4, **{cache_keyword(vlm.model): cache_of(first)})
+        out = generate(vlm, {"input_ids": ids}, 4, **{**options, cache_keyword(vlm.model): cache_of(first)})
         whole = longer(inputs, out.sequences, start)
         whole["labels"][:, start + 4 : start + 10] = -100
         assert gap(forward(vlm, whole)[0][:, start + 9 : -1], out.logits) <= TOLERANCE

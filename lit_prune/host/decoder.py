@@ -16,7 +16,7 @@ from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
 from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
-from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, refuse_chunks
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.inputs import begin
@@ -134,13 +134,18 @@ class DecoderHost:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        if hasattr(cache := cache_of(kwargs), CACHE):
+        cache = cache_of(kwargs)
+        if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
-            kwargs = only_new(kwargs, getattr(cache, CACHE))
+        real = real_columns(kwargs, cache)
+        if hasattr(cache, CACHE):
+            kwargs = only_new(kwargs, getattr(cache, CACHE), real)
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.places, session, self._counts)
+        forward = begin(kwargs, self.places, session, self._counts, real)
+        if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
+            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         if forward is not None and session.answers_only:
@@ -321,4 +326,6 @@ class DecoderHost:
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
         if forward.restaged or past is not None:
+            # The decoder's own mask fits the columns of layer 0, so these layers take theirs, also where it is None.
+            forward.restaged = True
             forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)

@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune.host.cache import CACHE, one_mask
+from lit_prune.host.cache import CACHE
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.places import INPUTS, Places
 from lit_prune.host.session import Session
 from lit_prune.host.state import Forward
 
 
-def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) -> Forward | None:
-    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do."""
+def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable, real: Tensor | None) -> Forward | None:
+    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do.
+
+    `real`: which columns so far are no padding (batch, columns), those of `input_ids` last; None: all are.
+    """
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
-    valid = _validity(one_mask(kwargs.get("attention_mask")), ids)
+    valid = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, -ids.shape[1] :].bool()
     visual, starts, pictured = _visual(kwargs, ids, valid, places)
     labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -93,18 +96,6 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
         prompt = ids
         setattr(encoded, CACHE, prompt)
     return prompt.shape[1]
-
-
-def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """Which of the new columns are real, from a 2-D mask over all columns, a 4-D mask, or none."""
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    if mask.ndim == 4:
-        if ids.shape[1] == 1:
-            return torch.ones_like(ids, dtype=torch.bool)
-        last = mask[:, 0, -1, : ids.shape[1]]
-        return last if last.dtype == torch.bool else last >= 0
-    return mask[:, -ids.shape[1] :].bool()
 
 
 def _gate(valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
