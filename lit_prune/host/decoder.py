@@ -22,6 +22,7 @@ from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.inputs import begin
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
+from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.session import Session
 from lit_prune.host.sizes import vision_trace
@@ -68,6 +69,7 @@ class DecoderHost:
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
         self.tower: TowerHost | None = None
+        self.plans: Plans | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.renumbering = Renumbering(self.places.decoder) if options.positions == "renumbered" else None
         self.mass = MassGivenBack(options.mass) if options.mass != "none" else None
@@ -84,6 +86,7 @@ class DecoderHost:
                 raise LitPruneError("mass: eager attention takes no bias per key; load the model with sdpa attention")
             self._attach_tower(model)
             tower = self.tower and self.tower.tower
+            self.plans = Plans(pruner, keep, dims.depth)
             self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config, tower, self.mass)
         wrap_attention()
         self.handles = self._hook(model)
@@ -125,12 +128,6 @@ class DecoderHost:
 
     # -- the model and its decoder ------------------------------------------------------------------------------
 
-    def _counts(self, totals: list[int]) -> dict[int, list[int]]:
-        """Kept tokens per stage for samples with as many visual tokens as `totals` says."""
-        nothing = dict.fromkeys(self.stages, 0)
-        plans = {n: self.pruner.plan(self.keep, n, self.places.dims.depth) if n else nothing for n in set(totals)}
-        return {layer: [plans[n][layer] for n in totals] for layer in self.stages}
-
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
@@ -143,7 +140,7 @@ class DecoderHost:
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.places, session, self._counts, real)
+        forward = begin(kwargs, self.places, session, self.plans, real)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
         if forward is not None and forward.record is not None:
@@ -246,6 +243,8 @@ class DecoderHost:
             self.renumbering.enter(forward, kwargs)
         if forward.counts:
             hidden = self.runner.run(index, module, hidden, forward, kwargs)
+            if self.tower is not None and index == 0 and forward.sizes is not None:
+                self.plans.check_arrived(forward.counts, forward.alive, forward.sizes)
         if self.renumbering is not None:
             self.renumbering.leave(index, hidden, forward)
         if forward.cache_state is not None:
