@@ -16,7 +16,9 @@ from lit_prune.asking import Picture, check_prompts, is_image, pair
 from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
-from lit_prune.host import DecoderHost, Session
+from lit_prune.host import DecoderHost, Session, host_of
+from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
+from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
@@ -108,6 +110,16 @@ class VLM:
             lines += self.plugin.summary(self.host.schedule)
         return "\n  ".join(lines)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """So that a model that has run can be pickled; see `drop_capturing_hooks`."""
+        drop_capturing_hooks(self.model)
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """So that it runs in another process; see `put_on_record`."""
+        vars(self).update(state)
+        put_on_record(recording_classes(self.model))
+
     @property
     def size(self) -> ModelSize:
         """Sizes for `lit_prune.cost`."""
@@ -122,7 +134,7 @@ class VLM:
         positions: Positions | None = None,
         mass: Mass | None = None,
     ) -> "VLM":
-        """Prune from now on, in forward and `generate()`.
+        """Prune from now on, in forward and `generate()`; what was attached stays attached if this fails.
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
@@ -145,17 +157,17 @@ class VLM:
         asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))
+        plugin.to(device)
+        model = unwrap(self.model)
+        self.host = DecoderHost(model, plugin.pruner, plugin.repair, budget, options, replaces=host_of(model))
         plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
-        self.detach()
-        self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget, options)
-        self.plugin = plugin.to(device)
+        self.plugin = plugin
         return self
 
     def detach(self) -> "VLM":
         """The plain model again, bit for bit, also where another VLM of the same model has attached something."""
-        for hook in list(find(self.model).decoder._forward_pre_hooks.values()):
-            if isinstance(host := getattr(hook, "__self__", None), DecoderHost):
-                host.detach()
+        if (host := host_of(self.model)) is not None:
+            host.detach()
         self.host, self.plugin = None, None
         return self
 
@@ -169,7 +181,7 @@ class VLM:
             options: of `torch.compile` (`mode`, `backend`, `dynamic`, ...).
         """
         for layer in find(self.model).layers:
-            layer.forward = torch.compile(layer.forward, isolate_recompiles=True, **options)
+            layer.forward = CompiledForward(layer, options)
         return self
 
     def using(self, session: Session) -> AbstractContextManager[Session]:

@@ -117,6 +117,10 @@ def test_flex_attention_takes_its_own_mask_after_a_stage(flex, pruned, uncompile
 @pytest.mark.parametrize("method", METHODS)
 def test_flex_attention_generates_the_same(pruned, flex, uncompiled, method, cache):
     inputs = tiny.batch(tiny.samples())
+    try:
+        flex.generate(**inputs, max_new_tokens=2, **cache)
+    except AttributeError as error:
+        pytest.skip(f"the plain model can't either, on transformers 5.23 and before: {error}")
     pruner, repair = make(method)
     expected = tiny.generate(pruned(pruner, repair=repair), inputs, 4)
     found = tiny.generate(pruned(pruner, repair=repair, model=flex, shaken=False), inputs, 4, **cache)

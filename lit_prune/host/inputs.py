@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_prune.host.cache import CACHE
+from lit_prune.host.compat import ENCODED
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.places import INPUTS, Places
 from lit_prune.host.plans import Plans
@@ -75,7 +76,7 @@ def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[T
     """
     visual = starts = torch.zeros_like(valid)
     separate = visual.sum(1)
-    encoded = kwargs.get("mm_encoder_outputs") or {}
+    encoded = kwargs.get(ENCODED) or {}
     passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
     for modality in passed:
         mine = (ids == places.tokens[modality]) & valid
@@ -95,7 +96,7 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
 
     The prompt is remembered on the encoded image, which lives as long as that call to `generate()`.
     """
-    encoded = next((out for out in (kwargs.get("mm_encoder_outputs") or {}).values() if out is not None), None)
+    encoded = next((out for out in (kwargs.get(ENCODED) or {}).values() if out is not None), None)
     if encoded is None or kwargs.get("use_cache") is not False or kwargs.get("labels") is not None:
         return ids.shape[1]
     prompt = getattr(encoded, CACHE, None)
