@@ -164,7 +164,7 @@ def check_tower(layers: Iterable[nn.Module]) -> None:
         kind, own = type(layer).__name__, getattr(layer, "self_attn", None)
         if not isinstance(getattr(layer, "layer_norm1", None), nn.Module):
             raise unsupported(f"{kind} has no layer_norm1")
-        _need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
+        need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
 
 
 def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, rope: bool) -> None:
@@ -177,11 +177,9 @@ def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, 
     """
     name = type(layer).__name__
     if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
-        raise unsupported(
-            f"{name} isn't given its hidden states (batch, columns, width), and nothing else, by position"
-        )
+        raise unsupported(f"{name} isn't given hidden states (batch, columns, width), and them alone, by position")
     if args[0].shape[1] != columns:
-        raise unsupported(f"{name} is given {args[0].shape[1]} columns where there are {columns} token ids")
+        raise unsupported(f"{name} is given {args[0].shape[1]} columns of hidden states in place of {columns}")
     found = kwargs.get("position_embeddings")
     pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)
     if not pair or (rope and any(part.ndim != 3 or part.shape[1] != columns for part in found)):
@@ -237,7 +235,7 @@ def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
 def _check_attention(layer: nn.Module) -> None:
     """Check what computes a layer's own queries and keys: see `places.query_key` and `places.plain_keys`."""
     own, kind = getattr(layer, "self_attn", None), type(layer).__name__
-    _need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
+    need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
     if rotation(own) is None:
         raise unsupported(f"the module of {type(own).__name__} has no apply_rotary_pos_emb")
 
@@ -247,7 +245,8 @@ def rotation(attention: nn.Module) -> Callable | None:
     return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
 
 
-def _need(part: Any, name: str, attributes: tuple[str, ...]) -> None:
+def need(part: Any, name: str, attributes: tuple[str, ...]) -> None:
+    """Raise `LitPruneError` unless a part of a model, an output or a library has these attributes."""
     if missing := [attribute for attribute in attributes if not hasattr(part, attribute)]:
         raise unsupported(f"{name} has no {' and no '.join(missing)}")
 

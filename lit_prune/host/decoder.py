@@ -251,6 +251,8 @@ class DecoderHost:
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
+        if forward is not None:
+            compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_gate(output.last_hidden_state)[None]
             return output

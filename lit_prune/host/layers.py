@@ -145,7 +145,7 @@ class Layers:
 
     # -- the output -------------------------------------------------------------------------------------------------
 
-    def _after(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
+    def _after(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None

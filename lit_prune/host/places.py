@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import rotation
+from lit_prune.host.compat import need, rotation
 from lit_prune.host.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.pruners.base import Dims
 from lit_prune.shapes import Config
@@ -125,6 +125,10 @@ def check_stages(config: Config, stages: tuple[int, ...]) -> None:
 def tower(model: nn.Module) -> Tower:
     """The vision tower of a model; raises `LitPruneError` for families whose tower can't be pruned inside."""
     size, inner = tower_size(model.config), model.model
+    need(inner, type(inner).__name__, ("vision_tower", "multi_modal_projector"))
+    need(
+        getattr(inner.vision_tower, "encoder", None), f"the encoder of {type(inner.vision_tower).__name__}", ("layers",)
+    )
     newline = getattr(inner, "image_newline", None)
     return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
