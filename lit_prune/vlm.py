@@ -38,6 +38,7 @@ def load(
     random_weights: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
+    strict: bool = True,
     **options: Any,
 ) -> "VLM":
     """A frozen vision-language model with its processor, ready to attach a pruner to.
@@ -53,6 +54,7 @@ def load(
         random_weights: build the real shape with random weights and download nothing; see `lit_prune.shapes`.
         device: where the model shall be, such as "cuda"; by default where it is made, the CPU.
         seed: of random weights.
+        strict: refuse a checkpoint that lacks weights of the model, or holds others; else they are random, or ignored.
         options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...).
 
     Raises:
@@ -74,7 +76,7 @@ def load(
             raise LitPruneError("give either device or device_map: a map says where each part of the model is")
         if device is not None and "quantization_config" in options:  # such weights are made in place, not moved
             options["device_map"], device = {"": device}, None
-        model, name = loading.load_model(base, dtype, **options), str(base)
+        model, name = loading.load_model(base, dtype, strict=strict, **options), str(base)
         processor = processor or name
     if processor is None:
         processor = loading.local_processor(name) if name else None
