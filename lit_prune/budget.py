@@ -12,6 +12,10 @@ Schedule = dict[int, int]  # {decoder layer: visual tokens kept from its input o
 Budget = int | Schedule  # an average to solve for, or the counts themselves
 
 
+class OutOfReach(LitPruneError):
+    """A budget that the layers before the first stage use up."""
+
+
 def average(schedule: Schedule, visual: int, depth: int) -> float:
     """Visual tokens averaged over the inputs of `depth` decoder layers, of `visual` at the start."""
     total, now = 0, visual
@@ -44,7 +48,8 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
     The average is exact where whole counts allow it, else the nearest one, of two equally near the lower. Counts are
     searched around the real-valued solution; among those of the best average the one closest to `shape` wins.
 
-    Raises `LitPruneError` if `keep` is above `visual` or below one, or is used up by the layers before the first stage.
+    Raises `LitPruneError` if `keep` is above `visual` or below one, `OutOfReach` if it is used up by the layers before
+    the first stage.
     """
     check_layers(layers, depth)
     if len(shape) != len(layers):
@@ -57,7 +62,7 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
     room = keep * depth - visual * layers[0]
     if room < sum(ruled):
         lowest = (visual * layers[0] + sum(ruled)) / depth
-        raise LitPruneError(
+        raise OutOfReach(
             f"keep={keep} can't be reached: the {layers[0]} decoder layers before the first stage see all {visual} "
             f"visual tokens, so the average is at least {lowest:.1f}; prune earlier or keep more"
         )

@@ -6,8 +6,9 @@ Nothing here runs code of a checkpoint, and without a network nothing waits for 
 import copy
 import difflib
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,19 +75,90 @@ def _adapted(base: str | Path) -> str | None:
         raise LitPruneError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path") from error
 
 
-def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **options: Any) -> nn.Module:
+def load_model(
+    base: str | Path, dtype: torch.dtype | str | None = None, *, strict: bool = True, **options: Any
+) -> nn.Module:
     """Model with its weights; `dtype` by default float32 for micro, else what the checkpoint says.
 
+    Args:
+        base: a folder, a hub id, or the folder of an adapter, which names its base model.
+        dtype: of the weights.
+        strict: refuse a checkpoint that lacks weights of the model, or holds others; else they are random, or ignored.
+        options: passed to `from_pretrained`.
+
     Raises:
-        LitPruneError: there are no weights, or they can't be read, with what would help.
+        LitPruneError: there are no weights, they can't be read, or they are not the model's, with what would help.
     """
     from transformers import AutoModelForImageTextToText
 
-    if _adapted(base) and find_spec("peft") is None:
-        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
     if dtype is None:
         dtype = torch.float32 if str(base) == "micro" else "auto"
-    return _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
+    if adapted := _adapted(base):
+        if find_spec("peft") is None:
+            raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
+        model = load_model(adapted, dtype, strict=strict, **options)
+        with _quiet() if strict else nullcontext():
+            asked = {"ignore_mismatched_sizes": strict}
+            info = _fetch(lambda folder, **_: model.load_adapter(folder, **asked), base).to_dict()
+    else:
+        with _quiet() if strict else nullcontext():
+            asked = {"ignore_mismatched_sizes": strict, **options, "dtype": dtype, "output_loading_info": True}
+            model, info = _fetch(AutoModelForImageTextToText.from_pretrained, base, **asked)
+    if options.get("ignore_mismatched_sizes"):
+        info = {**info, "mismatched_keys": ()}
+    if strict:
+        _check_weights(base, info)
+    return model
+
+
+def _check_weights(base: str | Path, info: dict[str, Any]) -> None:
+    """Raise `LitPruneError` where a checkpoint is not the model's, by what `from_pretrained` says about it.
+
+    The library leaves out what a model's class itself declares as tied, or as not to be saved.
+    """
+    found = {
+        "lacks": sorted(info["missing_keys"]),
+        "holds in other sizes": sorted(name for name, *_ in info["mismatched_keys"]),
+        "holds besides": sorted(info["unexpected_keys"]),
+    }
+    if not any(found.values()):
+        return
+    import transformers
+
+    from lit_prune.host.compat import TESTED  # slow to import
+
+    said = "; ".join(
+        f"{verb} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for verb, names in found.items()
+        if names
+    )
+    raise LitPruneError(
+        f"the weights of {base} are not those of its model in transformers {transformers.__version__}: it {said}. "
+        f"Versions {TESTED} are known to work. What is lacking would be random: take the model as it is only where "
+        f"that is meant, by lit_prune.load(..., strict=False)"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the library's table of missing and left-over weights, unless it fails: our error sums it up."""
+    log, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def other(record: logging.LogRecord) -> bool:
+        if report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not report
+
+    log.addFilter(other)
+    try:
+        yield
+    except Exception:
+        log.removeFilter(other)
+        for record in held:
+            log.handle(record)
+        raise
+    finally:
+        log.removeFilter(other)
 
 
 def random_model(
@@ -170,7 +242,7 @@ def _fetch(function: Callable, base: str | Path, local: bool = False, **options:
             f"{base} can't be loaded so ({_first_line(error)}): install what is missing, such as "
             f"{extra('quantized', 'peft')}"
         ) from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RuntimeError, SafetensorError) as error:
         raise LitPruneError(f"{base} can't be loaded: {_first_line(error)}") from error
 
 

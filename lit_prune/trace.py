@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
@@ -111,6 +111,7 @@ class Trace:
 
     Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
     idled, and `learns` says which layers gradients go back through.
+    `budget` is what was asked of each sample: `keep`, or all its visual tokens if it has fewer.
     `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
     `total_visual`: right for models whose crops all give the same number of tokens.
     """
@@ -126,10 +127,23 @@ class Trace:
     repair_stages: tuple[int, ...] = ()
     ran: list[Int[Tensor, " batch"]] = field(default_factory=list)
     learns: list[bool] = field(default_factory=list)
+    budget: Float[Tensor, " batch"] | None = None
 
     def average_visual(self) -> Tensor:
         """Visual tokens averaged over the decoder layers' inputs, per sample: the budget as it was spent."""
         return torch.stack(self.visual).double().mean(0)
+
+    def excess(self) -> Float[Tensor, " batch"]:
+        """Visual tokens above the budget, averaged as it is, per sample; up to half a token is rounding, and 0 here.
+
+        A sample exceeds its budget where it has more images than the budget has tokens, or where the layers before the
+        first stage see too many tokens; a method that keeps as many as it likes may exceed any.
+        """
+        spent = self.average_visual()
+        if self.budget is None:
+            return torch.zeros_like(spent)
+        above = spent - self.budget.to(spent.device)
+        return torch.where(above > 0.5, above, 0.0)
 
 
 def plan(

@@ -16,7 +16,9 @@ from lit_prune.asking import Picture, check_prompts, is_image, pair
 from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
-from lit_prune.host import DecoderHost, Session
+from lit_prune.host import DecoderHost, Session, host_of
+from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
+from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
@@ -36,6 +38,7 @@ def load(
     random_weights: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
+    strict: bool = True,
     **options: Any,
 ) -> "VLM":
     """A frozen vision-language model with its processor, ready to attach a pruner to.
@@ -51,6 +54,7 @@ def load(
         random_weights: build the real shape with random weights and download nothing; see `lit_prune.shapes`.
         device: where the model shall be, such as "cuda"; by default where it is made, the CPU.
         seed: of random weights.
+        strict: refuse a checkpoint that lacks weights of the model, or holds others; else they are random, or ignored.
         options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...).
 
     Raises:
@@ -72,7 +76,7 @@ def load(
             raise LitPruneError("give either device or device_map: a map says where each part of the model is")
         if device is not None and "quantization_config" in options:  # such weights are made in place, not moved
             options["device_map"], device = {"": device}, None
-        model, name = loading.load_model(base, dtype, **options), str(base)
+        model, name = loading.load_model(base, dtype, strict=strict, **options), str(base)
         processor = processor or name
     if processor is None:
         processor = loading.local_processor(name) if name else None
@@ -108,6 +112,16 @@ class VLM:
             lines += self.plugin.summary(self.host.schedule)
         return "\n  ".join(lines)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """So that a model that has run can be pickled; see `drop_capturing_hooks`."""
+        drop_capturing_hooks(self.model)
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """So that it runs in another process; see `put_on_record`."""
+        vars(self).update(state)
+        put_on_record(recording_classes(self.model))
+
     @property
     def size(self) -> ModelSize:
         """Sizes for `lit_prune.cost`."""
@@ -122,7 +136,7 @@ class VLM:
         positions: Positions | None = None,
         mass: Mass | None = None,
     ) -> "VLM":
-        """Prune from now on, in forward and `generate()`.
+        """Prune from now on, in forward and `generate()`; what was attached stays attached if this fails.
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
@@ -145,17 +159,17 @@ class VLM:
         asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))
+        plugin.to(device)
+        model = unwrap(self.model)
+        self.host = DecoderHost(model, plugin.pruner, plugin.repair, budget, options, replaces=host_of(model))
         plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
-        self.detach()
-        self.host = DecoderHost(unwrap(self.model), plugin.pruner, plugin.repair, budget, options)
-        self.plugin = plugin.to(device)
+        self.plugin = plugin
         return self
 
     def detach(self) -> "VLM":
         """The plain model again, bit for bit, also where another VLM of the same model has attached something."""
-        for hook in list(find(self.model).decoder._forward_pre_hooks.values()):
-            if isinstance(host := getattr(hook, "__self__", None), DecoderHost):
-                host.detach()
+        if (host := host_of(self.model)) is not None:
+            host.detach()
         self.host, self.plugin = None, None
         return self
 
@@ -169,7 +183,7 @@ class VLM:
             options: of `torch.compile` (`mode`, `backend`, `dynamic`, ...).
         """
         for layer in find(self.model).layers:
-            layer.forward = torch.compile(layer.forward, isolate_recompiles=True, **options)
+            layer.forward = CompiledForward(layer, options)
         return self
 
     def using(self, session: Session) -> AbstractContextManager[Session]:

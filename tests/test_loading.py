@@ -6,6 +6,7 @@ import shutil
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
@@ -13,7 +14,9 @@ import psutil
 import pytest
 import tiny
 import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, PreTrainedConfig
 
@@ -317,6 +320,127 @@ def test_quantized(micro_folder, tmp_path, bits):
     assert fingerprint(vlm.model) == []
 
 
+# -- weights that are not the model's -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(micro_folder, tmp_path):
+    """Makes a copy of the folder whose weights a function has changed."""
+
+    def make(change, **saving) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(micro_folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+TOWER = "encoder.layers.0.mlp.fc1.weight"
+
+
+def named(tensors: dict, end: str = TOWER) -> str:
+    """The one weight whose name ends so; files name modules otherwise than the library does."""
+    (name,) = (name for name in tensors if name.endswith(end))
+    return name
+
+
+def rename(tensors: dict) -> None:
+    """As a version of the library does that names modules otherwise."""
+    for name in [name for name in tensors if "vision_tower" in name]:
+        tensors[name.replace("vision_tower", "vision_tower.vision_model_of_old")] = tensors.pop(name)
+
+
+WRONG = {
+    "missing": (lambda t: t.pop(named(t)), rf"lacks 1 \(\S*{TOWER}\)"),
+    "left over": (lambda t: t.update(extra=torch.ones(2)), r"holds besides 1 \(extra\)"),
+    "another size": (lambda t: t.update({named(t): torch.ones(3, 3)}), rf"holds in other sizes 1 \(\S*{TOWER}\)"),
+    "renamed": (
+        rename,
+        r"lacks \d+ \(model\.vision_tower[^)]*, \.\.\.\); holds besides \d+ \(.*_of_old[^)]*, \.\.\.\)",
+    ),
+    "no tower": (
+        lambda t: [t.pop(name) for name in list(t) if "vision_tower" in name],
+        r"lacks \d+ \(model\.vision_tower\.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+def test_weights_of_another_model_are_refused(changed, capfd, change, said):
+    """Nothing is initialised at random: one line names the first of them, the folder and the library's version."""
+    folder = changed(change)
+    capfd.readouterr()
+    with pytest.raises(LitPruneError, match=said) as error:
+        lit_prune.load(folder)
+    text = str(error.value)
+    assert text.startswith(
+        f"the weights of {folder} are not those of its model in transformers {transformers.__version__}"
+    )
+    assert "5.18 to 5.24" in text
+    assert "\n" not in text
+    assert len(text) < 800
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing", "left over"])
+def test_weights_of_another_model_may_be_meant(changed, name):
+    """A new head, for one."""
+    folder = changed(WRONG[name][0])
+    vlm = lit_prune.load(folder, strict=False)
+    assert len(vlm.answer([picture()], ["what colour ?"], max_new_tokens=2)) == 1
+
+
+def test_other_sizes_may_be_meant(changed):
+    assert lit_prune.load(changed(WRONG["another size"][0]), ignore_mismatched_sizes=True).processor is not None
+
+
+def test_other_sizes_are_refused_without_strictness_too(changed):
+    """The library refuses them by itself."""
+    with pytest.raises(LitPruneError, match="can't be loaded"):
+        lit_prune.load(changed(WRONG["another size"][0]), strict=False)
+
+
+def test_tied_sharded_and_offloaded_weights_are_complete(micro_folder, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(micro_folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="1MB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    for folder in ("sharded", "tied"):
+        loading.load_model(tmp_path / folder)
+        loading.load_model(tmp_path / folder, torch.bfloat16)
+    if find_spec("accelerate") is not None:
+        loading.load_model(tmp_path / "tied", device_map="auto", offload_folder=tmp_path / "weights")
+
+
+def test_a_missing_shard(micro_folder, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(micro_folder)
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    min(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(LitPruneError, match="can't be loaded"):
+        lit_prune.load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_that_were_saved_are_complete(micro_folder, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = loading.load_model(micro_folder, quantization_config=config, device_map={"": "cpu"})
+    model.save_pretrained(tmp_path)
+    loading.load_model(tmp_path, device_map={"": "cpu"})
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop(named(tensors, "encoder.layers.0.layer_norm1.weight"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LitPruneError, match="lacks"):
+        loading.load_model(tmp_path, device_map={"": "cpu"})
+
+
 # -- adapters of peft -----------------------------------------------------------------------------------------------
 
 
@@ -359,6 +483,31 @@ def test_a_plugin_of_the_plain_base_is_refused(adapted, micro_folder, tmp_path):
     lit_prune.load(micro_folder).attach(RCP([1], [1.0], inner=16), keep=24).save_pretrained(tmp_path)
     with pytest.raises(LitPruneError, match="trained for the weights of"):
         lit_prune.load(adapted).attach(tmp_path)
+
+
+def test_an_adapter_of_a_base_that_lacks_weights(adapted, changed, tmp_path):
+    """The library says of an adapter alone whether it is complete."""
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(changed(rename))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LitPruneError, match=rf"the weights of {tmp_path / 'changed'} are not"):
+        lit_prune.load(tmp_path / "adapter")
+    assert lit_prune.load(tmp_path / "adapter", strict=False).model is not None
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "another size"])
+def test_an_adapter_with_other_weights(adapted, tmp_path, change):
+    adapted.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    if change == "missing":
+        tensors.pop(name)
+    else:
+        tensors[name if change == "another size" else name.replace("layers.0", "layers.77")] = torch.ones(5, 5)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LitPruneError, match=rf"the weights of {tmp_path} are not those of its model"):
+        lit_prune.load(tmp_path)
 
 
 def test_an_adapter_without_a_base(tmp_path):

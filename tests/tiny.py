@@ -102,6 +102,13 @@ def batch(prompts: list[Sample], side: str = "left", answers: int = 0) -> dict[s
     return {**inputs, "labels": labels} if answers else inputs
 
 
+def padded(inputs: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
+    """The inputs with so many columns of padding more on the left of every row."""
+    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    names = fill.keys() & inputs
+    return {**inputs, **{name: nn.functional.pad(inputs[name], (columns, 0), value=fill[name]) for name in names}}
+
+
 def real_text(inputs: dict[str, Tensor]) -> Tensor:
     """Positions that are neither padding nor image."""
     return inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)

@@ -87,6 +87,13 @@ def wrap_attention() -> None:
             ALL_ATTENTION_FUNCTIONS[name] = _wrap(name, function)
 
 
+def wrapped(implementation: str) -> bool:
+    """Whether a model's attention implementation can be read and biased."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import
+
+    return getattr(ALL_ATTENTION_FUNCTIONS.get(implementation), "lit_prune", False)
+
+
 def _wrap(name: str, function: Callable) -> Callable:
     @wraps(function)
     def attention(module, query, key, value, attention_mask, **kwargs):

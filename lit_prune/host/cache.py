@@ -1,9 +1,12 @@
 """What outlives a forward, on the KV cache itself, and what `generate()` does with caches that matters here."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache
 
 from lit_prune.errors import LitPruneError
@@ -35,6 +38,20 @@ class CacheState:
     removed: dict[int, Tensor] = field(default_factory=dict)
     bias: dict[int, Tensor] = field(default_factory=dict)
     soft: bool = False
+
+    @classmethod
+    def of(cls, cache: Cache, real: Tensor | None, rows: Tensor, stages: Sequence[int]) -> "CacheState":
+        """The state of a cache that no stage has touched: empty, or filled by text or by the plain model.
+
+        `real`: see `real_columns`; `rows`: any tensor with a row for each sample.
+        """
+        state = cls(seen=int(cache.get_seq_length()))
+        if state.seen:
+            earlier = rows.new_ones(rows.shape[0], state.seen, dtype=torch.bool)
+            earlier = earlier if real is None else real[:, : state.seen].bool()
+            padded = False if real is None else None  # None: only the device knows
+            state.valid, state.padded = dict.fromkeys(stages, earlier), dict.fromkeys(stages, padded)
+        return state
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
@@ -75,12 +92,15 @@ def refuse_chunks() -> None:
         )
 
 
-def only_new(kwargs: dict, state: CacheState) -> dict:
-    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned."""
-    ids, positions, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), one_mask(kwargs.get("attention_mask"))
-    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (mask is None and positions is None):
+def only_new(kwargs: dict, state: CacheState, real: Tensor | None) -> dict:
+    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned.
+
+    `real`: see `real_columns`.
+    """
+    ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (real is None and positions is None):
         return kwargs
-    new = (_columns(positions, state) if mask is None else mask.shape[-1]) - state.seen
+    new = (_columns(positions, state) if real is None else real.shape[1]) - state.seen
     if not 0 < new < ids.shape[1]:
         return kwargs
     trimmed = {name: kwargs[name][..., -new:] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
@@ -95,6 +115,22 @@ def _columns(positions: Tensor, state: CacheState) -> int:
     return int(positions[0, 0, -1]) + 1 if positions.shape[0] == 4 else int(positions[-1, 0, -1] + 1 - state.lag)
 
 
-def one_mask(mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
-    """The mask that sees the whole context, where `generate()` made one for each kind of layer."""
-    return mask["full_attention"] if isinstance(mask, dict) else mask
+def real_columns(kwargs: dict, cache: Cache | None) -> Tensor | None:
+    """Which columns so far are real (batch, columns), by the mask that a model is called with; None: all are.
+
+    `generate()` with a static cache passes a mask of every query by every slot of the cache, for each kind of layer or
+    for all. Its last query sees each real column: those of the cache's layer 0 and as many as there are ids.
+    """
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None or len(mask.shape) == 2:
+        return mask
+    if ids is None or ids.shape[1] == 1:  # a decoding step: what it feeds is real, and nobody asks for the rest
+        return None
+    length = ids.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+    if isinstance(mask, BlockMask):
+        rows, columns = torch.arange(ids.shape[0], device=ids.device), torch.arange(length, device=ids.device)
+        return mask.mask_mod(rows[:, None], torch.zeros_like(rows)[:, None], columns[-1:], columns)
+    last = mask[:, 0, -1, :length]
+    return last if last.dtype == torch.bool else last >= 0

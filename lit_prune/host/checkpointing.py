@@ -7,6 +7,7 @@ from torch import nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import places
+from lit_prune.host.compat import enable_checkpointing
 
 
 def prepare(model: nn.Module) -> None:
@@ -19,7 +20,7 @@ def prepare(model: nn.Module) -> None:
     try:
         # Nothing in a frozen layer draws random numbers. Reentrant checkpoints lose gradients that come by keyword.
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        enable_checkpointing(model, options)
     except ValueError as error:
         raise LitPruneError(f"model.checkpoint_activations: {error}") from error
     # Without this, inputs are made to require gradients, and backward runs down to the embeddings.

@@ -1,10 +1,13 @@
 """Names that differ between versions of transformers, and what the hooks rely on, checked when a plug-in attaches.
 
 Everything here is found by looking at the installed library and the attached model, never by comparing version numbers:
-a version in between, a fork, or a model with code of its own may use either name.
+a version in between, a fork, or a model with code of its own may use either name. Signatures are looked at once per
+class. What only a forward can show is checked by `check_layer_call`, before any token is dropped.
 """
 
 import inspect
+import sys
+from collections.abc import Callable, Iterable
 from functools import cache as memoize
 from typing import Any
 
@@ -15,6 +18,7 @@ from lit_prune.errors import LitPruneError
 
 TESTED = "5.18 to 5.24"  # versions of transformers that pyproject.toml admits: jobs/test_versions.sh tests both ends
 CACHE_NAMES = ("cache", "past_key_values")  # the KV cache as a keyword and in outputs: since 5.24, and before
+ENCODED = "mm_encoder_outputs"  # keyword under which a model is handed images that are encoded already, by modality
 
 
 def cache_of(arguments: Any) -> Any:
@@ -45,9 +49,12 @@ def _cache_keyword(function: Any, owner: str) -> str:
 
 
 @memoize
-def _parameters(function: Any) -> frozenset[str]:
-    """Names of a function's parameters, seen through decorators."""
-    return frozenset(inspect.signature(function).parameters)
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of a function by name, seen through decorators."""
+    return dict(inspect.signature(function).parameters)
+
+
+# -- masks and activation checkpointing -----------------------------------------------------------------------------
 
 
 def causal_mask(
@@ -80,14 +87,181 @@ def bidirectional_mask(config: Any, hidden: Tensor, valid: Tensor) -> Tensor | B
     """Mask of an encoder's layer, in the form that its attention takes; None: not needed."""
     from transformers.masking_utils import create_bidirectional_mask  # slow to import
 
-    return create_bidirectional_mask(config, hidden, valid)
+    return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid)
+
+
+def enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
+    """Prepare activation checkpointing, `options` for `torch.utils.checkpoint`; its name is new since 5.23.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+# -- what pickling a model leaves out -------------------------------------------------------------------------------
+
+
+def drop_capturing_hooks(model: nn.Module) -> None:
+    """Remove the hooks that the library adds in a first forward, to collect states; the next one adds them again.
+
+    They are closures, so that a model that has run can't be pickled.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+        if getattr(module, "_output_capturing_hooks_installed", False):
+            module._output_capturing_hooks_installed = False
+
+
+def recording_classes(model: nn.Module) -> set[type[nn.Module]]:
+    """Classes in a model that the library has on record as able to collect states."""
+    return {type(module) for module in model.modules() if hasattr(type(module), "_can_record_outputs")}
+
+
+def put_on_record(classes: Iterable[type[nn.Module]]) -> None:
+    """Put such classes on record, as their constructors do, which unpickling in another process doesn't call.
+
+    A model that reads its vision tower's states would find none.
+    """
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for kind in classes:
+        dict.setdefault(_CAN_RECORD_REGISTRY, str(kind), kind._can_record_outputs)
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_decoder(model: nn.Module, decoder: nn.Module, layers: Iterable[nn.Module], own: Iterable[int] = ()) -> None:
+    """Raise `LitPruneError` unless the library and the model's classes have what the hooks of the decoder rely on.
+
+    Args:
+        model: a `*ForConditionalGeneration`. decoder: its decoder. layers: the decoder's.
+        own: layers whose attention, or keys, a method computes itself from the layer's projections.
+    """
+    _check_library()
+    _check_forward(type(model), ("input_ids", "attention_mask"))
+    _check_forward(type(decoder), ("attention_mask", "position_ids", "inputs_embeds"))
+    layers = list(layers)
+    for kind in {type(layer) for layer in layers}:
+        _check_forward(kind, ("attention_mask", "position_ids", "position_embeddings"))
+    for layer in layers:
+        if not isinstance(getattr(layer, "input_layernorm", None), nn.Module):
+            raise unsupported(f"{type(layer).__name__} has no input_layernorm")
+    for index in own:
+        _check_attention(layers[index])
+
+
+def check_tower(layers: Iterable[nn.Module]) -> None:
+    """Raise `LitPruneError` unless the layers of a vision tower have what stages inside it rely on."""
+    _check_bidirectional()
+    for layer in layers:
+        kind, own = type(layer).__name__, getattr(layer, "self_attn", None)
+        if not isinstance(getattr(layer, "layer_norm1", None), nn.Module):
+            raise unsupported(f"{kind} has no layer_norm1")
+        need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
+
+
+def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, rope: bool) -> None:
+    """Raise `LitPruneError` unless a decoder layer is called as the hooks expect.
+
+    Args:
+        layer: the layer. args, kwargs: its arguments.
+        columns: of the hidden states.
+        rope: whether its rotary embeddings are those of all columns still; after a stage they are replaced.
+    """
+    name = type(layer).__name__
+    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        raise unsupported(f"{name} isn't given hidden states (batch, columns, width), and them alone, by position")
+    if args[0].shape[1] != columns:
+        raise unsupported(f"{name} is given {args[0].shape[1]} columns of hidden states in place of {columns}")
+    found = kwargs.get("position_embeddings")
+    pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)
+    if not pair or (rope and any(part.ndim != 3 or part.shape[1] != columns for part in found)):
+        raise unsupported(f"{name} isn't given position_embeddings, a pair (batch, {columns} columns, head width)")
+
+
+def check_layer_output(layer: nn.Module, output: Any) -> None:
+    """Raise `LitPruneError` unless a decoder layer returns its states alone."""
+    if not isinstance(output, Tensor):
+        raise unsupported(f"{type(layer).__name__} returns {type(output).__name__} in place of a tensor")
+
+
+def check_reached(model: nn.Module, reached: bool) -> None:
+    """Raise `LitPruneError` if what a model was called with has not come down to its decoder's layers."""
+    if not reached:
+        raise unsupported(f"{type(model).__name__} doesn't hand its keywords down to its decoder's layers")
+
+
+@memoize
+def _check_library() -> None:
+    from transformers import Cache, DynamicCache, GenerationMixin
+    from transformers.generation import utils
+    from transformers.masking_utils import create_causal_mask
+
+    _takes(create_causal_mask, "create_causal_mask", ("config", "inputs_embeds", "attention_mask", "position_ids"))
+    _takes(create_causal_mask, "create_causal_mask", ("layer_idx", "allow_is_causal_skip"))
+    _cache_keyword(create_causal_mask, "create_causal_mask")
+    _takes(DynamicCache.__init__, "DynamicCache", ("config",))
+    _takes(getattr(Cache, "get_seq_length", None), "Cache.get_seq_length", ("layer_idx",))
+    if ENCODED not in getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", (ENCODED,)):
+        raise unsupported(f"generate() doesn't pass encoded images as {ENCODED!r}")
+    _takes(getattr(GenerationMixin, "_prefill", None), "GenerationMixin._prefill", ("generation_config",))
+
+
+@memoize
+def _check_bidirectional() -> None:
+    from transformers.masking_utils import create_bidirectional_mask
+
+    _takes(create_bidirectional_mask, "create_bidirectional_mask", ("config", "inputs_embeds", "attention_mask"))
+
+
+@memoize
+def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
+    """Check that a module's forward has these parameters, takes the KV cache, and hands down unknown keywords."""
+    kinds = {part.kind for part in _parameters(kind.forward).values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise unsupported(f"{kind.__name__} takes no further keywords (**kwargs) to hand down")
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:  # else it passes on whatever it is given, and tells nothing
+        _takes(kind.forward, kind.__name__, names)
+        _cache_keyword(kind.forward, kind.__name__)
+
+
+def _check_attention(layer: nn.Module) -> None:
+    """Check what computes a layer's own queries and keys: see `places.query_key` and `places.plain_keys`."""
+    own, kind = getattr(layer, "self_attn", None), type(layer).__name__
+    need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
+    if rotation(own) is None:
+        raise unsupported(f"the module of {type(own).__name__} has no apply_rotary_pos_emb")
+
+
+def rotation(attention: nn.Module) -> Callable | None:
+    """The function that rotates queries and keys in the module that defines an attention class, if it has one."""
+    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def need(part: Any, name: str, attributes: tuple[str, ...]) -> None:
+    """Raise `LitPruneError` unless a part of a model, an output or a library has these attributes."""
+    if missing := [attribute for attribute in attributes if not hasattr(part, attribute)]:
+        raise unsupported(f"{name} has no {' and no '.join(missing)}")
+
+
+def _takes(function: Any, owner: str, names: tuple[str, ...]) -> None:
+    found = {} if function is None else _parameters(function)
+    if missing := [name for name in names if name not in found]:
+        raise unsupported(f"{owner} takes no {' and no '.join(map(repr, missing))}")
 
 
 def unsupported(missing: str) -> LitPruneError:
-    """The error for an installed library that lacks what the hooks rely on."""
+    """The error for an installed library, or a model, that lacks what the hooks rely on."""
     import transformers
 
     return LitPruneError(
-        f"transformers {transformers.__version__}: {missing}, which pruning relies on; known to work: transformers "
-        f"{TESTED} (pip install 'transformers>=5.18,<5.25')"
+        f"transformers {transformers.__version__}: {missing}, which pruning relies on; known to work: the families of "
+        f"docs/models.md on transformers {TESTED} (pip install 'transformers>=5.18,<5.25')"
     )

@@ -1,27 +1,31 @@
-"""Stages and repair on the decoder layers of an unmodified transformers model, by hooks.
+"""Stages and repair on the decoder of an unmodified transformers model, by hooks.
 
 A pre-hook on every layer shortens the hidden states where a stage says so and hands later layers the mask and the
 rotary embeddings that fit; a hook behind the layers repairs answer positions; the last hook scatters the states back to
 the original length, so that labels, losses and `generate()` need no change.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_prune import selection
 from lit_prune.budget import Budget
 from lit_prune.errors import LitPruneError
-from lit_prune.host import places
-from lit_prune.host.attention import REQUEST, Request, Tap, wrap_attention
-from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, refuse_chunks
+from lit_prune.host import compat, places
+from lit_prune.host.attention import wrap_attention, wrapped
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
-from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.inputs import begin
+from lit_prune.host.layers import Layers
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
+from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.session import Session
 from lit_prune.host.sizes import vision_trace
@@ -35,6 +39,8 @@ from lit_prune.repair import RepairAdapter
 class DecoderHost:
     """A pruner and a repair adapter attached to one model; `detach()` leaves no trace.
 
+    A copy of the model, made by `copy.deepcopy` or by pickling, has a host of its own, outside of any session.
+
     Args:
         model: a `*ForConditionalGeneration`, never modified beyond its hooks.
         pruner: the method; `None` hosts nothing but records (the teacher's side).
@@ -42,9 +48,11 @@ class DecoderHost:
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
             the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
         options: settings that every method has alike.
+        replaces: the host that is attached to the model now. It is detached last, and stays attached if anything fails.
 
     Raises:
-        LitPruneError: stages where this model can't drop tokens, a budget that can't be met, another host on the model.
+        LitPruneError: stages where this model can't drop tokens, a budget that can't be met, another host on the model,
+            a library or a model without what the hooks rely on.
     """
 
     def __init__(
@@ -54,65 +62,116 @@ class DecoderHost:
         repair: RepairAdapter | None,
         keep: Budget,
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
+        replaces: "DecoderHost | None" = None,
     ) -> None:
-        self.places = places.find(model)
-        if any(part._compiled_call_impl for part in (model, self.places.decoder, *self.places.layers)):
-            raise LitPruneError(
-                "this model was compiled by its own compile(), which ignores hooks that come later, silently: load it "
-                "again and compile with VLM.compile() instead"
-            )
-        hooks = self.places.decoder._forward_pre_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), DecoderHost) for hook in hooks):
-            raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
+        self.model, self.places = model, places.find(model)
+        self._check_free(replaces)
         dims = self.places.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
         self.tower: TowerHost | None = None
+        self.plans: Plans | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
         self.renumbering = Renumbering(self.places.decoder) if options.positions == "renumbered" else None
         self.mass = MassGivenBack(options.mass) if options.mass != "none" else None
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
+        runner = None
         if pruner is not None:
             places.check_stages(model.config, self.stages)
             self.schedule = pruner.nominal_schedule(keep, dims)
-            previous = [stage for stage in range(len(self.stages)) if self._reads_previous(stage)]
-            if previous and self.stages[previous[0]] == 0:
-                raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
-            if previous and model.config._attn_implementation == "eager":
-                raise LitPruneError("eager attention can't be read; load the model with attn_implementation='sdpa'")
-            if self.mass is not None and model.config._attn_implementation == "eager":
-                raise LitPruneError("mass: eager attention takes no bias per key; load the model with sdpa attention")
-            self._attach_tower(model)
+            self.plans = Plans(pruner, keep, dims.depth)
+            if pruner.acts_in_tower:
+                if self.stages[0] != 0:
+                    raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
+                self.tower = TowerHost(places.tower(model), pruner, keep, self._session)
             tower = self.tower and self.tower.tower
-            self.runner = Stages(pruner, repair, self.stages, self.places.decoder.config, tower, self.mass)
+            runner = Stages(pruner, repair, self.stages, self.places.decoder.config, tower, self.mass)
+        plans = None if self.tower is None else self.plans
+        self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.mass)
+        self._check_attention()
+        self.handles: list[RemovableHandle] = []
+        try:
+            self._hook()
+        except BaseException:
+            self.detach()
+            raise
+        if replaces is not None:
+            replaces.detach()
+
+    def _check_free(self, replaces: "DecoderHost | None") -> None:
+        """Raise `LitPruneError` if hooks would be ignored, or would meet those of another host."""
+        if any(part._compiled_call_impl for part in (self.model, self.places.decoder, *self.places.layers)):
+            raise LitPruneError(
+                "this model was compiled by its own compile(), which ignores hooks that come later, silently: load it "
+                "again and compile with VLM.compile() instead"
+            )
+        if host_of(self.model) is not replaces:
+            raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
+
+    def _check_attention(self) -> None:
+        """Raise `LitPruneError` where attention can't be read, or biased, as the method asks."""
         wrap_attention()
-        self.handles = self._hook(model)
-
-    def _attach_tower(self, model: nn.Module) -> None:
-        if not self.pruner.acts_in_tower:
-            return
-        if self.stages[0] != 0:
-            raise LitPruneError("a pruner with stages in the vision tower needs its first decoder stage at layer 0")
-        self.tower = TowerHost(places.tower(model), self.pruner, self.keep, lambda: self.session)
-
-    def _hook(self, model: nn.Module) -> list:
-        handles = [
-            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-            self.places.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            self.places.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
+        asked = [self.pruner.reads(stage) for stage in range(len(self.stages))]
+        own = [
+            layer
+            for layer, rows in zip(self.stages, asked, strict=True)
+            if self.pruner.needs_keys or (rows is not None and rows.layer == "own")
         ]
-        for index, layer in enumerate(self.places.layers):
-            handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._after(index), with_kwargs=True))
-        return handles
+        compat.check_decoder(self.model, self.places.decoder, self.places.layers, own)
+        previous = [layer for layer, rows in zip(self.stages, asked, strict=True) if rows and rows.layer == "previous"]
+        if 0 in previous:
+            raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
+        implementation = self.places.decoder.config._attn_implementation
+        if previous and not wrapped(implementation):
+            raise LitPruneError(
+                f"{implementation} attention can't be read; load the model with attn_implementation='sdpa'"
+            )
+        if self.mass is not None and not wrapped(implementation):
+            raise LitPruneError(
+                f"mass: {implementation} attention takes no bias per key; load with attn_implementation='sdpa'"
+            )
+
+    def _hook(self) -> None:
+        decoder = self.places.decoder
+        self.handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        self.handles.append(self.model.register_forward_hook(self._leave_model, with_kwargs=True))
+        self.handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        self.handles.append(decoder.register_forward_hook(self._leave_decoder, with_kwargs=True))
+        self.handles.extend(self.layers.hook(self.places.layers))
+        if self.tower is not None:
+            self.handles.extend(self.tower.hook())
 
     def detach(self) -> None:
         """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        if self.tower is not None:
-            self.tower.detach()
+
+    def __deepcopy__(self, memo: dict) -> "DecoderHost":
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        compat.drop_capturing_hooks(self.model)
+        return {**self._state(), "classes": compat.recording_classes(self.model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a new process attention isn't wrapped yet, and the library has never made such a model."""
+        compat.put_on_record(state.pop("classes"))
+        vars(self).update(state)
+        wrap_attention()
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy has. It belongs to no session: what one collects is its caller's."""
+        return {**vars(self), "session": Session()}
+
+    @property
+    def shared(self) -> int:
+        """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
+        if not self.stages:
+            return 0
+        return self.stages[0] - self.layers.reads_previous(0)
 
     @contextmanager
     def using(self, session: Session) -> Iterator[Session]:
@@ -123,24 +182,26 @@ class DecoderHost:
         finally:
             self.session = before
 
-    # -- the model and its decoder ------------------------------------------------------------------------------
+    def _session(self) -> Session:
+        return self.session
 
-    def _counts(self, totals: list[int]) -> dict[int, list[int]]:
-        """Kept tokens per stage for samples with as many visual tokens as `totals` says."""
-        nothing = dict.fromkeys(self.stages, 0)
-        plans = {n: self.pruner.plan(self.keep, n, self.places.dims.depth) if n else nothing for n in set(totals)}
-        return {layer: [plans[n][layer] for n in totals] for layer in self.stages}
+    # -- the model and its decoder ------------------------------------------------------------------------------
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        if hasattr(cache := cache_of(kwargs), CACHE):
+        cache = cache_of(kwargs)
+        if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
-            kwargs = only_new(kwargs, getattr(cache, CACHE))
+        real = real_columns(kwargs, cache)
+        if hasattr(cache, CACHE):
+            kwargs = only_new(kwargs, getattr(cache, CACHE), real)
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.places, session, self._counts)
+        forward = begin(kwargs, self.places, session, self.plans, real)
+        if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
+            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         if forward is not None and session.answers_only:
@@ -190,6 +251,8 @@ class DecoderHost:
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
+        if forward is not None:
+            compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_gate(output.last_hidden_state)[None]
             return output
@@ -199,126 +262,15 @@ class DecoderHost:
         output.last_hidden_state = selection.put_rows(states, forward.columns, forward.length)
         return output
 
-    # -- layers -------------------------------------------------------------------------------------------------
+    def _leave_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        forward: Forward | None = kwargs.get(FORWARD)
+        if forward is not None:
+            compat.check_reached(module, forward.reached)
 
-    def _before(self, index: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict):
-            forward: Forward | None = kwargs.get(FORWARD)
-            if forward is None:
-                return None
-            if forward.session.idle(index):
-                forward.trace_layer(None)
-                return one_column(args, kwargs)
-            hidden, kwargs = self._at_prefix(index, args[0], forward), dict(kwargs)
-            if index in self.stages:
-                hidden = self._stage(index, module, hidden, forward, kwargs)
-            self._pass_on(index, forward, kwargs)
-            forward.trace_layer(hidden)
-            return (hidden, *args[1:]), kwargs
 
-        return hook
-
-    @property
-    def shared(self) -> int:
-        """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
-        if not self.stages:
-            return 0
-        return self.stages[0] - self._reads_previous(0)
-
-    @staticmethod
-    def _at_prefix(index: int, hidden: Tensor, forward: Forward) -> Tensor:
-        """States that another forward left at this layer's input, or these, left for it."""
-        prefix = forward.session.prefix
-        if prefix is None or index != prefix.layer:
-            return hidden
-        if prefix.states is None:
-            prefix.states = hidden
-        return prefix.states
-
-    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
-        """Drop tokens, where this forward carries images, and note what later forwards have to know."""
-        if self.renumbering is not None:
-            self.renumbering.enter(forward, kwargs)
-        if forward.counts:
-            hidden = self.runner.run(index, module, hidden, forward, kwargs)
-        if self.renumbering is not None:
-            self.renumbering.leave(index, hidden, forward)
-        if forward.cache_state is not None:
-            self._remember(index, hidden, forward, kwargs)
-        return hidden
-
-    def _pass_on(self, index: int, forward: Forward, kwargs: dict) -> None:
-        """Give a layer the mask, rotary embeddings, bias and tap of this forward."""
-        if forward.restaged:
-            # Positions are in the rotary embeddings; ids with gaps would be read as packed sequences.
-            kwargs.update(attention_mask=forward.mask, position_ids=None)
-        elif forward.mask is not None:
-            kwargs["attention_mask"] = forward.mask
-        if forward.rope is not None:
-            kwargs["position_embeddings"] = forward.rope
-        forward.tap = None
-        if forward.counts and index + 1 in self.stages and self._reads_previous(self.stages.index(index + 1)):
-            rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
-            cache = cache_of(kwargs)
-            forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
-        if index in forward.session.watch and forward.record is not None and forward.grid:
-            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
-        if forward.key_bias is not None and self.places.decoder.config._attn_implementation == "eager":
-            raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
-        if forward.tap is not None or forward.key_bias is not None or forward.past_bias is not None:
-            kwargs[REQUEST] = Request(forward.key_bias, forward.tap, forward.past_bias)
-
-    def _reads_previous(self, stage: int) -> bool:
-        asked = self.pruner.reads(stage)
-        return asked is not None and asked.layer == "previous"
-
-    def _after(self, index: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output):
-            forward: Forward | None = kwargs.get(FORWARD)
-            if forward is None:
-                return None
-            if forward.session.idle(index):
-                return stretched(output, forward.columns.shape[1])
-            repaired = self._repair(index, output, forward)
-            record = forward.record
-            if record is not None and record.keeps(index):
-                record.hidden[index] = forward.at_gate(repaired)
-            if record is not None and index in forward.session.watch and forward.tap is not None:
-                columns, real = selection.compact(forward.visual, forward.most_visual)
-                record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
-            return None if repaired is output else repaired
-
-        return hook
-
-    def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:
-        if index not in self.feeds or not forward.session.repair:
-            return output
-        adapter, stage = self.feeds[index]
-        essence = forward.essence.get(stage)
-        if essence is None:
-            return output
-        gate = forward.gate & forward.pictured[:, None]
-        if forward.record is not None and forward.counts:
-            trace = forward.record.trace
-            trace.repaired = gate.sum(1)
-            trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
-        return self.repair(output, essence, gate, adapter, forward.most_gate)
-
-    def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
-        """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
-        state, cache = forward.cache_state, cache_of(kwargs)
-        past = state.valid.get(index)
-        if self.mass is not None:
-            self.mass.remember(index, forward, 0 if past is None else past.shape[1])
-        state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
-        padded = forward.padded
-        if past is not None:
-            # A decoding step feeds one real token per sample; of more at once only the device knows.
-            padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
-        state.padded[index] = padded
-        if forward.counts:
-            state.soft = forward.session.soft
-            state.essence.update(forward.essence)
-            state.pictured = forward.pictured
-        if forward.restaged or past is not None:
-            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)
+def host_of(model: nn.Module) -> DecoderHost | None:
+    """The host that is attached to a model."""
+    for hook in places.find(model).decoder._forward_pre_hooks.values():
+        if isinstance(host := getattr(hook, "__self__", None), DecoderHost):
+            return host
+    return None

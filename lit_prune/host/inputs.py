@@ -1,25 +1,28 @@
 """What the inputs of a forward say: which columns are real, visual, text, and which predict an answer."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune.host.cache import CACHE, one_mask
+from lit_prune.host.cache import CACHE
+from lit_prune.host.compat import ENCODED
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.places import INPUTS, Places
+from lit_prune.host.plans import Plans
 from lit_prune.host.session import Session
 from lit_prune.host.state import Forward
 
 
-def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) -> Forward | None:
-    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do."""
+def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, real: Tensor | None) -> Forward | None:
+    """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do.
+
+    `real`: which columns so far are no padding (batch, columns), those of `input_ids` last; None: all are.
+    """
     ids = kwargs.get("input_ids")
     if ids is None:
         return None
-    valid = _validity(one_mask(kwargs.get("attention_mask")), ids)
-    visual, starts, pictured = _visual(kwargs, ids, valid, places)
+    valid = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, -ids.shape[1] :].bool()
+    visual, starts, separate, pictured = _visual(kwargs, ids, valid, places)
     labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     answers = columns >= known if labels is None else labels != -100
@@ -29,11 +32,14 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
     total = visual.sum(1)
     gate = _gate(valid, visual, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
     # The one look at the device: everything that later layers need to know of lengths, at once.
-    parts = (total, starts.sum(1), valid.sum(1), text.sum(1), gate.sum(1))
-    totals, images, lengths, texts, gates = torch.stack(parts).tolist() if pictured else ([], [0], [], [0], [0])
+    parts = (total, starts.sum(1), separate, valid.sum(1), text.sum(1), gate.sum(1))
+    none = ([], [0], [], [], [0], [0])
+    totals, images, separate, lengths, texts, gates = torch.stack(parts).tolist() if pictured else none
     record = session.record if session.record is not None and not session.record.begun else None
     if record is not None:
         record.begun, record.trace.total_visual = True, total
+        if session.prune and any(totals):
+            record.trace.budget = torch.tensor([plans.asked(n) for n in totals], dtype=torch.float64)
     forward = Forward(
         session=session,
         record=record,
@@ -47,7 +53,7 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
         total=total,
         pictured=total > 0,
         length=ids.shape[1],
-        counts=counts_for(totals) if session.prune and any(totals) else {},
+        counts=plans.counts(totals, separate) if session.prune and any(totals) else {},
     )
     if pictured:
         forward.grid, forward.most_text = max(totals), max(texts)
@@ -61,23 +67,28 @@ def begin(kwargs: dict, places: Places, session: Session, counts_for: Callable) 
     return forward
 
 
-def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[Tensor, Tensor, bool]:
-    """Visual columns, the first column of every image, and whether this forward carries any image or video.
+def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Visual columns, the first of each image, number of images (batch,), and whether this forward carries any.
 
     By what is passed, not by ids alone: a decoding step may feed back a generated token with the image token's id.
-    An image is a run of its tokens; where all images have one length, a run may hold several.
+    An image is a run of its tokens; where all images have one length, a run may hold several. The frames of a video may
+    be runs of their own, but they count as one image.
     """
     visual = starts = torch.zeros_like(valid)
-    encoded = kwargs.get("mm_encoder_outputs") or {}
+    separate = visual.sum(1)
+    encoded = kwargs.get(ENCODED) or {}
     passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
     for modality in passed:
         mine = (ids == places.tokens[modality]) & valid
-        visual, starts = visual | mine, starts | (mine & ~pad(mine[:, :-1], (1, 0)))
+        begins = mine & ~pad(mine[:, :-1], (1, 0))
+        visual, starts = visual | mine, starts | begins
+        separate = separate + (begins.any(1) if modality == "video" else begins.sum(1))
     if passed and places.image_length is not None:
         place = visual.long().cumsum(1) - 1
         inside = place - (place * starts).cummax(1).values
         starts = starts | (visual & (inside % places.image_length == 0))
-    return visual, starts, bool(passed)
+        separate = starts.sum(1)
+    return visual, starts, separate, bool(passed)
 
 
 def _prompt_length(kwargs: dict, ids: Tensor) -> int:
@@ -85,7 +96,7 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
 
     The prompt is remembered on the encoded image, which lives as long as that call to `generate()`.
     """
-    encoded = next((out for out in (kwargs.get("mm_encoder_outputs") or {}).values() if out is not None), None)
+    encoded = next((out for out in (kwargs.get(ENCODED) or {}).values() if out is not None), None)
     if encoded is None or kwargs.get("use_cache") is not False or kwargs.get("labels") is not None:
         return ids.shape[1]
     prompt = getattr(encoded, CACHE, None)
@@ -93,18 +104,6 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
         prompt = ids
         setattr(encoded, CACHE, prompt)
     return prompt.shape[1]
-
-
-def _validity(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """Which of the new columns are real, from a 2-D mask over all columns, a 4-D mask, or none."""
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    if mask.ndim == 4:
-        if ids.shape[1] == 1:
-            return torch.ones_like(ids, dtype=torch.bool)
-        last = mask[:, 0, -1, : ids.shape[1]]
-        return last if last.dtype == torch.bool else last >= 0
-    return mask[:, -ids.shape[1] :].bool()
 
 
 def _gate(valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:

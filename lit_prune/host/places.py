@@ -1,13 +1,12 @@
 """Where things are in a transformers vision-language model: the only table of names per family."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host.compat import need, rotation
 from lit_prune.host.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.pruners.base import Dims
 from lit_prune.shapes import Config
@@ -52,7 +51,7 @@ class Places:
 
         Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
         """
-        devices = {_device(layer.input_layernorm) for layer in self.layers}
+        devices = {_device(getattr(layer, "input_layernorm", layer)) for layer in self.layers}
         if len(devices) > 1:
             raise LitPruneError(
                 f"the decoder is spread over {', '.join(sorted(map(str, devices)))}, and pruning needs its layers on "
@@ -126,6 +125,10 @@ def check_stages(config: Config, stages: tuple[int, ...]) -> None:
 def tower(model: nn.Module) -> Tower:
     """The vision tower of a model; raises `LitPruneError` for families whose tower can't be pruned inside."""
     size, inner = tower_size(model.config), model.model
+    need(inner, type(inner).__name__, ("vision_tower", "multi_modal_projector"))
+    need(
+        getattr(inner.vision_tower, "encoder", None), f"the encoder of {type(inner.vision_tower).__name__}", ("layers",)
+    )
     newline = getattr(inner, "image_newline", None)
     return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
@@ -169,8 +172,7 @@ def query_key(
     (batch, key heads, seq, head). Projections are called as modules, so sharded weights are gathered by their hooks.
     """
     attention = layer.self_attn
-    rotate: Callable = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    out = []
+    rotate, out = rotation(attention), []
     for states, (cos, sin), name in ((queries, query_rope, "q"), (keys, key_rope, "k")):
         heads = getattr(attention, f"{name}_proj")(states).unflatten(2, (-1, attention.head_dim))
         norm = getattr(attention, f"{name}_norm", None)

@@ -36,6 +36,7 @@ class Forward:
     sizes: Tensor | None = None  # (batch, images) visual tokens of each image at the start
     record: Record | None = None
     counts: dict[int, list[int]] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
+    reached: bool = False  # it has come down to the decoder's layers
     grid: int = 0  # visual tokens of the sample that has most, at the start
     lengths: Lengths | None = None  # None: only the device knows
     most_gate: int | None = None

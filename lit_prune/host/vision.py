@@ -5,15 +5,17 @@ of zeros. That is all that tells later parts what was dropped, and it survives w
 (beams, crops, caching): the projector runs on the other rows only, and the decoder drops rows of zeros at its layer 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_prune import selection
 from lit_prune.budget import Budget
-from lit_prune.host.compat import bidirectional_mask
+from lit_prune.host.compat import bidirectional_mask, check_tower
 from lit_prune.host.places import Tower
 from lit_prune.host.session import Session
 from lit_prune.pruners.base import Pruner, VisionContext
@@ -53,20 +55,16 @@ class TowerHost:
         size, share = tower.size, tower.size.share(keep)
         self.schedule = pruner.vision_schedule(share, size.side**2, size.features)
         self.side = pruner.image_side(share, size.side)
-        self.handles = [
-            tower.module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            tower.module.register_forward_hook(self._leave, with_kwargs=True),
-            tower.projector.register_forward_pre_hook(self._enter_projector),
-            tower.projector.register_forward_hook(self._leave_projector),
-        ]
-        for index, layer in enumerate(tower.layers):
-            self.handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+        check_tower(tower.layers)
 
-    def detach(self) -> None:
-        """Remove every hook."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+    def hook(self) -> Iterator[RemovableHandle]:
+        """Add the hooks, and give their handles."""
+        yield self.tower.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        yield self.tower.module.register_forward_hook(self._leave, with_kwargs=True)
+        yield self.tower.projector.register_forward_pre_hook(self._enter_projector)
+        yield self.tower.projector.register_forward_hook(self._leave_projector)
+        for index, layer in enumerate(self.tower.layers):
+            yield layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict):
         if not self.session().prune:
@@ -76,22 +74,19 @@ class TowerHost:
             args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)
         return args, {**kwargs, PASS: state}
 
-    def _before(self, index: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict):
-            state: TowerPass | None = kwargs.get(PASS)
-            if state is None:
-                return None
-            kwargs = {name: value for name, value in kwargs.items() if name != PASS}
-            hidden, *rest = args
-            if index < self.tower.size.features:  # layers behind the features run too, but no stage is theirs
-                hidden = self._stage(index, hidden, state) if index in self.schedule else hidden
-                state.before = hidden if index + 1 in self.schedule else None
-            state.lengths.append(self._present(hidden, state))
-            if state.mask is not None:
-                rest = [state.mask, *rest[1:]]
-            return (hidden, *rest), kwargs
-
-        return hook
+    def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
+        state: TowerPass | None = kwargs.get(PASS)
+        if state is None:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != PASS}
+        hidden, *rest = args
+        if index < self.tower.size.features:  # layers behind the features run too, but no stage is theirs
+            hidden = self._stage(index, hidden, state) if index in self.schedule else hidden
+            state.before = hidden if index + 1 in self.schedule else None
+        state.lengths.append(self._present(hidden, state))
+        if state.mask is not None:
+            rest = [state.mask, *rest[1:]]
+        return (hidden, *rest), kwargs
 
     def _present(self, hidden: Tensor, state: TowerPass) -> Tensor:
         if state.real is None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_prune import selection
-from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve
+from lit_prune.budget import Budget, OutOfReach, Schedule, check_layers, given, scale_layers, solve
 from lit_prune.errors import LitPruneError
 
 
@@ -147,12 +147,26 @@ class Pruner(nn.Module):
             return given(keep, self.stages(depth))
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
 
-    def plan(self, keep: Budget, visual: int, depth: int) -> Schedule:
-        """Schedule of one sample with `visual` visual tokens, of one image or several; with `keep` or fewer, all stay.
+    def plan(self, keep: Budget, visual: int, depth: int, images: int = 1) -> Schedule:
+        """Schedule of one sample with `visual` visual tokens of `images` images; with `keep` or fewer, all stay.
 
-        Raises `LitPruneError` if `keep` is used up by the layers before the first stage.
+        Every stage keeps a token of each image. Where that, or the layers before the first stage, take more than
+        `keep`, this is the schedule nearest to it, above it.
         """
-        return self.schedule(keep if isinstance(keep, dict) else min(keep, visual), visual, depth)
+        if isinstance(keep, dict):
+            return {layer: max(count, images) for layer, count in self.schedule(keep, visual, depth).items()}
+        keep, lowest = min(keep, visual), dict.fromkeys(self.stages(depth), images)
+        if 1 <= keep < images:
+            return lowest
+        try:
+            schedule = self.schedule(keep, visual, depth)
+            if min(schedule.values()) < images:  # counts are solved for what is above one token of each image
+                others = images - 1
+                rest = self.schedule(keep - others, visual - others, depth)
+                schedule = {layer: count + others for layer, count in rest.items()}
+        except OutOfReach:
+            return lowest
+        return schedule
 
     def nominal_schedule(self, keep: Budget, dims: Dims) -> Schedule | None:
         """Schedule to show before anything ran; None where images differ and the budget doesn't fit the nominal one.
@@ -163,8 +177,8 @@ class Pruner(nn.Module):
             return self.schedule(keep, dims.visual, dims.depth)
         self.stages(dims.depth)
         try:
-            return self.plan(keep, dims.visual, dims.depth)
-        except LitPruneError:
+            return self.schedule(keep if isinstance(keep, dict) else min(keep, dims.visual), dims.visual, dims.depth)
+        except OutOfReach:
             return None
 
     @property

@@ -11,6 +11,7 @@ from lit_prune import graphs, selection
 from lit_prune.errors import LitPruneError
 from lit_prune.moments import kappa
 from lit_prune.pruners.base import Context, Kept, VisionContext, VisionPruner
+from lit_prune.pruners.by_image import image_by_image
 
 
 class DCPPrune(VisionPruner):
@@ -32,7 +33,8 @@ class DCPPrune(VisionPruner):
     known, picks the budget out of them. So the number of tokens that arrive carries the trigger. Greedy facility
     location gives cluster centres; a token joins the centre with the largest text-aware similarity, a mix of the
     cosine of tokens and, with weight `text`, the cosine of their similarities to the question's words; each cluster
-    gives one token, the best by the same mix of likeness to its centre and largest cosine with a word.
+    gives one token, the best by the same mix of likeness to its centre and largest cosine with a word. Several images
+    of a prompt are pruned one by one, with a share of the budget each [ours]; the price is then an upper bound.
 
     Args:
         vision_layers: where ACGR acts; not before the first layer, where there is no attention yet.
@@ -118,6 +120,7 @@ class DCPPrune(VisionPruner):
         # Filler columns point at tokens that are no anchors, whose states nobody uses.
         return states.scatter(1, columns[..., None].expand_as(moved), moved)
 
+    @image_by_image
     def prune(self, context: Context) -> Kept:
         """TATCS on the samples whose tower let more than the budget through; the others keep what arrived."""
         if not bool((context.alive.sum(1) > context.count).any()):

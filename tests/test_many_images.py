@@ -1,0 +1,169 @@
+"""Prompts with more images than the budget has tokens: pruned as far as possible, reported once, never refused."""
+
+import logging
+from functools import lru_cache
+
+import pytest
+import tiny
+import torch
+from families import FAMILIES, Picture, collate, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import IMAGE, PAD, PRUNERS, VISUAL
+from torch import Tensor, nn
+
+from lit_prune.budget import OutOfReach, average
+from lit_prune.errors import LitPruneError
+from lit_prune.host import Record, Session
+from lit_prune.objective import Anneal, LossWeights
+from lit_prune.pruners.chain import Chain
+from lit_prune.pruners.dcp import DCPPrune
+from lit_prune.pruners.fastv import FastV
+from lit_prune.pruners.pyramiddrop import PyramidDrop
+from lit_prune.pruners.uniform import Uniform
+from lit_prune.teaching import Moment, Teaching
+from lit_prune.vlm import VLM
+
+EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
+MANY = pytest.mark.parametrize("images", [1, 2, 11, 40])
+LLAVA = FAMILIES["llava-1.5"]
+KEEP = 10
+EACH = {"downsample", "prumerge_plus", "scope", "visionzip"}  # the tower gives every image the budget
+REGIONS = {"regions": (torch.rand(3, 2, 40 * VISUAL, generator=torch.Generator().manual_seed(5)) - 0.7).clamp(min=0)}
+
+
+@lru_cache
+def model() -> nn.Module:
+    return tiny.build_model()
+
+
+def inputs(images: int, side: str = "left", answers: int = 0) -> dict[str, Tensor]:
+    """A prompt of so many images, one of a single image, one of text."""
+    samples = [
+        prompt(LLAVA, [Picture((24, 24), n) for n in range(images)], 4, images),
+        prompt(LLAVA, [Picture((24, 24), 99)], 6, 3),
+        prompt(LLAVA, [], 6, 3),
+    ]
+    return collate(LLAVA, samples, side, answers)
+
+
+@pytest.fixture
+def attach():
+    attached: list[VLM] = []
+
+    def make(pruner, keep: int = KEEP, **options) -> VLM:
+        attached.append(tiny.attach(model(), pruner, keep, **options))
+        return attached[-1]
+
+    yield make
+    for vlm in attached:
+        vlm.detach()
+
+
+@EVERY
+@MANY
+def test_forward_and_generate(attach, caplog, pruner, images):
+    """Every image keeps a token, and what is above the budget is in the trace."""
+    vlm, record = attach(pruner), Record()
+    with caplog.at_level(logging.WARNING, "lit_prune"), vlm.using(Session(hints=REGIONS, record=record)):
+        with torch.no_grad():
+            assert vlm.model(**inputs(images)).logits.isfinite().all()
+        options = {"do_sample": False, "suppress_tokens": [IMAGE, PAD], "pad_token_id": PAD}
+        vlm.model.generate(**inputs(images), max_new_tokens=2, **options)
+    kept = record.stages[-1].kept[0, : images * VISUAL].view(images, VISUAL).sum(1)
+    assert kept.min() > 0
+    spent, excess = record.trace.average_visual(), record.trace.excess()
+    assert excess[1:].tolist() == [0, 0]
+    assert excess[0] == (spent[0] - KEEP if spent[0] > KEEP + 0.5 else 0)
+    if pruner.stem in EACH:
+        assert spent[0] == images * KEEP
+    elif excess[0]:
+        first = vlm.host.stages[0]
+        assert spent[0] == (images * VISUAL * first + images * (tiny.DEPTH - first)) / tiny.DEPTH, "no fewer can be"
+    assert len(caplog.messages) == (1 if excess[0] else 0)
+    assert all(f"{images} images can't be pruned to keep={KEEP}" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("mode", ["soft", "drop"])
+@pytest.mark.parametrize("images", [1, 3, 40])
+@pytest.mark.parametrize("pruner", [path for path in PRUNERS if path.stem != "oracle"], ids=lambda path: path.stem)
+def test_training_step(attach, pruner, images, mode):
+    """Teacher, student, losses, backward; without hints, which training has none of."""
+    vlm = attach(pruner)
+    vlm.plugin.train()
+    options = {"train_mode": mode, "spare": 3.0, "gate_clip": 1.0, "checkpoint_activations": False, "watch": (4,)}
+    teaching = Teaching(vlm, KEEP, LossWeights(attention=1.0, distill=1.0), Anneal(), **options)
+    step = teaching.step({"inputs": inputs(images, "right", answers=2)}, Moment(seed=1, done=0.5))
+    step.total.backward()
+    gradients = [p.grad for p in vlm.plugin.parameters() if p.grad is not None]
+    assert step.total.isfinite()
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    vlm.plugin.eval()
+
+
+def test_a_schedule_of_fewer_tokens_than_images(attach, caplog):
+    vlm, record = attach(FastV([1, 4]), keep={1: 4, 4: 2}), Record()
+    with caplog.at_level(logging.WARNING, "lit_prune"), torch.no_grad(), vlm.using(Session(record=record)):
+        vlm.model(**inputs(3))
+    assert [stage.kept.sum(1).tolist() for stage in record.stages] == [[4, 4, 0], [3, 2, 0]]
+    assert record.trace.excess()[0] == 0, "half a token on average"
+    assert caplog.messages == []
+
+
+def test_the_frames_of_a_video_may_go_empty():
+    """They are one image: else a long video would have no budget."""
+    family = FAMILIES["qwen3-vl"]
+    video = Picture((12, 4, 4), 3, "video")
+    vlm, record = tiny.attach(family.build(), FastV([3]), {3: 5}), Record()
+    try:
+        with torch.no_grad(), vlm.using(Session(record=record)):
+            vlm.model(**collate(family, [prompt(family, [video], 5, 1)]))
+    finally:
+        vlm.detach()
+    assert record.stages[0].kept.sum(1).tolist() == [5]
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "uniform": Uniform([0]),
+    "fastv": FastV([1, 4], [3.0, 1.0]),
+    "pyramiddrop": PyramidDrop([2, 4, 6]),
+    "chain": Chain(DCPPrune(), FastV([1, 5], [2.0, 1.0]), middle=3.0),
+}
+
+
+@given(
+    name=st.sampled_from(sorted(METHODS)),
+    images=st.integers(1, 50),
+    each=st.integers(1, 60),
+    keep=st.integers(1, 200),
+)
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+def test_plans_of_any_prompt(name, images, each, keep):
+    """Never refused: falling counts, a token of each image, the budget where the method can meet it."""
+    method, visual = METHODS[name], images * each
+    plan = method.plan(keep, visual, 8, images)
+    counts = list(plan.values())
+    assert tuple(plan) == method.stages(8)
+    assert counts == sorted(counts, reverse=True)
+    assert images <= counts[-1]
+    assert counts[0] <= visual
+    lowest = average(dict.fromkeys(plan, images), visual, 8)
+    spent, asked = average(plan, visual, 8), min(keep, visual)
+    assert abs(spent - max(asked, lowest)) <= 0.5 or (name == "chain" and spent >= asked - 0.5)
+    if images == 1:
+        try:
+            assert plan == method.schedule(asked, visual, 8)
+        except OutOfReach:
+            assert counts == [1] * len(counts)
+
+
+@pytest.mark.parametrize("keep", [0, -3, {2: 5}, {2: 0, 5: 0}])
+def test_budgets_that_no_image_can_have_are_refused_when_attached(keep):
+    """Also where images differ, and nothing is known of the first."""
+    vlm = VLM(FAMILIES["llava-next-vicuna"].build(), None)
+    with pytest.raises(LitPruneError):
+        vlm.attach(FastV([2, 5]), keep=keep)
+    assert vlm.host is None
