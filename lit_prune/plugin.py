@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_prune import __version__
-from lit_prune.budget import Budget
+from lit_prune.budget import as_json, parse_budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions
 from lit_prune.pruners.base import Dims, Pruner, spec
@@ -34,7 +34,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
     Args:
         pruner: the method.
         repair: repair adapter, or None.
-        keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
+        keep: budget, visual tokens averaged over the decoder layers' inputs, or whatever else `parse_budget` reads.
         base: name of the model it was made for.
         options: settings that every method has alike.
     """
@@ -43,13 +43,14 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         self,
         pruner: Pruner,
         repair: RepairAdapter | None = None,
-        keep: Budget | None = None,
+        keep: Any = None,
         base: str = "",
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.options = options
-        self.pruner, self.repair, self.keep, self.base = pruner, repair, keep, base
+        self.pruner, self.repair, self.base = pruner, repair, base
+        self.keep = None if keep is None else parse_budget(keep)
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
 
@@ -87,7 +88,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             "base": self.base,
             "fingerprint": self.fingerprint,
             "dims": None if self.dims is None else vars(self.dims),
-            "keep": self.keep,
+            "keep": as_json(self.keep),
             "schedule": schedule,
             **vars(self.options),
             "pruner": spec(self.pruner),
@@ -145,7 +146,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         try:
             pruner = _build(settings["pruner"], Pruner, told)
             repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, told)
-            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"], _options(settings, told))
+            plugin = cls(pruner, repair, settings["keep"], settings["base"], _options(settings, told))
             if settings["dims"] is not None:
                 plugin.build(Dims(**settings["dims"]), [])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -200,11 +201,6 @@ def _options(settings: dict[str, Any], told: Path) -> HostOptions:
         return HostOptions(**{name: settings[name] for name in vars(HostOptions()) if name in settings})
     except LitPruneError as error:
         raise LitPruneError(f"{told}: {error}") from error
-
-
-def _budget(keep: Any) -> Budget | None:
-    """JSON has no numbers for keys."""
-    return {int(layer): int(count) for layer, count in keep.items()} if isinstance(keep, dict) else keep
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

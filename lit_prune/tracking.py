@@ -36,7 +36,7 @@ def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> d
     values["tau"] = teaching.anneal.tau(done)
     total = student.trace.total_visual
     kept = {stage.layer: stage.kept.sum(1) for stage in student.stages}
-    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done)}
+    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done, vlm.plugin.dims.depth)}
     each["budget/actual"] = student.trace.average_visual()
     each |= {f"kept/layer_{layer}": kept.get(layer, torch.zeros_like(total)) for layer in vlm.host.stages}
     each["flops/sample"] = decoder_total(price(student.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair))

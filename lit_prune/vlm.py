@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune import loading
-from lit_prune.budget import Budget
+from lit_prune.budget import pairs_as_text, parse_budget, resolve
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
@@ -97,7 +97,7 @@ class VLM:
         self,
         pruner: Pruner | Plugin | str | Path,
         repair: RepairAdapter | None = None,
-        keep: Budget | None = None,
+        keep: Any = None,
         *,
         positions: Positions | None = None,
         mass: Mass | None = None,
@@ -108,8 +108,9 @@ class VLM:
             pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep` and so on), or
                 a folder (or hub id) written by `save_pretrained`.
             repair: repair adapter for a `Pruner` object.
-            keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
-                {pruning layer: count}; overrides the file's.
+            keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
+                model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
+                {pruning layer: count} or "2:192,4:64"; overrides the file's.
             positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
             mass: attention that kept tokens get for dropped ones, see `HostOptions`; overrides the file's.
 
@@ -119,9 +120,10 @@ class VLM:
         plugin = as_plugin(pruner, repair, keep)
         places = find(self.model)
         device = places.device
-        budget = plugin.keep if keep is None else keep
+        budget = plugin.keep if keep is None else parse_budget(keep)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
+        budget = budget if places.dims.varies else resolve(budget, places.dims.visual)
         asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))
@@ -203,9 +205,7 @@ class VLM:
         return self.processor
 
 
-def as_plugin(
-    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Budget | None = None
-) -> Plugin:
+def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None) -> Plugin:
     """A `Plugin` from whatever names one: an object, a YAML file, or a saved folder or hub id."""
     if isinstance(pruner, Plugin):
         return pruner
@@ -222,7 +222,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.safe_load(pairs_as_text(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise LitPruneError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -233,14 +233,15 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=Pruner)
     parser.add_argument("--repair", type=RepairAdapter | None)
-    parser.add_argument("--keep", type=int | None)
     parser.add_argument("--positions", type=Positions, default="original")
     parser.add_argument("--mass", type=Mass, default="none")
-    names = ("pruner", "repair", "keep", *vars(HostOptions()))
+    names = ("pruner", "repair", *vars(HostOptions()))
     try:
         chosen = {key: model[key] for key in names if model.get(key) is not None}
         built = parser.instantiate(parser.parse_object(chosen))
     except ArgumentError as error:
         raise LitPruneError(f"{path}: {error}") from error
     options = HostOptions(**{name: built[name] for name in vars(HostOptions())})
-    return Plugin(built.pruner, built.get("repair"), built.get("keep"), options=options).eval()
+    keep = model.get("keep")
+    budget = None if keep is None else parse_budget(keep, f"{path}: model.keep")
+    return Plugin(built.pruner, built.get("repair"), budget, options=options).eval()

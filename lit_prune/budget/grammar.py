@@ -50,8 +50,10 @@ def parse_budget(value: Any, key: str = "keep") -> Budget:
     else:
         budget = _whole(value)
     if budget is None or (isinstance(budget, int) and budget < 1):
-        shown = repr(value)
-        raise LitPruneError(f"{key}: {shown if len(shown) < 60 else shown[:56] + ' ...'} is no budget; write {ALLOWED}")
+        plain = isinstance(value, str) and value.isprintable() and value.strip()
+        shown = value if plain else repr(value)
+        shown = shown if len(shown) < 60 else f"{shown[:56]} ..."
+        raise LitPruneError(f"{key} {shown}: not a budget; write {ALLOWED}")
     return budget
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from lit_prune.budget import parse_budget
+from lit_prune.budget import Budget, parse_budget
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, load_model
 from lit_prune.errors import LitPruneError
@@ -32,7 +32,7 @@ def run(
     methods: list[str],
     model: str | dict[str, Any] = "micro",
     random_weights: bool = False,
-    keep: int | None = None,
+    keep: Any = None,
     batch_sizes: list[int] = [1, 4],  # noqa: B006
     text_tokens: int = 64,
     new_tokens: int = 16,
@@ -50,7 +50,7 @@ def run(
 
     Args:
         methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH, with its own budget as
-            PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
+            PATH@BUDGET: an average such as @64 or @11.1%, or counts by layer such as @2:192,4:64,8:16.
         model: "micro", a model folder or a hub id; in a file also the fields of a config.json, for random weights.
         random_weights: Build the model's shape with random weights, without a download: times need no right answers.
         keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
@@ -68,7 +68,8 @@ def run(
         json: File for the table and what it was measured on.
         plot: Picture of speed-ups against FLOPs and of times against batch sizes, e.g. bench.png.
     """
-    entrants = [_method(spec, keep) for spec in methods]
+    shared = None if keep is None else parse_budget(keep, "--keep")
+    entrants = [_method(spec, shared) for spec in methods]
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
@@ -87,14 +88,14 @@ def run(
     _print(rows, header)
 
 
-def _method(spec: str, keep: int | None) -> Method:
+def _method(spec: str, keep: Budget | None) -> Method:
     """`full`, PATH or NAME=PATH, each with @BUDGET or without."""
     name, _, path = spec.rpartition("=")
     path, _, own = path.partition("@")
     if path == "full":
         return Method(name or "full")
     plugin = as_plugin(path)
-    budget = parse_budget(own) if own else plugin.keep if keep is None else keep
+    budget = parse_budget(own, f"--methods {spec}") if own else plugin.keep if keep is None else keep
     if budget is None:
         raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
     return Method(name or f"{Path(path).stem}{own and ' ' + own}", plugin, budget)

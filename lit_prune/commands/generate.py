@@ -11,6 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from lit_prune.budget import as_json, parse_budget
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
 from lit_prune.cost import ModelSize, decoder_total, price
@@ -38,7 +39,7 @@ def run(
     prompt: list[str],
     model: str = "micro",
     pruner: str | None = None,
-    keep: int | None = None,
+    keep: Any = None,
     max_new_tokens: int = 64,
     compare: bool = False,
     dtype: Dtype = "auto",
@@ -54,7 +55,8 @@ def run(
         model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
         pruner: YAML file, or a plug-in folder or hub id, e.g. --pruner configs/pruners/fastv.yaml; without it the
             plain model answers.
-        keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default the plug-in's own.
+        keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16 or --keep 11.1%; by
+            default the plug-in's own.
         max_new_tokens: Longest answer, e.g. --max-new-tokens 8.
         compare: Show the full model's answers and time to first token beside the pruned ones: --compare.
         dtype: Of the weights, e.g. --dtype bfloat16; auto is what the checkpoint says.
@@ -73,7 +75,8 @@ def run(
     if pruner is None or compare:
         vlm.detach()
         runs["full model"] = run_plain(vlm, inputs, max_new_tokens, total)
-    facts = {"model": model, "pruner": pruner, "keep": keep, "batch": len(images)}
+    budget = None if keep is None else as_json(parse_budget(keep))
+    facts = {"model": model, "pruner": pruner, "keep": budget, "batch": len(images)}
     facts |= {"dtype": str(vlm.model.dtype).removeprefix("torch."), "device": str(vlm.model.device)}
     report = as_report(facts, images, prompts, runs, total, vlm.size)
     for sample in report["samples"]:

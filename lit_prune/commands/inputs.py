@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from lit_prune.budget import parse_budget
 from lit_prune.commands.console import err, say
 from lit_prune.data.images import read_image
 from lit_prune.errors import BadSample, LitPruneError
@@ -51,14 +52,14 @@ def load_model(
         return load(model, dtype=chosen, random_weights=random_weights, device=wanted)
 
 
-def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
+def attach(vlm: VLM, pruner: str, keep: Any) -> str:
     """Attach a pruner by its YAML file or plug-in folder; returns its name for people."""
-    plugin = as_plugin(pruner)
-    if keep is None and plugin.keep is None:
+    budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
+    if budget is None and plugin.keep is None:
         raise LitPruneError(f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        vlm.attach(plugin, keep=keep)
+        vlm.attach(plugin, keep=budget)
     name = _title(plugin)
     if plugin.trained and pruner.endswith((".yaml", ".yml")):
         say(f"note: {pruner} describes a method that has weights; they are untrained here")

@@ -12,6 +12,7 @@ from functools import cache
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_prune.cli import UsageError
+from lit_prune.commands import yaml_loader
 from lit_prune.commands.explain import explain
 from lit_prune.commands.overlays import config_files
 
@@ -24,6 +25,7 @@ def run_verb(verb: str, argv: list[str]) -> None:
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
     # Paragraphs between the first line and the arguments; the parser itself reads the rest of the docstring.
     about = inspect.getdoc(run).partition("\n\nArgs:")[0].partition("\n\n")[2]
+    yaml_loader.install("yaml")
     parser = ArgumentParser(prog=f"lit-prune {verb}", description=about, exit_on_error=False, allow_abbrev=False)
     own_config = "config" in inspect.signature(run).parameters
     if not own_config:

@@ -1,10 +1,11 @@
 """What `lit-prune cost` prices: a prompt and its answer on a model's shape, full and under a method's budgets."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lit_prune.budget import Budget, format_schedule, parse_budget
+from lit_prune.budget import Budget, format_budget, parse_budget, resolve
 from lit_prune.cost import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host.places import check_stages
@@ -66,18 +67,21 @@ class Case:
         prompt = self.prompt
         return f"{self.model}: {prompt.visual} visual and {prompt.text} text tokens, an answer of {prompt.answer}"
 
-    def budgets(self, keep: list[str] | None) -> dict[str, Budget]:
-        """The budgets as they are written, an average or `layer:count` pairs; by default the plug-in's own."""
+    def budgets(self, keep: list[Any] | None) -> dict[str, Budget]:
+        """The budgets as they are written, an average or `layer:count` pairs; by default the plug-in's own.
+
+        A share is one of the prompt's visual tokens.
+        """
         if self.plugin is None:
             if keep:
                 raise LitPruneError("--keep needs a method: give --pruner too")
             return {}
         if keep:
-            return {text: parse_budget(text) for text in keep}
+            read = [parse_budget(each, "--keep") for each in keep]
+            return {format_budget(each): resolve(each, self.prompt.visual, "--keep") for each in read}
         if self.plugin.keep is None:
             raise LitPruneError("give budgets: --keep N, visual tokens averaged over the decoder layers' inputs")
-        own = self.plugin.keep
-        return {format_schedule(own) if isinstance(own, dict) else str(own): own}
+        return {format_budget(self.plugin.keep): resolve(self.plugin.keep, self.prompt.visual)}
 
     def bill(self, budget: Budget | None = None) -> Bill:
         """The price at a budget; without one that of the full model."""

@@ -37,7 +37,7 @@ def run(
     prompt: str | None = None,
     scene: int | None = None,
     skill: str = "colour",
-    keep: int | None = None,
+    keep: Any = None,
     model: str = "micro",
     answer: str | None = None,
     boxes: list[int] | None = None,

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
+from lit_prune.commands import yaml_loader
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.overlays import config_files, with_resets
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
@@ -105,6 +106,7 @@ class PruneCLI(LightningCLI):
         self.args = args
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        yaml_loader.install("omegaconf+")
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             _load(MODEL),

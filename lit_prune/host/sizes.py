@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_prune.budget import Budget
+from lit_prune.budget import Budget, tokens
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Pruner
@@ -205,7 +205,11 @@ class TowerSize:
     tiles: int
 
     def share(self, keep: Budget) -> int:
-        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up."""
+        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up.
+
+        A share is one of each tile's patches.
+        """
+        keep = tokens(keep, self.tiles * self.side**2)
         arriving = keep[0] if isinstance(keep, dict) else keep
         return min(self.side**2, -(-arriving // self.tiles))
 

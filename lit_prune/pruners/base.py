@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_prune import selection
-from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve
+from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve, tokens
 from lit_prune.errors import LitPruneError
 
 
@@ -142,7 +142,11 @@ class Pruner(nn.Module):
         return layers
 
     def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
-        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given."""
+        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given.
+
+        A share is one of `visual`.
+        """
+        keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return given(keep, self.stages(depth))
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
@@ -152,6 +156,7 @@ class Pruner(nn.Module):
 
         Raises `LitPruneError` if `keep` is used up by the layers before the first stage.
         """
+        keep = tokens(keep, visual)
         return self.schedule(keep if isinstance(keep, dict) else min(keep, visual), visual, depth)
 
     def nominal_schedule(self, keep: Budget, dims: Dims) -> Schedule | None:

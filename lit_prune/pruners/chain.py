@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lit_prune.budget import Budget, Schedule, given, solve
+from lit_prune.budget import Budget, Schedule, given, solve, tokens
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext
 
@@ -45,6 +45,7 @@ class Chain(Pruner):
 
     def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
         """What leaves the tower at layer 0, and the decoder's method solved for what is left of the budget."""
+        keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return given(keep, self.stages(depth))
         solve(keep, visual, depth, (0,), (1.0,))  # raises where no method could meet it
