@@ -114,21 +114,6 @@ def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) 
     metric.update(teacher.embeds, real if measured.last is None else measured.last & real, real, measured.embeds)
 
 
-def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:
-    """Hint for the oracle: how much of each visual token's patch each asked region covers, (batch, regions, visual)."""
-    side = int(visual**0.5)
-    most = max([1, *(len(boxes) for boxes in batch["boxes"])])
-    cover = torch.zeros(len(batch["boxes"]), most, side, side)
-    edges = torch.arange(side + 1, dtype=torch.float32) * (image_size / side)
-    low, high = edges[:-1], edges[1:]
-    for sample, boxes in enumerate(batch["boxes"]):
-        for index, (x0, y0, x1, y1) in enumerate(boxes):
-            across = (high.clamp(max=x1) - low.clamp(min=x0)).clamp(min=0)
-            down = (high.clamp(max=y1) - low.clamp(min=y0)).clamp(min=0)
-            cover[sample, index] = down[:, None] * across[None, :] / (edges[1] ** 2)
-    return {"regions": cover.flatten(2)}
-
-
 def matches(texts: list[str], answers: list[str]) -> list[bool]:
     """Exact match after lower-casing and stripping spaces and a final full stop."""
     return [_plain(text) == _plain(answer) for text, answer in zip(texts, answers, strict=True)]

@@ -1,5 +1,7 @@
 """What a run logs: the figures of a training step, and the meters of an evaluation."""
 
+import re
+import zlib
 from collections.abc import Hashable
 
 import torch
@@ -11,7 +13,7 @@ from lit_prune import evaluation
 from lit_prune.cost import decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
-from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
+from lit_prune.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.moments import mean_over_ranks, moments, w2_squared
 from lit_prune.objective import tokens_asked
 from lit_prune.plugin import Plugin
@@ -109,6 +111,16 @@ def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
     return {name: here[name] for name in values}
 
 
+def figure_name(skill: str) -> str:
+    """A skill as part of a figure's name, the same in all loggers.
+
+    TensorBoard takes letters, digits, `_`, `-` and `.` alone; a name with others gets a checksum, so that "a b" and
+    "a/b" stay two.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", skill)[:60]
+    return skill if plain == skill else f"{plain}-{zlib.crc32(skill.encode('utf-8', 'surrogatepass')):08x}"
+
+
 def logged_step(trainer: Trainer) -> int:
     """The step at which Lightning logs the figures of now: it counts from 0."""
     return max(0, trainer.global_step - 1)
@@ -149,8 +161,8 @@ class Meters(nn.Module):
         accuracy = self.accuracy.compute()
         if not accuracy:
             return {}
-        values = {f"accuracy/{skill}": value for skill, value in accuracy.items()}
-        values["agreement"] = self.agreement.compute()["all"]
+        values = {f"accuracy/{figure_name(skill)}": value for skill, value in accuracy.items()}
+        values["agreement"] = self.agreement.compute()[OVERALL]
         values["kappa"] = self.kappa.compute().item()
         values |= {name: meter.compute().item() for name, meter in self.costs.items()}
         values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}

@@ -244,7 +244,7 @@ class PruneModule(LightningModule):
             batch = with_blank(batch, self.vlm)
         elif not count:
             return None
-        hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
+        hints = batch.get("hints", {})
         with self.vlm.using(evaluation.TEACHER):
             shared = {**batch, "inputs": evaluation.encode_images(self.vlm, batch["inputs"])}
         own = batch if self.plugin.pruner.acts_in_tower else shared
@@ -275,7 +275,8 @@ class PruneModule(LightningModule):
         elif not batch["ids"]:
             return []
         limits = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
+        with self.vlm.using(Session(hints=batch.get("hints", {}))):
+            tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
         texts = self.vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1])
         return [{"id": str(i), "answer": text} for i, text in zip(batch["ids"], texts, strict=False)]  # none of a blank
 
@@ -283,9 +284,6 @@ class PruneModule(LightningModule):
     def _in_step(self) -> bool:
         """Whether all ranks must run the same modules."""
         return in_step(getattr(self._trainer, "strategy", None))
-
-    def _image_size(self) -> int:
-        return self.model.config.vision_config.image_size
 
     def on_validation_epoch_end(self) -> None:
         """Log and clear the meters."""

@@ -95,7 +95,7 @@ def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Meas
     except LitPruneError:  # tokens that are no square grid
         picture = None
     kept = ", ".join(title for title, _ in method.stages)
-    return [str(batch["ids"][i]), batch["skills"][i], question, answer, full, text, right, kept, picture]
+    return [str(batch["ids"][i]), batch["skills"][i] or "", question, answer, full, text, right, kept, picture]
 
 
 def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:

@@ -12,7 +12,7 @@ from lit_prune.comparison.cells import Cell
 from lit_prune.evaluation import Measured
 from lit_prune.host import DecoderHost, Session
 from lit_prune.host.places import find
-from lit_prune.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.metrics import OVERALL, Consistency, Shift, SkillAccuracy
 from lit_prune.vlm import VLM
 
 COSTS = ("visual", "flops", "kv_bytes")
@@ -60,13 +60,13 @@ class Meters:
         in the order of the data, for paired tests. `seconds` are this thread's CPU time.
         """
         accuracy, costs, shift = self.accuracy.compute(), self._mean("costs"), self.shift.compute().tolist()
-        right, count = accuracy["all"], len(self.hits)
+        right, count = accuracy[OVERALL], len(self.hits)
         return {
             "accuracy": right,
             "accuracy_se": math.sqrt(right * (1 - right) / count),
             "questions": count,
-            "per_skill": {skill: value for skill, value in accuracy.items() if skill != "all"},
-            "agreement": self.agreement.compute()["all"],
+            "per_skill": {skill: value for skill, value in accuracy.items() if skill != OVERALL},
+            "agreement": self.agreement.compute()[OVERALL],
             "avg_visual_tokens": costs["visual"],
             "tokens_per_layer": list(self._mean("layers").values()),
             "kept": {str(layer): count for layer, count in self._mean("kept").items()},
@@ -103,7 +103,7 @@ class Comparison:
         """Measure one batch, already on the model's device; `tick` is called after the full model and each cell."""
         if not batch["ids"]:
             return
-        hints = evaluation.regions(batch, self.dims.visual, self.vlm.model.config.vision_config.image_size)
+        hints = batch.get("hints", {})
         shared = {**batch, "inputs": evaluation.encode_images(self.vlm.detach(), batch["inputs"])}
         teacher: Measured | None = None
         for cell, meters in self.meters:

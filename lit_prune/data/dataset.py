@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from lit_prune.data import regions
 from lit_prune.data.conversation import (
     IGNORED,
     TOKEN_KEYS,
@@ -33,7 +34,8 @@ class Sample:
     """One encoded record.
 
     `prompt` is the number of tokens before the last answer, `record` its index in its source, `source` that one's name
-    in a mixture, `cut` how many turns it lost for its length.
+    in a mixture, `cut` how many turns it lost for its length. `skill` is None where the record names none; `regions`
+    are its boxes on the grid of its visual tokens, None where it has none or the grid isn't known.
     """
 
     inputs: dict[str, Tensor]
@@ -41,11 +43,12 @@ class Sample:
     id: str | int
     answer: str
     question: str
-    skill: str
+    skill: str | None
     boxes: list
     record: int
     cut: int = 0
     source: str = ""
+    regions: Tensor | None = None
 
 
 class Skipped(NamedTuple):
@@ -142,16 +145,20 @@ class InstructDataset(Dataset):
         cut = conversation.answers - len(answer_ends(inputs["labels"])) if answered else 0
         if cut:
             conversation = conversation.first(conversation.answers - cut)
+        boxes, shown = _boxes(record), None
+        if self.mode != "train" and record.get("boxes") is not None:
+            shown = regions.sample_regions(self.processor, inputs, [image.size for image in images], boxes)
         return Sample(
             inputs=inputs,
             prompt=prompt_length(inputs["labels"]),
             id=name,
             answer=conversation.answer,
             question=conversation.question,
-            skill=str(record.get("skill") or "all"),
-            boxes=_boxes(record),
+            skill=_skill(record),
+            boxes=boxes,
             record=index,
             cut=cut,
+            regions=shown,
         )
 
     def _decode(self, image: ImageFile) -> Image.Image:
@@ -163,6 +170,14 @@ def _shortened(reason: str) -> str:
     """At most 500 characters, from both ends."""
     half = LONGEST_REASON // 2 - 3
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:half]} ... {reason[-half:]}"
+
+
+def _skill(record: dict) -> str | None:
+    """What a question is counted under beside the overall accuracy; None where nothing, or NaN, is given."""
+    skill = record.get("skill")
+    if skill is None or skill != skill:
+        return None
+    return " ".join(str(skill).split()) or None
 
 
 def _boxes(record: dict) -> list[list[float]]:
@@ -205,6 +220,8 @@ class Collate:
             batch["place"] = fetched.place
         if self.mode != "train":
             batch["prompts"] = self._prompts(samples, batch["inputs"])
+            if hints := regions.joined([s.regions for s in samples]):
+                batch["hints"] = hints
         return batch
 
     def _inputs(self, samples: list[Sample]) -> dict[str, Tensor]:
