@@ -21,7 +21,7 @@ class ModelSize:
 
     `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
     `projector_in` to `projector_inner` to `width`. `image`: the load of a usual image, for forwards whose images are
-    known by their visual tokens only.
+    known by their visual tokens only. Without `tower_known` vision tower and projector have no price.
     """
 
     width: int
@@ -39,6 +39,7 @@ class ModelSize:
     projector_inner: int = 0
     projectors: int = 1
     image: ImageLoad | None = None
+    tower_known: bool = True
 
 
 def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
@@ -85,16 +86,20 @@ def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
 def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int = 1) -> dict[str, Tensor]:
     """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
-    `pruner` and `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
+    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out. `pruner` and
+    `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
     vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
     if trace.tower is not None:
         vision = trace.tower.per_sample(visual if vision is None else vision.patches.to(visual))
-    parts = {
+    tower = {
         "vision": zero if vision is None else vision_tower(size, vision).to(zero),
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
+    }
+    parts = {
+        **(tower if size.tower_known else {}),
         "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0),
         "scoring": sum((attention_rows(size, stage) for stage in trace.stages), zero),
         "pruner": zero,

@@ -23,9 +23,9 @@ class Measured:
     texts: list[str]
     hidden: dict[int, Tensor]
     visual: Tensor  # visual tokens averaged over the decoder layers' inputs
-    flops: Tensor  # decoder prefill with all that pruning adds
-    parts: dict[str, Tensor]  # FLOPs part by part
-    kv_bytes: Tensor
+    flops: Tensor | None  # decoder prefill with all that pruning adds; None: the model's arithmetic isn't known
+    parts: dict[str, Tensor]  # FLOPs part by part, as far as they are known
+    kv_bytes: Tensor | None
     stages: dict[int, Tensor]  # {pruning layer: (batch, N)} visual tokens still there after that stage
     per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
     total: Tensor  # visual tokens of the prompt
@@ -43,9 +43,8 @@ class Measured:
 
     def first(self, count: int) -> "Measured":
         """Of the first samples alone; any after them have no answer positions."""
-        rows = {
-            name: getattr(self, name)[:count] for name in ("texts", "visual", "flops", "kv_bytes", "total", "embeds")
-        }
+        names = ("texts", "visual", "flops", "kv_bytes", "total", "embeds")
+        rows = {name: value[:count] for name in names if (value := getattr(self, name)) is not None}
         parts = {name: flops[:count] for name, flops in self.parts.items()}
         stages = {layer: there[:count] for layer, there in self.stages.items()}
         return replace(self, **rows, parts=parts, stages=stages, per_layer=self.per_layer[:, :count])
@@ -90,14 +89,15 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
     pruned = vlm.plugin if session.prune else None
     repair = None if pruned is None or not session.repair else pruned.repair
-    parts = price(prefill.trace, vlm.size, None if pruned is None else pruned.pruner, repair)
+    size = vlm.size
+    parts = {} if size is None else price(prefill.trace, size, None if pruned is None else pruned.pruner, repair)
     return Measured(
         texts=vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1]),
         hidden=states.hidden,
         visual=prefill.trace.average_visual(),
-        flops=decoder_total(parts),
+        flops=None if size is None else decoder_total(parts),
         parts=parts,
-        kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
+        kv_bytes=None if size is None else kv_bytes(prefill.trace, size, vlm.model.dtype.itemsize),
         stages={stage.layer: stage.kept for stage in prefill.stages},
         per_layer=torch.stack(prefill.trace.visual),
         total=prefill.trace.total_visual,

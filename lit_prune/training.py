@@ -122,7 +122,7 @@ class PruneModule(LightningModule):
         )
         dims = made.dims
         self.work = Work(self.vlm, made)
-        self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
+        self.meters = Meters(dims.depth, dims.width, made.repair is not None, self.vlm.size is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
 from lit_prune.host.options import HostOptions, Mass, Positions
 from lit_prune.host.places import find, unwrap
-from lit_prune.host.sizes import model_size
+from lit_prune.host.sizes import known_size
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
@@ -89,9 +89,9 @@ class VLM:
         self.plugin: Plugin | None = None
 
     @property
-    def size(self) -> ModelSize:
-        """Sizes for `lit_prune.cost`."""
-        return model_size(self.model.config)
+    def size(self) -> ModelSize | None:
+        """Sizes for `lit_prune.cost`, as far as they are known; None: not even the decoder's are."""
+        return known_size(self.model.config)
 
     def attach(
         self,

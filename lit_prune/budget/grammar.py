@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_prune.errors import LitPruneError
 
-ALLOWED = "a count of visual tokens such as 16, a share such as 11.1%, or counts by layer such as 2:192,4:64"
+ALLOWED = "a number of visual tokens such as 16, a share such as 11.1%, or counts by layer such as 2:192,4:64"
 MOST = 10**12  # counts are below
 COUNT = re.compile(r"\d{1,12}", re.ASCII)
 SHARE = re.compile(r"(\d{1,12}(?:\.\d*)?|\.\d+)\s*%", re.ASCII)
@@ -50,10 +50,10 @@ def parse_budget(value: Any, key: str = "keep") -> Budget:
     else:
         budget = _whole(value)
     if budget is None or (isinstance(budget, int) and budget < 1):
-        plain = isinstance(value, str) and value.isprintable() and value.strip()
-        shown = value if plain else repr(value)
+        written = isinstance(value, str) and value.isprintable() and value.strip()
+        shown = f" {value}" if written else f"={value!r}"
         shown = shown if len(shown) < 60 else f"{shown[:56]} ..."
-        raise LitPruneError(f"{key} {shown}: not a budget; write {ALLOWED}")
+        raise LitPruneError(f"{key}{shown}: not a budget; write {ALLOWED}")
     return budget
 
 

@@ -20,8 +20,9 @@ from transformers import __version__ as transformers_version
 
 from lit_prune.budget import Budget, parse_budget
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, load_model
+from lit_prune.commands.inputs import Dtype, image_pixels, load_model
 from lit_prune.errors import LitPruneError
+from lit_prune.host.sizes import USUAL
 from lit_prune.timing import NOISY, Benchmark, Method, clock_for, noisy
 from lit_prune.vlm import as_plugin
 
@@ -34,6 +35,7 @@ def run(
     random_weights: bool = False,
     keep: Any = None,
     batch_sizes: list[int] = [1, 4],  # noqa: B006
+    image_size: list[int] | None = None,
     text_tokens: int = 64,
     new_tokens: int = 16,
     repeats: int = 7,
@@ -56,6 +58,8 @@ def run(
         keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
             plug-in's own.
         batch_sizes: Numbers of prompts at once.
+        image_size: Height and width of the images in pixels, e.g. --image-size 672 1008, for models that cut an image
+            into crops or take it in its own size. Default: 672 672.
         text_tokens: Text tokens of each prompt, beside the image's.
         new_tokens: Tokens answered in each request.
         repeats: Measured rounds; every round runs each method at each batch size once.
@@ -73,7 +77,8 @@ def run(
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
-        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, clock_for(clock, vlm.model.device))
+        timer, image = clock_for(clock, vlm.model.device), image_pixels(image_size) or USUAL
+        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, image)
         header = {**_header(bench, clock), "random_weights": random_weights or described}
         done = _loop(bench, repeats, warmup, time_limit)
     rows = bench.rows()
@@ -137,7 +142,7 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "model": bench.vlm.name,
         "layers": dims.depth,
         "width": dims.width,
-        "visual_tokens": dims.visual,
+        "visual_tokens": bench.visual,
         "text_tokens": bench.text_tokens,
         "new_tokens": bench.new_tokens,
         "dtype": str(bench.vlm.model.dtype).removeprefix("torch."),
@@ -249,7 +254,7 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         time.plot([row["batch"] for row in mine], [row["prefill_ms"] for row in mine], marker="o", label=method)
-        gains = [row for row in mine if row["speedup"] is not None]
+        gains = [row for row in mine if row["speedup"] is not None and row["flops_ratio"] is not None]
         colour = time.lines[-1].get_color()
         gain.scatter([row["flops_ratio"] for row in gains], [row["speedup"] for row in gains], color=colour)
         for row in gains:

@@ -37,6 +37,15 @@ def open_image(path: str) -> Image.Image:
         raise LitPruneError(f"image {path} cannot be read: {error}") from error
 
 
+def image_pixels(image_size: list[int] | None) -> tuple[int, int] | None:
+    """Height and width in pixels as an option gives them."""
+    if image_size is None:
+        return None
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise LitPruneError("--image-size takes height and width in pixels, e.g. --image-size 672 1008")
+    return image_size[0], image_size[1]
+
+
 def load_model(
     model: str | PreTrainedConfig, dtype: Dtype = "auto", device: str = "auto", random_weights: bool = False
 ) -> VLM:

@@ -39,7 +39,7 @@ class Meters:
             {layer: states.cpu() for layer, states in teacher.hidden.items()},
         )
         evaluation.add_consistency(self.kappa, measured, teacher)
-        self._add("costs", {name: getattr(measured, name) for name in COSTS})
+        self._add("costs", {name: value for name in COSTS if (value := getattr(measured, name)) is not None})
         self._add("parts", measured.parts)
         self._add("kept", measured.kept)
         self._add("layers", dict(enumerate(measured.per_layer)))
@@ -70,9 +70,9 @@ class Meters:
             "avg_visual_tokens": costs["visual"],
             "tokens_per_layer": list(self._mean("layers").values()),
             "kept": {str(layer): count for layer, count in self._mean("kept").items()},
-            "flops": costs["flops"],
+            "flops": costs.get("flops"),
             "flops_parts": self._mean("parts"),
-            "kv_bytes": costs["kv_bytes"],
+            "kv_bytes": costs.get("kv_bytes"),
             "kappa": self.kappa.compute().item(),
             "w2": sum(shift) / len(shift),
             "w2_per_layer": shift,
