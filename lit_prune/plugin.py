@@ -77,6 +77,14 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         """Whether there are parameters that depend on the model they were trained with."""
         return any(True for _ in self.parameters())
 
+    @property
+    def title(self) -> str:
+        """The method's name for people, with what was added to it; "" where the method has none."""
+        if not self.pruner.title:
+            return ""
+        repair = " + repair" if self.repair is not None and not self.pruner.repairs else ""
+        return "".join([self.pruner.title, repair, *(f", {added}" for added in self.options.described())])
+
     def settings(self) -> dict[str, Any]:
         """What `plugin.json` says: enough to build the plug-in again, and what it was made for."""
         schedule = None

@@ -249,6 +249,13 @@ class TowerSize:
         arriving = keep[0] if isinstance(keep, dict) else keep
         return min(self.side**2, -(-arriving // self.tiles))
 
+    def read(self, patches: int, values: bool) -> int:
+        """Tokens projected once more for a stage that finds so many patches: to keys, values, and queries.
+
+        The class token's query, or that of every patch where there is none.
+        """
+        return (patches + self.prefix) + patches * values + (1 if self.prefix else patches)
+
 
 def tower_size(config: Config) -> TowerSize:
     """Sizes of the tower of LLaVA-1.5 and LLaVA-NeXT.
@@ -278,18 +285,20 @@ def tower_trace(config: Config, pruner: Pruner, keep: Budget, tiles: int) -> Tow
     size = tower_size(config)
     share, patches = size.share(keep), size.side**2
     schedule = pruner.vision_schedule(share, patches, size.features)
-    now, tokens, scored, stages = pruner.image_side(share, size.side) ** 2, [], 0, []
+    now, tokens, scored, rated, stages = pruner.image_side(share, size.side) ** 2, [], 0, 0, []
     entered, one = now, torch.ones(tiles, dtype=torch.long)
     for layer in range(size.features + 1):
         if layer == size.features:  # the layers behind the features run too, before the stage there
             tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
         if schedule.get(layer, now) < now:
-            scored += (now + size.prefix) * (1 + pruner.needs_values) * (layer > 0)
+            if layer > 0:
+                scored += size.read(now, pruner.needs_values)
+                rated += now + size.prefix
             stages.append((one * now, one * schedule[layer]))
             now = schedule[layer]
         if layer < size.features:
             tokens.append(torch.full((tiles,), now + size.prefix))
-    return TowerTrace(one * entered, tokens, one * now, one * scored, stages)
+    return TowerTrace(one * entered, tokens, one * now, one * scored, one * rated, stages)
 
 
 def _tower(config: Config) -> tuple[int, int]:

@@ -122,6 +122,8 @@ class Pruner(nn.Module):
         depth: depth of the decoder that `layers` is written for; they are scaled to the host's. `None`: as written.
     """
 
+    title: str = ""  # the method's name as people write it; without one, that of its file stands for it
+    repairs: bool = False  # whether a repair adapter belongs to the method as published
     attention: AttentionRows | None = None
     needs_embeds: bool = False
     needs_states: bool = False
@@ -171,6 +173,16 @@ class Pruner(nn.Module):
             return self.plan(keep, dims.visual, dims.depth)
         except LitPruneError:
             return None
+
+    @property
+    def random(self) -> bool:
+        """Whether the method draws from a `seed` of its own, so that it is worth drawing several times."""
+        return hasattr(self, "seed")
+
+    def redraw(self, by: int) -> None:
+        """Move the seed on; nothing for methods that draw nothing."""
+        if hasattr(self, "seed"):
+            self.seed += by
 
     @property
     def free(self) -> bool:
