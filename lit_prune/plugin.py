@@ -4,6 +4,7 @@ A folder holds `plugin.safetensors` and `plugin.json`; nothing in it is executed
 ones already imported, are built from it.
 """
 
+import copy
 import importlib
 import json
 import sys
@@ -165,6 +166,17 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         except RuntimeError as error:
             raise LitPruneError(f"{found} doesn't fit {told.name}: {error}") from error
         return plugin.eval()
+
+
+def learns(plugin: Plugin, dims: Dims) -> bool:
+    """Whether a plug-in has weights once it is built for such a model; it is left as it is."""
+    made = copy.deepcopy(plugin)
+    try:
+        with torch.device("meta"):
+            made.build(dims, [])
+    except LitPruneError:  # it doesn't fit this model: whoever attaches it says so
+        return False
+    return made.trained
 
 
 def fingerprint(model: nn.Module) -> list[float]:
