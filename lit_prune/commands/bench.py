@@ -74,6 +74,8 @@ def run(
     """
     shared = None if keep is None else parse_budget(keep, "--keep")
     entrants = [_method(spec, shared) for spec in methods]
+    if len({method.name for method in entrants}) < len(entrants):
+        entrants = [_method(spec, shared, by_file=True) for spec in methods]
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
@@ -93,8 +95,8 @@ def run(
     _print(rows, header)
 
 
-def _method(spec: str, keep: Budget | None) -> Method:
-    """`full`, PATH or NAME=PATH, each with @BUDGET or without."""
+def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
+    """`full`, PATH or NAME=PATH, each with @BUDGET or without; without a name the method's own, or its file's."""
     name, _, path = spec.rpartition("=")
     path, _, own = path.partition("@")
     if path == "full":
@@ -103,7 +105,8 @@ def _method(spec: str, keep: Budget | None) -> Method:
     budget = parse_budget(own, f"--methods {spec}") if own else plugin.keep if keep is None else keep
     if budget is None:
         raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
-    return Method(name or f"{Path(path).stem}{own and ' ' + own}", plugin, budget)
+    title = (not by_file and plugin.title) or Path(path).stem
+    return Method(name or f"{title}{own and ' ' + own}", plugin, budget)
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:

@@ -77,7 +77,9 @@ def attach(vlm: VLM, pruner: str, keep: Any) -> str:
 
 
 def _title(plugin: Plugin) -> str:
-    """The class's name as words: TextAttention is "Text attention"."""
+    """The method's name, else its class's as words: TextAttention is "Text attention"."""
+    if plugin.title:
+        return plugin.title
     first, *rest = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", type(plugin.pruner).__name__).split()
     return " ".join([first, *(word.lower() for word in rest)])
 
