@@ -81,8 +81,8 @@ def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | No
     For figures, which never stop the work that they are about.
     """
     for known in (lambda: model_size(config, image), lambda: decoder_size(config)):
-        # Configurations are anyone's: fields are missing, are lists, or differ from layer to layer.
-        with suppress(LitPruneError, AttributeError, TypeError, ValueError, ArithmeticError):
+        # Configurations are anyone's: fields are missing, are lists, differ from layer to layer or refuse to be read.
+        with suppress(Exception):
             return known()
     return None
 
