@@ -117,13 +117,13 @@ class VLM:
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
         """
-        plugin = as_plugin(pruner, repair, keep)
+        plugin = as_plugin(pruner, repair)
         places = find(self.model)
-        device = places.device
-        budget = plugin.keep if keep is None else parse_budget(keep)
+        device, visual = places.device, None if places.dims.varies else places.dims.visual
+        budget = plugin.keep if keep is None else parse_budget(keep, visual=visual)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
-        budget = budget if places.dims.varies else resolve(budget, places.dims.visual)
+        budget = budget if visual is None else resolve(budget, visual)
         asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))

@@ -35,11 +35,12 @@ Schedule = dict[int, int]  # {decoder layer: visual tokens kept from its input o
 Budget = int | Share | Schedule  # an average to solve for, as a count or a share, or the counts themselves
 
 
-def parse_budget(value: Any, key: str = "keep") -> Budget:
+def parse_budget(value: Any, key: str = "keep", visual: int | None = None) -> Budget:
     """A budget from whatever a YAML file, a command line or Python gives for it.
 
     Read are `64` (an average), `11.1%` (a share), `2:192,4:64,8:16` or `{2: 192, 4: 64, 8: 16}` (layer:count of each
-    stage), numbers also as text. Raises `LitPruneError`, which names `key`, for anything else.
+    stage), numbers also as text. Raises `LitPruneError`, which names `key`, for anything else; `visual`, where it is
+    known, says how many tokens the model's images have.
     """
     if isinstance(value, Share):
         budget = value if 0 < value.percent <= 100 else None
@@ -49,6 +50,8 @@ def parse_budget(value: Any, key: str = "keep") -> Budget:
         budget = _from_pairs(value.items())
     else:
         budget = _whole(value)
+    if isinstance(budget, int) and budget < 1 and visual is not None:
+        raise LitPruneError(f"{key}={budget} must lie between 1 and the image's {visual} visual tokens")
     if budget is None or (isinstance(budget, int) and budget < 1):
         written = isinstance(value, str) and value.isprintable() and value.strip()
         shown = f" {value}" if written else f"={value!r}"
