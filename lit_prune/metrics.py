@@ -19,8 +19,8 @@ class SkillAccuracy(Metric):
     """Share of right answers per skill and overall.
 
     `compute()` gives `{"all": ..., skill: ...}`. Answers without a skill count overall alone; a skill that is itself
-    named "all" is "all (skill)". Skills are told apart by a digest of their names, so that ranks need not have seen the
-    same ones.
+    named "all" is "all (skill)". A digest of its name identifies a skill, so that ranks need not have seen the same
+    ones.
     """
 
     full_state_update = False

@@ -169,7 +169,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
 
 
 def learns(plugin: Plugin, dims: Dims) -> bool:
-    """Whether a plug-in has weights once it is built for such a model; it is left as it is."""
+    """True if a plug-in has weights once it is built for such a model; it is left as it is."""
     made = copy.deepcopy(plugin)
     try:
         with torch.device("meta"):

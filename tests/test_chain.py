@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from dataclasses import fields
 
 import pytest
 import tiny
@@ -14,7 +15,8 @@ from lit_prune.budget import average
 from lit_prune.cost import price
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
-from lit_prune.pruners.base import Dims, Pruner
+from lit_prune.pruners import by_image
+from lit_prune.pruners.base import Context, Dims, Pruner
 from lit_prune.pruners.chain import Chain
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
@@ -199,3 +201,10 @@ def test_its_price_has_the_towers_method(pruned):
     scorers = price(record.trace, vlm.size, None)["pruner"]
     assert (costs[0] > costs[1]).all(), "that and the decoder's"
     assert (costs[1] > scorers).all()
+
+
+def test_images_by_themselves_are_shown_the_whole_context():
+    """Every field of it is split by image, repeated for each, or made anew."""
+    made_anew = {"alive", "images", "count", "total", "row_attention"}
+    alike = {"stage", "hints"}  # of the whole batch: hints go by sample
+    assert {field.name for field in fields(Context)} == {*by_image.BY_TOKEN, *by_image.BY_SAMPLE} | made_anew | alike

@@ -303,7 +303,7 @@ def test_wrong_options_are_refused_at_once(config, tmp_path, options, says):
 
 
 def test_methods_have_the_names_that_people_write():
-    """Which one place says, so no two shipped files share one."""
+    """One place says them; no two shipped files share one."""
     methods = [Method.parse(str(path)) for path in PRUNERS]
     names = [next(iter(cells_of([m], [16], [0], lambda plugin: False))).method for m in methods]
     assert len(set(names)) == len(names)

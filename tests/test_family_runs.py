@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from lit_prune import evaluation, loading, training
 from lit_prune.budget import asked, parse_budget
+from lit_prune.callbacks import PrintResults, RunSummary, SamplePictures
 from lit_prune.commands import compare
 from lit_prune.commands.generate import run_pruned
 from lit_prune.comparison.cells import FULL, Cell
@@ -130,7 +131,8 @@ def test_fit_validate_test_and_predict(family, questions, tmp_path):
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
     assert run.callback_metrics["flops/sample"] > 0
     for verb, stage in (("validate", "val"), ("test", "test")):
-        run = tiny.trainer(tmp_path, limit_val_batches=1.0)
+        shown = [SamplePictures(folder=str(tmp_path / "samples")), PrintResults(), RunSummary()]
+        run = tiny.trainer(tmp_path, shown, limit_val_batches=1.0)
         found = getattr(run, verb)(trained, data, verbose=False)[0]
         assert {f"{stage}/accuracy/all", f"{stage}/accuracy/colour", f"{stage}/accuracy/3"} <= found.keys()
         assert found[f"{stage}/flops"] > 0
@@ -270,7 +272,7 @@ def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("unknown", ["tower", "decoder"], indirect=True)
 def test_a_price_stops_nothing(unknown, questions, tmp_path, request):
-    """What is known is logged, the rest isn't."""
+    """Known figures are logged, unknown ones are left out."""
     tower = request.node.callspec.params["unknown"] == "tower"
     trained, data = module(), data_of(questions)
     run = tiny.trainer(tmp_path, max_steps=1, limit_val_batches=1, val_check_interval=1)

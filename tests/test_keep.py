@@ -120,7 +120,7 @@ class Given:
 
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:
-    """What `lightning fit` makes of an option."""
+    """The parser of `lightning fit`, for one option."""
     yaml_loader.install("omegaconf+")
     made = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
     made.add_class_arguments(Given, "model")

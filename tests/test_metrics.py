@@ -63,7 +63,7 @@ def test_accuracy_is_right_whatever_the_skills_are_called(answers):
 
 
 def test_names_in_loggers_stay_apart():
-    """Where TensorBoard has replaced what it does not take."""
+    """Also after TensorBoard has replaced the characters that it does not take."""
     skills = ["a b", "a_b", "a/b", "a  b", "all", "all (skill)", "3", "left-of", "räumlich", "x" * 99, "x" * 98, "?"]
     names = [figure_name(skill) for skill in skills]
     assert len({re.sub(r"[^-/\w\.]", "_", name) for name in names}) == len(skills)

@@ -101,7 +101,7 @@ def test_what_has_no_price_has_no_plot_of_it():
 
 
 def test_budgets_that_are_shares():
-    """Where images differ; in order of what they leave of a usual one."""
+    """For models whose images differ; in order of what they leave of a usual image."""
     shares = [{**row, "keep": row["keep"] and {48: "33.3%", 16: "11.1%", 4: "2.8%"}[row["keep"]]} for row in rows(3)]
     made = plots.figures(shares, 144)
     assert [tick.get_text() for tick in made["accuracy_tokens"].axes[0].get_xticklabels()] == ["33.3%", "11.1%", "2.8%"]

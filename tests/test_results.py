@@ -1,4 +1,4 @@
-"""What `test` and `validate` print."""
+"""The table that `test` and `validate` print."""
 
 import re
 

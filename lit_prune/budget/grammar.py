@@ -1,4 +1,4 @@
-"""What is written for a budget: one grammar for YAML files, command lines and Python."""
+"""One grammar for budgets in YAML files, on command lines and in Python."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -61,17 +61,17 @@ def parse_budget(value: Any, key: str = "keep", visual: int | None = None) -> Bu
 
 
 def format_budget(budget: Budget) -> str:
-    """What `parse_budget` reads: `64`, `11.1%` or `2:192,4:64`."""
+    """A budget as text that `parse_budget` reads: `64`, `11.1%` or `2:192,4:64`."""
     return format_schedule(budget) if isinstance(budget, dict) else str(budget)
 
 
 def format_schedule(schedule: Schedule) -> str:
-    """What `parse_budget` reads: `2:192,4:64`."""
+    """A schedule as text that `parse_budget` reads: `2:192,4:64`."""
     return ",".join(f"{layer}:{count}" for layer, count in schedule.items())
 
 
 def as_json(budget: Budget | None) -> int | str | Schedule | None:
-    """What JSON and YAML have for a budget, and `parse_budget` reads."""
+    """A budget as JSON and YAML have it, which `parse_budget` reads too."""
     return str(budget) if isinstance(budget, Share) else budget
 
 
@@ -121,7 +121,7 @@ def _number(value: Any) -> int | None:
 
 
 def tokens(budget: Budget, visual: int) -> int | Schedule:
-    """What a budget asks of a sample with `visual` visual tokens: a count, which may be above `visual`, or counts."""
+    """The count that a budget asks of a sample with `visual` tokens, possibly above `visual`; or its schedule."""
     return budget.of(visual) if isinstance(budget, Share) else budget
 
 

@@ -92,7 +92,7 @@ class Method:
 
     @property
     def path(self) -> str:
-        """What it was read from, as written."""
+        """The paths as they were written."""
         return ",".join(self.paths) + ("" if self.repair else "!")
 
     def cells(

@@ -115,7 +115,7 @@ def _corner(point: Sequence[float], angle: float, reach: float, width: float, he
 
 
 def _inside(box: Bbox, points: np.ndarray) -> int:
-    """How many of these points lie in a box."""
+    """Number of points that lie in a box."""
     return int(((points >= box.min) & (points <= box.max)).all(1).sum())
 
 

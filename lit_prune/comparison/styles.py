@@ -1,4 +1,4 @@
-"""How the methods of a comparison are drawn, and the pages that they are drawn on."""
+"""Styles of a comparison's methods, and the pages that they are drawn on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ DASHES = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))]
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn: no other has its colour or its marker."""
+    """Colour, marker and dashes of a method; no other has its colour or its marker."""
 
     colour: str
     marker: Any

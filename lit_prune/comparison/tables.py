@@ -74,9 +74,10 @@ def size_of(keep: int | str, visual: int) -> int:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """What the rows were measured on: "val split, 210 questions"."""
+    """The data that rows were measured on: "val split, 210 questions"."""
     questions = next((each["questions"] for each in rows if each.get("questions") is not None), None)
-    return f"{rows[0]['split']} split" + ("" if questions is None else f", {questions} questions")
+    parts = [f"{split} split" if (split := rows[0].get("split")) else "", f"{questions} questions" if questions else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def ranks_agree(rows: Sequence[Row], name: str) -> tuple[float, float]:

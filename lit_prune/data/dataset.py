@@ -173,7 +173,7 @@ def _shortened(reason: str) -> str:
 
 
 def _skill(record: dict) -> str | None:
-    """What a question is counted under beside the overall accuracy; None where nothing, or NaN, is given."""
+    """The skill of a record, on one line; None where nothing, or NaN, is given."""
     skill = record.get("skill")
     if skill is None or skill != skill:
         return None

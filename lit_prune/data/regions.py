@@ -24,7 +24,7 @@ def regions(boxes: Sequence[Box], side: int, size: int) -> Float[Tensor, "boxes 
 
 
 def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[float, float, float, float] | None:
-    """Where a box of an image of `size` (width, height) lies after resizing and cropping; None: it is cropped away.
+    """A box of an image of `size` (width, height) after resizing and cropping; None if it is cropped away.
 
     Its mask goes through the processor, which gives one picture of an image.
     """
@@ -64,7 +64,7 @@ def sample_regions(
 
 
 def _as_it_is(image_processor: Any, size: tuple[int, int], seen: int) -> bool:
-    """Whether an image of this size passes through the processor without being scaled or cropped."""
+    """True if an image of this size passes through the processor without being scaled or cropped."""
     sizes = [getattr(image_processor, name, None) or {} for name in ("size", "crop_size")]
     return {*size, *(edge for each in sizes for edge in dict(each).values() if edge is not None)} == {seen}
 

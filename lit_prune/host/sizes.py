@@ -76,7 +76,7 @@ def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
 
 
 def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | None:
-    """What is known of the sizes that `model_size` gives: without the vision tower, or nothing at all (None).
+    """As much of `model_size` as is known: without the vision tower, or nothing at all (None).
 
     For figures, which never stop the work that they are about.
     """

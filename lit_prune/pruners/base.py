@@ -176,7 +176,7 @@ class Pruner(nn.Module):
 
     @property
     def random(self) -> bool:
-        """Whether the method draws from a `seed` of its own, so that it is worth drawing several times."""
+        """True if the method draws from a `seed` of its own, so that several draws are worth measuring."""
         return hasattr(self, "seed")
 
     def redraw(self, by: int) -> None:

@@ -48,7 +48,7 @@ class Chain(Pruner):
 
     @property
     def random(self) -> bool:
-        """Whether either method draws."""
+        """True if either method draws."""
         return self.first.random or self.then.random
 
     def redraw(self, by: int) -> None:

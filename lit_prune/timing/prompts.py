@@ -25,7 +25,7 @@ class Prompt:
 
 
 def random_prompt(vlm: VLM, batch: int, text_tokens: int, image: tuple[int, int] = USUAL) -> Prompt:
-    """An image of noise behind one text token, and random text after it, in each sample; the same for every method.
+    """One text token, an image of noise and random text in each sample; the same for every method.
 
     `image`: height and width in pixels where images differ. Raises `LitPruneError` for a vision tower that isn't known.
     """
