@@ -317,7 +317,7 @@ def test_figures_are_a_short_table_and_none_is_of_zero_flops(run: Callable[[str]
     edit("summed.yaml", "  enable_model_summary: false\n", "")
     assert "FLOPs" not in run("fit -c summed.yaml").out
     tested = run("test -c summed.yaml")
-    assert re.search(r"keep +8\s", tested.out)
+    assert re.search(r"keep +8.0\s", tested.out)
     assert "DataLoader 0" not in tested.out
     assert "keep" not in run("test -c summed.yaml --verbose false").out
     assert "FLOPs" in run("fit -c summed.yaml --trainer.enable_model_summary true").out

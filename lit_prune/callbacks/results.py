@@ -67,7 +67,7 @@ def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
     if "kappa" in figures:
         yield "kappa", f"{figures.pop('kappa'):.3f}"
     for name, value in sorted(figures.items()):
-        yield name, f"{value:.4g}"
+        yield name, str(float(f"{value:.4g}"))
 
 
 def _layers(figures: dict[str, float], group: str) -> list[float]:
