@@ -30,4 +30,4 @@ variant "no attention baseline" "$P.baseline=none"
 variant "one pruner" "$P.layers=[1]" "$P.shape=[1]" "--model.repair.init_args.stages=[0,0]"
 variant "two pruners" "$P.layers=[1,9]" "$P.shape=[10,4]" "--model.repair.init_args.stages=[1,1]"
 variant "threshold" "$P.select=threshold"
-lit-prune compare -c configs/micro.yaml --methods "${ROWS[@]}" --out "$RUN" ${LIMIT:+--limit "$LIMIT"}
+lit-prune compare -c configs/micro.yaml --split test --methods "${ROWS[@]}" --out "$RUN" ${LIMIT:+--limit "$LIMIT"}

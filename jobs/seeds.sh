@@ -16,7 +16,7 @@ for keep in 32 16; do
     done
 done
 trained="$RUN/keep_{keep}/seed_{seed}/plugin"
-lit-prune compare -c configs/micro.yaml --keep 32 16 --seeds "${SEEDS[@]}" --out "$RUN" --methods full \
+lit-prune compare -c configs/micro.yaml --split test --keep 32 16 --seeds "${SEEDS[@]}" --out "$RUN" --methods full \
     random=configs/pruners/random.yaml \
     uniform=configs/pruners/uniform.yaml \
     "last-token attention (FastV)=configs/pruners/fastv.yaml" \

@@ -70,5 +70,5 @@ step fit lit-prune fit -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_pat
 step test lit-prune test -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_path last "$@"
 # The comparison reads the settings that `fit` resolved and saved; it is quick to repeat and prints the table.
 note "compare"
-lit-prune compare -c "$RUN/config_fit.yaml" --methods "${ROWS[@]}" --out "$RUN" ${LIMIT[@]+"${LIMIT[@]}"}
+lit-prune compare -c "$RUN/config_fit.yaml" --split test --methods "${ROWS[@]}" --out "$RUN" ${LIMIT[@]+"${LIMIT[@]}"}
 note "written: $RUN/results.json, $RUN/table.md and plots"

@@ -27,7 +27,9 @@ def with_blank(batch: dict[str, Any], vlm: VLM) -> dict[str, Any]:
     blank = dict(vlm.encode([Image.new("RGB", (32, 32), "grey")], ["?"]))
     fill = {"input_ids": pad_token(vlm.processor), "labels": IGNORED}
     labels = torch.full_like(blank["input_ids"], IGNORED)
-    found = {**batch, "boxes": [*batch["boxes"], []]}
+    rows, columns = len(batch["ids"]) + 1, blank["input_ids"].shape[1]
+    nowhere = torch.zeros(rows, 1, columns, device=blank["input_ids"].device)
+    found = {**batch, "boxes": [*batch["boxes"], []], "hints": {"regions": nowhere}}
     found["inputs"] = _joined(batch["inputs"], {**blank, "labels": labels}, fill, left=False)
     if "prompts" in batch:
         found["prompts"] = _joined(batch["prompts"], blank, fill, left=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lit_prune.trace import ImageLoad, StageTrace, Trace, VisionTrace, step
 
+CARRIER = 8  # channels that a bias per key adds to each head of queries, keys and values
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -21,7 +23,7 @@ class ModelSize:
 
     `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
     `projector_in` to `projector_inner` to `width`. `image`: the load of a usual image, for forwards whose images are
-    known by their visual tokens only.
+    known by their visual tokens only. Without `tower_known` vision tower and projector have no price.
     """
 
     width: int
@@ -39,6 +41,7 @@ class ModelSize:
     projector_inner: int = 0
     projectors: int = 1
     image: ImageLoad | None = None
+    tower_known: bool = True
 
 
 def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
@@ -65,16 +68,17 @@ def projector(size: ModelSize, rows: Tensor) -> Tensor:
     return 2 * size.projectors * rows.double() * size.projector_inner * (size.projector_in + size.width)
 
 
-def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
+def attention_rows(size: ModelSize, stage: StageTrace, searched: Tensor | None = None) -> Tensor:
     """FLOPs of reading a stage's attention rows and keys, and of handing mass on.
 
-    Own rows pay the layer's key and query projections too.
+    Own rows pay the layer's key and query projections too. `searched` visual tokens look for the kept one that gets
+    their mass, by default those that the stage found.
     """
     rows, sequence = stage.rows.double(), stage.sequence.double()
     key_projection = 2 * size.width * size.head_dim * sequence * size.key_heads
     cost = key_projection if stage.keys else torch.zeros_like(rows)
     if stage.mass:
-        cost = cost + 2 * stage.visual * stage.kept * size.width
+        cost = cost + 2 * (stage.visual if searched is None else searched) * stage.kept * size.width
     if stage.reads is not None:
         cost = cost + 2 * rows * sequence * size.heads * size.head_dim
     if stage.reads == "own":
@@ -82,27 +86,45 @@ def attention_rows(size: ModelSize, stage: StageTrace) -> Tensor:
     return cost
 
 
+def _searched(trace: Trace, stage: StageTrace) -> Tensor:
+    """Visual tokens whose mass a stage hands on: where a tower's tokens arrive, those that it dropped too."""
+    return stage.visual if trace.tower is None or stage.layer else trace.total_visual
+
+
+def _mass_channels(size: ModelSize, trace: Trace) -> Tensor | float:
+    """FLOPs of the channels that carry the mass of kept tokens through a prefill's attention, as a bias per key."""
+    first = min((stage.layer for stage in trace.stages if stage.mass), default=len(trace.queries))
+    layers = zip(trace.queries[first:], trace.keys[first:], strict=True)
+    return sum((4 * queries.double() * keys.double() * size.heads * CARRIER for queries, keys in layers), 0.0)
+
+
 def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int = 1) -> dict[str, Tensor]:
     """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
-    `pruner` and `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
+    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out. `pruner` and
+    `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
     vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
     if trace.tower is not None:
         vision = trace.tower.per_sample(visual if vision is None else vision.patches.to(visual))
-    parts = {
+    tower = {
         "vision": zero if vision is None else vision_tower(size, vision).to(zero),
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
-        "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0),
-        "scoring": sum((attention_rows(size, stage) for stage in trace.stages), zero),
+    }
+    parts = {
+        **(tower if size.tower_known else {}),
+        "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
+        + _mass_channels(size, trace),
+        "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),
         "pruner": zero,
         "repair": zero,
         "lm_head": zero + 2 * lm_rows * size.width * size.vocab,
     }
     if vision is not None and vision.scored is not None:
-        parts["scoring"] = parts["scoring"] + 2 * vision.scored * size.vision_width**2
+        looked_at = vision.scored * size.vision_width + vision.rated
+        parts["scoring"] = parts["scoring"] + 2 * looked_at * size.vision_width
     if pruner is not None:
         stages = enumerate(trace.stages)
         costs = (pruner.stage_flops(i, s.visual, s.rows, size.width, s.kept) for i, s in stages)

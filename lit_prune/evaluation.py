@@ -23,9 +23,9 @@ class Measured:
     texts: list[str]
     hidden: dict[int, Tensor]
     visual: Tensor  # visual tokens averaged over the decoder layers' inputs
-    flops: Tensor  # decoder prefill with all that pruning adds
-    parts: dict[str, Tensor]  # FLOPs part by part
-    kv_bytes: Tensor
+    flops: Tensor | None  # decoder prefill with all that pruning adds; None: the model's arithmetic isn't known
+    parts: dict[str, Tensor]  # FLOPs part by part, as far as they are known
+    kv_bytes: Tensor | None
     stages: dict[int, Tensor]  # {pruning layer: (batch, N)} visual tokens still there after that stage
     per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
     total: Tensor  # visual tokens of the prompt
@@ -43,9 +43,8 @@ class Measured:
 
     def first(self, count: int) -> "Measured":
         """Of the first samples alone; any after them have no answer positions."""
-        rows = {
-            name: getattr(self, name)[:count] for name in ("texts", "visual", "flops", "kv_bytes", "total", "embeds")
-        }
+        names = ("texts", "visual", "flops", "kv_bytes", "total", "embeds")
+        rows = {name: value[:count] for name in names if (value := getattr(self, name)) is not None}
         parts = {name: flops[:count] for name, flops in self.parts.items()}
         stages = {layer: there[:count] for layer, there in self.stages.items()}
         return replace(self, **rows, parts=parts, stages=stages, per_layer=self.per_layer[:, :count])
@@ -90,14 +89,15 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
     pruned = vlm.plugin if session.prune else None
     repair = None if pruned is None or not session.repair else pruned.repair
-    parts = price(prefill.trace, vlm.size, None if pruned is None else pruned.pruner, repair)
+    size = vlm.size
+    parts = {} if size is None else price(prefill.trace, size, None if pruned is None else pruned.pruner, repair)
     return Measured(
         texts=vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1]),
         hidden=states.hidden,
         visual=prefill.trace.average_visual(),
-        flops=decoder_total(parts),
+        flops=None if size is None else decoder_total(parts),
         parts=parts,
-        kv_bytes=kv_bytes(prefill.trace, vlm.size, vlm.model.dtype.itemsize),
+        kv_bytes=None if size is None else kv_bytes(prefill.trace, size, vlm.model.dtype.itemsize),
         stages={stage.layer: stage.kept for stage in prefill.stages},
         per_layer=torch.stack(prefill.trace.visual),
         total=prefill.trace.total_visual,
@@ -112,21 +112,6 @@ def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) 
     """
     real = torch.arange(teacher.embeds.shape[1], device=teacher.total.device) < teacher.total[:, None]
     metric.update(teacher.embeds, real if measured.last is None else measured.last & real, real, measured.embeds)
-
-
-def regions(batch: dict[str, Any], visual: int, image_size: int) -> dict[str, Tensor]:
-    """Hint for the oracle: how much of each visual token's patch each asked region covers, (batch, regions, visual)."""
-    side = int(visual**0.5)
-    most = max([1, *(len(boxes) for boxes in batch["boxes"])])
-    cover = torch.zeros(len(batch["boxes"]), most, side, side)
-    edges = torch.arange(side + 1, dtype=torch.float32) * (image_size / side)
-    low, high = edges[:-1], edges[1:]
-    for sample, boxes in enumerate(batch["boxes"]):
-        for index, (x0, y0, x1, y1) in enumerate(boxes):
-            across = (high.clamp(max=x1) - low.clamp(min=x0)).clamp(min=0)
-            down = (high.clamp(max=y1) - low.clamp(min=y0)).clamp(min=0)
-            cover[sample, index] = down[:, None] * across[None, :] / (edges[1] ** 2)
-    return {"regions": cover.flatten(2)}
 
 
 def matches(texts: list[str], answers: list[str]) -> list[bool]:

@@ -1,8 +1,9 @@
 """Methods from whatever names one: an object, a shipped name, a YAML file, a saved folder, a repository of the hub."""
 
 from pathlib import Path
+from typing import Any
 
-from lit_prune.budget import Budget
+from lit_prune.budget import pairs_as_text, parse_budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions, Mass, Positions
 from lit_prune.plugin import SETTINGS, Plugin
@@ -11,9 +12,7 @@ from lit_prune.repair import RepairAdapter
 from lit_prune.shipped import SUFFIXES, find_config
 
 
-def as_plugin(
-    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Budget | None = None
-) -> Plugin:
+def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None) -> Plugin:
     """A `Plugin` from whatever names one.
 
     Args:
@@ -53,7 +52,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.safe_load(pairs_as_text(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise LitPruneError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -64,14 +63,15 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=Pruner)
     parser.add_argument("--repair", type=RepairAdapter | None)
-    parser.add_argument("--keep", type=int | None)
     parser.add_argument("--positions", type=Positions, default="original")
     parser.add_argument("--mass", type=Mass, default="none")
-    names = ("pruner", "repair", "keep", *vars(HostOptions()))
+    names = ("pruner", "repair", *vars(HostOptions()))
     try:
         chosen = {key: model[key] for key in names if model.get(key) is not None}
         built = parser.instantiate(parser.parse_object(chosen))
     except ArgumentError as error:
         raise LitPruneError(f"{path}: {error}") from error
     options = HostOptions(**{name: built[name] for name in vars(HostOptions())})
-    return Plugin(built.pruner, built.get("repair"), built.get("keep"), options=options).eval()
+    keep = model.get("keep")
+    budget = None if keep is None else parse_budget(keep, f"{path}: model.keep")
+    return Plugin(built.pruner, built.get("repair"), budget, options=options).eval()

@@ -1,6 +1,6 @@
 """torchmetrics of this field: accuracy per skill, the states' shift per decoder layer, the kept tokens' consistency."""
 
-import zlib
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +11,16 @@ from torchmetrics import Metric
 
 from lit_prune.moments import kappa
 
+OVERALL = "all"
+NO_SKILL = -1  # in place of a skill's key
+
 
 class SkillAccuracy(Metric):
     """Share of right answers per skill and overall.
 
-    `compute()` gives `{"all": ..., skill: ...}`; skills are told apart by a checksum of their names, so that ranks need
-    not have seen the same ones.
+    `compute()` gives `{"all": ..., skill: ...}`. Answers without a skill count overall alone; a skill that is itself
+    named "all" is "all (skill)". A digest of its name identifies a skill, so that ranks need not have seen the same
+    ones.
     """
 
     full_state_update = False
@@ -27,10 +31,11 @@ class SkillAccuracy(Metric):
         self.add_state("skills", default=[], dist_reduce_fx="cat")
         self.add_state("hits", default=[], dist_reduce_fx="cat")
 
-    def update(self, hits: Sequence[bool], skills: Sequence[str]) -> None:
-        """Add answers: right or wrong, with their skills."""
-        keys = [zlib.crc32(skill.encode()) for skill in skills]
-        self.names.update(zip(keys, skills, strict=True))
+    def update(self, hits: Sequence[bool], skills: Sequence[Any]) -> None:
+        """Add answers: right or wrong, with their skills, of whatever type; None where an answer has none."""
+        names = [None if skill is None else _label(str(skill)) for skill in skills]
+        keys = [NO_SKILL if name is None else _digest(name) for name in names]
+        self.names.update((key, name) for key, name in zip(keys, names, strict=True) if name is not None)
         self.skills.append(torch.tensor(keys, device=self.device, dtype=torch.long))
         self.hits.append(torch.tensor(list(hits), device=self.device, dtype=torch.float32))
 
@@ -50,10 +55,21 @@ class SkillAccuracy(Metric):
         skills, hits = _joined(self.skills, self.device), _joined(self.hits, self.device)
         if not len(hits):
             return {}
-        found = {
-            self.names.get(key, f"{key:08x}"): hits[skills == key].mean().item() for key in skills.unique().tolist()
-        }
-        return {"all": hits.mean().item(), **dict(sorted(found.items()))}
+        keys = [key for key in skills.unique().tolist() if key != NO_SKILL]
+        found = {self.names[key]: hits[skills == key].mean().item() for key in keys}
+        return {OVERALL: hits.mean().item(), **dict(sorted(found.items()))}
+
+
+def _label(skill: str) -> str:
+    """A skill's name, never that of the overall figure, and another one for another skill."""
+    bare = skill
+    while bare.endswith(" (skill)"):
+        bare = bare.removesuffix(" (skill)")
+    return f"{skill} (skill)" if bare == OVERALL else skill
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
 
 
 def _joined(parts: list[Tensor] | Tensor, device: torch.device) -> Tensor:

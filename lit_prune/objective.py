@@ -5,12 +5,14 @@ Values marked [R] were read in drafts of the method; all are arguments.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lit_prune.budget import Budget, Share, asked
 from lit_prune.host import Record
 from lit_prune.moments import Moments, moment_loss, moments
 
@@ -97,22 +99,33 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
     return torch.stack(parts).mean()
 
 
-def budget_share(keep: int, total: Int[Tensor, " batch"]) -> float:
+def budget_share(keep: Budget, total: Int[Tensor, " batch"], depth: int = 1) -> float:
     """Share of its own visual tokens that a budget leaves a sample: the mean over the samples with an image.
 
-    1 where no sample has one: there is nothing to drop.
+    1 where no sample has one: there is nothing to drop. `depth`: decoder layers, over which a schedule is averaged.
     """
-    shares = [min(keep, n) / n for n in total.tolist() if n]
+    shares = [asked(keep, n, depth) / n for n in total.tolist() if n]
     return mean(shares) if shares else 1.0
 
 
-def tokens_asked(keep: int, total: Int[Tensor, " batch"], anneal: Anneal, done: float) -> Float[Tensor, " batch"]:
+def tokens_asked(
+    keep: Budget, total: Int[Tensor, " batch"], anneal: Anneal, done: float, depth: int = 1
+) -> Float[Tensor, " batch"]:
     """Visual tokens that a budget asks of each sample after a share `done` of the steps, float64; to log, not to train.
 
-    `total` are its own; 0 where it has no image.
+    `total` are its own; 0 where it has no image. `depth`: see `budget_share`. The device is asked nothing.
     """
     own = total.double()
-    return anneal.target(own.clamp(max=keep) / own.clamp(min=1), done) * own
+    if isinstance(keep, Share):
+        final = (keep.percent / 100 * own).round().clamp(min=1).minimum(own)
+    elif isinstance(keep, dict):
+        starts = [0, *keep, depth]
+        most = [None, *keep.values()]
+        ruled = [end - start for start, end in pairwise(starts)]
+        final = sum(n * (own if k is None else own.clamp(max=k)) for n, k in zip(ruled, most, strict=True)) / depth
+    else:
+        final = own.clamp(max=keep)
+    return anneal.target(final / own.clamp(min=1), done) * own
 
 
 def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:

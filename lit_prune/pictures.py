@@ -25,6 +25,7 @@ Box = tuple[float, float, float, float]
 DPI = 240
 CELL, GAP, MARGIN = 1.6, 0.12, 0.16  # inches
 LABEL, TITLE, LINE = 1.6, 0.2, 0.19
+BAR = 0.24  # of a cell with scores, for their colour bar
 INK, GREY, RIGHT, WRONG = "#1f2328", "#7a828b", "#1a7f37", "#c62f2f"
 DARK, TINT = 0.45, 0.3  # brightness of a dropped patch, and how much of its colour is left
 
@@ -101,13 +102,20 @@ def figure(
         boxes: x0, y0, x1, y1 in pixels of `image`.
     """
     stages = max((len(row.stages) for row in rows), default=0)
-    heat = any(row.scores is not None for row in rows)
+    scored = [r for r, row in enumerate(rows) if row.scores is not None]
+    heat = bool(scored)
     sheet = Sheet(len(rows), 1 + stages + heat, title, subtitle)
     for r, row in enumerate(rows):
         sheet.label(r, row)
-        _picture(sheet.cell(r, 0), image, "image" if r == 0 else "", boxes=boxes)
+        legend = "image  □ what is asked about" if boxes else "image"
+        _picture(sheet.cell(r, 0), image, legend if r == 0 else "", boxes=boxes)
         if row.scores is not None:
-            _heat(sheet.cell(r, 1), row.scores, "scores of the first stage" if r == 0 else "")
+            _heat(
+                sheet.cell(r, 1, BAR),
+                sheet.below(r, 1),
+                row.scores,
+                "scores of the first stage" if r == scored[0] else "",
+            )
         for s, (name, kept) in enumerate(row.stages):
             _picture(sheet.cell(r, 1 + heat + s), mark(image, kept), name, kept=kept)
     return sheet.figure
@@ -126,13 +134,21 @@ class Sheet:
         FigureCanvasAgg(self.figure)
         self._column(MARGIN, heads)
 
-    def cell(self, row: int, column: int) -> Axes:
-        """Empty axes of one cell."""
-        left, bottom = MARGIN + LABEL + column * (CELL + GAP), self.height - self._top(row) - CELL
-        size = (left / self.width, bottom / self.height, CELL / self.width, CELL / self.height)
-        axes = self.figure.add_axes(size)
+    def cell(self, row: int, column: int, spare: float = 0.0) -> Axes:
+        """Empty axes of one cell, square, with so much left free below."""
+        side = CELL - spare
+        axes = self._axes(row, column, (CELL - side) / 2, spare, side, side)
         axes.set_axis_off()
         return axes
+
+    def below(self, row: int, column: int) -> Axes:
+        """Axes of a colour bar in what a cell leaves free."""
+        return self._axes(row, column, BAR / 2, 0.13, CELL - BAR, 0.06)
+
+    def _axes(self, row: int, column: int, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes at a place in a cell, counted from its lower left corner."""
+        left, bottom = MARGIN + LABEL + column * (CELL + GAP) + x, self.height - self._top(row) - CELL + y
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def label(self, row: int, text: Row) -> None:
         """Name, detail and answer to the left of a row."""
@@ -170,10 +186,14 @@ def _picture(axes: Axes, image: Pixels, title: str, kept: Mask | None = None, bo
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _heat(axes: Axes, scores: Float[np.ndarray, " tokens"], title: str) -> None:
-    """Scores as colours, without the few highest and lowest that would leave no colours for the rest."""
+def _heat(axes: Axes, bar: Axes, scores: Float[np.ndarray, " tokens"], title: str) -> None:
+    """Scores as colours, without the few highest and lowest that would leave no colours for the rest; and their bar."""
     side, known = side_of(len(scores)), scores[np.isfinite(scores)]
     low, high = np.quantile(known, (0.02, 0.98)) if len(known) else (0.0, 1.0)
     grid = np.where(np.isfinite(scores), scores, np.nan).reshape(side, side)
-    axes.imshow(grid, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+    shown = axes.imshow(grid, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
     axes.set_title(title, size=7, color=GREY, pad=3)
+    bar.figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=[]).outline.set_linewidth(0.4)
+    bar.set_xticks([])
+    for place, value, side in ((0, low, "left"), (1, high, "right")):
+        bar.text(place, -0.4, f"{value:.3g}", size=6, color=GREY, ha=side, va="top", transform=bar.transAxes)

@@ -4,6 +4,7 @@ A folder holds `plugin.safetensors` and `plugin.json`; nothing in it is executed
 ones already imported, are built from it.
 """
 
+import copy
 import importlib
 import json
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_prune import __version__
-from lit_prune.budget import Budget, Schedule, scale_layers
+from lit_prune.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions
 from lit_prune.pruners.base import Dims, Pruner, spec
@@ -34,7 +35,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
     Args:
         pruner: the method.
         repair: repair adapter, or None.
-        keep: budget, visual tokens averaged over the decoder layers' inputs, or a schedule {layer: count}.
+        keep: budget, visual tokens averaged over the decoder layers' inputs, or whatever else `parse_budget` reads.
         base: name of the model it was made for.
         options: settings that every method has alike.
     """
@@ -43,13 +44,14 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         self,
         pruner: Pruner,
         repair: RepairAdapter | None = None,
-        keep: Budget | None = None,
+        keep: Any = None,
         base: str = "",
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.options = options
-        self.pruner, self.repair, self.keep, self.base = pruner, repair, keep, base
+        self.pruner, self.repair, self.base = pruner, repair, base
+        self.keep = None if keep is None else parse_budget(keep)
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
 
@@ -95,6 +97,14 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         trained = [f"{count:,} parameters of the {name}" for name, count in parts if count]
         return [*lines, f"trains: {' and '.join(trained) or 'nothing'}"]
 
+    @property
+    def title(self) -> str:
+        """The method's name for people, with what was added to it; "" where the method has none."""
+        if not self.pruner.title:
+            return ""
+        repair = " + repair" if self.repair is not None and not self.pruner.repairs else ""
+        return "".join([self.pruner.title, repair, *(f", {added}" for added in self.options.described())])
+
     def settings(self) -> dict[str, Any]:
         """What `plugin.json` says: enough to build the plug-in again, and what it was made for."""
         schedule = None
@@ -106,7 +116,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             "base": self.base,
             "fingerprint": self.fingerprint,
             "dims": None if self.dims is None else vars(self.dims),
-            "keep": self.keep,
+            "keep": as_json(self.keep),
             "schedule": schedule,
             **vars(self.options),
             "pruner": spec(self.pruner),
@@ -164,7 +174,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         try:
             pruner = _build(settings["pruner"], Pruner, told)
             repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, told)
-            plugin = cls(pruner, repair, _budget(settings["keep"]), settings["base"], _options(settings, told))
+            plugin = cls(pruner, repair, settings["keep"], settings["base"], _options(settings, told))
             if settings["dims"] is not None:
                 plugin.build(Dims(**settings["dims"]), [])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -175,6 +185,17 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
         except RuntimeError as error:
             raise LitPruneError(f"{found} doesn't fit {told.name}: {error}") from error
         return plugin.eval()
+
+
+def learns(plugin: Plugin, dims: Dims) -> bool:
+    """True if a plug-in has weights once it is built for such a model; it is left as it is."""
+    made = copy.deepcopy(plugin)
+    try:
+        with torch.device("meta"):
+            made.build(dims, [])
+    except LitPruneError:  # it doesn't fit this model: whoever attaches it says so
+        return False
+    return made.trained
 
 
 def fingerprint(model: nn.Module) -> list[float]:
@@ -219,11 +240,6 @@ def _options(settings: dict[str, Any], told: Path) -> HostOptions:
         return HostOptions(**{name: settings[name] for name in vars(HostOptions()) if name in settings})
     except LitPruneError as error:
         raise LitPruneError(f"{told}: {error}") from error
-
-
-def _budget(keep: Any) -> Budget | None:
-    """JSON has no numbers for keys."""
-    return {int(layer): int(count) for layer, count in keep.items()} if isinstance(keep, dict) else keep
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

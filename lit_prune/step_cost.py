@@ -20,7 +20,8 @@ def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, rep
 
     Both traces are those of the very step: a layer that idled ran over no tokens, one that masks softly over all. A
     frozen layer has a backward pass where gradients reach it, for its input only: as much as its forward, but twice as
-    much in attention. The plug-in's own parameters have one for their weights too.
+    much in attention. The plug-in's own parameters have one for their weights too. A vision tower whose price isn't
+    known is left out.
 
     Args:
         teacher: trace of its forward. student: likewise, with the plug-in attached.
@@ -30,9 +31,9 @@ def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, rep
     """
     plain, pruned = price(teacher, size, lm_rows=0), price(student, size, pruner, repair, lm_rows=0)
     total = _ran(teacher, size) + _ran(student, size) + _backward(student, size)
-    total = total + plain["vision"] + plain["projector"] + pruned["scoring"] + 3 * (pruned["pruner"] + pruned["repair"])
+    total = total + _tower(plain) + pruned["scoring"] + 3 * (pruned["pruner"] + pruned["repair"])
     if student.tower is not None:  # pruned in the tower: the images went through it a second time
-        total = total + pruned["vision"] + pruned["projector"]
+        total = total + _tower(pruned)
     return total.sum() + 3 * 2 * answers * size.width * size.vocab
 
 
@@ -58,6 +59,11 @@ def joined(traces: Sequence[Any]) -> Any:
         names = [field.name for field in fields(first)]
         return replace(first, **{name: joined([getattr(trace, name) for trace in traces]) for name in names})
     return first
+
+
+def _tower(parts: dict[str, Tensor]) -> Tensor | float:
+    """Tower and projector; nothing where their price isn't known."""
+    return parts.get("vision", 0.0) + parts.get("projector", 0.0)
 
 
 def _ran(trace: Trace, size: ModelSize) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_prune import evaluation
 from lit_prune.blank import has_image, with_blank
+from lit_prune.budget import Budget
 from lit_prune.host import Prefix, Record, Session, checkpointing
 from lit_prune.moments import mean_over_ranks
 from lit_prune.objective import (
@@ -48,7 +49,7 @@ class Teaching:
     """How the plug-in that is attached to `vlm` is trained; the options are those of `PruneModule`."""
 
     vlm: VLM
-    keep: int
+    keep: Budget
     loss: LossWeights
     anneal: Anneal
     train_mode: Literal["soft", "drop"]
@@ -122,7 +123,7 @@ class Teaching:
         if plugin.pruner.free:
             pictured = (total > 0).sum() - int(blank)
             share = mean_over_ranks(visual_share(student, plugin.dims.depth), pictured)
-            final = mean_over_ranks(budget_share(self.keep, total), pictured)
+            final = mean_over_ranks(budget_share(self.keep, total, plugin.dims.depth), pictured)
             losses["budget"] = (share - self.anneal.target(final, done)).abs()
         if self.loss.attention:
             value = attention_loss(student, teacher, self.loss.sharpen)

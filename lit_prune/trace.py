@@ -39,7 +39,8 @@ class VisionTrace:
     tokens: list[Num[Tensor, " batch"]]
     pairs: list[Num[Tensor, " batch"]]
     projected: Num[Tensor, " batch"]
-    scored: Num[Tensor, " batch"] | None = None  # tokens whose keys (or values) a stage projected once more
+    scored: Num[Tensor, " batch"] | None = None  # tokens that a stage projected once more: to keys, values, a query
+    rated: Num[Tensor, " batch"] | None = None  # tokens whose attention from the class token a stage computed
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[ImageLoad]]) -> "VisionTrace":
@@ -61,14 +62,16 @@ class VisionTrace:
 class TowerTrace:
     """One forward of a tower with stages, tile by tile: a tile is an image or one of its crops.
 
-    `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens had their
-    keys (or values) projected once more for a stage. `stages`: patches that each stage found and kept.
+    `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens were
+    projected once more for a stage, to keys, values or a query, `rated` ones got attention there. `stages`: patches
+    that each stage found and kept.
     """
 
     patches: Int[Tensor, " tiles"]
     tokens: list[Int[Tensor, " tiles"]]
     projected: Int[Tensor, " tiles"]
     scored: Int[Tensor, " tiles"]
+    rated: Int[Tensor, " tiles"]
     stages: list[tuple[Int[Tensor, " tiles"], Int[Tensor, " tiles"]]] = field(default_factory=list)
 
     def share(self, values: Num[Tensor, " tiles"], visual: Num[Tensor, " batch"]) -> Num[Tensor, " batch"]:
@@ -82,8 +85,9 @@ class TowerTrace:
         """What each sample's tiles ran."""
         tokens = [self.share(layer, visual) for layer in self.tokens]
         pairs = [self.share(layer.square(), visual) for layer in self.tokens]
-        patches, projected, scored = (self.share(v, visual) for v in (self.patches, self.projected, self.scored))
-        return VisionTrace(patches, tokens, pairs, projected, scored)
+        ends = (self.patches, self.projected, self.scored, self.rated)
+        patches, projected, scored, rated = (self.share(values, visual) for values in ends)
+        return VisionTrace(patches, tokens, pairs, projected, scored, rated)
 
 
 @dataclass(frozen=True)

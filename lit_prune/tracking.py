@@ -1,5 +1,7 @@
 """What a run logs: the figures of a training step, and the meters of an evaluation."""
 
+import re
+import zlib
 from collections.abc import Hashable
 
 import torch
@@ -11,7 +13,7 @@ from lit_prune import evaluation
 from lit_prune.cost import decoder_total, price
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record
-from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
+from lit_prune.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.moments import mean_over_ranks, moments, w2_squared
 from lit_prune.objective import tokens_asked
 from lit_prune.plugin import Plugin
@@ -36,10 +38,11 @@ def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> d
     values["tau"] = teaching.anneal.tau(done)
     total = student.trace.total_visual
     kept = {stage.layer: stage.kept.sum(1) for stage in student.stages}
-    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done)}
+    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done, vlm.plugin.dims.depth)}
     each["budget/actual"] = student.trace.average_visual()
     each |= {f"kept/layer_{layer}": kept.get(layer, torch.zeros_like(total)) for layer in vlm.host.stages}
-    each["flops/sample"] = decoder_total(price(student.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair))
+    if (size := vlm.size) is not None:
+        each["flops/sample"] = decoder_total(price(student.trace, size, vlm.plugin.pruner, vlm.plugin.repair))
     means = torch.stack([value[:samples].double().sum() for value in each.values()]) / max(1, samples)
     values |= zip(each, mean_over_ranks(means, samples).unbind(), strict=True)
     for layer, states in sorted(student.hidden.items()):
@@ -77,7 +80,7 @@ class Work:
         """A float64 number for each name in `WORK`, on the device.
 
         Samples; text tokens, answers included; visual tokens before pruning, and averaged over the decoder layers'
-        inputs; FLOPs of teacher, student and backward.
+        inputs; FLOPs of teacher, student and backward, NaN where the model's arithmetic isn't known.
         """
         self._price()
         return self._priced
@@ -91,7 +94,9 @@ class Work:
             students, teachers, answers, counts = zip(*steps, strict=True)
             student, teacher = joined(students), joined(teachers)
             visual, parts = student.total_visual.sum(), (self.plugin.pruner, self.plugin.repair)
-            flops = step_flops(teacher, student, self.vlm.size, *parts, sum(answers))
+            size = self.vlm.size
+            unknown = torch.full((), float("nan"), dtype=torch.float64, device=visual.device)
+            flops = unknown if size is None else step_flops(teacher, student, size, *parts, sum(answers))
             text, kept = teacher.ran[0].sum() - visual, student.average_visual().sum()
             priced = torch.stack([value.double() for value in (text, visual, kept, flops)])
             samples = torch.tensor([sum(counts)], dtype=torch.float64, device=priced.device)
@@ -109,6 +114,16 @@ def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
     return {name: here[name] for name in values}
 
 
+def figure_name(skill: str) -> str:
+    """A skill as part of a figure's name, the same in all loggers.
+
+    TensorBoard takes letters, digits, `_`, `-` and `.` alone; a name with others gets a checksum, so that "a b" and
+    "a/b" stay two.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", skill)[:60]
+    return skill if plain == skill else f"{plain}-{zlib.crc32(skill.encode('utf-8', 'surrogatepass')):08x}"
+
+
 def logged_step(trainer: Trainer) -> int:
     """The step at which Lightning logs the figures of now: it counts from 0."""
     return max(0, trainer.global_step - 1)
@@ -119,15 +134,17 @@ class Meters(nn.Module):
 
     Args:
         depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
+        priced: whether FLOPs and bytes of the cache are known.
     """
 
-    def __init__(self, depth: int, width: int, repaired: bool) -> None:
+    def __init__(self, depth: int, width: int, repaired: bool, priced: bool = True) -> None:
         super().__init__()
         self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
         self.shift, self.kappa = Shift(depth, width), Consistency()
         self.shift_unrepaired = Shift(depth, width) if repaired else None
         self.kept = LayerTokens(depth)
-        self.costs = nn.ModuleDict({name: MeanMetric() for name in ("visual_tokens", "flops", "kv_bytes")})
+        names = ("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",)
+        self.costs = nn.ModuleDict({name: MeanMetric() for name in names})
 
     def update(
         self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, answers: list, skills: list
@@ -141,16 +158,16 @@ class Meters(nn.Module):
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.update(unrepaired, teacher.hidden)
         measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
-        for name, value in measured.items():
-            self.costs[name].update(value.float())
+        for name, meter in self.costs.items():
+            meter.update(measured[name].float())
 
     def compute(self) -> dict[str, float]:
         """The figures by name, the same on every rank; none if no batch had a sample."""
         accuracy = self.accuracy.compute()
         if not accuracy:
             return {}
-        values = {f"accuracy/{skill}": value for skill, value in accuracy.items()}
-        values["agreement"] = self.agreement.compute()["all"]
+        values = {f"accuracy/{figure_name(skill)}": value for skill, value in accuracy.items()}
+        values["agreement"] = self.agreement.compute()[OVERALL]
         values["kappa"] = self.kappa.compute().item()
         values |= {name: meter.compute().item() for name, meter in self.costs.items()}
         values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune import evaluation
 from lit_prune.blank import has_image, with_blank
+from lit_prune.budget import as_json, parse_budget
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record, Session, checkpointing
@@ -35,7 +36,8 @@ class PruneModule(LightningModule):
         base: the frozen model: "micro", a folder, or a hub id.
         pruner: the method, see configs/pruners/.
         repair: the pruner's repair adapter, if any.
-        keep: budget, visual tokens averaged over the decoder layers' inputs.
+        keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share such as 11.1%
+            of the model's (where images differ, of each sample's), or counts by layer such as 2:192,4:64.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
         random_weights: build the base's real shape with random weights and download nothing: to measure and to test.
         dtype: of the frozen weights; by default what `lit_prune.load` chooses. What trains stays float32.
@@ -64,7 +66,7 @@ class PruneModule(LightningModule):
         base: str = "micro",
         pruner: Pruner | None = None,
         repair: RepairAdapter | None = None,
-        keep: int = 16,
+        keep: Any = 16,
         plugin: str | None = None,
         random_weights: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -90,7 +92,7 @@ class PruneModule(LightningModule):
         if loss.attention and not watch:
             raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
-        self.keep, self.max_new_tokens, self.seed = keep, max_new_tokens, seed
+        self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         if plugin is None and pruner is None:
             raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
         if plugin is not None and pruner is not None:
@@ -103,12 +105,13 @@ class PruneModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(made, keep=keep, positions=positions, mass=mass)
-        named = {"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed}
+        self.keep = made.keep  # a share is a count now, where all images have as many tokens
+        named = {"base": base, "keep": as_json(self.keep), "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
         self.teaching = Teaching(
             self.vlm,
-            keep,
+            self.keep,
             loss,
             anneal,
             train_mode=train_mode,
@@ -119,7 +122,7 @@ class PruneModule(LightningModule):
         )
         dims = made.dims
         self.work = Work(self.vlm, made)
-        self.meters = Meters(dims.depth, dims.width, repaired=made.repair is not None)
+        self.meters = Meters(dims.depth, dims.width, made.repair is not None, self.vlm.size is not None)
 
     # -- what trains and what is saved --------------------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class PruneModule(LightningModule):
             batch = with_blank(batch, self.vlm)
         elif not count:
             return None
-        hints = evaluation.regions(batch, self.plugin.dims.visual, self._image_size())
+        hints = batch.get("hints", {})
         with self.vlm.using(evaluation.TEACHER):
             shared = {**batch, "inputs": evaluation.encode_images(self.vlm, batch["inputs"])}
         own = batch if self.plugin.pruner.acts_in_tower else shared
@@ -272,7 +275,8 @@ class PruneModule(LightningModule):
         elif not batch["ids"]:
             return []
         limits = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
+        with self.vlm.using(Session(hints=batch.get("hints", {}))):
+            tokens = self.model.generate(**batch["prompts"], **limits, synced_gpus=together)
         texts = self.vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1])
         samples = zip(batch["ids"], texts, batch["questions"], batch["answers"], strict=False)  # none of a blank
         keys = ("id", "answer", "question", "reference")
@@ -282,9 +286,6 @@ class PruneModule(LightningModule):
     def _in_step(self) -> bool:
         """Whether all ranks must run the same modules."""
         return in_step(getattr(self._trainer, "strategy", None))
-
-    def _image_size(self) -> int:
-        return self.model.config.vision_config.image_size
 
     def on_validation_epoch_end(self) -> None:
         """Log and clear the meters."""

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.cost import ModelSize, decoder_layer
+from lit_prune.cost import CARRIER, ModelSize, decoder_layer
 from lit_prune.step_cost import step_flops
 from lit_prune.trace import Trace, plan
 from lit_prune.training_plan import Training
 
 STAGES = {"ddp": 0, "deepspeed_1": 1, "deepspeed_2": 2, "deepspeed_3": 3}  # of ZeRO: what is split over the ranks
-CARRIER = 8  # channels that a soft mask adds to each head
 PASSES = 3  # in which ZeRO-3 gathers the frozen weights: teacher, student, backward
 ADAM = 8  # bytes of its two moments
 

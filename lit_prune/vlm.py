@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from lit_prune import loading
 from lit_prune.asking import Picture, check_prompts, is_image, pair
-from lit_prune.budget import Budget
+from lit_prune.budget import parse_budget, resolve
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session, host_of
@@ -21,7 +21,7 @@ from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording
 from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
-from lit_prune.host.sizes import model_size
+from lit_prune.host.sizes import known_size
 from lit_prune.methods import as_plugin, plugin_from_yaml
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
@@ -123,15 +123,15 @@ class VLM:
         put_on_record(recording_classes(self.model))
 
     @property
-    def size(self) -> ModelSize:
-        """Sizes for `lit_prune.cost`."""
-        return model_size(self.model.config)
+    def size(self) -> ModelSize | None:
+        """Sizes for `lit_prune.cost`, as far as they are known; None: not even the decoder's are."""
+        return known_size(self.model.config)
 
     def attach(
         self,
         pruner: Pruner | Plugin | str | Path,
         repair: RepairAdapter | None = None,
-        keep: Budget | None = None,
+        keep: Any = None,
         *,
         positions: Positions | None = None,
         mass: Mass | None = None,
@@ -142,20 +142,22 @@ class VLM:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
                 `model.keep` and so on), a folder or hub id written by `save_pretrained`, a `Pruner`, or a `Plugin`.
             repair: repair adapter for a `Pruner` object.
-            keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
-                {pruning layer: count}; overrides the file's.
+            keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
+                model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
+                {pruning layer: count} or "2:192,4:64"; overrides the file's.
             positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
             mass: attention that kept tokens get for dropped ones, see `HostOptions`; overrides the file's.
 
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
         """
-        plugin = as_plugin(pruner, repair, keep)
+        plugin = as_plugin(pruner, repair)
         places = find(self.model)
-        device = places.device
-        budget = plugin.keep if keep is None else keep
+        device, visual = places.device, None if places.dims.varies else places.dims.visual
+        budget = plugin.keep if keep is None else parse_budget(keep, visual=visual)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
+        budget = budget if visual is None else resolve(budget, visual)
         asked = {"positions": positions, "mass": mass}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
         plugin.build(places.dims, fingerprint(self.model))

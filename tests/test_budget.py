@@ -1,11 +1,39 @@
 """Schedules whose average is the budget, and the errors of those that can't be."""
 
+import math
+import time
+from fractions import Fraction
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
+import yaml
+from hypothesis import given as property_of
+from hypothesis import settings
+from hypothesis import strategies as st
+from tiny import PRUNERS
 
-from lit_prune.budget import average, check_layers, format_schedule, given, parse_budget, scale_layers, solve
+from lit_prune.budget import (
+    Share,
+    as_json,
+    asked,
+    average,
+    check_layers,
+    format_budget,
+    format_schedule,
+    given,
+    pairs_as_text,
+    parse_budget,
+    resolve,
+    scale_layers,
+    solve,
+    spans,
+)
+from lit_prune.budget.schedule import _ideal
 from lit_prune.errors import LitPruneError
+from lit_prune.vlm import as_plugin
+
+MANY = settings(max_examples=1000, deadline=None)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(192, 166), (128, 98), (64, 30)])
@@ -121,3 +149,246 @@ def test_budget_as_written(text, budget):
 def test_budget_that_is_none(text):
     with pytest.raises(LitPruneError, match="counts by layer"):
         parse_budget(text)
+
+
+# -- one grammar ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "budget"),
+    [
+        (16, 16),
+        (16.0, 16),
+        (np.int64(16), 16),
+        ("16", 16),
+        (" 16 ", 16),
+        ("11.1%", Share(11.1)),
+        ("11.1 %", Share(11.1)),
+        ("100%", Share(100.0)),
+        (".5%", Share(0.5)),
+        ("2:192, 4:64", {2: 192, 4: 64}),
+        ({2: 64}, {2: 64}),
+        ({"2": 64}, {2: 64}),
+        ({"2": "192", 4: 64.0}, {2: 192, 4: 64}),
+        (1e9, 10**9),
+        (Share(5.0), Share(5.0)),
+    ],
+)
+def test_what_is_unambiguous_is_read(value, budget):
+    found = parse_budget(value)
+    assert found == budget
+    assert type(found) is type(budget)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, False, 0, -3, 0.111, math.nan, math.inf, 2.5, 10**12, "abc", "0", "-3", "0%", "200%", "-5%", "%",
+        "nan", "1e9", "1_6", "0x10", "16 tokens", "11,1%", "\u0661\u0666", "9" * 400, [16], [], (16,), {}, {2: 0},
+        {-1: 64}, {"a": 64}, {2: True}, {2: None}, {2: [64]}, {2.5: 64}, "2:64,2:32", {2: 64, "2": 32}, Share(0.0),
+        Share(math.nan), pytest.param(object(), id="an object"), b"16",
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_anything_else_is_refused_in_one_line_that_names_the_key(value):
+    with pytest.raises(LitPruneError) as refused:
+        parse_budget(value, "--keep")
+    told = str(refused.value)
+    assert told.startswith(("--keep ", "--keep="))
+    assert "16" in told
+    assert "11.1%" in told
+    assert "2:192,4:64" in told
+    assert "\n" not in told
+    assert len(told) < 250
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.fractions()
+TYPED = st.text("0123456789:,.% -+e{}[]", max_size=12)
+ANYTHING = st.recursive(
+    SCALARS | TYPED, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS | TYPED, inner, max_size=3)
+)
+BUDGETS = (
+    st.integers(1, 10**9)
+    | st.floats(1e-6, 100).map(lambda percent: Share(float(f"{percent:.12g}")))
+    | st.dictionaries(st.integers(0, 99), st.integers(1, 9999), min_size=1, max_size=6)
+)
+
+
+@MANY
+@property_of(ANYTHING)
+def test_whatever_is_given_is_a_budget_or_one_line(value):
+    try:
+        budget, told = parse_budget(value, "model.keep"), None
+    except LitPruneError as error:
+        budget, told = None, str(error)
+    if budget is None:
+        assert told.startswith(("model.keep ", "model.keep="))
+        assert "\n" not in told
+        assert not (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**12), "a count is read"
+    else:
+        assert not isinstance(value, bool | list | bytes | None)
+        counts = (
+            [budget]
+            if isinstance(budget, int)
+            else [budget.percent]
+            if isinstance(budget, Share)
+            else [*budget.values()]
+        )
+        assert min(counts) > 0
+        assert parse_budget(format_budget(budget)) == budget
+
+
+@MANY
+@property_of(BUDGETS)
+def test_a_budget_comes_back_from_text_json_and_yaml(budget):
+    """Also where YAML would read a pair such as 2:30 as a number to the base of 60."""
+    assert parse_budget(format_budget(budget)) == budget
+    assert parse_budget(as_json(budget)) == budget
+    for written in (f"keep: {format_budget(budget)}", f"model: {{a: 1, keep: {format_budget(budget)!r}}} # 2:30"):
+        loaded = yaml.safe_load(pairs_as_text(written))
+        assert parse_budget((loaded.get("model") or loaded)["keep"]) == budget
+
+
+def test_yaml_stays_what_it_is_but_for_pairs():
+    text = "a: 2:30  # 2:30\nb: '2:30'\nc: [12:05, x]\nd: |\n  at 2:30\ne: http://x:80\n"
+    assert yaml.safe_load(pairs_as_text(text)) == {
+        "a": "2:30", "b": "2:30", "c": ["12:05", "x"], "d": "at 2:30\n", "e": "http://x:80",
+    }  # fmt: skip
+    assert pairs_as_text("a: [2:30\nb") == "a: [2:30\nb", "what is no YAML is for its reader to refuse"
+
+
+def test_shares_are_of_the_models_tokens_or_of_each_samples():
+    assert [resolve(parse_budget(share), 144) for share in ("33.3%", "22.2%", "11.1%", "5.6%", "2.8%")] == [
+        48,
+        32,
+        16,
+        8,
+        4,
+    ]
+    assert [asked(Share(11.1), visual, 32) for visual in (3, 144, 2880)] == [1, 16, 320]
+    assert resolve(16, 144) == 16
+    with pytest.raises(LitPruneError, match=r"--keep 0.1%: 0 visual tokens; .* 1 and the model's 144"):
+        resolve(Share(0.1), 144, "--keep")
+
+
+def test_what_is_asked_of_a_sample():
+    assert asked(16, 9, 8) == 9
+    assert asked({2: 6, 4: 3}, 9, 8) == average({2: 6, 4: 3}, 9, 8)
+    assert asked({2: 6, 4: 3}, 4, 8) == average({2: 4, 4: 3}, 4, 8), "a sample with fewer keeps all of them"
+
+
+# -- every combination, and many stages -----------------------------------------------------------------------------
+
+
+def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tuple[float, ...]) -> dict | None:
+    """The schedule by trying every combination of counts around the real-valued solution; None if there is none."""
+    ruled, room = spans(layers, depth), keep * depth - visual * layers[0]
+    ideal, best, best_key = _ideal(room, ruled, shape, visual), None, None
+    reach = 3 if len(layers) <= 4 else 1
+    for counts in product(*(range(max(1, int(k) - reach), min(visual, int(k) + reach + 1) + 1) for k in ideal)):
+        spent = sum(n * k for n, k in zip(ruled, counts, strict=True))
+        key = (-abs(spent - room), -spent)
+        if (best_key is not None and key < best_key[:2]) or any(a < b for a, b in pairwise(counts)):
+            continue
+        key = (*key, -sum(((k - i) / i) ** 2 for k, i in zip(counts, ideal, strict=True)))
+        if best_key is None or key > best_key:
+            best, best_key = counts, key
+    return None if best is None else dict(zip(layers, best, strict=True))
+
+
+@st.composite
+def problems(draw, most: int, deep: int = 32, wide: int = 600, fewest: int = 1):
+    """A budget within reach of some stages: (keep, visual, depth, layers, shape)."""
+    depth = draw(st.integers(fewest, deep))
+    layers = sorted(draw(st.sets(st.integers(0, depth - 1), min_size=fewest, max_size=min(most, depth))))
+    visual = draw(st.integers(2, wide))
+    parts = st.sampled_from([1.0, 2.0, 3.0, 0.5]) | st.floats(0.05, 20)
+    shape = sorted(draw(st.lists(parts, min_size=len(layers), max_size=len(layers))), reverse=True)
+    lowest = -(-(visual * layers[0] + depth - layers[0]) // depth)
+    return draw(st.integers(lowest, visual)), visual, depth, tuple(layers), tuple(shape)
+
+
+@MANY
+@property_of(problems(most=3))
+def test_few_stages_get_what_trying_every_combination_finds(problem):
+    """The very counts, of equally good ones too."""
+    keep, visual, *_ = problem
+    if keep < visual:
+        assert solve(*problem) == enumerated(*problem)
+
+
+@pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
+def test_shipped_schedules_are_those_of_every_combination(path):
+    pruner = as_plugin(path).pruner
+    parts = [part for part in (pruner, *vars(pruner).get("_modules", {}).values()) if hasattr(part, "shape")]
+    for part in parts:
+        for depth in (16, 28, 32, 40):
+            layers = scale_layers(tuple(part.layers), part.depth, depth)
+            if len(layers) != len(part.shape):
+                continue
+            for visual in (144, 576, 729):
+                lowest = -(-(visual * layers[0] + depth - layers[0]) // depth)
+                for keep in range(lowest, visual, 1 + visual // 12):
+                    problem = (keep, visual, depth, layers, tuple(part.shape))
+                    assert solve(*problem) == enumerated(*problem)
+
+
+def reachable(visual: int, ruled: list[int]) -> set[int]:
+    """All sums of whole falling counts times their spans, by trying everything."""
+    sums = {visual: {0}}  # by the last count
+    for n in ruled:
+        found: dict[int, set[int]] = {}
+        for before, totals in sums.items():
+            for count in range(1, before + 1):
+                found.setdefault(count, set()).update(total + n * count for total in totals)
+        sums = found
+    return set().union(*sums.values())
+
+
+@MANY
+@property_of(problems(most=7, deep=16, wide=9, fewest=5))
+def test_no_schedule_of_many_stages_comes_closer(problem):
+    keep, visual, depth, layers, _ = problem
+    schedule = solve(*problem)
+    counts, ruled = list(schedule.values()), spans(layers, depth)
+    assert all(a >= b for a, b in pairwise([visual, *counts]))
+    assert counts[-1] >= 1
+    spent, room = sum(n * k for n, k in zip(ruled, counts, strict=True)), keep * depth - visual * layers[0]
+    assert (abs(spent - room), spent) == min((abs(total - room), total) for total in reachable(visual, ruled))
+
+
+@MANY
+@property_of(problems(most=80, deep=80, wide=3000))
+def test_many_stages_take_milliseconds(problem):
+    """And spend the budget exactly where a stage rules one layer, or a step of counts is one token layer."""
+    keep, visual, depth, layers, _ = problem
+    solve.cache_clear()
+    start = time.process_time()
+    schedule = solve(*problem)
+    assert time.process_time() - start < 0.5
+    assert all(a >= b for a, b in pairwise([visual, *schedule.values()]))
+    assert min(schedule.values()) >= 1
+    if len(layers) > 4 and layers[-1] == layers[0] + len(layers) - 1 == depth - 1:
+        assert Fraction(average(schedule, visual, depth)).limit_denominator(10**6) == keep
+
+
+def test_a_stage_per_layer():
+    """80 layers, a count for each."""
+    layers = tuple(range(80))
+    solve.cache_clear()
+    start = time.process_time()
+    schedule = solve(320, 2880, 80, layers, tuple(0.95**layer for layer in layers))
+    assert time.process_time() - start < 0.2
+    assert average(schedule, 2880, 80) == 320
+    assert schedule[0] > 10 * schedule[79]
+
+
+@pytest.mark.parametrize("shape", [(1.0, 0.0), (1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_shapes_that_are_no_relative_counts(shape):
+    with pytest.raises(LitPruneError, match="must be numbers above 0"):
+        solve(8, 36, 8, (1, 3), shape)
+
+
+def test_shapes_that_rise():
+    with pytest.raises(LitPruneError, match="must not rise"):
+        solve(16, 144, 16, (1, 8), (1.0, 4.0))

@@ -313,6 +313,16 @@ def test_fit_saves_its_configuration_resumes_and_runs_twice(
     assert trainer.build("run/config_fit.yaml").model.keep == 8
 
 
+def test_figures_are_a_short_table_and_none_is_of_zero_flops(run: Callable[[str], Result]) -> None:
+    edit("summed.yaml", "  enable_model_summary: false\n", "")
+    assert "FLOPs" not in run("fit -c summed.yaml").out
+    tested = run("test -c summed.yaml")
+    assert re.search(r"keep +8.0\s", tested.out)
+    assert "DataLoader 0" not in tested.out
+    assert "keep" not in run("test -c summed.yaml --verbose false").out
+    assert "FLOPs" in run("fit -c summed.yaml --trainer.enable_model_summary true").out
+
+
 def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_with_more(run: Callable[[str], Result]) -> None:
     """Saved every second step; in the middle of an epoch of 8, and at its end."""
     edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 2")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from torch import nn
 
 from lit_prune import cli, evaluation
 from lit_prune.commands import compare
-from lit_prune.comparison import tables
-from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, describe, prepare
+from lit_prune.comparison import plots, tables
+from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, cells_of, describe, prepare
 from lit_prune.comparison.measuring import Comparison
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
@@ -72,7 +73,7 @@ METHODS = [FULL, f"chance={RANDOM}", FASTV]
 def measured(config, tmp_path_factory) -> Path:
     """The results of a whole run through the command line."""
     out = tmp_path_factory.mktemp("measured")
-    options = ["--methods", *METHODS, "--keep", "16", "5.6%", "--seeds", "0", "1", "--out", str(out)]
+    options = ["--methods", *METHODS, "--keep", "16", "5.6%", "--seeds", "0", "1", "--split", "test", "--out", str(out)]
     with chdir(ROOT):
         cli.main(["compare", *(part for file in config for part in ("-c", file)), *options])
     return out
@@ -91,8 +92,8 @@ def test_results_are_a_list_of_cells(measured):
     assert found == [
         ("full", None, None, "measured"),
         *[("chance", keep, seed, "measured") for keep in (16, 8) for seed in (0, 1)],
-        ("fastv", 16, None, "measured"),
-        ("fastv", 8, None, "empty"),
+        ("FastV", 16, None, "measured"),
+        ("FastV", 8, None, "empty"),
     ]
     full, chance, empty = rows[0], rows[1], rows[-1]
     assert (full["retained"], full["w2"], full["kappa"], full["flops_reduction"]) == (1.0, 0.0, 0.0, 0.0)
@@ -117,7 +118,7 @@ def test_csv_and_markdown_say_the_same(measured):
     text = (measured / "table.md").read_text()
     chance = next(each for each in tables.means(rows) if each["method"] == "chance" and each["keep"] == 16)
     assert f"| chance | {100 * chance['accuracy']:.1f} ± {100 * chance['accuracy_std']:.1f} |" in text
-    assert "| fastv | – |" in text
+    assert "| FastV | – |" in text
     assert "at least 9.9" in text
 
 
@@ -135,9 +136,52 @@ def test_one_budget_gives_the_plain_table(config, tmp_path):
     assert rows_of(tmp_path)[0]["questions"] == 7
 
 
+def test_what_chooses_looks_at_the_validation_set_and_says_so(config, tmp_path, capsys):
+    """In all that comes out; its cells are none of the test set's."""
+    compare.run(config, [FULL, RANDOM], ["16"], [0], out=tmp_path)
+    printed = capsys.readouterr().out
+    compare.run(config, [FULL, RANDOM], ["16"], [0], out=tmp_path / "test", split="test")
+    found = {}
+    for split, out, count in (("val", tmp_path, 7), ("test", tmp_path / "test", QUESTIONS)):
+        rows = rows_of(out)
+        assert {row["split"] for row in rows} == {split}
+        assert {row["questions"] for row in rows} == {count}
+        assert {line["split"] for line in csv.DictReader((out / "results.csv").open())} == {split}
+        assert f"Measured on the {split} split, {count} questions." in (out / "table.md").read_text()
+        figures = plots.figures(rows, 144)
+        assert all(f"{split} split, {count} questions" in [t.get_text() for t in f.texts] for f in figures.values())
+        found[split] = {path.name for path in (out / "cells").iterdir()}
+    assert "val split, 7 questions" in " ".join(printed.split())
+    assert not found["val"] & found["test"]
+
+
+def test_fresh_scenes(config, tmp_path):
+    compare.run(config, [RANDOM], ["16"], [0], out=tmp_path)
+    compare.run(config, [RANDOM], ["16"], [0], data_seed=1, out=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+    (tmp_path / "data.json").write_text("[]")
+    other = tmp_path / "other.yaml"
+    data = {"class_path": "lit_prune.data.InstructData", "init_args": {"val": str(tmp_path / "data.json")}}
+    other.write_text(yaml.safe_dump({"data": data}))
+    with pytest.raises(LitPruneError, match="--data-seed: these data are not generated"):
+        compare.run([config[0], str(other)], [RANDOM], ["16"], [0], data_seed=1, out=tmp_path)
+
+
+def test_untrained_weights_are_initialised_once_a_seed(config, tmp_path):
+    """And the table has their spread, as for random draws."""
+    compare.run(config, ["configs/pruners/rcp.yaml", FASTV], ["16"], [0, 1, 2], 7, out=tmp_path)
+    rows = rows_of(tmp_path)
+    assert [(row["method"], row["seed"], row["note"]) for row in rows] == [
+        *[("RCP, untrained", seed, "untrained") for seed in (0, 1, 2)],
+        ("FastV", None, ""),
+    ]
+    assert len({row["w2"] for row in rows[:3]}) == 3
+    assert re.search(r"\| RCP, untrained \| [\d.]+ ± [\d.]+ \|", (tmp_path / "table.md").read_text())
+
+
 def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
     shutil.copytree(measured / "cells", tmp_path / "cells")
-    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, wandb=True)
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, wandb=True, split="test")
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/cells_*.table.json")
     logged = json.loads(table.read_text())
     at = logged["columns"].index("w2")
@@ -171,7 +215,7 @@ cli.main(["compare", *sys.argv[1:]])
 def test_killed_run_goes_on_and_equals_an_uninterrupted_one(config, measured, tmp_path, monkeypatch):
     """Killed in the second pass; the first isn't measured again."""
     arguments = [*(part for file in config for part in ("-c", file)), "--methods", *METHODS]
-    options = ["--keep", "16", "5.6%", "--seeds", "0", "1", "--out", str(tmp_path)]
+    options = ["--keep", "16", "5.6%", "--seeds", "0", "1", "--split", "test", "--out", str(tmp_path)]
     command = [sys.executable, "-c", KILLED, *arguments, *options]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -179,7 +223,7 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(config, measured, tm
     passes = []
     make = compare.Comparison
     monkeypatch.setattr(compare, "Comparison", lambda *a: passes.append([c.keep for c in a[2]]) or make(*a))
-    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path)
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, split="test")
     assert passes == [[8, 8]]
     for name in ("results.json", "results.csv", "table.md"):
         assert (tmp_path / name).read_bytes() == (measured / name).read_bytes()
@@ -188,15 +232,15 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(config, measured, tm
 def test_cells_of_other_settings_are_left_alone(config, measured, tmp_path, capsys):
     """Another limit measures anew; a new name doesn't; a damaged file is named."""
     shutil.copytree(measured / "cells", tmp_path / "cells")
-    compare.run(config, [f"renamed={RANDOM}"], ["16"], [0], out=tmp_path)
+    compare.run(config, [f"renamed={RANDOM}"], ["16"], [0], out=tmp_path, split="test")
     assert len(list((tmp_path / "cells").iterdir())) == 6
-    compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path)
+    compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path, split="test")
     assert len(list((tmp_path / "cells").iterdir())) == 8
     assert "files in" in capsys.readouterr().err
     for file in (tmp_path / "cells").iterdir():
         file.write_text("{")
     with pytest.raises(LitPruneError, match=r"\.json is damaged"):
-        compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path)
+        compare.run(config, [RANDOM], ["16"], [0], 7, out=tmp_path, split="test")
 
 
 def keyed(model: nn.Module, pruner: Pruner, keep: int = 12, repair=None, with_repair: bool = True, **setting) -> Cell:
@@ -247,12 +291,41 @@ def test_a_failing_method_loses_no_other(config, tmp_path):
         ({"methods": [RANDOM], "keep": ["0.1%"]}, "--keep 0.1%: 0 visual tokens"),
         ({"methods": [RANDOM], "keep": ["few"]}, "--keep few"),
         ({"methods": [RANDOM], "limit": 0}, "--limit 0"),
+        ({"methods": [RANDOM], "keep": ["2:64"]}, "give an average such as 16 or 11.1%"),
+        ({"methods": [RANDOM], "keep": ["145"]}, "--keep 145: 145 visual tokens"),
+        ({"methods": [f"a={RANDOM}", f"a={FASTV}"]}, "two are called a"),
     ],
 )
 def test_wrong_options_are_refused_at_once(config, tmp_path, options, says):
     with pytest.raises(LitPruneError, match=says):
         compare.run(config, out=tmp_path, **options)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_methods_have_the_names_that_people_write():
+    """One place says them; no two shipped files share one."""
+    methods = [Method.parse(str(path)) for path in PRUNERS]
+    names = [next(iter(cells_of([m], [16], [0], lambda plugin: False))).method for m in methods]
+    assert len(set(names)) == len(names)
+    assert set(names) >= {
+        "CDPruner", "DART", "DCP-Prune", "DivPrune", "FastV", "PruMerge+", "PyramidDrop", "RCP", "SCOPE", "SparseVLM",
+        "VisionZip", "random", "uniform", "oracle", "FastV + repair", "RCP after DCP-Prune",
+        "DCP-Prune, proportional attention",
+    }  # fmt: skip
+
+
+def test_methods_of_one_name_are_told_apart(tmp_path):
+    """By where they were read; a given name stays."""
+    other = tmp_path / "other.yaml"
+    shutil.copy(FASTV, other)
+    methods = [Method.parse(text) for text in (FASTV, str(other), f"{other}!", f"mine={other}")]
+    names = [cell.method for cell in cells_of(methods, [16], [0], lambda plugin: False)]
+    assert names == [f"FastV ({FASTV})", f"FastV ({other})", f"FastV ({other}!)", "mine"]
+
+
+def test_shares_stay_where_images_differ():
+    assert budget("11.1%", 576, varies=True) == "11.1%"
+    assert budget("5000", 576, varies=True) == 5000
 
 
 @pytest.mark.parametrize(("text", "visual", "keep"), [("48", 144, 48), ("100%", 144, 144), ("2.8%", 576, 16)])
@@ -428,3 +501,18 @@ def test_store_tells_cells_of_other_code(tmp_path):
     later.read(cell)
     assert later.other_code == 1
     assert later.read(Cell("x", 8, key="other")) is None
+
+
+def test_tables_say_where_a_price_is_unknown():
+    known, unknown = result(0.5, 1.0), {**result(0.5, 1.0), "flops": None, "kv_bytes": None}
+    rows = [tables.row(Cell("a", 8), each, each) for each in (known, unknown)]
+    rows = [{**each, "questions": 2} for each in rows]
+    assert (rows[0]["flops_reduction"], rows[1]["flops_reduction"]) == (0.0, None)
+    line = tables.methods_table(tables.means(rows[1:]))[1]
+    assert line == ["a", "50.0", "100.0", "4.0", "unknown", "unknown", "unknown", "1.00"]
+
+
+def test_names_with_bars_keep_a_table_whole():
+    rows = [{**tables.row(Cell("a|b", 8), result(0.5, 1.0), result(1.0, 0.0)), "questions": 2}]
+    lines = tables.markdown(rows, 144).splitlines()
+    assert lines[2].startswith("| a\\|b |")

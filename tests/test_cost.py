@@ -7,16 +7,20 @@ from tiny import PRUNERS, VISUAL, batch, forward, generate, samples
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
+from lit_prune import load
 from lit_prune.budget import average
 from lit_prune.cost import decode, decoder_layer, decoder_total, kv_bytes, price
+from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.sizes import model_size, tower_trace
+from lit_prune.micro.world import VALIDATION_SEED, make_scene
 from lit_prune.pruners.base import Dims
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
 from lit_prune.shapes import shipped_config
 from lit_prune.trace import Trace, plan, step
+from lit_prune.vlm import VLM
 
 LLAVA = model_size(shipped_config("llava-hf/llava-1.5-7b-hf"))
 
@@ -57,6 +61,33 @@ def test_pruned_forward(pruned, pruner):
     found, record = counted(vlm, {**batch(samples((50,))), "logits_to_keep": 1})
     assert record.trace.repaired.tolist() == [1]
     agree(found, price(record.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair))
+
+
+@pytest.fixture(scope="module")
+def micro() -> VLM:
+    return load("micro")
+
+
+@pytest.mark.parametrize("keep", [48, 16, 4])
+@pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
+def test_every_shipped_method_on_the_shipped_model(micro, path, keep):
+    """Where what a method adds is a tenth of all: an error of a percent of that would show."""
+    try:
+        micro.attach(path, keep=keep)
+    except LitPruneError as error:
+        if "can't be reached" not in str(error):
+            raise
+        pytest.skip("a decoder's first layers alone cost more")
+    scene = make_scene(VALIDATION_SEED)
+    inputs = {**micro.encode([scene.image()], [scene.questions({"colour": 1})[0].text]), "logits_to_keep": 1}
+    record, regions = Record(), torch.rand(1, 2, 144, generator=torch.Generator().manual_seed(0))
+    try:
+        with counter() as counts, torch.no_grad(), micro.using(Session(record=record, hints={"regions": regions})):
+            micro.model(**inputs)
+        parts = price(record.trace, micro.size, micro.plugin.pruner, micro.plugin.repair)
+    finally:
+        micro.detach()
+    assert parts["total"].item() == pytest.approx(counts.get_total_flops(), rel=5e-5)
 
 
 def test_full_forward(pruned):

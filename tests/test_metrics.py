@@ -1,13 +1,19 @@
 """Metrics and schedules against numpy and by hand; the merge over ranks is in test_moments.py."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lit_prune.evaluation import matches, regions
+from lit_prune.data.regions import joined, regions
+from lit_prune.evaluation import matches
 from lit_prune.host import Record, StageRecord
 from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.objective import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
+from lit_prune.tracking import figure_name
 
 # -- accuracy -------------------------------------------------------------------------------------------------------
 
@@ -30,6 +36,39 @@ def test_accuracy_of_nothing_and_reset():
     metric.reset()
     metric.update([False], ["shape"])
     assert metric.compute() == {"all": 0.0, "shape": 0.0}
+
+
+def test_answers_without_a_skill_count_overall_alone():
+    """And a skill of that name is no overall figure, whatever its type."""
+    metric = SkillAccuracy()
+    metric.update([True, False, False, True], ["colour", None, None, "all"])
+    metric.update([False, False], [3, "all (skill)"])
+    assert metric.compute() == pytest.approx(
+        {"all": 1 / 3, "3": 0.0, "all (skill)": 1.0, "all (skill) (skill)": 0.0, "colour": 1.0}
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.none() | st.integers(-2, 2) | st.text(max_size=8)), min_size=1))
+def test_accuracy_is_right_whatever_the_skills_are_called(answers):
+    metric = SkillAccuracy()
+    metric.update(*zip(*answers, strict=True))
+    found = metric.compute()
+    assert found.pop("all") == pytest.approx(np.mean([hit for hit, _ in answers]), abs=1e-6)
+    named: dict[str, list[bool]] = {}
+    for hit, skill in answers:
+        if skill is not None:
+            named.setdefault(str(skill), []).append(hit)
+    assert sorted(found.values()) == pytest.approx(sorted(np.mean(hits) for hits in named.values()), abs=1e-6)
+
+
+def test_names_in_loggers_stay_apart():
+    """Also after TensorBoard has replaced the characters that it does not take."""
+    skills = ["a b", "a_b", "a/b", "a  b", "all", "all (skill)", "3", "left-of", "räumlich", "x" * 99, "x" * 98, "?"]
+    names = [figure_name(skill) for skill in skills]
+    assert len({re.sub(r"[^-/\w\.]", "_", name) for name in names}) == len(skills)
+    assert figure_name("colour") == "colour"
+    assert "/" not in "".join(names)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +176,7 @@ def test_distillation_is_zero_for_equal_answers_only():
 
 
 def test_regions_measure_how_much_of_a_patch_a_box_covers():
-    hint = regions({"boxes": [[[0, 0, 16, 8], [4, 4, 12, 12]], []]}, visual=16, image_size=32)["regions"]
+    hint = joined([regions(boxes, side=4, size=32) for boxes in ([[0, 0, 16, 8], [4, 4, 12, 12]], [])])["regions"]
     assert hint.shape == (2, 2, 16)
     assert hint[0, 0].tolist() == [1, 1] + [0] * 14
     assert hint[0, 1].tolist() == [0.25, 0.25, 0, 0, 0.25, 0.25] + [0] * 10

@@ -181,6 +181,9 @@ def work(rank: int, folder: str) -> None:
     if rank == 1:
         one_sided.update([True, False], ["digit", "digit"])
     found["one_sided"] = one_sided.compute()
+    unnamed = SkillAccuracy()
+    unnamed.update([True, False], [None, "all"]) if rank else unnamed.update([False], [None])
+    found["unnamed"] = unnamed.compute()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -232,6 +235,7 @@ def test_accuracy_of_two_ranks_names_every_skill(ranks):
     for rank in ranks:
         assert rank["accuracy"] == pytest.approx({"all": 2 / 3, "colour": 1.0, "shape": 0.0, "digit": 1.0})
         assert rank["one_sided"] == pytest.approx({"all": 0.5, "digit": 0.5})
+        assert rank["unnamed"] == pytest.approx({"all": 1 / 3, "all (skill)": 0.0})
 
 
 def test_consistency_of_two_ranks_is_that_of_all_samples(ranks):

@@ -96,6 +96,20 @@ def test_image_is_drawn_as_the_model_sees_it(vlm: VLM) -> None:
     assert (view(vlm, SCENE.image()) == np.asarray(SCENE.image())).all()
 
 
+def test_scores_have_a_colour_bar_and_the_frame_a_legend() -> None:
+    """The bar's ends are the colours' own; a row without scores has neither."""
+    scores = np.linspace(-3.0, 5.0, 144)
+    rows = [Row("plain"), Row("scored", scores=scores)]
+    page = figure(np.asarray(SCENE.image()), rows, boxes=[(8, 8, 24, 24)])
+    texts = [text.get_text() for axes in page.axes for text in axes.texts]
+    assert texts == [f"{end:.3g}" for end in np.quantile(scores, (0.02, 0.98))]
+    titles = [axes.get_title() for axes in page.axes if axes.get_title()]
+    assert titles == ["image  □ what is asked about", "scores of the first stage"]
+    bars = [axes for axes in page.axes if axes.get_window_extent().width > 5 * axes.get_window_extent().height]
+    assert len(bars) == 1
+    assert "□" not in figure(np.asarray(SCENE.image()), rows).axes[0].get_title()
+
+
 def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:
     assert seen_box(vlm, (96, 96), (8, 16, 24, 40)) == (8, 16, 24, 40)
     size = {"height": 96, "width": 96}

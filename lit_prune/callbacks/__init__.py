@@ -5,6 +5,7 @@ from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.last import SaveLast
 from lit_prune.callbacks.nan_guard import NanGuard
 from lit_prune.callbacks.progress import Progress
+from lit_prune.callbacks.results import PrintResults
 from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
 from lit_prune.callbacks.summary import RunSummary
@@ -14,6 +15,7 @@ from lit_prune.callbacks.wandb_run import WandbRun
 __all__ = [
     "ExportPlugin",
     "NanGuard",
+    "PrintResults",
     "Progress",
     "RunSummary",
     "SamplePictures",

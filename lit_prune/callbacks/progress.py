@@ -8,6 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from lit_prune.budget import format_budget
+
 
 class Progress(RichProgressBar):
     """A bar on a terminal; elsewhere, as in a log file, a line for each logged step and validation.
@@ -33,7 +35,7 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "kept" in metrics:
-            metrics["kept"] = f"{float(metrics['kept']):.3g}/{pl_module.keep}"
+            metrics["kept"] = f"{float(metrics['kept']):.3g}/{format_budget(pl_module.keep)}"
         return metrics
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

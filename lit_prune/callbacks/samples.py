@@ -88,14 +88,15 @@ def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Meas
     right = matches([text], [answer])[0]
     stages = {layer: there[i].bool().cpu().numpy() for layer, there in student.stages.items()}
     detail = f"{student.visual[i]:.3g} of {int(student.total[i])} tokens on average"
-    method = Row(type(module.plugin.pruner).__name__, detail, text, right, titled(stages))
+    name = module.plugin.title or type(module.plugin.pruner).__name__
+    method = Row(name, detail, text, right, titled(stages))
     try:
         seen = _seen(module, batch["inputs"], i)
         picture = None if seen is None else _draw(seen, method, question, f"answer: {answer}  ·  full model: {full}")
     except LitPruneError:  # tokens that are no square grid
         picture = None
     kept = ", ".join(title for title, _ in method.stages)
-    return [str(batch["ids"][i]), batch["skills"][i], question, answer, full, text, right, kept, picture]
+    return [str(batch["ids"][i]), batch["skills"][i] or "", question, answer, full, text, right, kept, picture]
 
 
 def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:

@@ -1,5 +1,6 @@
 """How fast training goes, and what it has cost so far."""
 
+import math
 import time
 from typing import Any
 
@@ -47,7 +48,8 @@ class Throughput(Callback):
         values |= {"throughput/step_s": seconds / steps, "total/samples": done["samples"], "total/flops": done["flops"]}
         if self.peak is not None:
             values["throughput/share_of_peak"] = speed["flops"] / (self.peak * trainer.world_size)
-        pl_module.log_dict(fetched(values), batch_size=1)
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        pl_module.log_dict(fetched(known), batch_size=1)
         self.step, self.since, self.seen = trainer.global_step, clock, self.now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

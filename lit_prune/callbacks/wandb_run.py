@@ -8,6 +8,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_prune.budget import as_json, format_budget
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.pruners.base import spec
 from lit_prune.tracking import logged_step
@@ -44,7 +45,7 @@ class WandbRun(Callback):
             named = logger._wandb_init.get("name") or {"WANDB_NAME", "WANDB_SWEEP_ID"} & set(os.environ)
             if self.name or not named:
                 run.name = self.name or run_name(pl_module)
-            own = (_method(pl_module), f"keep-{pl_module.keep}", _base(pl_module))
+            own = (_method(pl_module), f"keep-{format_budget(pl_module.keep)}", _base(pl_module))
             run.tags = tuple(dict.fromkeys([*(run.tags or ()), *(tag[:64] for tag in own)]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +77,7 @@ class WandbRun(Callback):
 
 def run_name(module: LightningModule) -> str:
     """Method, budget, base and seed, such as `rcp-16-micro-seed0`."""
-    return f"{_method(module)}-{module.keep}-{_base(module)}-seed{module.seed}"
+    return f"{_method(module)}-{format_budget(module.keep)}-{_base(module)}-seed{module.seed}"
 
 
 def _method(module: LightningModule) -> str:
@@ -114,7 +115,7 @@ def _keep(logger: WandbLogger, folder: Path, module: LightningModule, trainer: T
     accuracy = trainer.callback_metrics.get("val/accuracy/all")
     metadata = {
         "method": spec(plugin.pruner)["class_path"],
-        "keep": plugin.keep,
+        "keep": as_json(plugin.keep),
         "base": plugin.base,
         "schedule": plugin.settings()["schedule"],
         "step": trainer.global_step,

@@ -18,10 +18,11 @@ from rich.table import Table
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from lit_prune.budget import parse_budget
+from lit_prune.budget import Budget, parse_budget
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, load_model
+from lit_prune.commands.inputs import Dtype, image_pixels, load_model
 from lit_prune.errors import LitPruneError
+from lit_prune.host.sizes import USUAL
 from lit_prune.timing import NOISY, Benchmark, Method, clock_for, noisy
 from lit_prune.vlm import as_plugin
 
@@ -32,8 +33,9 @@ def run(
     methods: list[str],
     model: str | dict[str, Any] = "micro",
     random_weights: bool = False,
-    keep: int | None = None,
+    keep: Any = None,
     batch_sizes: list[int] = [1, 4],  # noqa: B006
+    image_size: list[int] | None = None,
     text_tokens: int = 64,
     new_tokens: int = 16,
     repeats: int = 7,
@@ -50,12 +52,14 @@ def run(
 
     Args:
         methods: `full`, a shipped method, a YAML file, or a plug-in folder, each as PATH or NAME=PATH, with its own
-            budget as PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
+            budget as PATH@BUDGET: an average such as @64 or @11.1%, or counts by layer such as @2:192,4:64,8:16.
         model: "micro", a model folder or a hub id; in a file also the fields of a config.json, for random weights.
         random_weights: Build the model's shape with random weights, without a download: times need no right answers.
         keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
             plug-in's own.
         batch_sizes: Numbers of prompts at once.
+        image_size: Height and width of the images in pixels, e.g. --image-size 672 1008, for models that cut an image
+            into crops or take it in its own size. Default: 672 672.
         text_tokens: Text tokens of each prompt, beside the image's.
         new_tokens: Tokens answered in each request.
         repeats: Measured rounds; every round runs each method at each batch size once.
@@ -72,11 +76,15 @@ def run(
         lit-prune bench --methods full fastv@16 divprune@16 --batch-sizes 1 --repeats 3
         lit-prune bench -c bench/cpu.yaml --json bench.json --plot bench.png
     """
-    entrants = [_method(spec, keep) for spec in methods]
+    shared = None if keep is None else parse_budget(keep, "--keep")
+    entrants = [_method(spec, shared) for spec in methods]
+    if len({method.name for method in entrants}) < len(entrants):
+        entrants = [_method(spec, shared, by_file=True) for spec in methods]
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
-        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, clock_for(clock, vlm.model.device))
+        timer, image = clock_for(clock, vlm.model.device), image_pixels(image_size) or USUAL
+        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, image)
         header = {**_header(bench, clock), "random_weights": random_weights or described}
         done = _loop(bench, repeats, warmup, time_limit)
     rows = bench.rows()
@@ -91,17 +99,18 @@ def run(
     _print(rows, header)
 
 
-def _method(spec: str, keep: int | None) -> Method:
-    """`full`, PATH or NAME=PATH, each with @BUDGET or without."""
+def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
+    """`full`, PATH or NAME=PATH, each with @BUDGET or without; without a name the method's own, or its file's."""
     name, _, path = spec.rpartition("=")
     path, _, own = path.partition("@")
     if path == "full":
         return Method(name or "full")
     plugin = as_plugin(path)
-    budget = parse_budget(own) if own else plugin.keep if keep is None else keep
+    budget = parse_budget(own, f"--methods {spec}") if own else plugin.keep if keep is None else keep
     if budget is None:
         raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
-    return Method(name or f"{Path(path).stem}{own and ' ' + own}", plugin, budget)
+    title = (not by_file and plugin.title) or Path(path).stem
+    return Method(name or f"{title}{own and ' ' + own}", plugin, budget)
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -140,7 +149,7 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "model": bench.vlm.name,
         "layers": dims.depth,
         "width": dims.width,
-        "visual_tokens": dims.visual,
+        "visual_tokens": bench.visual,
         "text_tokens": bench.text_tokens,
         "new_tokens": bench.new_tokens,
         "dtype": str(bench.vlm.model.dtype).removeprefix("torch."),
@@ -252,7 +261,7 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         time.plot([row["batch"] for row in mine], [row["prefill_ms"] for row in mine], marker="o", label=method)
-        gains = [row for row in mine if row["speedup"] is not None]
+        gains = [row for row in mine if row["speedup"] is not None and row["flops_ratio"] is not None]
         colour = time.lines[-1].get_color()
         gain.scatter([row["flops_ratio"] for row in gains], [row["speedup"] for row in gains], color=colour)
         for row in gains:

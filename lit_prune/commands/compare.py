@@ -3,20 +3,23 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lit_prune.budget import as_json, parse_budget
+from lit_prune.cli import UsageError
 from lit_prune.commands import console
 from lit_prune.commands.trainer import PruneCLI, build
-from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, describe, digest_of, prepare
+from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
 from lit_prune.comparison.measuring import Comparison
 from lit_prune.comparison.plots import figures
-from lit_prune.comparison.tables import Row, as_csv, markdown, overviews, remarks, row
+from lit_prune.comparison.tables import Row, as_csv, caption, markdown, overviews, remarks, row
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
 from lit_prune.host.places import find
+from lit_prune.plugin import learns
 from lit_prune.shipped import config_names
 from lit_prune.vlm import VLM
 
@@ -26,16 +29,18 @@ PRUNERS = Path("configs/pruners")
 def run(
     config: list[str] | None = None,
     methods: list[str] | None = None,
-    keep: list[str] | None = None,
+    keep: list[Any] | None = None,
     seeds: list[int] | None = None,
     limit: int | None = None,
     data_seed: int | None = None,
     out: Path = Path("runs/compare"),
     fresh: bool = False,
     wandb: bool = False,
+    split: Literal["val", "test"] = "val",
 ) -> None:
-    """Measure methods x budgets x seeds on the test set of a configuration, batch by batch beside the full model.
+    """Measure methods x budgets x seeds on a configuration's data, batch by batch beside the full model.
 
+    That is the validation set, which may be looked at again and again; the test set is for what is chosen and reported.
     Writes results.json (a list of cells), results.csv, table.md and plots into the output folder and prints the tables.
     A cell that is done is kept in OUT/cells and not measured again while nothing it depends on has changed: method,
     weights, budget, seed, base model, data. Budgets are passes, so a run that is cut off loses at most one of them.
@@ -51,27 +56,30 @@ def run(
             full and all of configs/pruners.
         keep: Budgets, visual tokens averaged over the decoder layers' inputs, or shares of the model's, e.g. --keep 32
             16 5.6%. Default: the configuration's.
-        seeds: Draws of random methods, and what {seed} stands for. Default: 0 1 2.
-        limit: Number of test samples. Default: all.
-        data_seed: Another part of the data's seed range, where the data are generated.
+        seeds: Draws of random methods, initialisations of untrained ones, and what {seed} stands for. Default: 0 1 2.
+        limit: Number of samples. Default: all.
+        data_seed: Other scenes, where the data are generated, e.g. --data-seed 1 for some that nobody chose on.
         out: Folder for the results.
         fresh: Measure every cell again: --fresh.
         wandb: Log table and plots to Weights & Biases, offline where there is no key: --wandb.
+        split: What to measure on: --split val (the default), or --split test.
 
     Examples:
         lit-prune compare --methods full random fastv divprune --keep 16 --limit 140
-        lit-prune compare --keep 33.3% 11.1% --seeds 0 1 2 --out runs/compare
+        lit-prune compare --keep 33.3% 11.1% --seeds 0 1 2 --split test --out runs/compare
         lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
-    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
-    made = build(config or ["configs/micro.yaml"], overrides)
+    for each in keep or []:
+        parse_budget(each, "--keep")  # before anything is loaded
+    made = _build(config or ["configs/micro.yaml"], data_seed)
     vlm, data = made.model.vlm.detach(), made.datamodule
     _to_gpu(vlm)
-    setting = _load_data(made, limit)
-    visual = find(vlm.model).dims.visual
-    keeps = list(dict.fromkeys(budget(text, visual) for text in keep or [str(made.model.keep)]))
-    chosen = [Method.parse(text) for text in methods or _all_methods()]
-    cells = [cell for method in chosen for cell in method.cells(keeps, [0, 1, 2] if seeds is None else seeds)]
+    dims = find(vlm.model).dims
+    asked_for = [as_json(made.model.keep)] if keep is None else keep
+    keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
+    setting, visual = _load_data(made, split, limit), dims.visual
+    chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
+    cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
     full, store = Cell(FULL), Store(out / "cells")
     prepare([full, *cells], vlm, {**describe(vlm), **setting})
     results = {} if fresh else {cell.key: found for cell in [full, *cells] if (found := store.read(cell))}
@@ -80,21 +88,32 @@ def run(
     for number, keep in enumerate(passes or ([] if full.key in results else [None])):
         pending = _pending(cells, keep, results)
         comparison = Comparison(vlm, full, pending, made.model.max_new_tokens)
-        _loop(comparison, data, f"{keep or visual} tokens ({number + 1} of {max(1, len(passes))})", len(pending))
+        title = f"{split}, {keep or visual} tokens ({number + 1} of {max(1, len(passes))})"
+        _loop(comparison, data, split, title, len(pending))
         if not (measured := comparison.results()):
-            raise LitPruneError("the test set gave no usable sample")
+            raise LitPruneError(f"the {split} set gave no usable sample")
         for cell, result in measured:
             store.write(cell, result)
             results[cell.key] = json.loads(json.dumps(result))
-        rows = [row(cell, results.get(cell.key), results[full.key]) for cell in cells]
-        _write(rows, out, visual)
-    rows = [row(cell, results.get(cell.key), results[full.key]) for cell in cells]
+        _write([row(cell, results.get(cell.key), results[full.key], split) for cell in cells], out, visual)
+    rows = [row(cell, results.get(cell.key), results[full.key], split) for cell in cells]
     _write(rows, out, visual)
     pictures = _draw(rows, out, visual)
     _print(rows, visual)
     if wandb:
-        _log(rows, pictures, out, setting)
+        _log(rows, pictures, out, {**setting, "split": split})
     _judge(cells, results)
+
+
+def _build(config: list[str], data_seed: int | None) -> PruneCLI:
+    """Model and data; raises `LitPruneError` for a seed where the data have none."""
+    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
+    try:
+        return build(config, overrides)
+    except UsageError as error:
+        if "unknown key `data" not in str(error) or "data_seed" not in str(error):
+            raise
+        raise LitPruneError("--data-seed: these data are not generated, so they have no seed; leave it out") from error
 
 
 def _all_methods() -> list[str]:
@@ -112,21 +131,24 @@ def _to_gpu(vlm: VLM) -> None:
 # Data
 
 
-def _load_data(made: PruneCLI, limit: int | None) -> dict[str, Any]:
-    """Set the test data up, cut to `limit`; returns what a result depends on."""
+STAGES = {"val": "validate", "test": "test"}
+
+
+def _load_data(made: PruneCLI, split: str, limit: int | None) -> dict[str, Any]:
+    """Set the data of a split up, cut to `limit`; returns what a result depends on, the split by its file."""
     from torch.utils.data import Subset
 
     if limit is not None and limit < 1:
         raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
     data = made.datamodule
     data.prepare_data()
-    data.setup("test")
-    test = data.datasets["test"]
-    file = digest_of(test.source.files)
+    data.setup(STAGES[split])
+    whole = data.datasets[split]
+    file = digest_of(whole.source.files)
     if limit is not None:
-        data.datasets["test"] = Subset(test, range(min(limit, len(test))))
+        data.datasets[split] = Subset(whole, range(min(limit, len(whole))))
     told = json.loads(json.dumps(made.config["data"].as_dict(), default=str))
-    size = len(data.datasets["test"])
+    size = len(data.datasets[split])
     return {"data": told, "file": file, "samples": size, "max_new_tokens": made.model.max_new_tokens}
 
 
@@ -137,16 +159,16 @@ def _pending(cells: Sequence[Cell], keep: int | None, results: dict[str, Row]) -
     return list(left.values())
 
 
-def _loop(comparison: Comparison, data: Any, title: str, cells: int) -> None:
-    """One pass over the test data; where there is no terminal, its bars come at its end, so its title comes first."""
+def _loop(comparison: Comparison, data: Any, split: str, title: str, cells: int) -> None:
+    """One pass over the data; where there is no terminal, its bars come at its end, so its title comes first."""
     if not console.err.is_terminal:
         console.say(f"{title}: {cells} cells")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total = len(data.datasets["test"])
+    total, loader = len(data.datasets[split]), data.val_dataloader() if split == "val" else data.test_dataloader()
     with Progress(*columns, console=console.err) as progress:
         samples = progress.add_task(f"{title}: {cells} cells, samples", total=total)
         bar = progress.add_task("  this batch, cells", total=cells + 1)
-        for batch in data.test_dataloader():
+        for batch in loader:
             batch = data.on_before_batch_transfer(batch, 0)
             batch = data.transfer_batch_to_device(batch, comparison.vlm.model.device, 0)
             progress.reset(bar)
@@ -196,7 +218,7 @@ def _print(rows: list[Row], visual: int) -> None:
         for line in body:
             table.add_row(*line)
         console.out.print(table)
-    for line in remarks(rows):
+    for line in (f"Measured on the {caption(rows)}.", *remarks(rows)):
         console.out.print(f"- {line}", markup=False, highlight=False)
 
 

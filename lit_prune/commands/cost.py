@@ -2,7 +2,7 @@
 
 import json as json_format
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_prune.commands import console
 from lit_prune.training_plan import Training
@@ -11,7 +11,7 @@ from lit_prune.training_plan import Training
 def run(
     model: str = "llava-hf/llava-1.5-7b-hf",
     pruner: str | None = None,
-    keep: list[str] | None = None,
+    keep: list[Any] | None = None,
     text_tokens: int = 64,
     answer_tokens: int = 32,
     visual_tokens: int | None = None,
@@ -31,8 +31,8 @@ def run(
     Args:
         model: Hub id whose shape is shipped (a wrong one lists them), "micro", or a model folder with config.json.
         pruner: Shipped method, YAML file or plug-in folder, e.g. --pruner rcp; without it the full model alone.
-        keep: Budgets, visual tokens averaged over the decoder layers, e.g. --keep 192 128 64, or counts by layer, e.g.
-            --keep 2:64; by default the plug-in's own.
+        keep: Budgets, visual tokens averaged over the decoder layers, e.g. --keep 192 128 11.1%, or counts by layer,
+            e.g. --keep 2:64; by default the plug-in's own.
         text_tokens: Text tokens of the prompt, e.g. --text-tokens 64.
         answer_tokens: Tokens of the answer, e.g. --answer-tokens 128.
         visual_tokens: Visual tokens of the prompt, e.g. --visual-tokens 2880; the tower is then priced in proportion.

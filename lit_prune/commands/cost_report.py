@@ -49,8 +49,9 @@ def as_report(case: Case, keep: str, made: Bill, full: Bill) -> dict[str, Any]:
     }
 
 
-def _whole(parts: dict[str, float]) -> dict[str, int]:
-    return {part: int(flops) for part, flops in parts.items()}
+def _whole(parts: dict[str, float]) -> dict[str, int | None]:
+    """FLOPs of each part, null where they aren't known; `total` is the sum of those that are."""
+    return {part: int(parts[part]) if part in parts else None for part in (*PARTS, "total")}
 
 
 def as_table(case: Case, bills: dict[str, Bill]) -> Table:
@@ -68,8 +69,12 @@ def as_table(case: Case, bills: dict[str, Bill]) -> Table:
     row("layer average", lambda b: f"{b.average:.1f}")
     table.add_section()
     for part, label in PARTS.items():
-        row(label, lambda b, part=part: _number(b.prefill[part]))
-    row("prefill, FLOP", lambda b: _number(b.prefill["total"]) + _saved(b.prefill["total"], full.prefill["total"]))
+        row(label, lambda b, part=part: _number(b.prefill[part]) if part in b.prefill else "unknown")
+    known = "" if set(PARTS) <= set(full.prefill) else " of what is known"
+    row(
+        f"prefill{known}, FLOP",
+        lambda b: _number(b.prefill["total"]) + _saved(b.prefill["total"], full.prefill["total"]),
+    )
     row("decoder in all", lambda b: _number(b.decoder) + _saved(b.decoder, full.decoder))
     table.add_section()
     row("a step, FLOP", lambda b: _number(b.step["total"]) + _saved(b.step["total"], full.step["total"]))

@@ -12,11 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_prune.asking import as_image
+from lit_prune.budget import as_json, parse_budget
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.places import find
 from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
@@ -30,7 +32,7 @@ class Run:
     answers: list[str]
     visual: list[float]  # visual tokens averaged over the decoder layers' inputs
     kept: list[dict[int, int]]  # {pruning layer: visual tokens kept}
-    flops: list[float]  # decoder prefill with all that pruning adds
+    flops: list[float | None]  # decoder prefill with all that pruning adds; None: the arithmetic isn't known
     first_token: float  # seconds, of the whole batch
 
 
@@ -39,7 +41,7 @@ def run(
     prompt: list[str],
     model: str = "micro",
     pruner: str | None = None,
-    keep: int | None = None,
+    keep: Any = None,
     max_new_tokens: int = 64,
     compare: bool = False,
     dtype: Dtype = "auto",
@@ -55,7 +57,8 @@ def run(
         model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
         pruner: Shipped method (`lit-prune configs list pruners`), YAML file, plug-in folder or hub id, e.g. --pruner
             fastv; without it the plain model answers.
-        keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default the plug-in's own.
+        keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16 or --keep 11.1%; by
+            default the plug-in's own.
         max_new_tokens: Longest answer, e.g. --max-new-tokens 8.
         compare: Show the full model's answers and time to first token beside the pruned ones: --compare.
         dtype: Of the weights, e.g. --dtype bfloat16; auto is what the checkpoint says.
@@ -79,7 +82,8 @@ def run(
     if pruner is None or compare:
         vlm.detach()
         runs["full model"] = run_plain(vlm, inputs, max_new_tokens, total)
-    facts = {"model": model, "pruner": pruner, "keep": keep, "batch": len(images)}
+    budget = None if keep is None else as_json(parse_budget(keep))
+    facts = {"model": model, "pruner": pruner, "keep": budget, "batch": len(images)}
     facts |= {"dtype": str(vlm.model.dtype).removeprefix("torch."), "device": str(vlm.model.device)}
     report = as_report(facts, images, prompts, runs, total, vlm.size)
     for sample in report["samples"]:
@@ -107,17 +111,17 @@ def run_pruned(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int) -> Run:
     record = Record()
     with vlm.using(Session(record=record)):
         answers = respond(vlm, inputs, max_new_tokens)
-    flops = decoder_total(price(record.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair))
+    flops = decoder_flops(record.trace, vlm.size, vlm.plugin.pruner, vlm.plugin.repair)
     counts = {stage.layer: stage.kept.sum(1).tolist() for stage in record.stages}
     kept = [{layer: count[i] for layer, count in counts.items()} for i in range(len(answers))]
     visual = record.trace.average_visual().tolist()
-    return Run(answers, visual, kept, flops.tolist(), time_first_token(vlm, inputs))
+    return Run(answers, visual, kept, flops, time_first_token(vlm, inputs))
 
 
 def run_plain(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int, trace: Trace) -> Run:
     """Answer with nothing attached."""
     answers = respond(vlm, inputs, max_new_tokens)
-    visual, flops = trace.average_visual().tolist(), decoder_total(price(trace, vlm.size)).tolist()
+    visual, flops = trace.average_visual().tolist(), decoder_flops(trace, vlm.size)
     return Run(answers, visual, [{} for _ in answers], flops, time_first_token(vlm, inputs))
 
 
@@ -125,8 +129,15 @@ def full_trace(inputs: dict[str, Any], vlm: VLM) -> Trace:
     """What the plain model runs: the whole prompt in every layer."""
     lengths = inputs["attention_mask"].sum(1)
     visual = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1)
-    depth = vlm.size.depth
+    depth = find(vlm.model).dims.depth
     return Trace([lengths] * depth, [lengths] * depth, [visual] * depth, total_visual=visual)
+
+
+def decoder_flops(trace: Trace, size: ModelSize | None, *plugin: Any) -> list[float | None]:
+    """FLOPs of each sample's prefill in the decoder, with what pruner and repair of a plug-in add."""
+    if size is None:
+        return [None] * len(trace.total_visual)
+    return decoder_total(price(trace, size, *plugin)).tolist()
 
 
 def time_first_token(vlm: VLM, inputs: dict[str, Any]) -> float:
@@ -152,11 +163,16 @@ def _now(vlm: VLM) -> float:
 
 
 def as_report(
-    facts: dict[str, Any], images: list[str], prompts: list[str], runs: dict[str, Run], full: Trace, size: ModelSize
+    facts: dict[str, Any],
+    images: list[str],
+    prompts: list[str],
+    runs: dict[str, Run],
+    full: Trace,
+    size: ModelSize | None,
 ) -> dict[str, Any]:
     """Everything that is printed, as JSON has it: facts of the run, time to first token per method, samples."""
     total = full.total_visual.tolist()
-    full_flops = decoder_total(price(full, size)).tolist()
+    full_flops = decoder_flops(full, size)
     samples = []
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         methods = {name: _sample(run, i, full_flops[i]) for name, run in runs.items()}
@@ -165,13 +181,13 @@ def as_report(
     return {**facts, "first_token_seconds": times, "samples": samples}
 
 
-def _sample(run: Run, i: int, full_flops: float) -> dict[str, Any]:
+def _sample(run: Run, i: int, full_flops: float | None) -> dict[str, Any]:
     return {
         "answer": run.answers[i],
         "avg_visual_tokens": run.visual[i],
         "kept": run.kept[i],
         "flops": run.flops[i],
-        "flops_reduction": 1 - run.flops[i] / full_flops,
+        "flops_reduction": None if full_flops is None else 1 - run.flops[i] / full_flops,
     }
 
 
@@ -199,10 +215,12 @@ def _stages(kept: dict[int, int]) -> str:
     return "\n".join(f"{count} from layer {layer}" for layer, count in kept.items()) or "all"
 
 
-def _flops(value: float) -> str:
+def _flops(value: float | None) -> str:
+    if value is None:
+        return "unknown"
     unit, scale = next((u, s) for u, s in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1)) if value >= s or s == 1)
     return f"{value / scale:.3g} {unit}"
 
 
-def _reduction(share: float) -> str:
-    return "" if share == 0 else f" ({-share:+.1%})"
+def _reduction(share: float | None) -> str:
+    return "" if not share else f" ({-share:+.1%})"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from lit_prune.budget import parse_budget
 from lit_prune.commands.console import err, say
 from lit_prune.errors import LitPruneError
 from lit_prune.loading import context_length
@@ -19,6 +20,15 @@ from lit_prune.vlm import VLM, as_plugin, load
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SEED = 0  # of untrained weights
+
+
+def image_pixels(image_size: list[int] | None) -> tuple[int, int] | None:
+    """Height and width in pixels as an option gives them."""
+    if image_size is None:
+        return None
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise LitPruneError("--image-size takes height and width in pixels, e.g. --image-size 672 1008")
+    return image_size[0], image_size[1]
 
 
 def load_model(
@@ -36,15 +46,15 @@ def load_model(
         return load(model, dtype=chosen, random_weights=random_weights, device=wanted)
 
 
-def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
+def attach(vlm: VLM, pruner: str, keep: Any) -> str:
     """Attach a pruner by its name, YAML file or plug-in folder; returns its name for people."""
-    plugin = as_plugin(pruner)
+    budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
     described = plugin.dims is None  # a saved one knows the model that it was made for
-    if keep is None and plugin.keep is None:
+    if budget is None and plugin.keep is None:
         raise LitPruneError(f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        vlm.attach(plugin, keep=keep)
+        vlm.attach(plugin, keep=budget)
     name = _title(plugin)
     if plugin.trained and described:
         say(f"note: {pruner} describes a method that has weights; they are untrained here")
@@ -53,7 +63,9 @@ def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
 
 
 def _title(plugin: Plugin) -> str:
-    """The class's name as words: TextAttention is "Text attention"."""
+    """The method's name, else its class's as words: TextAttention is "Text attention"."""
+    if plugin.title:
+        return plugin.title
     first, *rest = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", type(plugin.pruner).__name__).split()
     return " ".join([first, *(word.lower() for word in rest)])
 

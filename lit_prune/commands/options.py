@@ -14,6 +14,7 @@ from functools import cache
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from lit_prune.cli import UsageError
+from lit_prune.commands import yaml_loader
 from lit_prune.commands.explain import explain
 from lit_prune.commands.overlays import config_files
 from lit_prune.shipped import config_or_text
@@ -36,6 +37,7 @@ def run_verb(verb: str, argv: list[str]) -> None:
 def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[str, typing.Any]]:
     """A verb's ``run``, and its arguments from a command line; raises `UsageError` for one that can't be read."""
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
+    yaml_loader.install("yaml")
     parser = ArgumentParser(
         prog=f"lit-prune {verb}",
         description=_about(run),

@@ -1,14 +1,16 @@
 """What `lit-prune cost` prices: a prompt and its answer on a model's shape, full and under a method's budgets."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lit_prune.budget import Budget, format_schedule, parse_budget
+from lit_prune.budget import Budget, format_budget, parse_budget, resolve
+from lit_prune.commands.inputs import image_pixels
 from lit_prune.cost import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host.places import check_stages
-from lit_prune.host.sizes import model_size, tower_size, tower_trace
+from lit_prune.host.sizes import USUAL, decoder_size, known_size, tower_size, tower_trace
 from lit_prune.loading import load_shape
 from lit_prune.plugin import Plugin
 from lit_prune.shapes import Config, names
@@ -66,18 +68,21 @@ class Case:
         prompt = self.prompt
         return f"{self.model}: {prompt.visual} visual and {prompt.text} text tokens, an answer of {prompt.answer}"
 
-    def budgets(self, keep: list[str] | None) -> dict[str, Budget]:
-        """The budgets as they are written, an average or `layer:count` pairs; by default the plug-in's own."""
+    def budgets(self, keep: list[Any] | None) -> dict[str, Budget]:
+        """The budgets as they are written, an average or `layer:count` pairs; by default the plug-in's own.
+
+        A share is one of the prompt's visual tokens.
+        """
         if self.plugin is None:
             if keep:
                 raise LitPruneError("--keep needs a method: give --pruner too")
             return {}
         if keep:
-            return {text: parse_budget(text) for text in keep}
+            read = [parse_budget(each, "--keep") for each in keep]
+            return {format_budget(each): resolve(each, self.prompt.visual, "--keep") for each in read}
         if self.plugin.keep is None:
             raise LitPruneError("give budgets: --keep N, visual tokens averaged over the decoder layers' inputs")
-        own = self.plugin.keep
-        return {format_schedule(own) if isinstance(own, dict) else str(own): own}
+        return {format_budget(self.plugin.keep): resolve(self.plugin.keep, self.prompt.visual)}
 
     def bill(self, budget: Budget | None = None) -> Bill:
         """The price at a budget; without one that of the full model."""
@@ -132,8 +137,12 @@ def describe(
         config = load_shape(model)
     except LitPruneError as error:
         raise LitPruneError(f"{error}. Shapes known here: micro, {', '.join(names())}") from error
-    pixels = _pixels(image_size, visual)
-    size = model_size(config) if pixels is None else model_size(config, pixels)
+    pixels = image_pixels(image_size)
+    if pixels is not None and visual is not None:
+        raise LitPruneError("--image-size tells the visual tokens: leave --visual-tokens out")
+    size = known_size(config, pixels or USUAL) or decoder_size(config)  # which says what isn't known
+    if visual is None and size.image is None:
+        raise LitPruneError(f"{model}: how many visual tokens an image has isn't known; give --visual-tokens")
     visual = size.image.visual if visual is None else visual
     for name, count in (("text", text), ("answer", answer), ("visual", visual)):
         if count < 1:
@@ -143,13 +152,3 @@ def describe(
         check_stages(config, plugin.pruner.stages(size.depth))
     prompt = Prompt(visual, text, answer, getattr(torch, dtype).itemsize)
     return Case(model, config, size, prompt, dtype, pruner, plugin)
-
-
-def _pixels(image_size: list[int] | None, visual: int | None) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    if visual is not None:
-        raise LitPruneError("--image-size tells the visual tokens: leave --visual-tokens out")
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise LitPruneError("--image-size takes height and width in pixels, e.g. --image-size 672 1008")
-    return image_size[0], image_size[1]

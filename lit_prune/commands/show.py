@@ -4,14 +4,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from lit_prune.asking import as_image
 from lit_prune.commands import console
 from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.data import regions
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import matches, regions
+from lit_prune.evaluation import matches
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
 from lit_prune.micro import world
@@ -38,7 +39,7 @@ def run(
     prompt: str | None = None,
     scene: int | None = None,
     skill: str = "colour",
-    keep: int | None = None,
+    keep: Any = None,
     model: str = "micro",
     answer: str | None = None,
     boxes: list[int] | None = None,
@@ -155,19 +156,16 @@ def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
         raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
-    mask = Image.new("RGB", size)
-    ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill="white")
-    rows, columns = (view(vlm, mask)[:, :, 0] > 127).nonzero()
-    if not len(rows):
+    seen = regions.seen_box(vlm.processor.image_processor, size, box)
+    if seen is None:
         raise LitPruneError(f"box {box} is cropped away: the model sees the middle of the image only")
-    return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
+    return seen
 
 
 def hints(marks: list[Box] | None, vlm: VLM, seen: Pixels) -> dict[str, Tensor]:
     """What only the caller can know: the regions asked about, if any are."""
-    tokens = find(vlm.model).dims.visual
-    side_of(tokens)
-    return {} if marks is None else regions({"boxes": [marks]}, tokens, seen.shape[0])
+    side = side_of(find(vlm.model).dims.visual)
+    return {} if marks is None else regions.joined([regions.regions(marks, side, seen.shape[0])])
 
 
 def as_row(

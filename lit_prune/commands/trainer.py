@@ -24,9 +24,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, WriteAnswers
+from lit_prune.callbacks import NanGuard, PrintResults, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
+from lit_prune.commands import yaml_loader
 from lit_prune.commands.explain import explain, explain_interpolation
 from lit_prune.commands.options import HelpFormatter
 from lit_prune.commands.overlays import config_files, with_resets, with_shipped
@@ -120,6 +121,7 @@ class PruneCLI(LightningCLI):
         self.args = args = with_shipped(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        yaml_loader.install("omegaconf+")
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
         main = {"prog": "lightning", "formatter_class": HelpFormatter}
         super().__init__(
@@ -128,7 +130,10 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
-            trainer_defaults={"callbacks": [StopOnSignal(), NanGuard(), SaveLast(), WriteAnswers()]},
+            trainer_defaults={
+                "callbacks": [StopOnSignal(), NanGuard(), SaveLast(), WriteAnswers(), PrintResults()],
+                "enable_model_summary": False,  # it would count no FLOPs; `fit` says what trains and what is frozen
+            },
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, **main, **({verb: {**kwargs, **_help(verb)}} if verb else {})},
             auto_configure_optimizers=False,
@@ -186,6 +191,11 @@ class PruneCLI(LightningCLI):
         """Only a checkpoint that is whole is used; `last` is the newest one of the run, from wherever it was saved."""
         refuse_unusable(self.trainer)  # here too: before further processes are started
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in kwargs:  # for our own table
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, PrintResults):
+                    callback.on = kwargs["verbose"]
+            kwargs["verbose"] = False
         given = kwargs.get("ckpt_path")
         if given is None and subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
             given = "last"  # a job that Slurm has put back into the queue

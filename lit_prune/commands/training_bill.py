@@ -32,7 +32,7 @@ def built(plugin: Plugin, size: ModelSize) -> Plugin:
     """The plug-in with the parameters it has on this model, which get no memory."""
     made = copy.deepcopy(plugin)
     with torch.device("meta"):
-        made.build(Dims(size.width, size.depth, size.image.visual), [])
+        made.build(Dims(size.width, size.depth, size.image.visual if size.image else 1), [])
     if not made.trained:
         raise LitPruneError("--train: this method has nothing to train")
     return made

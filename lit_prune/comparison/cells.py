@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_prune.budget import as_json, parse_budget, resolve
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
 from lit_prune.host.places import find
@@ -26,12 +27,13 @@ PACKAGE = Path(__file__).parents[1]
 class Cell:
     """One method at one budget with one seed. Without a plug-in it stands for the full model.
 
-    `seed` tells draws or trained runs of a method apart; None where there is but one. `reason` says why a cell has no
-    result, `failed` that it should have one. `key` is a digest of everything that determines the result.
+    `keep` is a count of visual tokens or, where images differ, a share of each sample's as text (`11.1%`). `seed` tells
+    draws or trained runs of a method apart; None where there is but one. `reason` says why a cell has no result,
+    `failed` that it should have one. `key` is a digest of everything that determines the result.
     """
 
     method: str
-    keep: int | None = None
+    keep: int | str | None = None
     seed: int | None = None
     plugin: Plugin | None = None
     repair: bool = True
@@ -46,13 +48,18 @@ class Cell:
         self.reason, self.failed = f"{kind}{str(error).strip() or 'no message'}", True
 
 
-def budget(text: str, visual: int) -> int:
-    """A count (`16`) or a share of the teacher's `visual` tokens (`11.1%`) as a count, to the nearest token."""
-    try:
-        keep = round(float(text[:-1]) / 100 * visual) if text.endswith("%") else int(text)
-    except ValueError as error:
-        raise LitPruneError(f"--keep {text}: give a number of visual tokens such as 16, or a share as 11.1%") from error
-    if not 1 <= keep <= visual:
+def budget(text: Any, visual: int, varies: bool = False) -> int | str:
+    """A cell's budget: a count, or a share (`11.1%`) where the number of visual tokens `varies` from image to image.
+
+    Raises `LitPruneError` for counts by layer, which fit one method alone, and for more than the model's `visual`.
+    """
+    read = parse_budget(text, "--keep")
+    if isinstance(read, dict):
+        raise LitPruneError(f"--keep {text}: methods have stages at other layers; give an average such as 16 or 11.1%")
+    if varies:
+        return as_json(read)
+    keep = resolve(read, visual, "--keep")
+    if keep > visual:
         raise LitPruneError(f"--keep {text}: {keep} visual tokens; it must lie between 1 and the model's {visual}")
     return keep
 
@@ -66,6 +73,7 @@ class Method:
 
     PATH is a pruner's YAML or a plug-in folder. Several with commas between are trained runs of one method, which count
     as its seeds. `{keep}` and `{seed}` in a path stand for each budget and seed, so that one pattern names many runs.
+    Without a name, "", the method's own stands for it.
     """
 
     name: str
@@ -80,10 +88,21 @@ class Method:
         paths = tuple(path.split(","))
         if not all(paths):
             raise LitPruneError(f"--methods {text}: write full, PATH, or NAME=PATH, several paths as NAME=A,B,C")
-        return cls(name or Path(path).stem, paths, repair)
+        return cls(name or (FULL if path == FULL else ""), paths, repair)
 
-    def cells(self, keeps: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
-        """The method's cells. Raises `LitPruneError` for a path that can't be read, or a pattern that fits nothing."""
+    @property
+    def path(self) -> str:
+        """The paths as they were written."""
+        return ",".join(self.paths) + ("" if self.repair else "!")
+
+    def cells(
+        self, keeps: Sequence[int | str], seeds: Sequence[int], learns: Callable[[Plugin], bool] = lambda _: False
+    ) -> list[Cell]:
+        """The method's cells; what is random is drawn, and untrained weights initialised, once a seed.
+
+        `learns` says whether a plug-in has weights. Raises `LitPruneError` for a path that can't be read, or a pattern
+        that fits nothing.
+        """
         if self.paths == (FULL,):
             return [Cell(self.name)]
         read = cache(_draw)  # budgets share plug-ins
@@ -98,15 +117,18 @@ class Method:
                     found.append(Cell(self.name, keep, seed, reason=str(error)))
                     continue
                 drawn = [(seed, plugin)]
-                if seed is None and hasattr(plugin.pruner, "seed"):
+                if seed is None and (plugin.pruner.random or (_untrained(path) and learns(plugin))):
                     drawn = [(draw, read(path, draw)) for draw in seeds]
                 note = _note(plugin, path, keep)
                 found += [Cell(self.name, keep, which, each, self.repair, note) for which, each in drawn]
-        if all(cell.plugin is None for cell in found):
-            raise LitPruneError(f"--methods {self.name}: {found[0].reason}")
+        if (plugin := next((cell.plugin for cell in found if cell.plugin is not None), None)) is None:
+            raise LitPruneError(f"--methods {self.name or self.path}: {found[0].reason}")
+        untrained = any(map(_untrained, self.paths)) and learns(plugin)
+        for cell in found:
+            cell.method = self.name or _title(plugin, self) + (", untrained" if untrained else "")
         return found
 
-    def _runs(self, keep: int, seeds: Sequence[int]) -> Iterator[tuple[str, int | None]]:
+    def _runs(self, keep: int | str, seeds: Sequence[int]) -> Iterator[tuple[str, int | None]]:
         """Paths of one budget with the seed that each stands for, if it does."""
         for place, path in enumerate(self.paths):
             path = path.replace("{keep}", str(keep))
@@ -116,19 +138,47 @@ class Method:
                 yield path, place if len(self.paths) > 1 else None
 
 
+def cells_of(
+    methods: Sequence[Method], keeps: Sequence[int | str], seeds: Sequence[int], learns: Callable[[Plugin], bool]
+) -> list[Cell]:
+    """The cells of several methods; where two have the same name, their paths are added.
+
+    Raises `LitPruneError` where two were given one.
+    """
+    named = [method.name for method in methods if method.name]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise LitPruneError(f"--methods: two are called {twice}; write runs of one method as {twice}=A,B,C")
+    groups = [(method, method.cells(keeps, seeds, learns)) for method in methods]
+    titles = [cells[0].method for _, cells in groups]
+    for (method, cells), title in zip(groups, titles, strict=True):
+        if titles.count(title) > 1 and not method.name:
+            for cell in cells:
+                cell.method = f"{title} ({method.path})"
+    return [cell for _, cells in groups for cell in cells]
+
+
 def _draw(path: str, draw: int) -> Plugin:
     """A plug-in, its seed moved on by `draw` where its method has one."""
     plugin = as_plugin(path)
     if draw:
-        plugin.pruner.seed += draw
+        plugin.pruner.redraw(draw)
     return plugin
 
 
-def _note(plugin: Plugin, path: str, keep: int) -> str:
+def _title(plugin: Plugin, method: Method) -> str:
+    """A method's name for people; its file's where it has none."""
+    return (plugin.title or Path(method.paths[0]).stem) + ("" if method.repair or not plugin.repair else ", repair off")
+
+
+def _untrained(path: str) -> bool:
+    return path.endswith((".yaml", ".yml"))
+
+
+def _note(plugin: Plugin, path: str, keep: int | str) -> str:
     """What to know about the weights, if the method has any: that shows when it is built."""
     if plugin.dims is None:  # a saved one knows the model that it was made for
         return "untrained"
-    return "" if plugin.keep == keep else f"trained at {plugin.keep} tokens"
+    return "" if as_json(plugin.keep) == keep else f"trained at {as_json(plugin.keep)} tokens"
 
 
 # What determines a result
@@ -158,7 +208,7 @@ def _try(cell: Cell, vlm: VLM) -> None:
         cell.fail(error)
         try:  # a budget that the method can't meet is no failure
             dims = find(vlm.model).dims
-            cell.plugin.pruner.nominal_schedule(cell.keep, dims)
+            cell.plugin.pruner.nominal_schedule(parse_budget(cell.keep), dims)
         except LitPruneError:
             cell.failed = False
 

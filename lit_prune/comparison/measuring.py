@@ -12,7 +12,7 @@ from lit_prune.comparison.cells import Cell
 from lit_prune.evaluation import Measured
 from lit_prune.host import DecoderHost, Session
 from lit_prune.host.places import find
-from lit_prune.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.metrics import OVERALL, Consistency, Shift, SkillAccuracy
 from lit_prune.vlm import VLM
 
 COSTS = ("visual", "flops", "kv_bytes")
@@ -39,7 +39,7 @@ class Meters:
             {layer: states.cpu() for layer, states in teacher.hidden.items()},
         )
         evaluation.add_consistency(self.kappa, measured, teacher)
-        self._add("costs", {name: getattr(measured, name) for name in COSTS})
+        self._add("costs", {name: value for name in COSTS if (value := getattr(measured, name)) is not None})
         self._add("parts", measured.parts)
         self._add("kept", measured.kept)
         self._add("layers", dict(enumerate(measured.per_layer)))
@@ -60,19 +60,19 @@ class Meters:
         in the order of the data, for paired tests. `seconds` are this thread's CPU time.
         """
         accuracy, costs, shift = self.accuracy.compute(), self._mean("costs"), self.shift.compute().tolist()
-        right, count = accuracy["all"], len(self.hits)
+        right, count = accuracy[OVERALL], len(self.hits)
         return {
             "accuracy": right,
             "accuracy_se": math.sqrt(right * (1 - right) / count),
             "questions": count,
-            "per_skill": {skill: value for skill, value in accuracy.items() if skill != "all"},
-            "agreement": self.agreement.compute()["all"],
+            "per_skill": {skill: value for skill, value in accuracy.items() if skill != OVERALL},
+            "agreement": self.agreement.compute()[OVERALL],
             "avg_visual_tokens": costs["visual"],
             "tokens_per_layer": list(self._mean("layers").values()),
             "kept": {str(layer): count for layer, count in self._mean("kept").items()},
-            "flops": costs["flops"],
+            "flops": costs.get("flops"),
             "flops_parts": self._mean("parts"),
-            "kv_bytes": costs["kv_bytes"],
+            "kv_bytes": costs.get("kv_bytes"),
             "kappa": self.kappa.compute().item(),
             "w2": sum(shift) / len(shift),
             "w2_per_layer": shift,
@@ -103,7 +103,7 @@ class Comparison:
         """Measure one batch, already on the model's device; `tick` is called after the full model and each cell."""
         if not batch["ids"]:
             return
-        hints = evaluation.regions(batch, self.dims.visual, self.vlm.model.config.vision_config.image_size)
+        hints = batch.get("hints", {})
         shared = {**batch, "inputs": evaluation.encode_images(self.vlm.detach(), batch["inputs"])}
         teacher: Measured | None = None
         for cell, meters in self.meters:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
+from lit_prune.budget import parse_budget, tokens
 from lit_prune.comparison.cells import FULL, Cell
 
 Row = dict[str, Any]
@@ -17,18 +18,21 @@ INNER = ("hits", "seconds")  # kept with the cell alone
 COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
 
 
-def row(cell: Cell, result: Row | None, full: Row) -> Row:
-    """A cell as `results.json` has it; `full` is the full model's result. Without a result all its values are null.
+def row(cell: Cell, result: Row | None, full: Row, split: str = "val") -> Row:
+    """A cell as `results.json` has it; `full` is the full model's result, `split` the one that it was measured on.
+
+    Without a result all its values are null.
 
     `status` is measured, failed, empty (there is no such result), or pending in a run that isn't over.
     """
     missing = "failed" if cell.failed else "empty" if cell.reason else "pending"
     status = missing if result is None else "measured"
-    found: Row = {"method": cell.method, "keep": cell.keep, "seed": cell.seed, "status": status}
+    found: Row = {"method": cell.method, "keep": cell.keep, "seed": cell.seed, "split": split, "status": status}
     derived = {"retained": None, "flops_reduction": None}
     if result is not None:
         derived["retained"] = result["accuracy"] / full["accuracy"] if full["accuracy"] else 0.0
-        derived["flops_reduction"] = 1.0 - result["flops"] / full["flops"]
+        known = result["flops"] is not None and full["flops"]
+        derived["flops_reduction"] = 1.0 - result["flops"] / full["flops"] if known else None
     values = {name: None if result is None else result[name] for name in full if name not in INNER}
     said = {"note": "", "reason": cell.reason} if result is None else {"note": cell.note, "reason": ""}
     return {**found, **derived, **values, **said}
@@ -64,13 +68,25 @@ def _average(values: list[Any]) -> Any:
     return fmean(values)
 
 
+def size_of(keep: int | str, visual: int) -> int:
+    """Visual tokens that a budget stands for in order, where an image has `visual` of them."""
+    return tokens(parse_budget(keep), visual)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """The data that rows were measured on: "val split, 210 questions"."""
+    questions = next((each["questions"] for each in rows if each.get("questions") is not None), None)
+    parts = [f"{split} split" if (split := rows[0].get("split")) else "", f"{questions} questions" if questions else ""]
+    return ", ".join(part for part in parts if part)
+
+
 def ranks_agree(rows: Sequence[Row], name: str) -> tuple[float, float]:
     """Spearman's rank correlation of a column with the accuracy: over all measured cells but the full model's, and its
     mean within budgets of three methods or more, where the budget doesn't drive both. NaN where there are too few.
     """
     measured = [each for each in means(rows) if each["runs"] and each["keep"] is not None]
     budgets = {each["keep"] for each in measured}
-    inside = [_spearman([each for each in measured if each["keep"] == keep], name) for keep in sorted(budgets)]
+    inside = [_spearman([each for each in measured if each["keep"] == keep], name) for keep in sorted(budgets, key=str)]
     inside = [value for value in inside if value == value]
     return _spearman(measured, name), fmean(inside) if inside else float("nan")
 
@@ -98,11 +114,15 @@ def _cells(each: Row) -> list[str]:
         _accuracy(each),
         f"{100 * each['retained']:.1f}",
         f"{each['avg_visual_tokens']:.1f}",
-        f"{each['flops'] / 1e6:.0f}",
-        f"{100 * each['flops_reduction']:.1f}",
-        f"{each['kv_bytes'] / 1e3:.0f}",
+        _known(each["flops"], 1e-6, 0),
+        _known(each["flops_reduction"], 100, 1),
+        _known(each["kv_bytes"], 1e-3, 0),
         f"{each['w2']:.2f}",
     ]
+
+
+def _known(value: float | None, scale: float, digits: int) -> str:
+    return "unknown" if value is None else f"{scale * value:.{digits}f}"
 
 
 def skills_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -115,14 +135,20 @@ def skills_table(rows: Sequence[Row]) -> list[list[str]]:
     return [["method", *skills], *shown]
 
 
-def budgets_table(rows: Sequence[Row], text: Callable[[Row], str]) -> list[list[str]]:
+def budgets_table(rows: Sequence[Row], text: Callable[[Row], str], visual: int) -> list[list[str]]:
     """A line a method, a column a budget: `text` of each mean, a dash where there is no result."""
-    keeps = sorted({each["keep"] for each in rows if each["keep"] is not None}, reverse=True)
-    lines: dict[str, dict[int | None, str]] = {}
+    keeps = budgets_of(rows, visual)
+    lines: dict[str, dict[int | str | None, str]] = {}
     for each in rows:
         lines.setdefault(each["method"], {})[each["keep"]] = text(each) if each["runs"] else "–"
     shown = [[method, *(texts.get(keep, texts.get(None, "")) for keep in keeps)] for method, texts in lines.items()]
     return [["method", *(str(keep) for keep in keeps)], *shown]
+
+
+def budgets_of(rows: Sequence[Row], visual: int) -> list[int | str]:
+    """The budgets, the largest first."""
+    keeps = dict.fromkeys(each["keep"] for each in rows if each["keep"] is not None)
+    return sorted(keeps, key=lambda keep: size_of(keep, visual), reverse=True)
 
 
 def _accuracy(each: Row) -> str:
@@ -143,7 +169,8 @@ def overviews(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
     averaged = means(rows)
     if len({each["keep"] for each in averaged} - {None}) < 2:
         return details(rows, visual)
-    return {f"{title}, by visual tokens": budgets_table(averaged, text) for title, text in OVERVIEWS.items()}
+    said = f"by visual tokens ({caption(rows)})"
+    return {f"{title}, {said}": budgets_table(averaged, text, visual) for title, text in OVERVIEWS.items()}
 
 
 def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
@@ -152,9 +179,14 @@ def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
     keeps = list(dict.fromkeys(each["keep"] for each in averaged if each["keep"] is not None))
     for keep in keeps or [None]:
         here = [each for each in averaged if each["keep"] in (keep, None)]
-        title = FULL if keep is None else f"{keep} of {visual} visual tokens on average ({keep / visual:.1%})"
-        found[title] = methods_table(here)
-        found[f"accuracy per skill at {keep or visual}, %"] = skills_table(here)
+        title = FULL
+        if isinstance(keep, int):
+            title = f"{keep} of {visual} visual tokens on average ({keep / visual:.1%})"
+        elif keep is not None:
+            title = f"{keep} of each sample's visual tokens on average"
+        found[f"{title}; {caption(rows)}"] = methods_table(here)
+        if any(each["per_skill"] for each in here if each["runs"]):
+            found[f"accuracy per skill at {keep or visual}, %; {caption(rows)}"] = skills_table(here)
     return found
 
 
@@ -175,17 +207,21 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], visual: int) -> str:
-    """All tables and remarks for a document; the titles only where there are several budgets."""
+    """All tables and remarks for a document; the titles only where there are several budgets.
+
+    Below the tables stands what they were measured on.
+    """
     found = {**overviews(rows, visual), **details(rows, visual)}
     lines = []
     for title, (columns, *body) in found.items():
         lines += [f"**{title}**", ""] if len(found) > 2 else []
         lines += [_line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(_line, body), ""]
+    lines += [f"Measured on the {caption(rows)}.", ""]
     return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))]).rstrip() + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " | ".join(cells).join(("| ", " |"))
+    return " | ".join(cell.replace("|", "\\|") for cell in cells).join(("| ", " |"))
 
 
 def as_csv(rows: Sequence[Row]) -> str:

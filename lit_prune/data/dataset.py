@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from lit_prune.data import regions
 from lit_prune.data.conversation import (
     IGNORED,
     TOKEN_KEYS,
@@ -113,18 +114,22 @@ class InstructDataset(Dataset):
         cut = conversation.answers - len(encoded.ends) if answered else 0
         if cut:
             conversation = conversation.first(conversation.answers - cut)
+        boxes, shown = _boxes(record), None
+        if self.mode != "train" and record.get("boxes") is not None:
+            shown = regions.sample_regions(self.processor, encoded.inputs, [image.size for image in images], boxes)
         return Sample(
             inputs=encoded.inputs,
             prompt=encoded.prompt,
             id=name,
             answer=conversation.answer,
             question=conversation.question,
-            skill=str(record.get("skill") or "all"),
-            boxes=_boxes(record),
+            skill=_skill(record),
+            boxes=boxes,
             record=index,
             cut=cut,
             file=self.source.file_of(index),
             unread=() if images else tuple(similar_keys(record)),
+            regions=shown,
         )
 
     def _decode(self, image: ImageFile) -> Image.Image:
@@ -136,6 +141,14 @@ def _shortened(reason: str) -> str:
     """At most 500 characters, from both ends."""
     half = LONGEST_REASON // 2 - 3
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:half]} ... {reason[-half:]}"
+
+
+def _skill(record: dict) -> str | None:
+    """The skill of a record, on one line; None where nothing, or NaN, is given."""
+    skill = record.get("skill")
+    if skill is None or skill != skill:
+        return None
+    return " ".join(str(skill).split()) or None
 
 
 def _boxes(record: dict) -> list[list[float]]:
@@ -224,6 +237,8 @@ class Collate:
             batch["unread"] = unread
         if self.mode != "train":
             batch["prompts"] = self._prompts(samples, batch["inputs"])
+            if hints := regions.joined([s.regions for s in samples]):
+                batch["hints"] = hints
         return batch
 
     def _inputs(self, samples: list[Sample]) -> dict[str, Tensor]:

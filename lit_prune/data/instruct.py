@@ -43,7 +43,9 @@ class InstructData(LightningDataModule):
             the processor returns.
         prompts: in evaluation only, the same keys without labels, padded on the left: up to and including the
             generation prompt of the last answer. Image tensors are the very objects of `inputs`.
-        ids, questions, answers (the last ones' text), skills ("all" if the record names none), boxes (pixels),
+        hints: in evaluation only, if records have boxes and the places of visual tokens are known: `regions` (B,
+            regions, visual tokens), how much of each token's patch each box covers.
+        ids, questions, answers (the last ones' text), skills (None if the record names none), boxes (pixels),
         records (index in the file), sources (the mixture's, by name; "" in evaluation).
         figures: in training only, what to log of the data, on this rank since the run began or was resumed:
             `share/NAME`, the share of the samples that came of each source of a mixture; `bad`, distinct bad samples;

@@ -12,7 +12,8 @@ class Sample:
 
     `prompt` is the number of tokens before the last answer, `record` its index in its source and `file` the file there,
     `source` that one's name in a mixture, `cut` how many turns it lost for its length, `unread` which of its keys seem
-    to hold images that nothing reads.
+    to hold images that nothing reads. `skill` is None where the record names none; `regions` are its boxes on the grid
+    of its visual tokens, None where it has none or the grid isn't known.
     """
 
     inputs: dict[str, Tensor]
@@ -20,13 +21,14 @@ class Sample:
     id: str | int
     answer: str
     question: str
-    skill: str
+    skill: str | None
     boxes: list
     record: int
     cut: int = 0
     source: str = ""
     file: str = ""
     unread: tuple[str, ...] = ()
+    regions: Tensor | None = None
 
 
 class Skipped(NamedTuple):

@@ -31,6 +31,12 @@ class HostOptions:
             if (value := getattr(self, name)) not in allowed:
                 raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
+    def described(self) -> list[str]:
+        """Options that differ from their defaults, in words."""
+        words = {"mass": "proportional attention", "positions": "renumbered positions"}
+        plain = ("count", "renumbered")
+        return [words[name] + ("" if value in plain else f" ({value})") for name, value in self.changed().items()]
+
     def changed(self) -> dict[str, Any]:
         """Options that differ from their defaults."""
         default = HostOptions()

@@ -16,6 +16,7 @@ INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
 TOKENS = {"image": "image_token_id", "video": "video_token_id"}
 # Model types whose images all have the same number of tokens. In the others it depends on the image's size.
 FIXED_GRID = ("llava",)
+NOMINAL = 576  # visual tokens of an image about which a configuration says nothing [ours]
 # Families whose image tokens attend to each other in both directions.
 BIDIRECTIONAL = ("paligemma", "gemma3", "gemma4", "gemma4_unified", "molmo2")
 
@@ -83,8 +84,8 @@ def find(model: nn.Module) -> Places:
             f"{type(model).__name__} is no vision-language model with a decoder and an image token; "
             f"load a *ForConditionalGeneration, such as LLaVA"
         )
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    fixed = model.config.model_type in FIXED_GRID and vision.model_type in TOWERS
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    fixed = model.config.model_type in FIXED_GRID and getattr(vision, "model_type", None) in TOWERS
     visual = crop_load(model.config, 1).visual if fixed else nominal_tokens(model.config)
     return Places(
         decoder=decoder,
@@ -107,7 +108,7 @@ def check_stages(config: Config, stages: tuple[int, ...]) -> None:
             f"models of the family {config.model_type} can't be pruned: their image tokens attend to each other in "
             f"both directions, and the masks behind a stage are causal"
         )
-    full_until = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+    full_until = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if stages[0] < full_until:
         raise LitPruneError(
             f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to {full_until - 1} this "
@@ -133,15 +134,26 @@ def tower(model: nn.Module) -> Tower:
     return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
 
-def nominal_tokens(config) -> int:
-    """Visual tokens that stand for an image's where images differ: those of one tile, else of a usual image [ours]."""
-    if getattr(config, "image_seq_length", None):
-        return config.image_seq_length
-    vision = config.vision_config
-    if hasattr(vision, "image_size"):
-        return (vision.image_size // vision.patch_size) ** 2
-    height, width = (side // (vision.patch_size * vision.spatial_merge_size) for side in USUAL)
-    return height * width
+def nominal_tokens(config: Config) -> int:
+    """Visual tokens that stand for an image's where images differ: those of one tile, else of a usual image [ours].
+
+    For display, and the repair adapter's number of codes: a configuration that doesn't say gives `NOMINAL`.
+    """
+    if isinstance(given := getattr(config, "image_seq_length", None), int) and given > 0:
+        return given
+    vision = getattr(config, "vision_config", None)
+    image, patch = (_height_width(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    if image is None and (merge := getattr(vision, "spatial_merge_size", None)):
+        image, patch = USUAL, patch and tuple(side * merge for side in patch)
+    if image is None or patch is None:
+        return NOMINAL
+    return max(1, (image[0] // patch[0]) * (image[1] // patch[1]))
+
+
+def _height_width(size: object) -> tuple[int, int] | None:
+    """Both sides of what may be given as one number, two, or not at all."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    return sides if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides) else None
 
 
 def _windowed(text) -> tuple[int, ...]:

@@ -1,14 +1,15 @@
 """Sizes for `lit_prune.cost`, read off a transformers configuration or a shipped shape; no model is needed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_prune.budget import Budget
+from lit_prune.budget import Budget, tokens
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Pruner
@@ -23,35 +24,67 @@ TOWERS = {
     "qwen2_5_vl_vision": (0, 3),
     "qwen3_vl_vision": (0, 2),
 }
+DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# A decoder with one of these fields has several MLPs a layer, of which each token takes some.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
 TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
+
+
+def decoder_size(config: Config) -> ModelSize:
+    """Sizes for the price of the decoder alone, with KV cache and LM head.
+
+    Raises `LitPruneError` for a decoder whose arithmetic isn't known.
+    """
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in DECODER]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or any(getattr(text, name, 0) for name in EXPERTS):
+        raise LitPruneError(f"the price of a decoder of type {getattr(text, 'model_type', '?')} isn't known")
+    width, depth, heads, mlp, vocab = sizes
+    return ModelSize(
+        width=width,
+        depth=depth,
+        heads=heads,
+        key_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or width // heads,
+        mlp=mlp,
+        vocab=vocab,
+        tower_known=False,
+    )
 
 
 def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
     """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
 
-    Raises `LitPruneError` for a vision tower whose arithmetic isn't known.
+    Raises `LitPruneError` for a vision tower, or a decoder, whose arithmetic isn't known.
     """
-    text, vision = config.get_text_config(), config.vision_config
-    merge, layers = _merge(config), getattr(config, "vision_feature_layer", -1)
+    decoder, matrices, vision = decoder_size(config), _tower(config)[1], config.vision_config
+    merge, layers = merged(config), getattr(config, "vision_feature_layer", -1)
     features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
-    return ModelSize(
-        width=text.hidden_size,
-        depth=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        key_heads=text.num_key_value_heads or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        mlp=text.intermediate_size,
-        vocab=text.vocab_size,
+    return replace(
+        decoder,
+        tower_known=True,
         vision_width=vision.hidden_size,
         vision_mlp=vision.intermediate_size,
-        vision_matrices=_tower(config)[1],
-        patch_values=_patch_values(vision),
+        vision_matrices=matrices,
+        patch_values=patch_values(vision),
         projector_in=features,
-        projector_inner=features if hasattr(vision, "spatial_merge_size") else text.hidden_size,
+        projector_inner=features if hasattr(vision, "spatial_merge_size") else decoder.width,
         projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
         image=image_load(config, *image),
     )
+
+
+def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | None:
+    """As much of `model_size` as is known: without the vision tower, or nothing at all (None).
+
+    For figures, which never stop the work that they are about.
+    """
+    for known in (lambda: model_size(config, image), lambda: decoder_size(config)):
+        # Configurations are anyone's: fields are missing, are lists, differ from layer to layer or refuse to be read.
+        with suppress(Exception):
+            return known()
+    return None
 
 
 def image_load(config: Config, height: int, width: int) -> ImageLoad:
@@ -60,13 +93,13 @@ def image_load(config: Config, height: int, width: int) -> ImageLoad:
     Limits on an image's pixels, which stand in a processor's files, are not known here.
     """
     if hasattr(config.vision_config, "spatial_merge_size"):
-        factor = _pair(config.vision_config.patch_size)[0] * _merge(config)
-        rows, columns = (max(1, round(side / factor)) * _merge(config) for side in (height, width))
+        factor = pair(config.vision_config.patch_size)[0] * merged(config)
+        rows, columns = (max(1, round(side / factor)) * merged(config) for side in (height, width))
         return grid_load(config, 1, rows, columns)
     if hasattr(config, "image_grid_pinpoints"):
         return _any_resolution(config, height, width)
     if hasattr(config, "downsample_ratio"):
-        tiles = _tiles(height, width, _pair(config.vision_config.image_size))
+        tiles = _tiles(height, width, pair(config.vision_config.image_size))
         return crop_load(config, tiles + (tiles > 1))
     return crop_load(config, 1)
 
@@ -75,11 +108,11 @@ def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoa
     """The load of `crops` crops of the tower's fixed size, which give `visual` tokens (all of theirs by default)."""
     vision = config.vision_config
     rows, columns = (
-        pixels // patch for pixels, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
+        pixels // patch for pixels, patch in zip(pair(vision.image_size), pair(vision.patch_size), strict=True)
     )
     tokens, depth = rows * columns + _tower(config)[0], vision.num_hidden_layers
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
-    projected = crops * (tokens if whole else rows * columns) // _merge(config) ** 2
+    projected = crops * (tokens if whole else rows * columns) // merged(config) ** 2
     return ImageLoad(
         patches=crops * rows * columns,
         tokens=(crops * tokens,) * depth,
@@ -91,12 +124,12 @@ def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoa
 
 def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad:
     """The load of an image that the tower takes in its own size, as a grid of patches, with or without windows."""
-    vision, merge = config.vision_config, _merge(config)
+    vision, merge = config.vision_config, merged(config)
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
     patches = frames * rows * columns
     windowed = full = frames * (rows * columns) ** 2
     if hasattr(vision, "window_size"):
-        side = vision.window_size // merge // _pair(vision.patch_size)[0]
+        side = vision.window_size // merge // pair(vision.patch_size)[0]
         windowed = frames * merge**4 * _squares(rows // merge, side) * _squares(columns // merge, side)
     whole = getattr(vision, "fullatt_block_indexes", range(depth))
     pairs = tuple(full if layer in whole else windowed for layer in range(depth))
@@ -106,8 +139,11 @@ def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad
 def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
     """What the tower runs for a processor's `inputs`, whose samples have `total` visual tokens (batch,).
 
-    None where images have one size, or where the inputs don't say which size they have.
+    None where images have one size, where the inputs don't say which size they have, or where the tower's price isn't
+    known.
     """
+    if getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS:
+        return None
     grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
     if grids is not None:
         loads = [grid_load(config, *grid) for grid in grids.tolist()]
@@ -205,9 +241,20 @@ class TowerSize:
     tiles: int
 
     def share(self, keep: Budget) -> int:
-        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up."""
+        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up.
+
+        A share is one of each tile's patches.
+        """
+        keep = tokens(keep, self.tiles * self.side**2)
         arriving = keep[0] if isinstance(keep, dict) else keep
         return min(self.side**2, -(-arriving // self.tiles))
+
+    def read(self, patches: int, values: bool) -> int:
+        """Tokens projected once more for a stage that finds so many patches: to keys, values, and queries.
+
+        The class token's query, or that of every patch where there is none.
+        """
+        return (patches + self.prefix) + patches * values + (1 if self.prefix else patches)
 
 
 def tower_size(config: Config) -> TowerSize:
@@ -238,22 +285,24 @@ def tower_trace(config: Config, pruner: Pruner, keep: Budget, tiles: int) -> Tow
     size = tower_size(config)
     share, patches = size.share(keep), size.side**2
     schedule = pruner.vision_schedule(share, patches, size.features)
-    now, tokens, scored, stages = pruner.image_side(share, size.side) ** 2, [], 0, []
+    now, tokens, scored, rated, stages = pruner.image_side(share, size.side) ** 2, [], 0, 0, []
     entered, one = now, torch.ones(tiles, dtype=torch.long)
     for layer in range(size.features + 1):
         if layer == size.features:  # the layers behind the features run too, before the stage there
             tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
         if schedule.get(layer, now) < now:
-            scored += (now + size.prefix) * (1 + pruner.needs_values) * (layer > 0)
+            if layer > 0:
+                scored += size.read(now, pruner.needs_values)
+                rated += now + size.prefix
             stages.append((one * now, one * schedule[layer]))
             now = schedule[layer]
         if layer < size.features:
             tokens.append(torch.full((tiles,), now + size.prefix))
-    return TowerTrace(one * entered, tokens, one * now, one * scored, stages)
+    return TowerTrace(one * entered, tokens, one * now, one * scored, one * rated, stages)
 
 
 def _tower(config: Config) -> tuple[int, int]:
-    kind = config.vision_config.model_type
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
     if kind not in TOWERS:
         raise LitPruneError(
             f"the price of a vision tower of type {kind} isn't known, only of {', '.join(TOWERS)}; "
@@ -262,16 +311,16 @@ def _tower(config: Config) -> tuple[int, int]:
     return TOWERS[kind]
 
 
-def _merge(config: Config) -> int:
+def merged(config: Config) -> int:
     """Patches along one side that become one visual token."""
     return getattr(config.vision_config, "spatial_merge_size", None) or int(1 / getattr(config, "downsample_ratio", 1))
 
 
-def _patch_values(vision: Config) -> int:
-    height, width = _pair(vision.patch_size)
+def patch_values(vision: Config) -> int:
+    height, width = pair(vision.patch_size)
     channels = getattr(vision, "num_channels", None) or vision.in_channels
     return channels * height * width * getattr(vision, "temporal_patch_size", 1)
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

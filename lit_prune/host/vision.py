@@ -36,7 +36,8 @@ class TowerPass:
     side: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     lengths: list[Tensor] = field(default_factory=list)
-    scored: int = 0
+    scored: int = 0  # tokens projected once more for the stages so far
+    rated: int = 0  # tokens whose attention they read
     stages: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # patches that each stage found and kept
 
 
@@ -141,7 +142,8 @@ class TowerHost:
         Not every family hands keywords down to its attention function, where queries and keys could be read for free.
         """
         own, prefix, normed = layer.self_attn, self.tower.size.prefix, layer.layer_norm1(state.before)
-        state.scored += normed.shape[1] * (1 + self.pruner.needs_values)
+        state.scored += self.tower.size.read(normed.shape[1] - prefix, self.pruner.needs_values)
+        state.rated += normed.shape[1]
         keys = own.k_proj(normed)
         values = own.v_proj(normed[:, prefix:]) if self.pruner.needs_values else None
         query = own.q_proj(normed[:, :1] if prefix else normed).mean(1)
@@ -180,6 +182,7 @@ class TowerHost:
             tokens=state.lengths,
             projected=self._present(features, state) - self.tower.size.prefix,
             scored=tiles * state.scored,
+            rated=tiles * state.rated,
             stages=state.stages,
         )
 

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_prune import selection
-from lit_prune.budget import Budget, OutOfReach, Schedule, check_layers, given, scale_layers, solve
+from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve, tokens
+from lit_prune.budget.schedule import OutOfReach
 from lit_prune.errors import LitPruneError
 
 
@@ -122,6 +123,8 @@ class Pruner(nn.Module):
         depth: depth of the decoder that `layers` is written for; they are scaled to the host's. `None`: as written.
     """
 
+    title: str = ""  # the method's name as people write it; without one, that of its file stands for it
+    repairs: bool = False  # whether a repair adapter belongs to the method as published
     attention: AttentionRows | None = None
     needs_embeds: bool = False
     needs_states: bool = False
@@ -142,7 +145,11 @@ class Pruner(nn.Module):
         return layers
 
     def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
-        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given."""
+        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given.
+
+        A share is one of `visual`.
+        """
+        keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return given(keep, self.stages(depth))
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
@@ -153,6 +160,7 @@ class Pruner(nn.Module):
         Every stage keeps a token of each image. Where that, or the layers before the first stage, take more than
         `keep`, this is the schedule nearest to it, above it.
         """
+        keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return {layer: max(count, images) for layer, count in self.schedule(keep, visual, depth).items()}
         keep, lowest = min(keep, visual), dict.fromkeys(self.stages(depth), images)
@@ -176,10 +184,21 @@ class Pruner(nn.Module):
         if not dims.varies:
             return self.schedule(keep, dims.visual, dims.depth)
         self.stages(dims.depth)
+        keep = tokens(keep, dims.visual)
         try:
             return self.schedule(keep if isinstance(keep, dict) else min(keep, dims.visual), dims.visual, dims.depth)
         except OutOfReach:
             return None
+
+    @property
+    def random(self) -> bool:
+        """True if the method draws from a `seed` of its own, so that several draws are worth measuring."""
+        return hasattr(self, "seed")
+
+    def redraw(self, by: int) -> None:
+        """Move the seed on; nothing for methods that draw nothing."""
+        if hasattr(self, "seed"):
+            self.seed += by
 
     @property
     def free(self) -> bool:

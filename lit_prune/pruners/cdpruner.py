@@ -24,6 +24,8 @@ class CDPruner(PickedOneByOne):
     is then an upper bound.
     """
 
+    title = "CDPruner"
+
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """The earlier a token was picked the higher, 1 for the last; of the rest the relevance, moved below 0."""
         unit, alive = normalize(context.visual_embeds.detach().float(), dim=-1), context.alive

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lit_prune.budget import Budget, Schedule, given, solve
+from lit_prune.budget import Budget, Schedule, given, solve, tokens
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext
 
@@ -36,6 +36,26 @@ class Chain(Pruner):
         self.needs_keys = first.needs_keys or then.needs_keys
         self.needs_values = first.needs_values
 
+    @property
+    def title(self) -> str:
+        """Both names, where both have one."""
+        return f"{self.then.title} after {self.first.title}" if self.first.title and self.then.title else ""
+
+    @property
+    def repairs(self) -> bool:
+        """As the decoder's method says."""
+        return self.then.repairs
+
+    @property
+    def random(self) -> bool:
+        """True if either method draws."""
+        return self.first.random or self.then.random
+
+    def redraw(self, by: int) -> None:
+        """Move the seeds of both methods on."""
+        self.first.redraw(by)
+        self.then.redraw(by)
+
     def stages(self, depth: int) -> tuple[int, ...]:
         """Layer 0, then those of the decoder's method."""
         return (0, *self.then.stages(depth))
@@ -45,6 +65,7 @@ class Chain(Pruner):
 
     def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
         """What leaves the tower at layer 0, and the decoder's method solved for what is left of the budget."""
+        keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return given(keep, self.stages(depth))
         solve(keep, visual, depth, (0,), (1.0,))  # raises where no method could meet it
@@ -86,6 +107,10 @@ class Chain(Pruner):
         """As the method of that stage says."""
         method = self.first if stage == 0 else self.then
         return method.stage_flops(max(0, stage - 1), visual, text, width, kept)
+
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+        """Those of the tower's method."""
+        return self.first.vision_flops(visual, kept, width)
 
     def anneal(self, tau: float, noise: float) -> None:
         """Temperature and noise of both methods."""

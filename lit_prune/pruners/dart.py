@@ -30,6 +30,7 @@ class DART(Pruner):
         visual_pivots: number of visual pivots [paper: 4]. text_pivots: of question tokens [paper: 4].
     """
 
+    title = "DART"
     needs_keys = True
 
     def __init__(

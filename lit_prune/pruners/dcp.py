@@ -51,6 +51,7 @@ class DCPPrune(VisionPruner):
         text: weight of the question in TATCS, 0 to 1.
     """
 
+    title = "DCP-Prune"
     needs_embeds = True
     needs_values = True
 

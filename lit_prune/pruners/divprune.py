@@ -21,6 +21,8 @@ class DivPrune(PickedOneByOne):
     pruned one by one [ours]; the price is then an upper bound.
     """
 
+    title = "DivPrune"
+
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """The earlier a token was picked the higher, 1 for the last; of the rest minus the cosine to the nearest pick.
 

@@ -14,6 +14,8 @@ class Downsample(VisionPruner):
     (8: 3 x 3), of which evenly spaced patches go on, so that the budget is exact.
     """
 
+    title = "downsampling"
+
     def __init__(self) -> None:
         super().__init__()
 

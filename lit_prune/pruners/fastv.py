@@ -14,6 +14,7 @@ class FastV(Pruner):
     The paper prunes once, before layer 2; more stages apply the same rule again, for budgets that one can't meet.
     """
 
+    title = "FastV"
     attention = AttentionRows("previous", "last")
 
     def __init__(

@@ -17,6 +17,8 @@ class Oracle(Pruner):
     Every region gives its best-covered token first, then its second, and so on; what is left of the budget is random.
     """
 
+    title = "oracle"
+
     def __init__(
         self, layers: Sequence[int] = (1,), shape: Sequence[float] | None = None, depth: int | None = None
     ) -> None:

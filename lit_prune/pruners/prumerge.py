@@ -24,6 +24,8 @@ class PruMergePlus(VisionPruner):
         vision_depth: see `VisionPruner`.
     """
 
+    title = "PruMerge+"
+
     def __init__(
         self, vision_layers: Sequence[int] = (-1,), neighbours: int = 32, vision_depth: int | None = None
     ) -> None:

@@ -23,6 +23,7 @@ class PyramidDrop(Pruner):
         depth: see `Pruner`.
     """
 
+    title = "PyramidDrop"
     attention = AttentionRows("own", "last")
 
     def __init__(

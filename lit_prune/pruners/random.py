@@ -15,6 +15,8 @@ class Random(Pruner):
     The draw depends on the sample alone, never on its batch, a worker or a generator's state.
     """
 
+    title = "random"
+
     def __init__(
         self,
         layers: Sequence[int] = (0,),

@@ -95,6 +95,8 @@ class RCP(Pruner):
             the uniform weight 1 / tokens, so that a short training run can move it [ours].
     """
 
+    repairs = True
+
     def __init__(
         self,
         layers: Sequence[int] = (1, 13, 25),
@@ -124,6 +126,11 @@ class RCP(Pruner):
         # Set by `anneal` between steps, never in forward.
         self.tau, self.noise = 1.0, 0.0
         self.scorers = nn.ModuleList()
+
+    @property
+    def title(self) -> str:
+        """An adaptive budget is part of the name."""
+        return "RCP, adaptive" if self.select == "mass" else "RCP"
 
     @property
     def free(self) -> bool:

@@ -22,6 +22,8 @@ class Scope(VisionPruner):
         vision_depth: see `VisionPruner`.
     """
 
+    title = "SCOPE"
+
     def __init__(
         self, vision_layers: Sequence[int] = (-1,), power: float = 1.0, vision_depth: int | None = None
     ) -> None:

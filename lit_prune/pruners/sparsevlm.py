@@ -35,6 +35,7 @@ class SparseVLM(Pruner):
         neighbours: nearest neighbours in the density [ours: 5].
     """
 
+    title = "SparseVLM"
     attention = AttentionRows("own", "question", each=True)
     needs_embeds = True
     needs_states = True

@@ -13,6 +13,7 @@ from lit_prune.pruners.base import Context, Pruner
 class TextSimilarity(Pruner):
     """Largest cosine between a visual token and any question word at the decoder's input: needs no layer at all."""
 
+    title = "word similarity"
     needs_embeds = True
 
     def __init__(

@@ -20,6 +20,8 @@ class Uniform(Pruner):
     unpadded or wide images, newline tokens) keeps evenly spaced ones in raster order.
     """
 
+    title = "uniform"
+
     def __init__(
         self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
     ) -> None:

@@ -22,6 +22,8 @@ class VisionZip(VisionPruner):
         vision_depth: see `VisionPruner`.
     """
 
+    title = "VisionZip"
+
     def __init__(
         self, vision_layers: Sequence[int] = (-1,), contextual: float = 10 / 64, vision_depth: int | None = None
     ) -> None:

@@ -12,6 +12,7 @@ import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lit_prune.budget import pairs_as_text
 from lit_prune.errors import LitPruneError
 
 KEYS = {"name", "description", "project", "entity", "program", "command", "method", "metric", "parameters"}
@@ -80,7 +81,7 @@ class Sweep:
 def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; raises `LitPruneError` naming the key that W&B or Optuna could not use."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(pairs_as_text(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise LitPruneError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -22,6 +22,7 @@ from lit_prune.evaluation import encode_images
 from lit_prune.host import DecoderHost, Record, Session
 from lit_prune.host.cut import cut_to
 from lit_prune.host.places import find
+from lit_prune.host.sizes import USUAL, image_load
 from lit_prune.plugin import Plugin
 from lit_prune.timing.clocks import Clock, noisy, spread
 from lit_prune.timing.prompts import SEED, Prompt, decode, prefill, random_prompt
@@ -53,7 +54,7 @@ class Times:
 class Ran:
     """What one prefill did: FLOPs of the batch, bytes in its cache, lengths at each decoder layer, tokens per stage."""
 
-    flops: float
+    flops: float | None  # None: the model's arithmetic isn't known
     kv_bytes: int
     visual: float
     lengths: list[int]
@@ -70,6 +71,7 @@ class Benchmark:
         text_tokens: of each prompt, beside its image's.
         new_tokens: answered in each request, at least 2.
         clock: see `clock_for`.
+        image: height and width in pixels of each prompt's image, for models whose images differ.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Benchmark:
         text_tokens: int,
         new_tokens: int,
         clock: Clock,
+        image: tuple[int, int] = USUAL,
     ) -> None:
         if new_tokens < 2 or text_tokens < 2 or not batch_sizes or min(batch_sizes) < 1:
             raise LitPruneError("bench needs text_tokens and new_tokens of at least 2 and batch sizes of at least 1")
@@ -89,7 +92,8 @@ class Benchmark:
             raise LitPruneError("two methods have the same name; give NAME=PATH")
         self.vlm, self.methods, self.batch_sizes = vlm.detach(), list(methods), list(dict.fromkeys(batch_sizes))
         self.dims = find(vlm.model).dims
-        self.text_tokens, self.new_tokens, self.clock = text_tokens, new_tokens, clock
+        self.text_tokens, self.new_tokens, self.clock, self.image = text_tokens, new_tokens, clock, image
+        self.visual = image_load(self.vlm.model.config, *image).visual
         self.prompts: dict[int, Prompt] = {}
         self.ran: dict[tuple[int, str], Ran] = {}
         self.times: dict[tuple[int, str], Times] = {}
@@ -130,7 +134,7 @@ class Benchmark:
     def _measure(self, batch: int, method: Method, times: Times) -> None:
         """One turn of one method at one batch size."""
         if batch not in self.prompts:
-            self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens)
+            self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens, self.image)
         model = self.vlm.model
         if (batch, method.name) not in self.ran:
             self.ran[batch, method.name] = self._inspect(method, self.prompts[batch])
@@ -179,9 +183,10 @@ class Benchmark:
             if self.vlm.host is None:
                 host.detach()
             _, cache = prefill(model, prompt.features)
-        parts = price(record.trace, self.vlm.size, *_parts(method.plugin))
+        size = self.vlm.size
+        parts = None if size is None else price(record.trace, size, *_parts(method.plugin))
         return Ran(
-            flops=(decoder_total(parts) + parts["lm_head"]).sum().item(),
+            flops=None if parts is None else (decoder_total(parts) + parts["lm_head"]).sum().item(),
             kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
             visual=record.trace.average_visual().mean().item(),
             lengths=_widths(record.trace),
@@ -205,8 +210,9 @@ class Benchmark:
         gains = dict.fromkeys(("speedup", "flops_ratio", "efficiency", "ttft_speedup", "decode_speedup"))
         if full is not None and reference is not None and reference.decode:
             gains["speedup"] = float(np.median(reference.prefill)) / prefill_s
-            gains["flops_ratio"] = full.flops / ran.flops
-            gains["efficiency"] = gains["speedup"] / gains["flops_ratio"]
+            if ran.flops is not None:
+                gains["flops_ratio"] = full.flops / ran.flops
+                gains["efficiency"] = gains["speedup"] / gains["flops_ratio"]
             gains["ttft_speedup"] = float(np.median(reference.first)) / first
             gains["decode_speedup"] = float(np.median(reference.decode)) / decode_s
         overhead, overhead_spread = _overhead(times)

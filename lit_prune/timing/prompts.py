@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import encode_images
 from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.host.noise import noise
 from lit_prune.host.places import find, unwrap
+from lit_prune.host.sizes import USUAL
 from lit_prune.vlm import VLM
 
 SEED = 0  # of the random prompts and of untrained plug-ins
@@ -23,25 +24,23 @@ class Prompt:
     features: dict[str, Any]
 
 
-def random_prompt(vlm: VLM, batch: int, text_tokens: int) -> Prompt:
-    """Images of noise behind one text token, and random text after them; the same for every method.
+def random_prompt(vlm: VLM, batch: int, text_tokens: int, image: tuple[int, int] = USUAL) -> Prompt:
+    """One text token, an image of noise and random text in each sample; the same for every method.
 
-    Raises `LitPruneError` for a family whose number of visual tokens hangs on the image.
+    `image`: height and width in pixels where images differ. Raises `LitPruneError` for a vision tower that isn't known.
     """
     model, places = vlm.model, find(vlm.model)
-    vision, size = model.config.vision_config, model.config.get_text_config().vocab_size
-    if places.image_length is None:
-        raise LitPruneError(
-            f"bench draws images for models whose images all have as many tokens, as in LLaVA-1.5; those of "
-            f"{type(model).__name__} differ"
-        )
-    generator = torch.Generator().manual_seed(SEED)
+    size, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(SEED)
     text = torch.randint(size, (batch, text_tokens), generator=generator)
     token = places.tokens["image"]
-    text[text == token] = (token + 1) % size
-    image = torch.full((batch, places.image_length), token)
-    pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator).to(model.dtype)
-    inputs = {"input_ids": torch.cat([text[:, :1], image, text[:, 1:]], 1), "pixel_values": pixels}
+    for special in places.tokens.values():
+        text[text == special] = (max(places.tokens.values()) + 1) % size
+    images, visual = noise(model.config, batch, image, generator)
+    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    ids = torch.cat([text[:, :1], torch.full((batch, visual), token), text[:, 1:]], 1)
+    inputs = {"input_ids": ids, **images}
+    if "image_grid_thw" in images:
+        inputs["mm_token_type_ids"] = (ids == token).long()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     return Prompt(inputs, encode_images(vlm, inputs))
 

@@ -66,11 +66,13 @@ def test_evaluation_batch(processor, mixed):
     assert batch["ids"] == ["a", 1, 7]
     assert batch["answers"] == ["yes", "BB", "C"]
     assert batch["questions"] == ["Q", "Two", "Text"]
-    assert batch["skills"] == ["existence", "all", "all"]
+    assert batch["skills"] == ["existence", None, None]
     assert batch["boxes"] == [[[0, 1, 2, 3]], [], []]
     assert batch["records"] == [0, 1, 2]
     assert batch["sources"] == ["", "", ""]
-    assert set(batch) == {"inputs", "prompts", "ids", "answers", "questions", "skills", "boxes", "records", "sources"}
+    lists = {"ids", "answers", "questions", "skills", "boxes", "records", "sources"}
+    assert set(batch) == {"inputs", "prompts", "hints", *lists}
+    assert batch["hints"]["regions"].shape == (3, 1, TOKENS)
     assert set(inputs) == {"input_ids", "attention_mask", "labels", "pixel_values"}
     assert set(prompts) == set(inputs) - {"labels"}
     assert prompts["pixel_values"] is inputs["pixel_values"]

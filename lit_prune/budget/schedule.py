@@ -1,15 +1,11 @@
-"""Budgets and schedules: `keep` counts visual tokens averaged over the inputs of all decoder layers.
-
-A schedule is solved from such a count, or given as it is.
-"""
+"""Schedules: whole counts per stage, solved from an average or given as they are."""
 
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 
+from lit_prune.budget.grammar import Budget, Schedule, format_schedule, tokens
+from lit_prune.budget.nearest import nearest_counts
 from lit_prune.errors import LitPruneError
-
-Schedule = dict[int, int]  # {decoder layer: visual tokens kept from its input on}
-Budget = int | Schedule  # an average to solve for, or the counts themselves
 
 
 class OutOfReach(LitPruneError):
@@ -23,6 +19,12 @@ def average(schedule: Schedule, visual: int, depth: int) -> float:
         now = min(now, schedule.get(layer, now))
         total += now
     return total / depth
+
+
+def asked(budget: Budget, visual: int, depth: int) -> float:
+    """Visual tokens on average over `depth` decoder layers that a budget asks of a sample with `visual` of them."""
+    count = tokens(budget, visual)
+    return average(count, visual, depth) if isinstance(count, dict) else float(min(count, visual))
 
 
 def spans(layers: tuple[int, ...], depth: int) -> list[int]:
@@ -45,8 +47,9 @@ def check_layers(layers: tuple[int, ...], depth: int) -> None:
 def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tuple[float, ...]) -> Schedule:
     """Schedule whose average is `keep`: counts near a multiple of `shape`, never rising, at least one token.
 
-    The average is exact where whole counts allow it, else the nearest one, of two equally near the lower. Counts are
-    searched around the real-valued solution; among those of the best average the one closest to `shape` wins.
+    The average is exact where whole counts allow it, else the nearest one, of two equally near the lower; up to four
+    stages keep within three tokens of the real-valued solution, since farther counts would bend the shape. Among those
+    of the best average the one closest to `shape` wins.
 
     Raises `LitPruneError` if `keep` is above `visual` or below one, `OutOfReach` if it is used up by the layers before
     the first stage.
@@ -54,6 +57,8 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
     check_layers(layers, depth)
     if len(shape) != len(layers):
         raise LitPruneError(f"shape {list(shape)} needs one number for each pruning layer {list(layers)}")
+    if not all(0 < part < float("inf") for part in shape):
+        raise LitPruneError(f"shape {list(shape)}: the relative counts of the stages must be numbers above 0")
     if not 1 <= keep <= visual:
         raise LitPruneError(f"keep={keep} must lie between 1 and the image's {visual} visual tokens")
     if keep == visual:
@@ -66,7 +71,9 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
             f"keep={keep} can't be reached: the {layers[0]} decoder layers before the first stage see all {visual} "
             f"visual tokens, so the average is at least {lowest:.1f}; prune earlier or keep more"
         )
-    counts = _nearest_counts(room, ruled, _ideal(room, ruled, shape, visual), visual)
+    counts = nearest_counts(room, ruled, _ideal(room, ruled, shape, visual), visual)
+    if counts is None:
+        raise LitPruneError(f"shape {list(shape)} must not rise: later stages can't keep more than earlier ones")
     return dict(zip(layers, counts, strict=True))
 
 
@@ -86,24 +93,6 @@ def given(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
     return dict(schedule)
 
 
-def parse_budget(text: str) -> Budget:
-    """`64` (an average) or `2:192,4:64,8:16` (layer:count of each stage); raises `LitPruneError` for anything else."""
-    try:
-        if ":" not in text:
-            return int(text)
-        pairs = (stage.split(":") for stage in text.split(","))
-        return {int(layer): int(count) for layer, count in pairs}
-    except ValueError as error:
-        raise LitPruneError(
-            f"budget {text!r}: write a number of visual tokens such as 64, or counts by layer such as 2:192,4:64"
-        ) from error
-
-
-def format_schedule(schedule: Schedule) -> str:
-    """What `parse_budget` reads: `2:192,4:64`."""
-    return ",".join(f"{layer}:{count}" for layer, count in schedule.items())
-
-
 def _ideal(room: int, ruled: list[int], shape: tuple[float, ...], visual: int) -> list[float]:
     """Real-valued counts t * shape, clipped to [1, visual], that spend `room`; t by bisection."""
 
@@ -116,25 +105,6 @@ def _ideal(room: int, ruled: list[int], shape: tuple[float, ...], visual: int) -
         spent = sum(n * k for n, k in zip(ruled, counts(t), strict=True))
         low, high = (t, high) if spent < room else (low, t)
     return counts(high)
-
-
-def _nearest_counts(room: int, ruled: list[int], ideal: list[float], visual: int) -> tuple[int, ...]:
-    """Whole counts that spend what is nearest to `room`, among those the nearest to `ideal` in relative terms."""
-    reach = 3 if len(ideal) <= 4 else 1
-    options = [range(max(1, int(k) - reach), min(visual, int(k) + reach + 1) + 1) for k in ideal]
-    best, best_key = None, None
-    for counts in product(*options):
-        spent = sum(n * k for n, k in zip(ruled, counts, strict=True))
-        falls = all(a >= b for a, b in pairwise(counts))
-        if not falls:
-            continue
-        distance = sum(((k - i) / i) ** 2 for k, i in zip(counts, ideal, strict=True))
-        key = (-abs(spent - room), -spent, -distance)
-        if best_key is None or key > best_key:
-            best, best_key = counts, key
-    if best is None:
-        raise LitPruneError(f"no falling schedule of whole tokens spends about {room} token layers over spans {ruled}")
-    return best
 
 
 def scale_layers(layers: tuple[int, ...], depth: int | None, host_depth: int) -> tuple[int, ...]:

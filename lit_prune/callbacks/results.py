@@ -1,0 +1,91 @@
+"""The figures of `test` and `validate`, for people: grouped and rounded."""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from statistics import fmean
+
+from lightning import Callback, LightningModule, Trainer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+STAGES = {"validate": "val", "test": "test"}
+
+
+class PrintResults(Callback):
+    """Prints what `test` or `validate` found as one short table, in place of Lightning's line a figure.
+
+    Loggers get every figure with all its digits. `fit` has its own line for each validation.
+    """
+
+    def __init__(self) -> None:
+        self.on = True
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print them on rank zero."""
+        stage = STAGES.get(trainer.state.fn.value) if trainer.state.fn is not None else None
+        if not self.on or stage is None or not trainer.is_global_zero:
+            return
+        figures = {name.removeprefix(f"{stage}/"): float(v) for name, v in trainer.callback_metrics.items()}
+        figures.pop(f"{stage}_accuracy", None)  # the progress bar's
+        if figures:
+            Console(highlight=False).print(as_table(trainer.state.fn.value, figures))
+
+    on_validation_end = on_test_end
+
+
+def as_table(title: str, figures: Mapping[str, float]) -> Table:
+    """The figures of one evaluation, by name without its stage."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _lines(dict(figures)):
+        table.add_row(label, text)
+    return table
+
+
+def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Label and text of each group; what belongs to none comes last, by its name."""
+    layers = {group: _layers(figures, group) for group in ("kept", "w2", "w2_without_repair")}
+    skills = {name.partition("/")[2]: figures.pop(name) for name in list(figures) if name.startswith("accuracy/")}
+    if "all" in skills:
+        yield "accuracy, %", f"{100 * skills.pop('all'):.1f}"
+    if skills:
+        yield "by skill", ", ".join(f"{skill} {100 * value:.1f}" for skill, value in skills.items())
+    if "agreement" in figures:
+        yield "as the full model, %", f"{100 * figures.pop('agreement'):.1f}"
+    if "visual_tokens" in figures:
+        yield "visual tokens a layer", f"{figures.pop('visual_tokens'):.1f}" + _runs(layers["kept"])
+    for name, label, unit in (("flops", "decoder's prefill", "FLOP"), ("kv_bytes", "KV cache", "B")):
+        if name in figures:
+            yield label, f"{_scaled(figures.pop(name))}{unit}"
+    for group, label in (("w2", "shift W2"), ("w2_without_repair", "W2 without repair")):
+        if values := layers[group]:
+            most = max(range(len(values)), key=values.__getitem__)
+            yield label, f"{fmean(values):.2f} on average, {values[most]:.2f} at most (after layer {most})"
+    if "kappa" in figures:
+        yield "kappa", f"{figures.pop('kappa'):.3f}"
+    for name, value in sorted(figures.items()):
+        yield name, str(float(f"{value:.4g}"))
+
+
+def _layers(figures: dict[str, float], group: str) -> list[float]:
+    """Take the figures of a group out, one a decoder layer, in order."""
+    names = [name for name in figures if re.fullmatch(rf"{group}/layer_\d+", name)]
+    names.sort(key=lambda name: int(name.rpartition("_")[2]))
+    return [figures.pop(name) for name in names]
+
+
+def _runs(values: list[float]) -> str:
+    """` (144, 15 x4, 6 x4, 4 x7)`: layers in a row that see as many."""
+    runs = [(text, len(list(same))) for text, same in groupby(f"{value:.4g}" for value in values)]
+    shown = ", ".join(text if count == 1 else f"{text} x{count}" for text, count in runs)
+    return f" ({shown})" if shown else ""
+
+
+def _scaled(value: float) -> str:
+    """Three digits and a prefix."""
+    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
+    prefix, scale = next((p, s) for p, s in prefixes if value >= s or s == 1)
+    return f"{value / scale:.3g} {prefix}"
