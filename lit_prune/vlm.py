@@ -22,6 +22,7 @@ from lit_prune.host.sizes import model_size
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
+from lit_prune.yaml_files import NoMapping, read_yaml
 
 
 def load(
@@ -218,16 +219,12 @@ def as_plugin(
 
 def plugin_from_yaml(path: str | Path) -> Plugin:
     """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
-    import yaml
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LitPruneError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise LitPruneError(f"{path} is not YAML: {error}") from error
-    model = config.get("model") if isinstance(config, dict) else None
+        model = read_yaml(path).get("model")
+    except NoMapping:
+        model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
     parser = ArgumentParser(exit_on_error=False)

@@ -16,6 +16,7 @@ FLOORS = {
         [
             "errors",
             "files",
+            "yaml_files",
             "selection",
             "merging",
             "graphs",

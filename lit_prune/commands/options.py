@@ -12,8 +12,8 @@ from functools import cache
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_prune.cli import UsageError
-from lit_prune.commands.explain import explain
-from lit_prune.commands.overlays import config_files
+from lit_prune.commands.explain import explain, explain_unexpected
+from lit_prune.commands.overlays import check_files, config_files
 
 SHORT = {"-c": "config", "-o": "out"}
 YES_NO = ("true", "false", "yes", "no")
@@ -33,10 +33,14 @@ def run_verb(verb: str, argv: list[str]) -> None:
     hints += [f"a first word is --{names[0]}", "lists may be written --option a b, flags without a value"]
     parser.epilog = "; ".join(hints)
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
+    if not own_config:
+        check_files(argv)
     try:
         options = parser.parse_args(plain(argv, run))
     except ArgumentError as error:
-        raise UsageError(explain(str(error), parser, config_files(argv))) from error
+        raise UsageError(explain(str(error), parser, [] if own_config else config_files(argv))) from error
+    except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
+        raise UsageError(explain_unexpected(error)) from error
     if not own_config:
         del options["config"]
     run(**parser.instantiate(options).as_dict())

@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 from lit_prune.callbacks import NanGuard, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
-from lit_prune.commands.explain import explain, explain_interpolation
-from lit_prune.commands.overlays import config_files, with_resets
+from lit_prune.commands.explain import explain, explain_interpolation, explain_unexpected
+from lit_prune.commands.overlays import check_files, config_files, with_resets
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
@@ -103,6 +103,7 @@ class PruneCLI(LightningCLI):
     def __init__(self, verb: str | None, args: list[str]) -> None:
         self.verb = verb
         self.args = args
+        check_files(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -138,6 +139,8 @@ class PruneCLI(LightningCLI):
             raise UsageError(explain(str(error), own, config_files(self.args))) from error
         except OmegaConfBaseException as error:
             raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
+        except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
+            raise UsageError(explain_unexpected(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put right what Lightning's own parts make of our configurations."""
