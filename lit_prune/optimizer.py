@@ -5,7 +5,20 @@ import math
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
+from lit_prune.ranges import check_number
+
+
+def check_settings(lr: float, repair_lr: float | None, weight_decay: float, warmup: float, floor: float) -> None:
+    """Raise `LitPruneError` for values that no optimizer can use, or that would train nothing."""
+    check_number("model.lr", lr, least=0)
+    check_number("model.repair_lr", repair_lr, least=0)
+    check_number("model.weight_decay", weight_decay, least=0)
+    check_number("model.warmup", warmup, least=0, most=1)
+    check_number("model.floor", floor, least=0, most=1)
+    if not lr and not repair_lr:
+        raise LitPruneError("model.lr is 0: nothing would be trained; only model.repair_lr can be set beside it")
 
 
 def adamw(plugin: Plugin, lr: float, repair_lr: float | None, weight_decay: float) -> AdamW:

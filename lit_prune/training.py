@@ -17,10 +17,11 @@ from lit_prune.evaluation import Measured
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
 from lit_prune.objective import Anneal, LossWeights
-from lit_prune.optimizer import adamw, warm_cosine
+from lit_prune.optimizer import adamw, check_settings, warm_cosine
 from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.pruners.base import Pruner
+from lit_prune.ranges import check_number, check_numbers
 from lit_prune.repair import RepairAdapter
 from lit_prune.strategies import in_step, parameter_count, refuse_unusable, whole_shape
 from lit_prune.teaching import Moment, Step, Teaching
@@ -57,6 +58,9 @@ class PruneModule(LightningModule):
         floor: last learning rate over the peak, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
+
+    Raises:
+        LitPruneError: a number outside of its range, before the model is loaded; a base or a plug-in that can't be.
     """
 
     def __init__(
@@ -87,6 +91,11 @@ class PruneModule(LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False
+        check_settings(lr, repair_lr, weight_decay, warmup, floor)
+        check_number("model.spare", spare, least=1)
+        check_number("model.gate_clip", gate_clip, above=0)
+        check_number("model.max_new_tokens", max_new_tokens, least=1, whole=True)
+        check_number("model.seed", seed, least=0, most=2**32 - 1, whole=True)
         if loss.attention and not watch:
             raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
@@ -98,6 +107,7 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
+        check_numbers("model.watch", watch, least=0, below=self.vlm.size.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model)
         with torch.random.fork_rng(devices=[]):

@@ -17,6 +17,7 @@ FLOORS = {
             "errors",
             "files",
             "yaml_files",
+            "ranges",
             "selection",
             "merging",
             "graphs",

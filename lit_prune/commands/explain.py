@@ -192,12 +192,12 @@ def _condense(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     reasons = [r for r in lines if r and not NOISE.match(r) and not r.startswith("Parser key")]
     place, _ = _place(message)
-    if place and len(reasons) == 1:
-        reason = re.sub(r"Expected a (.*)\. Got value: ", r"expected \1, got ", reasons[0])
-        return f"`{place}`: {_plain(reason)}"
+    found = re.fullmatch(r"(?:- )?Expected an? (.*)\. Got value: (.*)", reasons[0]) if len(reasons) == 1 else None
+    if place and found:
+        return f"`{place}`: expected {_plain(found[1])}, got {found[2] or 'nothing'}"
     given = re.search(r"Given value: (.*)", message)
-    kinds = [found[1] for r in reasons if (found := re.fullmatch(r"- Expected an? (.*)", r))]
-    if place and kinds and len(kinds) == len(reasons) and given:
+    kinds = [found[1] for r in reasons if (found := re.fullmatch(r"(?:- )?Expected an? (.*)", r))]
+    if place and given and kinds and len(kinds) == len(reasons):
         return f"`{place}`: expected {', or '.join(_plain(kind) for kind in kinds)}, got {given[1]}"
     if place and given and (subtypes := re.search(r"Subtypes: \[(.*)\]$", message, re.MULTILINE)):
         names = [_plain(re.sub(r"\b(\w+\.)+(\w+)", r"\2", kind)) for kind in _split(subtypes[1])]
