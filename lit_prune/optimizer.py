@@ -30,6 +30,21 @@ def adamw(plugin: Plugin, lr: float, repair_lr: float | None, weight_decay: floa
     return AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
 
 
+def follow_settings(
+    optimizer: Optimizer, schedule: LambdaLR, lr: float, repair_lr: float | None, weight_decay: float
+) -> None:
+    """Set the rates and the weight decay of the settings, which a checkpoint may have replaced by its own.
+
+    Where they are the same nothing changes, bit for bit.
+    """
+    schedule.base_lrs = [
+        repair_lr if group.get("name") == "repair" and repair_lr is not None else lr for group in optimizer.param_groups
+    ]
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group.update(initial_lr=base, lr=base * factor(schedule.last_epoch), weight_decay=weight_decay)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def warm_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float) -> LambdaLR:
     """Linear warm-up over a share `warmup` of the `steps`, then a cosine down to `floor` times the peak."""
     warm = max(1, round(warmup * steps))

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
 from lit_prune.blank import has_image, with_blank
@@ -17,7 +18,7 @@ from lit_prune.evaluation import Measured
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
 from lit_prune.objective import Anneal, LossWeights
-from lit_prune.optimizer import adamw, check_settings, warm_cosine
+from lit_prune.optimizer import adamw, check_settings, follow_settings, warm_cosine
 from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.pruners.base import Pruner
@@ -116,6 +117,7 @@ class PruneModule(LightningModule):
         named = {"base": base, "keep": keep, "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
+        self.untrained = plugin is None and made.trained  # as long as no checkpoint is loaded
         self.teaching = Teaching(
             self.vlm,
             keep,
@@ -176,6 +178,7 @@ class PruneModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""
         end_epoch(checkpoint)
+        self.untrained = False
         saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         own = {name: value.shape for name, value in self.state_dict().items()}
         own |= {f"plugin.{name}": whole_shape(p) for name, p in self.plugin.named_parameters()}
@@ -192,6 +195,16 @@ class PruneModule(LightningModule):
             )
 
     # -- training -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse what another project's data module gives, in every verb."""
+        if not isinstance(batch, dict) or not {"inputs", "ids"} <= batch.keys():
+            raise LitPruneError(
+                f"data: the data module gives batches of type {type(batch).__name__}; this module takes those of "
+                "lit_prune.data.InstructData, mappings with `inputs`, `ids` and so on"
+            )
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Teacher and student over one batch; losses on the answers."""
@@ -241,6 +254,16 @@ class PruneModule(LightningModule):
         optimizer = adamw(self.plugin, self.lr, self.repair_lr, self.weight_decay)
         schedule = warm_cosine(optimizer, max(1, self.trainer.estimated_stepping_batches), self.warmup, self.floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Train at the rates that the configuration names, or a finder of them, not at those of a checkpoint."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if len(schedules) == 1 and isinstance(schedules[0], LambdaLR):
+            follow_settings(self.trainer.optimizers[0], schedules[0], self.lr, self.repair_lr, self.weight_decay)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The plug-in has learnt something."""
+        self.untrained = False
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 

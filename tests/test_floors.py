@@ -53,6 +53,7 @@ FLOORS = {
             "timing",
             "strategies",
             "blank",
+            "debug_modes",
         ],
         3,
     ),

@@ -3,9 +3,12 @@
 from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.last import SaveLast
+from lit_prune.callbacks.limits import Limits
 from lit_prune.callbacks.nan_guard import NanGuard
+from lit_prune.callbacks.parts import Parts
 from lit_prune.callbacks.progress import Progress
 from lit_prune.callbacks.samples import SamplePictures
+from lit_prune.callbacks.settings import SaveConfig
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
 from lit_prune.callbacks.summary import RunSummary
 from lit_prune.callbacks.throughput import Throughput
@@ -13,10 +16,13 @@ from lit_prune.callbacks.wandb_run import WandbRun
 
 __all__ = [
     "ExportPlugin",
+    "Limits",
     "NanGuard",
+    "Parts",
     "Progress",
     "RunSummary",
     "SamplePictures",
+    "SaveConfig",
     "SaveLast",
     "StopOnSignal",
     "Stopped",

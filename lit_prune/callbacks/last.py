@@ -5,6 +5,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_prune.debug_modes import leaves_no_trace
+
 
 class SaveLast(Callback):
     """Brings the last checkpoint up to the last step of `fit`.
@@ -17,6 +19,8 @@ class SaveLast(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save behind the last batch; where nothing was saved before, `ModelCheckpoint` does so itself."""
         saver = trainer.checkpoint_callback
+        if leaves_no_trace(trainer):
+            return
         if _over(trainer) and isinstance(saver, ModelCheckpoint) and saver.save_last and saver.last_model_path:
             trainer.save_checkpoint(saver.last_model_path, saver.save_weights_only)
 

@@ -11,12 +11,14 @@ from jsonargparse import ArgumentParser
 from omegaconf.errors import GrammarParseError
 
 from lit_prune.commands.overlays import classes_in, config_content
+from lit_prune.errors import LitPruneError
 from lit_prune.yaml_files import ENDINGS, shorten
 
 LONGEST = 400  # characters of a message
 SPEC = ["class_path", "init_args", "dict_kwargs"]
 UNKNOWN = re.compile(r"(?:does not accept option '([^']+)')|(?:Option '([^']+)' is not accepted)")
 NO_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s+(.*(?:has no attribute|No module|not a subclass).*)")
+NOT_MEANT = re.compile(r"- (Expected an? |Not a valid subclass|Not of type )")
 NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'None|Problem with|Given value)")
 
 
@@ -33,7 +35,52 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> 
     return text if "`" in text or "--" in text or not files else f"{files[-1]}: {text}"
 
 
+def explain_refused(error: Exception) -> str | None:
+    """One line for what a constructor refused while a configuration's objects were made; None for anything else.
+
+    None too where a constructor of ours refused it, whose own error says it best.
+    """
+    cause, message = error.__cause__, str(error)
+    while cause is not None:
+        if isinstance(cause, LitPruneError):
+            return None
+        cause = cause.__cause__
+    if "Does not validate against any of the Union subtypes" not in message:
+        return None
+    failed = re.search(r"Namespace\(class_path='[\w.]*?(\w+)'", message)  # those before it in a list were made
+    reason = " ".join(_likeliest(message).replace("- ", "", 1).split())
+    reason = re.sub(r"Problem with given class_path '[^']*': ", "", reason)
+    return shorten(f"`{failed[1]}`: {reason}" if failed else reason, LONGEST)
+
+
+def _likeliest(message: str) -> str:
+    """A message without the alternatives of a union that were not meant: of a class given, what is wrong with it."""
+    lines = message.splitlines()
+    if "Errors:" not in (stripped := [line.strip() for line in lines]):
+        return message
+    start = stripped.index("Errors:")
+    margin = lines[start].index("Errors:") + 2
+    found: list[list[str]] = []
+    for line in lines[start + 1 :]:
+        if line.strip() and not line.startswith(" " * margin):
+            break
+        if line[margin : margin + 2] == "- ":
+            found.append([])
+        if found:
+            found[-1].append(line)
+    items = ["\n".join(item) for item in found if not NOT_MEANT.match(item[0].strip())]
+    best = max(items, key=lambda item: ("given class_path" in item, "is not accepted" not in item), default="")
+    if not best:
+        return message
+    before = [line for line in lines[:start] if "Parser key" in line or "given class_path" in line]
+    return "\n".join([*before, _likeliest(best)])
+
+
 def _explained(message: str, parser: ArgumentParser, files: list[str]) -> str:
+    message = _likeliest(message)
+    if match := re.search(r"'[\w.]*?(\w+)':\s+the following arguments are required: (.*)", message):
+        place = _place(message)[0].removesuffix(".init_args")
+        return f"`{place}`: {match[1]} needs {', '.join(f'`{name}`' for name in match[2].split(', '))}"
     if message.startswith("unrecognized arguments:"):
         return _unrecognised(message, parser, files)
     if match := re.fullmatch(r"the following arguments are required: (.*)", message):

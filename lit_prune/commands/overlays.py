@@ -5,6 +5,7 @@ budget or a list of layers meant for one method would silently serve another. So
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.yaml_files import ENDINGS, parse_yaml, read_yaml, shown, similar
 
 CONFIG = ("-c", "--config")
+CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
 LONGEST_NAME = 255  # of a file
 
 
@@ -34,6 +36,8 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
         found = {}
         with suppress(UsageError):  # `check_files` has said so, or will
             found = _classes(option, value)
+        # A bare word is a class where one is set already; elsewhere it may be anything, such as a model's name.
+        found = {key: name for key, name in found.items() if "." in name or key in chosen}
         for key in _swapped(found, chosen):
             result.append(f"--config={json.dumps(_nested(key))}" if option in CONFIG else f"--{key}=null")
             chosen = {k: v for k, v in chosen.items() if not k.startswith(f"{key}.")}
@@ -105,14 +109,15 @@ def config_content(value: str) -> dict[str, Any] | None:
 
 def _option_content(value: str) -> Any:
     """The mapping that an option's value gives: a configuration file, inline text, or the bare name of a class."""
+    if CLASS.fullmatch(value):
+        return {"class_path": value}
     try:
-        if value.endswith(ENDINGS) and "://" not in value:
-            return read_yaml(value) if Path(value).exists() else {"class_path": value}
-        return parse_yaml(value, "option") if value.startswith("{") else {"class_path": value}
-    except OSError:  # a text too long for a file name
-        return None
+        if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
+            return read_yaml(value)
     except LitPruneError as error:
         raise UsageError(str(error)) from error
+    with suppress(LitPruneError):  # any other value is the parser's affair
+        return parse_yaml(value, "") if value.startswith("{") else None
 
 
 def _is_pipe(value: str) -> bool:
