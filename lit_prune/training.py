@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
+from lit_prune.averaging import refuse_whole_averages
 from lit_prune.blank import has_image, with_blank
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
@@ -138,6 +139,7 @@ class PruneModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what would train badly."""
         refuse_unusable(self.trainer)
+        refuse_whole_averages(self.trainer)
 
     def on_fit_start(self) -> None:
         """Say what trains."""

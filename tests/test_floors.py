@@ -54,6 +54,7 @@ FLOORS = {
             "strategies",
             "blank",
             "debug_modes",
+            "averaging",
         ],
         3,
     ),

@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.averaging import average_in_use
 from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.strategies import whole
 
@@ -33,4 +34,6 @@ class ExportPlugin(Callback):
             if trainer.is_global_zero:
                 pl_module.plugin.save_pretrained(self.folder)
         self.written = True
-        rank_zero_info(f"plug-in: {self.folder} (attach it with vlm.attach('{self.folder}'))")
+        average = average_in_use(trainer)
+        weights = f"; weights: the average of {average}" if average else ""
+        rank_zero_info(f"plug-in: {self.folder} (attach it with vlm.attach('{self.folder}')){weights}")

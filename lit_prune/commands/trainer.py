@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
+from lit_prune.averaging import of_plugin
 from lit_prune.callbacks import Limits, NanGuard, SaveConfig, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
@@ -124,7 +125,7 @@ class PruneCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Make the Trainer with the callbacks and loggers that its options allow."""
-        config["callbacks"] = trainer_options.as_list(config.get("callbacks"))
+        config["callbacks"] = [of_plugin(callback) for callback in trainer_options.as_list(config.get("callbacks"))]
         self.checkpoints = trainer_options.checkpoint_folders(config)
         trainer_options.apply_switches(config)
         if any(config.get(mode) for mode in ("fast_dev_run", "overfit_batches", "barebones")):
