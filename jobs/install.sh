@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: answers --help with the caller's first comment, keeps runs offline unless told otherwise,
-# goes to the repository's root, makes .venv and installs, unless that is up to date.
-#   PYTHON=python3.12 bash jobs/...   uses another Python (3.11 or later)
-#   CONSTRAINTS=                      installs without constraints.txt (another build of torch)
+# goes to the repository's root, makes .venv and installs the exact versions of constraints.txt, unless that is up to date.
+#   PYTHON=python3.12 bash jobs/...   another Python (3.11 to 3.13)
+#   CONSTRAINTS= bash jobs/...        the newest versions that pyproject.toml admits instead of constraints.txt
+#   TORCH_INDEX=URL bash jobs/...     PyTorch from this index; empty: from pip's own
 # Leaves $PY, the environment's Python, and puts its scripts first on PATH.
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
@@ -20,9 +21,42 @@ note() {
     printf '%s== %s%s\n' "$bold" "$*" "$plain" >&2
 }
 
-PY=.venv/bin/python
-STAMP=.venv/installed
+VENV=${VENV:-.venv}
+PY=$VENV/bin/python
+STAMP=$VENV/installed
 CONSTRAINTS=${CONSTRAINTS-constraints.txt}
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+# PyPI's PyTorch for Linux carries CUDA: 5.6 GB installed. Without an NVIDIA GPU the CPU build does (1.8 GB in all), where
+# pip finds one (a local wheel) or PyTorch's own index answers. Prints options for pip.
+torch_source() {
+    if [[ -n ${TORCH_INDEX+set} ]]; then
+        printf '%s' "${TORCH_INDEX:+--index-url=$TORCH_INDEX}"
+    elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && [[ ! -e /dev/nvidiactl ]]; then
+        if "$PY" -c "import urllib.request as r; r.urlopen('$CPU_INDEX/torch/', timeout=5)" 2>/dev/null; then
+            printf '%s' "--index-url=$CPU_INDEX"
+        fi
+    fi
+}
+
+# Installs with pip's own progress on a terminal, and quietly where output goes to a file.
+pip_install() {
+    local quiet=()
+    [[ -t 1 ]] || quiet=(--quiet)
+    "$PY" -m pip install ${quiet[@]+"${quiet[@]}"} "$@"
+}
+
+# PyTorch goes first: everything else takes the build that is there.
+install_all() {
+    local source
+    source=$(torch_source)
+    if [[ -z $source ]]; then
+        note "PyTorch from pip's index: with CUDA, 5.6 GB, unless pip finds a CPU build"
+    else
+        note "PyTorch from ${source#*=} (TORCH_INDEX= takes pip's own index)"
+    fi
+    pip_install "$@" ${source:+"$source"} torch && pip_install "$@" -e '.[dev]'
+}
 
 install() {
     local wanted
@@ -30,16 +64,20 @@ install() {
     if [[ -x $PY && -f $STAMP && "$(cat "$STAMP")" == "$wanted" ]]; then
         return
     fi
-    note "installing into .venv (two minutes, 1.8 GB)"
+    note "installing into $VENV: 2 minutes and 1.8 GB with a CPU build of PyTorch, 6 minutes and 7 GB with CUDA"
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "error: Python 3.11 or later is needed; name one: PYTHON=python3.12 bash $0" >&2
         return 1
     }
-    [[ -x $PY ]] || "${PYTHON:-python3}" -m venv .venv
-    local pins=()
-    [[ -z $CONSTRAINTS ]] || pins=(-c "$CONSTRAINTS")
-    "$PY" -m pip install --quiet "${pins[@]}" torch # first: everything else takes the torch that is there
-    "$PY" -m pip install --quiet "${pins[@]}" -e '.[dev]'
+    [[ -x $PY ]] || "${PYTHON:-python3}" -m venv "$VENV"
+    if [[ -z $CONSTRAINTS ]]; then
+        install_all
+    elif ! install_all -c "$CONSTRAINTS"; then
+        [[ $CONSTRAINTS == constraints.txt ]] || return 1 # somebody's own choice
+        # Another platform may have no wheel of an exact version; that must not keep anybody from starting.
+        note "the exact versions of $CONSTRAINTS can't be installed here: taking the newest that pyproject.toml admits"
+        install_all
+    fi
     printf '%s\n' "$wanted" >"$STAMP"
 }
 
@@ -54,4 +92,5 @@ fit_once() {
 }
 
 install
-export PATH="$PWD/.venv/bin:$PATH"
+PATH="$(cd "$VENV/bin" && pwd):$PATH"
+export PATH

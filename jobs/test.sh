@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install if needed, check the style, run the tests, some files side by side. On a machine with a GPU its tests run too.
 #   bash jobs/test.sh                     everything but the slow tests
-#   bash jobs/test.sh -m slow             only those
+#   bash jobs/test.sh -m slow             only those; -m versions: on other versions of the dependencies (network, an hour)
 #   bash jobs/test.sh tests/test_cli.py -k help -x     arguments go to pytest
 set -euo pipefail
 
@@ -15,10 +15,10 @@ export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 note "ruff"
 ruff check .
 
-marks="not slow and not gpu"
+marks="not slow and not gpu and not versions"
 spread=(-n logical --maxprocesses=4 --dist=loadfile)
 if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    marks="not slow"
+    marks="not slow and not versions"
     spread=() # the memory of one GPU is for one process
 fi
 if (($#)); then

@@ -3,6 +3,7 @@
 #   bash jobs/try.sh                      results in runs/try; interrupted, the same command goes on
 #   bash jobs/try.sh --fresh              start again (runs/try is moved aside)
 #   bash jobs/try.sh --fresh --model.keep=32     further arguments go to `fit` and `test`
+#   bash jobs/try.sh --smoke              a few steps and questions of everything, in a minute: does it run?
 #   RUN=runs/seed1 bash jobs/try.sh --seed_everything=1 --model.seed=1     another folder
 # About 5 minutes on two free CPU cores after the install; nothing is fetched while it runs.
 set -euo pipefail
@@ -11,6 +12,21 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 CONFIG=configs/micro.yaml
+FRESH=""
+LIMIT=()
+FEW=()
+while [[ ${1-} == --fresh || ${1-} == --smoke ]]; do
+    if [[ $1 == --fresh ]]; then
+        FRESH=1
+    else
+        RUN="${RUN:-runs/smoke}"
+        LIMIT=(--limit 14 --seeds 0)
+        FEW=(--trainer.limit_val_batches=1 --data.init_args.train_samples=16 --data.init_args.val_samples=8
+            --data.init_args.test_samples=14 --data.init_args.batch_size=4)
+    fi
+    shift
+done
+set -- ${FEW[@]+"${FEW[@]}"} "$@"
 RUN="${RUN:-runs/try}"
 
 # The rows of the table: NAME=PATH of a pruner's configuration or of a folder with a trained plug-in.
@@ -27,9 +43,8 @@ ROWS=(
     "oracle (ceiling)=configs/pruners/oracle.yaml"
 )
 
-if [[ ${1-} == --fresh ]]; then
-    shift
-    [[ ! -e $RUN ]] || mv "$RUN" "$RUN.$(date +%Y%m%d-%H%M%S)"
+if [[ -n $FRESH && -e $RUN ]]; then
+    mv "$RUN" "$RUN.$(date +%Y%m%d-%H%M%S)"
 fi
 mkdir -p "$RUN"
 if [[ -f $RUN/settings && "$(cat "$RUN/settings")" != "$*" ]]; then
@@ -55,5 +70,5 @@ step fit lit-prune fit -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_pat
 step test lit-prune test -c "$CONFIG" --trainer.default_root_dir="$RUN" --ckpt_path last "$@"
 # The comparison reads the settings that `fit` resolved and saved; it is quick to repeat and prints the table.
 note "compare"
-lit-prune compare -c "$RUN/config_fit.yaml" --methods "${ROWS[@]}" --out "$RUN"
+lit-prune compare -c "$RUN/config_fit.yaml" --methods "${ROWS[@]}" --out "$RUN" ${LIMIT[@]+"${LIMIT[@]}"}
 note "written: $RUN/results.json, $RUN/table.md and plots"

@@ -21,6 +21,13 @@ LIGHTNING_VERBS = {
     "test": "Measure on the test set: accuracy, tokens, FLOPs, shift.",
     "predict": "Write the answers to a data set.",
 }
+EXAMPLES = (
+    "lit-prune sample --out sample",
+    'lit-prune generate --image sample/0.png --prompt "What colour is the tile?" --pruner divprune --keep 16',
+    "lit-prune configs list pruners",
+    "lightning fit -c micro.yaml --trainer.max_steps 100",
+    "lightning test -c micro.yaml -c pruners/fastv.yaml",
+)
 DISTRIBUTION = "lit-prune"
 WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # the new and the old name of W&B's own server
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -104,8 +111,7 @@ def _help() -> str:
             *rows,
             "",
             "examples:",
-            "  lightning fit -c configs/micro.yaml --trainer.max_steps 100",
-            "  lightning test -c configs/micro.yaml -c configs/pruners/fastv.yaml",
+            *(f"  {line}" for line in EXAMPLES),
             "",
             "options:",
             f"  -h, --help    this text; `{_program()} VERB --help` for a verb's options",

@@ -1,5 +1,8 @@
 """Errors that a user's input or settings caused; the command line prints their text without a traceback."""
 
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
 
 class LitPruneError(Exception):
     """What a user did or gave wrong. The text says what, where, and how to put it right."""
@@ -19,3 +22,24 @@ class BadSample(LitPruneError):
         file = f"{self.file}: " if self.file else ""
         sample = f"sample {self.sample}: " if self.sample is not None else ""
         return f"{file}{sample}{self.reason}"
+
+
+def extra(*names: str) -> str:
+    """How to install optional dependencies, by the names of the extras in pyproject.toml: `extra("datasets")`.
+
+    This project is on no package index, so the commands name the clone or the packages themselves, never the project.
+    """
+    clone = f"pip install -e '.[{','.join(names)}]' in the clone of lit_prune"
+    packages = [package for name in names for package in _requirements(name)]
+    return f"{clone}, or pip install {' '.join(repr(package) for package in packages)}" if packages else clone
+
+
+def _requirements(name: str) -> list[str]:
+    """What an extra asks for, as this installation's metadata has it; nothing where the package isn't installed."""
+    try:
+        every = requires("lit-prune") or []
+    except PackageNotFoundError:
+        return []
+    found = (re.fullmatch(r"""([^;]+);.*extra == ["'](.+)["'].*""", line) for line in every)
+    chosen = [match[1].strip() for match in found if match and match[2] == name]
+    return [package for package in chosen if not package.startswith("lit-prune")]

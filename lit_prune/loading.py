@@ -4,6 +4,7 @@ Nothing here runs code of a checkpoint, and without a network nothing waits for 
 """
 
 import copy
+import difflib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, extra
 from lit_prune.shapes import Config, names, shipped_config, shipped_shape
 
 MICRO = Path(__file__).parent / "micro" / "weights"
@@ -82,7 +83,7 @@ def load_model(base: str | Path, dtype: torch.dtype | str | None = None, **optio
     from transformers import AutoModelForImageTextToText
 
     if _adapted(base) and find_spec("peft") is None:
-        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: pip install 'lit-prune[peft]'")
+        raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
     if dtype is None:
         dtype = torch.float32 if str(base) == "micro" else "auto"
     return _fetch(AutoModelForImageTextToText.from_pretrained, base, dtype=dtype, **options)
@@ -166,8 +167,8 @@ def _fetch(function: Callable, base: str | Path, local: bool = False, **options:
         raise LitPruneError(f"{base} can't be loaded ({_first_line(error)}). {_advice(base)}") from error
     except ImportError as error:
         raise LitPruneError(
-            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, "
-            f"such as pip install 'lit-prune[quantized,peft]'"
+            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, such as "
+            f"{extra('quantized', 'peft')}"
         ) from error
     except (ValueError, SafetensorError) as error:
         raise LitPruneError(f"{base} can't be loaded: {_first_line(error)}") from error
@@ -176,13 +177,25 @@ def _fetch(function: Callable, base: str | Path, local: bool = False, **options:
 def _place(base: str | Path, local: bool, version: dict[str, Any]) -> str:
     """Folder of a model, or its hub id where the hub is to be asked: not if `local`, nor if it doesn't answer."""
     name = resolve(base)
-    if Path(name).is_dir() or (not local and hub_answers()):
+    if Path(name).is_dir():
+        return name
+    if "/" not in name and (likely := closest_model(name)):  # one word: the hub's models have an owner
+        raise LitPruneError(f"no model `{base}`; did you mean `{likely}`?")
+    if not local and hub_answers():
         return name
     try:
         return snapshot_download(name, local_files_only=True, **version)
     except (HFValidationError, LocalEntryNotFoundError) as error:
         reason = "" if local else ", and the hub can't be reached"
         raise LitPruneError(f"{base} is no folder and not in the hub's cache{reason}. {_advice(base)}") from error
+
+
+def closest_model(name: str) -> str | None:
+    """The model of this package, or the shipped shape, that a name is nearly spelt like; None for its own name."""
+    known = {model.rpartition("/")[2].lower(): model for model in names()}
+    known |= {model.lower(): model for model in names()} | {"micro": "micro", "micro-llava": "micro"}
+    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+    return known[found[0]] if found and known[found[0]] != name else None
 
 
 def hub_answers() -> bool:
@@ -204,6 +217,8 @@ def _advice(base: str | Path) -> str:
             f"Give a local folder with config.json and *.safetensors, or fetch it on a machine with network: "
             f"hf download {base} --local-dir FOLDER"
         )
+    if likely := closest_model(str(base)):
+        text = f"Did you mean `{likely}`? {text}"
     if str(base) in names() or (Path(base).expanduser() / "config.json").is_file():
         text += f". Benchmarks need no weights: lit_prune.load({str(base)!r}, random_weights=True)"
     return text

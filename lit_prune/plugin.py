@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_prune import __version__
-from lit_prune.budget import Budget
+from lit_prune.budget import Budget, Schedule, scale_layers
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions
 from lit_prune.pruners.base import Dims, Pruner, spec
@@ -75,6 +75,25 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
     def trained(self) -> bool:
         """Whether there are parameters that depend on the model they were trained with."""
         return any(True for _ in self.parameters())
+
+    def summary(self, schedule: Schedule | None = None) -> list[str]:
+        """Lines for people: method, budget, the `schedule` solved from it, repair, options, and how much trains."""
+        lines = [f"pruner: {type(self.pruner).__name__}"]
+        if self.keep is not None and not isinstance(self.keep, dict):
+            total = "the" if self.dims is None or self.dims.varies else self.dims.visual
+            lines.append(f"budget: {self.keep} of {total} visual tokens, averaged over the decoder layers' inputs")
+        if schedule:
+            stages = ", ".join(f"{count} from layer {layer}" for layer, count in schedule.items())
+            lines.append(f"schedule: {stages}")
+        if self.repair is not None:
+            layers = self.repair.layers
+            if self.dims is not None:
+                layers = scale_layers(tuple(layers), self.repair.depth, self.dims.depth)
+            lines.append(f"repair: {type(self.repair).__name__} at layers {', '.join(map(str, layers))}")
+        lines += [f"{name}: {value}" for name, value in self.options.changed().items()]
+        parts = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
+        trained = [f"{count:,} parameters of the {name}" for name, count in parts if count]
+        return [*lines, f"trains: {' and '.join(trained) or 'nothing'}"]
 
     def settings(self) -> dict[str, Any]:
         """What `plugin.json` says: enough to build the plug-in again, and what it was made for."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune import loading
+from lit_prune.asking import Picture, check_prompts, is_image, pair
 from lit_prune.budget import Budget
 from lit_prune.cost import ModelSize
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Session
-from lit_prune.host.options import HostOptions, Mass, Positions
+from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
 from lit_prune.host.sizes import model_size
+from lit_prune.methods import as_plugin, plugin_from_yaml
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
-from lit_prune.yaml_files import NoMapping, read_yaml
+
+__all__ = ["VLM", "as_plugin", "load", "plugin_from_yaml"]
 
 
 def load(
@@ -53,6 +56,8 @@ def load(
     Raises:
         LitPruneError: the model can't be found or built, with what would help.
     """
+    if not isinstance(base, str | Path | nn.Module | PreTrainedConfig) or base == "":
+        raise LitPruneError(f"{base!r} is no model: give a name such as 'micro', a folder, a hub id, or a model object")
     if isinstance(base, nn.Module):
         if random_weights or dtype is not None or options:
             raise LitPruneError("a model that is built already is taken as it is: set its dtype and options before")
@@ -89,6 +94,20 @@ class VLM:
         self.host: DecoderHost | None = None
         self.plugin: Plugin | None = None
 
+    def __repr__(self) -> str:
+        """The model, and what is attached: method, budget, schedule, and how much of it trains."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        model = f"{type(self.model).__name__}, {weights:,} frozen parameters, {dtype} on {self.model.device}"
+        lines = [f"VLM({self.name and self.name + ', '}{model})"]
+        if self.processor is None:
+            lines.append("processor: none, so give token ids and pixels to `model`")
+        if self.plugin is None or self.host is None or not self.host.handles:
+            lines.append("pruner: none, the plain model")
+        else:
+            lines += self.plugin.summary(self.host.schedule)
+        return "\n  ".join(lines)
+
     @property
     def size(self) -> ModelSize:
         """Sizes for `lit_prune.cost`."""
@@ -106,8 +125,8 @@ class VLM:
         """Prune from now on, in forward and `generate()`.
 
         Args:
-            pruner: a `Pruner`, a `Plugin`, a YAML file (its `model.pruner`, `model.repair`, `model.keep` and so on), or
-                a folder (or hub id) written by `save_pretrained`.
+            pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
+                `model.keep` and so on), a folder or hub id written by `save_pretrained`, a `Pruner`, or a `Plugin`.
             repair: repair adapter for a `Pruner` object.
             keep: budget, visual tokens averaged over the decoder layers' inputs, or the counts themselves as
                 {pruning layer: count}; overrides the file's.
@@ -171,23 +190,64 @@ class VLM:
         plugin = Plugin.from_pretrained(folder)
         return load(base or plugin.base, **options).attach(plugin)
 
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Model inputs of one image and one question each: chat template, left padding, on the model's device."""
+    def encode(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> Mapping[str, Tensor]:
+        """Model inputs of one image and one question each: chat template, left padding, on the model's device.
+
+        Arguments and errors as those of `answer`; an empty batch can't be encoded.
+        """
+        pictures, questions = pair(images, prompts)
+        if not questions:
+            raise LitPruneError("nothing to encode: give at least one image and one prompt")
+        return self._encode(pictures, questions)
+
+    def _encode(self, images: list[Image.Image], prompts: list[str]) -> Mapping[str, Tensor]:
+        processor = self._processor()
+        check_prompts(prompts, getattr(processor, "image_token", None))
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
         ]
-        processor = self._processor()
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        inputs = processor(text=texts, images=list(images), return_tensors="pt", padding=True, padding_side="left")
+        try:
+            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
+        except ValueError as error:
+            raise LitPruneError(f"the processor of {self.name or 'this model'} refuses an image: {error}") from error
         return inputs.to(self.model.device)
 
+    @overload
+    def answer(self, images: Picture, prompts: str, max_new_tokens: int = 64) -> str: ...
+
+    @overload
+    def answer(
+        self, images: Picture | Sequence[Picture], prompts: str | Sequence[str], max_new_tokens: int = 64
+    ) -> list[str]: ...
+
     @torch.inference_mode()
-    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to one question about each image."""
-        inputs = self.encode(images, prompts)
-        return self.decode(
-            self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False), inputs["input_ids"].shape[1]
-        )
+    def answer(
+        self, images: Picture | Sequence[Picture], prompts: str | Sequence[str], max_new_tokens: int = 64
+    ) -> str | list[str]:
+        """Greedy answer to a question about an image, or answers to one question about each of several images.
+
+        Args:
+            images: paths, PIL images, or arrays of uint8, height x width (x 3): one or a list.
+            prompts: questions without chat template: one or a list. One question serves all images, one image all
+                questions; two lists must be equally long.
+            max_new_tokens: longest answer.
+
+        Returns:
+            The answer, or a list of answers if either is a list.
+
+        Raises:
+            LitPruneError: what is no image or no question, or lists of unequal length.
+        """
+        if max_new_tokens < 1:
+            raise LitPruneError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        pictures, questions = pair(images, prompts)
+        if not questions:
+            return []
+        inputs = self._encode(pictures, questions)
+        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = self.decode(tokens, inputs["input_ids"].shape[1])
+        return answers[0] if is_image(images) and isinstance(prompts, str) else answers
 
     def decode(self, sequences: Tensor, prompt_length: int) -> list[str]:
         """Text of generated tokens."""
@@ -202,42 +262,3 @@ class VLM:
                 f"object), or pass token ids and pixels to `model` yourself"
             )
         return self.processor
-
-
-def as_plugin(
-    pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Budget | None = None
-) -> Plugin:
-    """A `Plugin` from whatever names one: an object, a YAML file, or a saved folder or hub id."""
-    if isinstance(pruner, Plugin):
-        return pruner
-    if isinstance(pruner, Pruner):
-        return Plugin(pruner, repair, keep).eval()
-    if str(pruner).endswith((".yaml", ".yml")):
-        return plugin_from_yaml(pruner)
-    return Plugin.from_pretrained(pruner)
-
-
-def plugin_from_yaml(path: str | Path) -> Plugin:
-    """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    try:
-        model = read_yaml(path).get("model")
-    except NoMapping:
-        model = None
-    if not isinstance(model, dict) or not model.get("pruner"):
-        raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--pruner", type=Pruner)
-    parser.add_argument("--repair", type=RepairAdapter | None)
-    parser.add_argument("--keep", type=int | None)
-    parser.add_argument("--positions", type=Positions, default="original")
-    parser.add_argument("--mass", type=Mass, default="none")
-    names = ("pruner", "repair", "keep", *vars(HostOptions()))
-    try:
-        chosen = {key: model[key] for key in names if model.get(key) is not None}
-        built = parser.instantiate(parser.parse_object(chosen))
-    except ArgumentError as error:
-        raise LitPruneError(f"{path}: {error}") from error
-    options = HostOptions(**{name: built[name] for name in vars(HostOptions())})
-    return Plugin(built.pruner, built.get("repair"), built.get("keep"), options=options).eval()

@@ -1,6 +1,5 @@
 """YAML files as mappings, checked before anything is built from them."""
 
-import difflib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,6 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def similar(path: str | Path) -> str:
-    """The configuration file beside a missing one that was probably meant, as the end of a message."""
-    near = [str(found) for found in Path(path).parent.glob("*") if found.suffix in ENDINGS]
-    close = difflib.get_close_matches(str(path), near, n=1, cutoff=0.7)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
 def shown(path: str | Path) -> str:
     """A name as it may stand in a message: printable, and not too long."""
     return shorten(repr(str(path))[1:-1], 200)
@@ -74,7 +66,7 @@ def _text(path: Path) -> str:
         if path.is_dir():
             raise LitPruneError(f"{path} is a folder: give a YAML file")
         if not path.exists():
-            raise LitPruneError(f"{shown(path)}: No such file{similar(path)}")
+            raise LitPruneError(f"{shown(path)}: No such file")
         if path.is_char_device() or path.is_block_device():
             raise LitPruneError(f"{path} is a device: give a YAML file")
         with path.open("rb") as file:

@@ -15,9 +15,12 @@ FLOORS = {
     **dict.fromkeys(
         [
             "errors",
+            "asking",
             "files",
             "yaml_files",
             "ranges",
+            "images",
+            "shipped",
             "selection",
             "merging",
             "graphs",
@@ -32,7 +35,7 @@ FLOORS = {
         0,
     ),
     **dict.fromkeys(["pruners", "repair"], 1),
-    **dict.fromkeys(["host", "loading", "plugin", "shapes", "vlm"], 2),
+    **dict.fromkeys(["host", "loading", "methods", "plugin", "shapes", "vlm"], 2),
     **dict.fromkeys(
         [
             "training",

@@ -166,3 +166,14 @@ def test_help_explains_every_option_by_example(capsys: pytest.CaptureFixture[str
     said = " ".join(capsys.readouterr().out.split())
     for option in ("image a.png", "prompt", "model", "pruner", "keep 16", "max-new-tokens", "dtype", "device", "json"):
         assert f"--{option}" in said
+
+
+def test_a_method_by_its_name(micro_folder: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The same as by its file; a name of a method with weights is as untrained as its file."""
+    by_name = generate(micro_folder, images, PROMPTS, "--pruner", "fastv", "--keep", 16)
+    assert by_name["samples"] == generate(micro_folder, images, PROMPTS, *FASTV)["samples"]
+    untrained = generate(micro_folder, images[:1], ["What?"], "--pruner", "rcp", "--keep", 16)
+    assert list(untrained["samples"][0]["methods"]) == ["RCP, untrained"]
+    assert "note: rcp describes a method that has weights" in capsys.readouterr().err
+    args = ["--model", micro_folder, "--image", images[0], "--prompt", "What?", "--pruner", "fastw", "--keep", 16]
+    assert "no method `fastw`; did you mean `fastv`?" in failure(capsys, "generate", *args)

@@ -21,7 +21,7 @@ def imported(command: str) -> set[str]:
     return set(done.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command", ["--help", "cost --help", "sweep --help"])
+@pytest.mark.parametrize("command", ["--help", "cost --help", "sweep --help", "sample --help", "configs"])
 def test_help_comes_without_any_framework(command):
     assert not FRAMEWORK & imported(command)
 

@@ -13,13 +13,17 @@ Both are read from the source, so the list of verbs costs no import::
             image: PNG or JPEG files; several are one batch.
             prompt: The question, without chat template.
             ...
+
+        Examples:
+            lit-prune generate --image sample/0.png --prompt "What colour is the tile?"
         \"\"\"
 
 * Options come from signature and docstring: a parameter without default is a required ``--option``. Lists may be
   written as ``--image a.png b.png``, by repeating the option, or as YAML; a ``bool`` as ``--compare`` or
   ``--compare false``. A parameter ``config`` also answers to ``-c`` (``config: list[str]`` takes several), one named
-  ``out`` to ``-o``. A verb without such a parameter reads its options from ``-c FILE``; those given win. A first word
-  without dashes is the first parameter's: ``lit-prune replay FILE``.
+  ``out`` to ``-o``. A verb without such a parameter reads its options from ``-c FILE``; those given win. Words before
+  the first option are the first parameters', in order: ``lit-prune replay FILE``.
+* Lines under ``Examples:`` end the help: commands that can be pasted. A test parses all and runs the quick ones.
 * What the user can mend is a `lit_prune.errors.LitPruneError`: printed as one message, exit code 1, no traceback.
 * Import heavy things inside the module as usual (a verb is imported only when called); print through
   `lit_prune.commands.console`.

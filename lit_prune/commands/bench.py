@@ -49,8 +49,8 @@ def run(
     """Time the full model and methods in turn, on one set of weights, with random prompts of one image each.
 
     Args:
-        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH, with its own budget as
-            PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
+        methods: `full`, a shipped method, a YAML file, or a plug-in folder, each as PATH or NAME=PATH, with its own
+            budget as PATH@BUDGET: an average such as @64, or counts by layer such as @2:192,4:64,8:16.
         model: "micro", a model folder or a hub id; in a file also the fields of a config.json, for random weights.
         random_weights: Build the model's shape with random weights, without a download: times need no right answers.
         keep: Budget of the methods that name none, visual tokens averaged over the decoder layers. Default: each
@@ -67,6 +67,10 @@ def run(
         device: E.g. cuda:1; auto is the GPU if there is one.
         json: File for the table and what it was measured on.
         plot: Picture of speed-ups against FLOPs and of times against batch sizes, e.g. bench.png.
+
+    Examples:
+        lit-prune bench --methods full fastv@16 divprune@16 --batch-sizes 1 --repeats 3
+        lit-prune bench -c bench/cpu.yaml --json bench.json --plot bench.png
     """
     entrants = [_method(spec, keep) for spec in methods]
     with _threads(threads):

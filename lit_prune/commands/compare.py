@@ -17,6 +17,7 @@ from lit_prune.comparison.tables import Row, as_csv, markdown, overviews, remark
 from lit_prune.errors import LitPruneError
 from lit_prune.files import written_whole
 from lit_prune.host.places import find
+from lit_prune.shipped import config_names
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")
@@ -44,8 +45,8 @@ def run(
     Args:
         config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
             configs/micro.yaml.
-        methods: `full`, a pruner's YAML, or a plug-in folder, each as PATH or NAME=PATH; NAME=A,B,C are trained runs
-            of one method; {keep} and {seed} in a path stand for each budget and seed, as in
+        methods: `full`, a shipped method, a YAML file, or a plug-in folder, each as PATH or NAME=PATH; NAME=A,B,C are
+            trained runs of one method; {keep} and {seed} in a path stand for each budget and seed, as in
             RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin; `!` behind the path leaves the repair adapter out. Default:
             full and all of configs/pruners.
         keep: Budgets, visual tokens averaged over the decoder layers' inputs, or shares of the model's, e.g. --keep 32
@@ -56,6 +57,11 @@ def run(
         out: Folder for the results.
         fresh: Measure every cell again: --fresh.
         wandb: Log table and plots to Weights & Biases, offline where there is no key: --wandb.
+
+    Examples:
+        lit-prune compare --methods full random fastv divprune --keep 16 --limit 140
+        lit-prune compare --keep 33.3% 11.1% --seeds 0 1 2 --out runs/compare
+        lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
     overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
     made = build(config or ["configs/micro.yaml"], overrides)
@@ -92,10 +98,9 @@ def run(
 
 
 def _all_methods() -> list[str]:
+    """The full model and `configs/pruners`, of this folder or else of the package."""
     found = sorted(map(str, PRUNERS.glob("*.yaml")))
-    if not found:
-        raise LitPruneError(f"no methods in {PRUNERS}: run from the repository's folder, or give --methods")
-    return [FULL, *found]
+    return [FULL, *(found or config_names("pruners"))]
 
 
 def _to_gpu(vlm: VLM) -> None:

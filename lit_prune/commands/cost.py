@@ -30,7 +30,7 @@ def run(
 
     Args:
         model: Hub id whose shape is shipped (a wrong one lists them), "micro", or a model folder with config.json.
-        pruner: YAML file or plug-in folder, e.g. --pruner configs/pruners/rcp.yaml; without it the full model alone.
+        pruner: Shipped method, YAML file or plug-in folder, e.g. --pruner rcp; without it the full model alone.
         keep: Budgets, visual tokens averaged over the decoder layers, e.g. --keep 192 128 64, or counts by layer, e.g.
             --keep 2:64; by default the plug-in's own.
         text_tokens: Text tokens of the prompt, e.g. --text-tokens 64.
@@ -42,6 +42,11 @@ def run(
         json: File to write the same to: an object, or a list of them for several budgets, e.g. --json cost.json.
         plot: Picture to draw, tokens and FLOPs of every decoder layer, e.g. --plot cost.png.
         train: Estimate a training run too, e.g. --train --train.gpus 8 --train.strategy deepspeed_2; see --train.help.
+
+    Examples:
+        lit-prune cost --pruner models/llava-1.5-7b --keep 192 128 64
+        lit-prune cost --model Qwen/Qwen2.5-VL-7B-Instruct --image-size 1008 672
+        lit-prune cost --pruner models/llava-1.5-7b --keep 64 --train --train.gpus 8
     """
     from lit_prune.commands import cost_report, pricing, training_bill  # with PyTorch, which --help does without
 

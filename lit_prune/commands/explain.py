@@ -5,6 +5,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -110,7 +111,7 @@ def explain_interpolation(error: Exception, parser: ArgumentParser, files: Itera
         return f"{at}not a valid interpolation; `${{key}}` stands for another key's value"
     if wanted is None:
         return at + text.partition("\n")[0]
-    key = _without_verb(wanted[1], parser)
+    key = _as_written(_without_verb(wanted[1], parser), files)
     return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser, files)))}"
 
 
@@ -147,6 +148,13 @@ def _meant(key: str | None) -> str:
 def _without_verb(key: str, parser: ArgumentParser) -> str:
     first, _, rest = key.partition(".")
     return rest if rest and first not in {k.partition(".")[0] for k in keys_of(parser)} else key
+
+
+def _as_written(key: str, files: Iterable[str]) -> str:
+    """A key of an interpolation in full, as a file has it: OmegaConf before 2.4 names the last part alone."""
+    texts = (Path(file).read_text(errors="replace") for file in files if Path(file).is_file())
+    found = (re.search(rf"\$\{{([\w.]*\b{re.escape(key)})\}}", text) for text in texts)
+    return next((match[1] for match in found if match), key)
 
 
 def _unrecognised(message: str, parser: ArgumentParser, files: list[str]) -> str:

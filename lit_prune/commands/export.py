@@ -20,6 +20,10 @@ def run(checkpoint: Path, out: Path) -> None:
         checkpoint: Lightning's file or DeepSpeed's folder, or the newest in a folder of them, e.g. --checkpoint
             runs/rcp/checkpoints.
         out: Folder to write; one that exists is written over.
+
+    Examples:
+        lit-prune export runs/try/checkpoints --out plugin
+        lit-prune export runs/rcp/checkpoints/last.ckpt --out plugin
     """
     if out.is_file():
         raise LitPruneError(f"--out {out} is a file: a folder is written")

@@ -11,8 +11,9 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from lit_prune.asking import as_image
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
+from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
@@ -52,19 +53,24 @@ def run(
         prompt: Questions without chat template, e.g. --prompt "What colour is the circle?"; one for all images or one
             each.
         model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
-        pruner: YAML file, or a plug-in folder or hub id, e.g. --pruner configs/pruners/fastv.yaml; without it the
-            plain model answers.
+        pruner: Shipped method (`lit-prune configs list pruners`), YAML file, plug-in folder or hub id, e.g. --pruner
+            fastv; without it the plain model answers.
         keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default the plug-in's own.
         max_new_tokens: Longest answer, e.g. --max-new-tokens 8.
         compare: Show the full model's answers and time to first token beside the pruned ones: --compare.
         dtype: Of the weights, e.g. --dtype bfloat16; auto is what the checkpoint says.
         device: E.g. --device cuda:1; auto is the GPU if there is one.
         json: File to write the same to, e.g. --json answers.json.
+
+    Examples:
+        lit-prune sample --out sample
+        lit-prune generate --image sample/0.png --prompt "What colour is the tile?"
+        lit-prune generate --image sample/0.png --prompt "Where is the cyan cross?" --pruner fastv --keep 16 --compare
     """
     if pruner is None and (compare or keep is not None):
         raise LitPruneError(f"--{'compare' if compare else 'keep'} needs a method: give --pruner too")
     images, prompts = pair(image, prompt)
-    opened = {path: open_image(path) for path in images}
+    opened = {path: as_image(path) for path in images}
     vlm = load_model(model, dtype, device)
     name = "full model" if pruner is None else attach(vlm, pruner, keep)
     inputs = encode(vlm, [opened[path] for path in images], prompts)

@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,27 +12,13 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lit_prune.commands.console import err, say
-from lit_prune.data.images import read_image
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import LitPruneError
 from lit_prune.loading import context_length
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, as_plugin, load
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SEED = 0  # of untrained weights
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file that the user names, in RGB; wherever it lies and wherever its links lead."""
-    try:
-        real = Path(path).expanduser().resolve()
-        if real.is_dir():
-            raise LitPruneError(f"image {path} is a folder: give files")
-        return read_image(real.parent, real.name)
-    except BadSample as error:
-        raise LitPruneError(f"{path}: {error.reason}") from error
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise LitPruneError(f"image {path} cannot be read: {error}") from error
 
 
 def load_model(
@@ -52,15 +37,16 @@ def load_model(
 
 
 def attach(vlm: VLM, pruner: str, keep: int | None) -> str:
-    """Attach a pruner by its YAML file or plug-in folder; returns its name for people."""
+    """Attach a pruner by its name, YAML file or plug-in folder; returns its name for people."""
     plugin = as_plugin(pruner)
+    described = plugin.dims is None  # a saved one knows the model that it was made for
     if keep is None and plugin.keep is None:
         raise LitPruneError(f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         vlm.attach(plugin, keep=keep)
     name = _title(plugin)
-    if plugin.trained and pruner.endswith((".yaml", ".yml")):
+    if plugin.trained and described:
         say(f"note: {pruner} describes a method that has weights; they are untrained here")
         return f"{name}, untrained"
     return name
@@ -74,14 +60,7 @@ def _title(plugin: Plugin) -> str:
 
 def encode(vlm: VLM, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
     """Model inputs of one image and one prompt each, checked against what the model can read."""
-    token = vlm.processor.image_token
-    for prompt in prompts:
-        if not prompt.strip() or token in prompt:
-            raise LitPruneError(f"prompt {prompt!r}: write the question alone, it must not be empty or hold {token}")
-    try:
-        inputs = vlm.encode(images, prompts)
-    except ValueError as error:
-        raise LitPruneError(f"the processor of {vlm.name} refuses image or prompt: {error}") from error
+    inputs = vlm.encode(images, prompts)
     _check_length(vlm, inputs["attention_mask"].sum(1))
     _note_unknown(vlm, inputs["input_ids"])
     return inputs

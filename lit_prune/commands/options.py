@@ -4,62 +4,102 @@ import dataclasses
 import importlib
 import inspect
 import json
+import textwrap
 import types
 import typing
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import cache
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from lit_prune.cli import UsageError
 from lit_prune.commands.explain import explain, explain_unexpected
 from lit_prune.commands.overlays import check_files, config_files
+from lit_prune.shipped import config_or_text
 
 SHORT = {"-c": "config", "-o": "out"}
 YES_NO = ("true", "false", "yes", "no")
+HELP_WIDTH = 79
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of description and examples as they are."""
 
 
 def run_verb(verb: str, argv: list[str]) -> None:
     """Parse the arguments of a verb and call its ``run``."""
+    run, options = parse_verb(verb, argv)
+    run(**options)
+
+
+def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[str, typing.Any]]:
+    """A verb's ``run``, and its arguments from a command line; raises `UsageError` for one that can't be read."""
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
-    # Paragraphs between the first line and the arguments; the parser itself reads the rest of the docstring.
-    about = inspect.getdoc(run).partition("\n\nArgs:")[0].partition("\n\n")[2]
-    parser = ArgumentParser(prog=f"lit-prune {verb}", description=about, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"lit-prune {verb}",
+        description=_about(run),
+        epilog=_epilog(run),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     own_config = "config" in inspect.signature(run).parameters
     if not own_config:
         parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
-    names = [*inspect.signature(run).parameters]
-    hints = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in {"config", *names}]
-    hints += [f"a first word is --{names[0]}", "lists may be written --option a b, flags without a value"]
-    parser.epilog = "; ".join(hints)
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
+    line = plain(argv, run)
     if not own_config:
-        check_files(argv)
+        check_files(line)
     try:
-        options = parser.parse_args(plain(argv, run))
+        options = parser.parse_args(line)
     except ArgumentError as error:
-        raise UsageError(explain(str(error), parser, [] if own_config else config_files(argv))) from error
+        raise UsageError(explain(str(error), parser, [] if own_config else config_files(line))) from error
     except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
         raise UsageError(explain_unexpected(error)) from error
     if not own_config:
         del options["config"]
-    run(**parser.instantiate(options).as_dict())
+    return run, parser.instantiate(options).as_dict()
+
+
+def examples(run: Callable[..., None]) -> list[str]:
+    """The lines under ``Examples:`` in a docstring, as they are written."""
+    text = (inspect.getdoc(run) or "").partition("\n\nExamples:\n")[2]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _about(run: Callable[..., None]) -> str:
+    """Paragraphs between a docstring's first line and its arguments; the parser itself reads the rest."""
+    text = inspect.getdoc(run).partition("\n\nArgs:")[0].partition("\n\n")[2]
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), HELP_WIDTH) for part in text.split("\n\n"))
+
+
+def _epilog(run: Callable[..., None]) -> str:
+    """Examples, and the short forms of options."""
+    names = [*inspect.signature(run).parameters]
+    hints = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in {"config", *names}]
+    hints += [f"a first word is --{names[0]}", "lists may be written --option a b, flags without a value"]
+    lines = ["examples:", *(f"  {line}" for line in examples(run)), "", textwrap.fill("; ".join(hints), HELP_WIDTH)]
+    return "\n".join(lines if examples(run) else lines[2:])
 
 
 def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
     """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads.
 
     A bare ``--group`` of options, a dataclass, stands for its defaults; ``--group.name value`` sets one of them.
-    A file of options comes first, so that the options given beside it win wherever they stand.
+    A file of options comes first, so that the options given beside it win wherever they stand; one that isn't here is
+    looked up among those that come with the package.
     """
     hints = _hints(run)
     lists: dict[str, list[str]] = {}
     files, plain_argv = [], []
-    tokens = list(argv)
-    if tokens and not tokens[0].startswith("-"):  # a first word belongs to the first parameter
-        tokens = [f"--{next(iter(inspect.signature(run).parameters))}", *tokens]
+    tokens = _named(list(argv), run, hints)
     while tokens:
         name, value = _option(tokens.pop(0), hints)
+        if name == "config" and tokens and value is None:
+            tokens[0] = config_or_text(tokens[0])
+        elif name == "config" and value is not None:
+            value = config_or_text(value)
         given = [] if value is None else [value]
         if name in hints and _is(hints[name], list):
             while tokens and not tokens[0].startswith("-"):
@@ -78,6 +118,22 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
         else:
             plain_argv.append(name if value is None else f"--{name}={value}")
     return files + plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
+
+
+def _named(tokens: list[str], run: Callable[..., None], hints: dict[str, typing.Any]) -> list[str]:
+    """The words before the first option, with the names of the parameters that they belong to, in order.
+
+    A list takes all that are left: ``copy micro rcp`` is ``--action copy --names micro rcp`` for these two parameters.
+    """
+    named: list[str] = []
+    for name in inspect.signature(run).parameters:
+        if not tokens or tokens[0].startswith("-"):
+            break
+        named += [f"--{name}", tokens[0]]
+        tokens = tokens[1:]
+        if _is(hints[name], list):
+            break
+    return named + tokens
 
 
 def _hints(run: Callable[..., None]) -> dict[str, typing.Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from lit_prune.cli import UsageError
 from lit_prune.errors import LitPruneError
-from lit_prune.yaml_files import ENDINGS, parse_yaml, read_yaml, shown, similar
+from lit_prune.shipped import closest_configs, config_or_text, meant
+from lit_prune.yaml_files import ENDINGS, parse_yaml, read_yaml, shown
 
 CONFIG = ("-c", "--config")
 CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
@@ -59,6 +60,16 @@ def _classes(option: str, value: str | None) -> dict[str, str]:
     return dict(_class_paths(_option_content(value), _key(option))) if value and _key(option) else {}
 
 
+def with_shipped(args: list[str]) -> list[str]:
+    """The same command line with configuration files looked up: those that aren't here come with the package."""
+    result: list[str] = []
+    for option, value, written in _options(args):
+        if option in CONFIG and value is not None:
+            written = [f"{option}={config_or_text(value)}"] if len(written) == 1 else [option, config_or_text(value)]
+        result += written
+    return result
+
+
 def classes_in(files: Iterable[str]) -> dict[str, str]:
     """The classes that files choose, by dotted key; the later file wins."""
     return {key: found for file in files for key, found in _class_paths(config_content(file))}
@@ -101,7 +112,7 @@ def config_content(value: str) -> dict[str, Any] | None:
         if value.startswith("{") or "\n" in value:
             return parse_yaml(value, "--config")
         if len(value) < LONGEST_NAME and not Path(value).exists():
-            raise UsageError(f"no configuration file `{shown(value)}`{similar(value)}")
+            raise UsageError(f"no configuration file `{shown(value)}`{meant(closest_configs(value))}")
         return read_yaml(value)
     except LitPruneError as error:
         raise UsageError(str(error)) from error

@@ -22,6 +22,9 @@ def run(file: Path, config: list[str] | None = None) -> None:
     Args:
         file: What the run has written: lit-prune replay runs/try/nonfinite/step-000012-rank-0.safetensors.
         config: The run's configuration; by default the one that it saved, if that is still where it was.
+
+    Examples:
+        lit-prune replay runs/try/nonfinite/step-000012-rank-0.safetensors
     """
     saved = load_step(file)
     if config is None and (saved.config is None or not Path(saved.config).is_file()):

@@ -28,6 +28,11 @@ def run(data: str, out: Path, images: str | None = None, size: str = "500MB", sa
         images: Folder of the images that records name by a path. Default: the one that holds the data.
         size: Most bytes a shard may have, such as 500MB or 2GiB.
         samples: Most samples a shard may have. Default: no such limit.
+
+    Examples:
+        lit-prune sample --out sample
+        lit-prune shard --data sample/questions.json --out shards
+        lit-prune shard --data data/mix.json --images data/images --out data/shards --size 2GB
     """
     limit = _bytes(size)
     if samples is not None and samples < 1:

@@ -7,8 +7,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lit_prune.asking import as_image
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, open_image, respond
+from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import matches, regions
 from lit_prune.host import Record, Session
@@ -50,7 +51,7 @@ def run(
     """Draw the image and the visual tokens that methods keep at every stage: a row a method.
 
     Args:
-        pruner: YAML files or plug-in folders, one row each, e.g. --pruner configs/pruners/fastv.yaml runs/try/plugin.
+        pruner: Shipped methods, YAML files or plug-in folders, one row each, e.g. --pruner fastv runs/try/plugin.
         out: Picture to write, PNG, PDF or SVG, e.g. --out kept.png.
         image: Image file, e.g. --image photo.jpg; without it a scene of the micro world is drawn.
         prompt: Question about the image, e.g. --prompt "What colour is the circle?"; a scene brings its own.
@@ -67,6 +68,10 @@ def run(
         max_new_tokens: Longest answer, e.g. --max-new-tokens 32.
         dtype: Of the weights, e.g. --dtype bfloat16; auto is what the checkpoint says.
         device: E.g. --device cuda:1; auto is the GPU if there is one.
+
+    Examples:
+        lit-prune show --pruner fastv divprune --keep 16 --out kept.png
+        lit-prune show --pruner oracle --keep 16 --scene 6000003 --skill relation --out kept.pdf
     """
     if out.suffix.lower() not in FORMATS:
         raise LitPruneError(f"{out}: pictures are written as {', '.join(FORMATS)}")
@@ -109,7 +114,7 @@ def _of_image(path: str, prompt: str | None) -> Asked:
     """An image file and the user's question."""
     if prompt is None:
         raise LitPruneError(f"give a question about {path}: --prompt")
-    return Asked(open_image(path), prompt)
+    return Asked(as_image(path), prompt)
 
 
 def _fours(numbers: list[int]) -> list[Box]:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lit_prune.commands import console
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, extra
 
 if TYPE_CHECKING:  # Optuna is an extra
     import optuna
@@ -45,9 +45,13 @@ def run(
             whole grid.
         fixed: Options that every trial gets, e.g. --fixed trainer.max_steps=50 model.base=/models/llava.
         seed: Of the proposals; by default another each time.
+
+    Examples:
+        lit-prune sweep -c sweeps/micro.yaml --trials 12
+        lit-prune sweep -c sweeps/micro.yaml --trials 2 --fixed trainer.max_steps=20 --out runs/sweeps/short
     """
     if find_spec("optuna") is None:
-        raise LitPruneError("`lit-prune sweep` needs Optuna: pip install 'lit-prune[sweep]'")
+        raise LitPruneError(f"`lit-prune sweep` needs Optuna: {extra('sweep')}")
     from lit_prune.sweeps import open_study, outcome, read_sweep, search
 
     sweep = read_sweep(config)

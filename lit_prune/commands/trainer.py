@@ -32,7 +32,8 @@ from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
 from lit_prune.commands import trainer_options
 from lit_prune.commands.explain import explain, explain_interpolation, explain_refused, explain_unexpected
-from lit_prune.commands.overlays import check_files, config_files, with_resets
+from lit_prune.commands.options import HelpFormatter
+from lit_prune.commands.overlays import check_files, config_files, with_resets, with_shipped
 from lit_prune.commands.traces import Traces
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
@@ -42,6 +43,19 @@ from lit_prune.strategies import refuse_foreign, refuse_unusable
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
+EXAMPLES = {
+    "fit": [
+        "lightning fit -c micro.yaml",
+        "lightning fit -c micro.yaml --ckpt_path last --trainer.max_steps 400",
+        "lightning fit -c micro.yaml -c pruners/dcp_rcp.yaml --model.keep 8 --trainer.default_root_dir runs/dcp_rcp",
+    ],
+    "validate": ["lightning validate -c micro.yaml --ckpt_path last"],
+    "test": [
+        "lightning test -c micro.yaml --ckpt_path last",
+        "lightning test -c micro.yaml -c pruners/fastv.yaml --trainer.default_root_dir runs/fastv",
+    ],
+    "predict": ["lightning predict -c micro.yaml --ckpt_path last"],
+}
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))  # of defaults
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
@@ -71,11 +85,12 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, verb: str | None, args: list[str]) -> None:
         self.verb = verb
-        self.args = args
+        self.args = args = with_shipped(args)
         check_files(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+        main = {"prog": "lightning", "formatter_class": HelpFormatter}
         super().__init__(
             _load(MODEL),
             LightningDataModule,
@@ -84,7 +99,7 @@ class PruneCLI(LightningCLI):
             trainer_class=SafeTrainer,
             trainer_defaults={"callbacks": [StopOnSignal(), NanGuard(), Limits(), SaveLast(), WriteAnswers()]},
             seed_everything_default=SEED,
-            parser_kwargs={**kwargs, "prog": "lightning", **({verb: dict(kwargs)} if verb else {})},
+            parser_kwargs={**kwargs, **main, **({verb: {**kwargs, **_help(verb)}} if verb else {})},
             auto_configure_optimizers=False,
             args=([verb] if verb else []) + with_resets(args, {"data": DATA}),
             run=verb is not None,
@@ -231,6 +246,19 @@ def build(config: str | list[str], overrides: list[str] | None = None) -> PruneC
     """
     files = [config] if isinstance(config, str) else config
     return PruneCLI(None, [*(f"--config={file}" for file in files), *(overrides or [])])
+
+
+def _help(verb: str) -> dict[str, Any]:
+    """How a verb's `--help` begins and ends: in between are some hundred options."""
+    about = f"{LIGHTNING_VERBS[verb]}\nLater files win over earlier ones, and options over files."
+    more = [
+        f"lightning {verb} -c FILE --print_config    shows what all files and options come to",
+        "--data.help CLASS, --model.pruner.help CLASS    show the options of a class",
+        "`lit-prune configs` lists the files that come with the package",
+    ]
+    lines = ["examples:", *(f"  {line}" for line in EXAMPLES[verb]), "", *more]
+    usage = f"lightning {verb} -c FILE [-c FILE ...] [--option value ...]"
+    return {"usage": usage, "description": about, "epilog": "\n".join(lines)}
 
 
 def _load(class_path: str) -> Any:

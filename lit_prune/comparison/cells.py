@@ -126,7 +126,7 @@ def _draw(path: str, draw: int) -> Plugin:
 
 def _note(plugin: Plugin, path: str, keep: int) -> str:
     """What to know about the weights, if the method has any: that shows when it is built."""
-    if path.endswith((".yaml", ".yml")):
+    if plugin.dims is None:  # a saved one knows the model that it was made for
         return "untrained"
     return "" if plugin.keep == keep else f"trained at {plugin.keep} tokens"
 

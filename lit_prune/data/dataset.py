@@ -18,9 +18,9 @@ from lit_prune.data.conversation import (
     prompt_length,
     read_conversation,
 )
-from lit_prune.data.images import MAX_PIXELS, decode_image
 from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.images import MAX_PIXELS, decode_image
 
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set

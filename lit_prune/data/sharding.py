@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_prune.data.conversation import read_conversation
-from lit_prune.data.images import image_format
 from lit_prune.data.sources import Source, sample_name
 from lit_prune.data.sources.shards import LARGEST_MEMBER, MANIFEST
 from lit_prune.data.sources.tar_index import BLOCK, index_of
 from lit_prune.errors import BadSample, LitPruneError
 from lit_prune.files import ASIDE, written_whole
+from lit_prune.images import image_format
 
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}  # others are called as their format
 

@@ -31,6 +31,7 @@ PRETRAIN_SEED = 0
 TRAIN_SEED = 1_000_000
 VALIDATION_SEED = 5_000_000
 TEST_SEED = 6_000_000
+SAMPLE_SEED = 8_000_000  # pictures to try things on: `lit-prune sample`
 RESERVED_SEED = 9_000_000
 
 Box = tuple[int, int, int, int]
@@ -154,7 +155,7 @@ def write_world(
         name = f"images/{seed:07d}.png"
         scene.image().save(folder / name)
         for number, question in enumerate(choose_questions(scene, questions_per_image)):
-            samples.append(_as_sample(f"{seed:07d}-{number}", name, question))
+            samples.append(as_sample(f"{seed:07d}-{number}", name, question))
     path = folder / "instructions.json"
     path.write_text(json.dumps(samples))
     return path
@@ -171,7 +172,8 @@ def choose_questions(scene: Scene, count: int) -> list[Question]:
     return queue[:count]
 
 
-def _as_sample(name: str, image: str, question: Question) -> dict:
+def as_sample(name: str, image: str, question: Question) -> dict:
+    """A question as a record of LLaVA instruction data, with the further keys `skill` and `boxes`."""
     return {
         "id": name,
         "image": image,

@@ -10,9 +10,9 @@ from instruct_samples import conversation
 from PIL import Image
 
 from lit_prune.data.dataset import Collate, InstructDataset
-from lit_prune.data.images import decode_image
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.images import decode_image
 
 
 def write_shapes(folder: Path) -> None:

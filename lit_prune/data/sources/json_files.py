@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from lit_prune.data.conversation import image_paths
-from lit_prune.data.images import open_image
 from lit_prune.data.sources.base import FileReader, ImageFile, Source
 from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.images import open_image
 
 CHUNK = 1 << 20
 LARGEST_RECORD = 1 << 26  # characters, and bytes; a longer "record" is a broken file

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lit_prune.data.images import open_image
 from lit_prune.data.sources.base import ImageFile
 from lit_prune.errors import BadSample
+from lit_prune.images import open_image
 
 IMAGE_COLUMNS = ("image", "images")
 TURN_COLUMNS = ("conversations", "messages")

@@ -12,7 +12,7 @@ from typing import Any
 from lit_prune.data.sources.base import ImageFile, Source
 from lit_prune.data.sources.locations import HUB, Location
 from lit_prune.data.sources.rows import COLUMNS, IMAGE_COLUMNS, TURN_COLUMNS, image_files, record_of
-from lit_prune.errors import BadSample, LitPruneError
+from lit_prune.errors import BadSample, LitPruneError, extra
 
 BATCH = 1000  # rows that are read of a parquet file at a time; `datasets` writes row groups of so many
 
@@ -140,7 +140,7 @@ def library() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise LitPruneError("parquet, arrow and the hub need `datasets`: pip install 'lit-prune[datasets]'") from error
+        raise LitPruneError(f"parquet, arrow and the hub need `datasets`: {extra('datasets')}") from error
     return datasets
 
 

@@ -58,6 +58,20 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
         return decoded
 
 
+def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that is open already, as `decode_image` gives it; name and errors as there."""
+    try:
+        _check_size(image, name, max_pixels)
+        decoded = _rgb(image, name)
+    except BadSample:
+        raise
+    except Exception as error:  # pixels are read late, and decoders raise anything on a broken file
+        raise _bad(f"image {name} cannot be read: {error}") from error
+    with suppress(Exception):  # as above
+        ImageOps.exif_transpose(decoded, in_place=True)
+    return decoded
+
+
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
     """Pillow's name of the format, one of `FORMATS`, by the header alone; arguments and errors as `decode_image`."""
     with _header(file, name, max_pixels) as image:
