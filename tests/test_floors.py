@@ -40,6 +40,7 @@ FLOORS = {
         [
             "training",
             "teaching",
+            "training_checks",
             "optimizer",
             "replay",
             "checkpoints",

@@ -38,6 +38,11 @@ class Progress(RichProgressBar):
             self.disable()
         self.begun = time.monotonic()
 
+    def enable(self) -> None:
+        """Show the bar again, after a finder of rates or batch sizes; never in a file."""
+        if not self.lines:
+            super().enable()
+
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Epoch, bar, batches, time; the figures follow."""
         theme = self.theme

@@ -143,6 +143,7 @@ class PruneCLI(LightningCLI):
         config["callbacks"] = [of_plugin(callback) for callback in trainer_options.as_list(config.get("callbacks"))]
         self.checkpoints = trainer_options.checkpoint_folders(config)
         trainer_options.apply_switches(config)
+        trainer_options.prepare_finders(config["callbacks"], self.verb, isinstance(self.datamodule, StreamedData))
         if any(config.get(mode) for mode in ("fast_dev_run", "overfit_batches", "barebones")):
             self.save_config_callback = None
         return super()._instantiate_trainer(config, callbacks)

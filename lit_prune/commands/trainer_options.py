@@ -5,7 +5,14 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -109,6 +116,16 @@ def _choose_summary(options: dict[str, Any]) -> None:
     if options.get("enable_model_summary") and not any(isinstance(c, ModelSummary) for c in options["callbacks"]):
         options["callbacks"].append(Parts())
     options["enable_model_summary"] = False  # or Lightning adds its own
+
+
+def prepare_finders(callbacks: list[Callback], verb: str | None, streamed: bool) -> None:
+    """Let a finder of batch sizes change the size that the verb uses; raises `LitPruneError` where nothing would."""
+    finders = [callback for callback in callbacks if isinstance(callback, BatchSizeFinder)]
+    if finders and streamed:
+        raise LitPruneError("BatchSizeFinder: a stream makes its batches as it is opened; take InstructData to find it")
+    for finder in finders:
+        if verb not in (None, "fit") and finder._batch_arg_name == "batch_size":
+            finder._batch_arg_name = "eval_batch_size"
 
 
 def checkpoint_folders(options: dict[str, Any]) -> list[Path]:
