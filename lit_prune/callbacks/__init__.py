@@ -4,6 +4,7 @@ from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.last import SaveLast
 from lit_prune.callbacks.limits import Limits
+from lit_prune.callbacks.monitors import Monitors
 from lit_prune.callbacks.nan_guard import NanGuard
 from lit_prune.callbacks.parts import Parts
 from lit_prune.callbacks.progress import Progress
@@ -17,6 +18,7 @@ from lit_prune.callbacks.wandb_run import WandbRun
 __all__ = [
     "ExportPlugin",
     "Limits",
+    "Monitors",
     "NanGuard",
     "Parts",
     "Progress",

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from lit_prune.averaging import of_plugin
-from lit_prune.callbacks import Limits, NanGuard, SaveConfig, SaveLast, StopOnSignal, Stopped, WriteAnswers
+from lit_prune.callbacks import Limits, Monitors, NanGuard, SaveConfig, SaveLast, StopOnSignal, Stopped, WriteAnswers
 from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
@@ -140,7 +140,8 @@ class PruneCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Make the Trainer with the callbacks and loggers that its options allow."""
-        config["callbacks"] = [of_plugin(callback) for callback in trainer_options.as_list(config.get("callbacks"))]
+        given = [of_plugin(callback) for callback in trainer_options.as_list(config.get("callbacks"))]
+        config["callbacks"] = [Monitors(), *given]
         self.checkpoints = trainer_options.checkpoint_folders(config)
         trainer_options.apply_switches(config)
         trainer_options.prepare_finders(config["callbacks"], self.verb, isinstance(self.datamodule, StreamedData))
