@@ -329,7 +329,7 @@ def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trai
     line = "fit -c base.yaml --ckpt_path last --trainer.max_steps"
     for _ in range(2):
         assert run(f"{line} 20 --trainer.max_epochs 1").code == 0
-    assert "nothing is left to train: the checkpoint is of step 8, the end of epoch 1" in caplog.text
+    assert "nothing is left to train: the checkpoint is of step 8, and all epochs of trainer.max_epochs=1 count" in caplog.text
     saved = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
     refused = run(f"{line} 30 --trainer.max_epochs 1")
     assert refused.code == 1
@@ -338,6 +338,15 @@ def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trai
     assert run(f"{line} 10 --trainer.max_epochs -1").code == 0
     found = [torch.load(path, weights_only=True)["global_step"] for path in Path("run/checkpoints").glob("*.ckpt")]
     assert max(found) == 10
+
+
+def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Callable[[str], Result]) -> None:
+    """An epoch of 8 that `max_steps` broke off is no whole one."""
+    edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 50")
+    for steps in (3, 6, 8):
+        result = run(f"fit -c base.yaml --trainer.max_epochs 1 --trainer.max_steps {steps} --ckpt_path last")
+        assert result.code == 0, result.err
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
 
 
 def test_without_a_logger_nothing_asks_for_learning_rates(run: Callable[[str], Result]) -> None:

@@ -37,10 +37,10 @@ class Limits(Callback):
         if epochs < trainer.max_epochs:
             return
         before = checkpoint.get("callbacks", {}).get(self.state_key, self.limits)
-        text = f"the checkpoint is of step {step}, the end of epoch {epochs}, and trainer.max_epochs is"
+        text = f"the checkpoint is of step {step}, and all epochs of trainer.max_epochs={trainer.max_epochs} count as done"
         if trainer.max_steps > step and trainer.max_steps != before["max_steps"]:
             raise LitPruneError(
-                f"{text} {trainer.max_epochs}: trainer.max_steps={trainer.max_steps} would train nothing; raise "
-                "--trainer.max_epochs too, or set it to -1"
+                f"{text}: trainer.max_steps={trainer.max_steps} would train nothing; raise --trainer.max_epochs too, "
+                "or set it to -1"
             )
-        rank_zero_info(f"nothing is left to train: {text} {trainer.max_epochs}")
+        rank_zero_info(f"nothing is left to train: {text}")
