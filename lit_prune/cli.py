@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points, version
@@ -30,6 +31,13 @@ EXAMPLES = (
 DISTRIBUTION = "lit-prune"
 WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # the new and the old name of W&B's own server
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+LONGEST = 400  # characters of another library's message
+LOGGING = ("lightning.pytorch.core", "lightning.pytorch.trainer.connectors.logger_connector")
+CONFIGURED = (  # parts of libraries that run what a configuration names
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "profilers", "tuner", "accelerators")),
+    *(f"lightning.pytorch.trainer.connectors.{part}_connector" for part in ("accelerator", "callback", "signal")),
+    "jsonargparse",
+)
 
 
 class UsageError(Exception):
@@ -134,6 +142,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "WANDB_MODE" not in os.environ and not _wandb_key():
         os.environ["WANDB_MODE"] = "offline"
+    if os.environ.get("WANDB_MODE") == "offline":  # a run's last lines say where its files are
         os.environ.setdefault("WANDB_SILENT", "true")
 
 
@@ -181,12 +190,45 @@ def _users(error: BaseException) -> BaseException | None:
     """The part of an error that is bad input, a missing file or a wrong setting; None for a fault of the program."""
     from lit_prune.errors import LitPruneError
 
-    if isinstance(error, UsageError | LitPruneError | OSError) or type(error).__name__ == "MisconfigurationException":
+    if isinstance(error, UsageError | LitPruneError | OSError):
         return error
-    if type(error).__module__.startswith("wandb.errors"):
-        said = str(error).partition("\n")[0]  # behind it stands advice for programmers
-        return LitPruneError(f"Weights & Biases: {said} (WANDB_MODE=offline runs without it)")
     cause = error.__cause__  # jsonargparse wraps what a constructor raises
-    while cause is not None and not isinstance(cause, LitPruneError):
+    while cause is not None:
+        if isinstance(cause, LitPruneError):
+            return cause
         cause = cause.__cause__
-    return cause
+    if type(error).__name__ == "MisconfigurationException" or _refused(error):
+        return LitPruneError(_in_short(error))
+    if type(error).__name__ == "OutOfMemoryError":
+        return LitPruneError(f"{_in_short(error)} Smaller batches, or model.checkpoint_activations=true, take less")
+    if type(error).__module__.startswith("wandb.errors"):
+        said = str(error).partition("\n")[0]  # advice for programmers follows
+        return LitPruneError(f"Weights & Biases: {said} (WANDB_MODE=offline runs without it)")
+    return None
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether a library refused what a configuration asks of it: a callback's argument, a trainer's option, a device.
+
+    That is so if a line of Lightning raised the exception (but for its logging, which only code calls), or if it came
+    up below a part of Lightning that only a configuration brings in, or below the parser that makes a configuration's
+    objects. Anything that code of this project raised, or a training step, is a fault of the program.
+    """
+    if not isinstance(error, Exception):
+        return False
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    known = [name for name in frames if name.startswith(("lit_prune.", "lightning.", "jsonargparse."))]
+    if not known or known[-1].startswith("lit_prune."):
+        return False
+    worded = isinstance(error, ValueError | TypeError | RuntimeError | AttributeError | ImportError | AssertionError)
+    return known[-1].startswith(CONFIGURED) or (
+        worded and frames[-1].startswith("lightning.") and not frames[-1].startswith(LOGGING)
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    """A library's message in one line, cut where it grows long; with the error's name where it may say little."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, LookupError | ArithmeticError | AttributeError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (--debug shows all)"

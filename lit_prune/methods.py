@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from lit_prune.budget import pairs_as_text, parse_budget
+from lit_prune.budget import parse_budget
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions, Mass, Positions
 from lit_prune.plugin import SETTINGS, Plugin
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.shipped import SUFFIXES, find_config
+from lit_prune.yaml_files import NoMapping, read_yaml
 
 
 def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None) -> Plugin:
@@ -48,16 +49,12 @@ def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None
 
 def plugin_from_yaml(path: str | Path) -> Plugin:
     """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
-    import yaml
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
-        config = yaml.safe_load(pairs_as_text(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LitPruneError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise LitPruneError(f"{path} is not YAML: {error}") from error
-    model = config.get("model") if isinstance(config, dict) else None
+        model = read_yaml(path).get("model")
+    except NoMapping:
+        model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
     parser = ArgumentParser(exit_on_error=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_prune.budget import Budget, Share, asked
 from lit_prune.host import Record
 from lit_prune.moments import Moments, moment_loss, moments
+from lit_prune.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class LossWeights:
         attention: KL of each stage's scores from the attention that the teacher's later layers pay (`model.watch`):
             tells every token at once whether it will be looked at; not in the paper, off by default [ours].
         sharpen: power of that attention, since most of it lies thinly on tokens that nobody needs [ours].
+
+    Raises:
+        LitPruneError: a weight below 0, or one that is not finite.
     """
 
     task: float = 1.5
@@ -42,6 +46,11 @@ class LossWeights:
     distill: float = 0.0
     attention: float = 0.0
     sharpen: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("task", "repair", "budget", "variance", "distill", "attention"):
+            check_number(f"model.loss.{name}", getattr(self, name), least=0)
+        check_number("model.loss.sharpen", self.sharpen, above=0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ class Anneal:
         noise: scale of the logistic noise; 0 turns it off.
         quiet_share: last share of the steps without noise, so that training equals the inference rule [R: 0.2].
         target_share: share of the steps over which the budget's target falls from 1, along a cosine [R: 0.1].
+
+    Raises:
+        LitPruneError: a temperature that is not above 0, a share outside of [0, 1], a negative noise.
     """
 
     tau_start: float = 1.5
@@ -63,6 +75,13 @@ class Anneal:
     noise: float = 1.0
     quiet_share: float = 0.2
     target_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("tau_start", "tau_end"):
+            check_number(f"model.anneal.{name}", getattr(self, name), above=0)
+        for name in ("tau_share", "quiet_share", "target_share"):
+            check_number(f"model.anneal.{name}", getattr(self, name), least=0, most=1)
+        check_number("model.anneal.noise", self.noise, least=0)
 
     def tau(self, done: float) -> float:
         """Temperature after a share `done` of the steps."""

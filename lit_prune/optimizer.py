@@ -1,6 +1,7 @@
 """What moves the plug-in's weights: AdamW, and the course of its learning rate."""
 
 import math
+from collections.abc import Callable
 
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,8 +18,29 @@ def adamw(plugin: Plugin, lr: float, repair_lr: float | None, weight_decay: floa
     return AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
 
 
-def warm_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float) -> LambdaLR:
-    """Linear warm-up over a share `warmup` of the `steps`, then a cosine down to `floor` times the peak."""
+def follow_settings(
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    factor: Callable[[int], float],
+    lr: float,
+    repair_lr: float | None,
+    weight_decay: float,
+) -> None:
+    """Set the rates, their course and the weight decay of the settings; a checkpoint may have replaced them by its own.
+
+    Where they are the same nothing changes, bit for bit.
+    """
+    schedule.lr_lambdas = [factor] * len(optimizer.param_groups)
+    schedule.base_lrs = [
+        repair_lr if group.get("name") == "repair" and repair_lr is not None else lr for group in optimizer.param_groups
+    ]
+    for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        group.update(initial_lr=base, lr=base * factor(schedule.last_epoch), weight_decay=weight_decay)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def warm_cosine(steps: int, warmup: float, floor: float) -> Callable[[int], float]:
+    """Learning rate over its peak at a step: linear warm-up over a share `warmup` of `steps`, a cosine to `floor`."""
     warm = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
@@ -27,4 +49,4 @@ def warm_cosine(optimizer: Optimizer, steps: int, warmup: float, floor: float) -
         done = min(1.0, (step - warm) / max(1, steps - warm))
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
-    return LambdaLR(optimizer, factor)
+    return factor

@@ -14,6 +14,7 @@ from lit_prune import selection
 from lit_prune.budget import scale_layers
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Dims, init_args
+from lit_prune.ranges import check_number, check_numbers
 
 Essence = tuple[Tensor, Tensor]  # (e_mask, e_pruned), each (batch, condition): all that a stage leaves behind
 
@@ -71,6 +72,12 @@ class RepairAdapter(nn.Module):
         super().__init__()
         if len(layers) != len(stages):
             raise LitPruneError(f"repair layers {list(layers)} need one feeding stage each, got stages {list(stages)}")
+        check_numbers("repair.layers", layers, least=0, whole=True)
+        check_numbers("repair.stages", stages, least=0, whole=True)
+        check_number("repair.depth", depth, least=1, whole=True)
+        for name, size in (("bottleneck", bottleneck), ("condition", condition), ("code", code)):
+            check_number(f"repair.{name}", size, least=1, whole=True)
+        check_number("repair.alpha", alpha)
         self.layers, self.stages = [int(x) for x in layers], [int(x) for x in stages]
         self.depth, self.bottleneck, self.condition, self.code, self.alpha = depth, bottleneck, condition, code, alpha
         self.adapters = nn.ModuleList()

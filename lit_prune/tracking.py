@@ -22,6 +22,15 @@ from lit_prune.teaching import Step, Teaching
 from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
+MEASURED = ("accuracy/*", "agreement", "kappa", "visual_tokens", "flops", "kv_bytes")
+MEASURED += tuple(f"{name}/layer_*" for name in ("kept", "w2", "w2_without_repair"))
+NAMES = (  # of all that a run may log, as patterns: what a callback may watch
+    *(f"val/{name}" for name in MEASURED),
+    *("val_accuracy", "loss", "kept"),  # on the progress bar
+    *("loss/*", "tau", "budget/target", "budget/actual", "kept/layer_*", "flops/sample", "shift/layer_*"),
+    *("throughput/*", "total/samples", "total/flops", "data/*", "lr-*"),
+)
+
 
 @torch.no_grad()
 def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> dict[str, Tensor | float]:

@@ -9,23 +9,26 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune import evaluation
+from lit_prune.averaging import refuse_whole_averages
 from lit_prune.blank import has_image, with_blank
 from lit_prune.budget import as_json, parse_budget
-from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Mass, Positions
 from lit_prune.objective import Anneal, LossWeights
-from lit_prune.optimizer import adamw, warm_cosine
+from lit_prune.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.plugin import Plugin
 from lit_prune.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.pruners.base import Pruner
+from lit_prune.ranges import check_numbers
 from lit_prune.repair import RepairAdapter
-from lit_prune.strategies import in_step, parameter_count, refuse_unusable, whole_shape
+from lit_prune.strategies import in_step, parameter_count, refuse_unusable
 from lit_prune.teaching import Moment, Step, Teaching
 from lit_prune.tracking import Meters, Work, fetched, step_figures
+from lit_prune.training_checks import check_batch, check_checkpoint, check_parameters, check_settings
 from lit_prune.vlm import load
 
 
@@ -59,6 +62,9 @@ class PruneModule(LightningModule):
         floor: last learning rate over the peak, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
+
+    Raises:
+        LitPruneError: a number outside of its range, before the model is loaded; a base or a plug-in that can't be.
     """
 
     def __init__(
@@ -89,17 +95,27 @@ class PruneModule(LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False
-        if loss.attention and not watch:
-            raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
+        check_settings(
+            loss,
+            watch,
+            pruner,
+            plugin,
+            lr=lr,
+            repair_lr=repair_lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            floor=floor,
+            spare=spare,
+            gate_clip=gate_clip,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
-        if plugin is None and pruner is None:
-            raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
-        if plugin is not None and pruner is not None:
-            raise LitPruneError("either model.pruner or model.plugin: add --model.pruner=null --model.repair=null")
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
+        check_numbers("model.watch", watch, least=0, below=self.vlm.size.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model)
         with torch.random.fork_rng(devices=[]):
@@ -109,6 +125,7 @@ class PruneModule(LightningModule):
         named = {"base": base, "keep": as_json(self.keep), "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
         self.model, self.plugin = self.vlm.model, made
+        self.untrained = plugin is None and made.trained  # as long as no checkpoint is loaded
         self.teaching = Teaching(
             self.vlm,
             self.keep,
@@ -129,25 +146,12 @@ class PruneModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what would train badly."""
         refuse_unusable(self.trainer)
+        refuse_whole_averages(self.trainer)
 
     def on_fit_start(self) -> None:
         """Say what trains."""
         count, frozen = (parameter_count(part) for part in (self.plugin, self.model))
         rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
-
-    def _check_parameters(self) -> None:
-        """Make sure that every parameter is either trained or frozen on purpose."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        stray = [name for name in trained if not name.startswith("plugin.")]
-        frozen_plugin = [name for name, p in self.plugin.named_parameters() if not p.requires_grad]
-        if stray or frozen_plugin or not trained:
-            raise LitPruneError(
-                f"nothing to train, or the wrong thing: {(stray or frozen_plugin or ['no parameters'])[0]}"
-            )
-        count = sum(p.numel() for p in self.plugin.parameters())
-        frozen = sum(p.numel() for p in self.model.parameters())
-        if count + frozen != sum(p.numel() for p in self.parameters()):
-            raise LitPruneError("trainable and frozen parameters don't add up to the module's")
 
     def train(self, mode: bool = True) -> "PruneModule":
         """The frozen model always stays in evaluation mode."""
@@ -169,22 +173,16 @@ class PruneModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose trainable names or shapes differ from this configuration's."""
         end_epoch(checkpoint)
-        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        own = {name: value.shape for name, value in self.state_dict().items()}
-        own |= {f"plugin.{name}": whole_shape(p) for name, p in self.plugin.named_parameters()}
-        wrong = sorted(saved.keys() ^ own.keys()) or [name for name in own if own[name] != saved[name]]
-        if wrong:
-            where = (
-                "is missing from the checkpoint"
-                if wrong[0] not in saved
-                else ("is not in this model" if wrong[0] not in own else "has another shape")
-            )
-            raise LitPruneError(
-                f"the checkpoint was written for another pruner or repair: {wrong[0]} {where} "
-                f"({len(wrong)} differences); use the configuration it was trained with"
-            )
+        self.untrained = False
+        check_checkpoint(checkpoint["state_dict"], self)
 
     # -- training -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse what another project's data module gives, in every verb."""
+        check_batch(batch)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Teacher and student over one batch; losses on the answers."""
@@ -230,10 +228,25 @@ class PruneModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
-        self._check_parameters()
+        check_parameters(self)
         optimizer = adamw(self.plugin, self.lr, self.repair_lr, self.weight_decay)
-        schedule = warm_cosine(optimizer, max(1, self.trainer.estimated_stepping_batches), self.warmup, self.floor)
+        schedule = LambdaLR(optimizer, self._course())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _course(self) -> Callable[[int], float]:
+        """The learning rate's course over the run's steps, whose number a finder of batch sizes changes."""
+        return warm_cosine(max(1, self.trainer.estimated_stepping_batches), self.warmup, self.floor)
+
+    def on_train_start(self) -> None:
+        """Train at the rates that the configuration names, or a finder of them, not at those of a checkpoint."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if len(schedules) == 1 and isinstance(schedules[0], LambdaLR):
+            rates = (self.lr, self.repair_lr, self.weight_decay)
+            follow_settings(self.trainer.optimizers[0], schedules[0], self._course(), *rates)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The plug-in has learnt something."""
+        self.untrained = False
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 

@@ -326,10 +326,40 @@ def test_figures_are_a_short_table_and_none_is_of_zero_flops(run: Callable[[str]
 def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_with_more(run: Callable[[str], Result]) -> None:
     """Saved every second step; in the middle of an epoch of 8, and at its end."""
     edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 2")
-    for steps, last in ((3, 3), (5, 5), (-1, 8), (9, 8)):
+    for steps, last in ((3, 3), (5, 5), (-1, 8)):
         result = run(f"fit -c base.yaml --trainer.max_epochs 1 --trainer.max_steps {steps} --ckpt_path last")
         assert result.code == 0, result.err
         assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == last
+
+
+def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trained(
+    run: Callable[[str], Result], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An epoch has 8 steps. The same command again ends well: a queue may start a run that is over."""
+    line = "fit -c base.yaml --ckpt_path last --trainer.max_steps"
+    for _ in range(2):
+        assert run(f"{line} 20 --trainer.max_epochs 1").code == 0
+    assert (
+        "nothing is left to train: the checkpoint is of step 8, and all epochs of trainer.max_epochs=1 count"
+        in caplog.text
+    )
+    saved = Path("run/checkpoints/last.ckpt").stat().st_mtime_ns
+    refused = run(f"{line} 30 --trainer.max_epochs 1")
+    assert refused.code == 1
+    assert "trainer.max_steps=30 would train nothing; raise --trainer.max_epochs too" in refused.err
+    assert Path("run/checkpoints/last.ckpt").stat().st_mtime_ns == saved
+    assert run(f"{line} 10 --trainer.max_epochs -1").code == 0
+    found = [torch.load(path, weights_only=True)["global_step"] for path in Path("run/checkpoints").glob("*.ckpt")]
+    assert max(found) == 10
+
+
+def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Callable[[str], Result]) -> None:
+    """An epoch of 8 that `max_steps` broke off is no whole one."""
+    edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 50")
+    for steps in (3, 6, 8):
+        result = run(f"fit -c base.yaml --trainer.max_epochs 1 --trainer.max_steps {steps} --ckpt_path last")
+        assert result.code == 0, result.err
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
 
 
 def test_without_a_logger_nothing_asks_for_learning_rates(run: Callable[[str], Result]) -> None:
@@ -413,7 +443,8 @@ def test_wandb_runs_share_a_folder_and_know_their_configuration(
     wandb.finish()  # else the next test's first run is this one
     assert not [text for text in warned if "anonymous" in text]
     assert [params["model"]["keep"] for params in seen if "trainer" in params] == [3, 4]
-    assert yaml.safe_load(Path("run/config_test.yaml").read_text())["model"]["keep"] == 4
+    for name, keep in (("config_test", 3), ("config_test_2", 4)):
+        assert yaml.safe_load(Path(f"run/{name}.yaml").read_text())["model"]["keep"] == keep
 
 
 def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,14 @@ def test_names_of_ones_own_stay(student, world, tmp_path, places):
         wandb.finish()
 
 
-# -- pictures without W&B -------------------------------------------------------------------------------------------
+# -- pictures beside W&B --------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_files_in_the_runs_folder_whatever_the_loggers(run):
+    """The same four questions at both validations; nobody has to look for them in W&B's cache."""
+    files = {file.name: file for file in (run.folder / "samples").iterdir()}
+    assert set(files) == {f"val_step{step}_{i}.png" for step in (2, 4) for i in range(4)}
+    assert all(Image.open(file).size[0] > 800 for file in files.values())
 
 
 def test_tensorboard_has_pictures_and_configuration(board):
@@ -290,7 +297,7 @@ def test_tensorboard_has_pictures_and_configuration(board):
     assert "class_path: lit_prune.pruners.rcp.RCP" in text.tensor_proto.string_val[0].decode()
 
 
-def test_pictures_are_files_where_no_logger_takes_them(student, world, tmp_path):
+def test_pictures_are_files_without_any_logger(student, world, tmp_path):
     pictures = SamplePictures(2, str(tmp_path / "samples"))
     run = trainer(tmp_path, [pictures], max_steps=1, limit_val_batches=1, val_check_interval=1)
     run.fit(student(), world())
@@ -432,9 +439,10 @@ def test_the_end_says_where_everything_is(run):
     summary = run.said[-1]
     assert summary.startswith("fit ended at step 4 after 0:")
     said = dict(line.strip().split("  ", 1) for line in summary.splitlines()[1:])
-    assert set(said) == {"accuracy", "plug-in", "settings", "checkpoints", "figures", "TensorBoard", "W&B"}
+    names = {"accuracy", "plug-in", "pictures", "settings", "checkpoints", "figures", "TensorBoard", "W&B"}
+    assert set(said) == names
     assert "best 0." in said["accuracy"]
-    for name in ("plug-in", "settings", "figures"):
+    for name in ("plug-in", "pictures", "settings", "figures"):
         assert Path(said[name].strip()).exists(), name
     assert said["W&B"].strip() == f"wandb sync {run.wandb}"
 

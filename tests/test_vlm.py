@@ -236,7 +236,7 @@ def test_file_that_cannot_be_read(tmp_path):
     with pytest.raises(LitPruneError, match="No such file"):
         plugin_from_yaml(tmp_path / "missing.yaml")
     (tmp_path / "bad.yaml").write_text("model: [")
-    with pytest.raises(LitPruneError, match="not YAML"):
+    with pytest.raises(LitPruneError, match="not valid YAML"):
         plugin_from_yaml(tmp_path / "bad.yaml")
 
 

@@ -3,10 +3,14 @@
 from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.last import SaveLast
+from lit_prune.callbacks.limits import Limits
+from lit_prune.callbacks.monitors import Monitors
 from lit_prune.callbacks.nan_guard import NanGuard
+from lit_prune.callbacks.parts import Parts
 from lit_prune.callbacks.progress import Progress
 from lit_prune.callbacks.results import PrintResults
 from lit_prune.callbacks.samples import SamplePictures
+from lit_prune.callbacks.settings import SaveConfig
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
 from lit_prune.callbacks.summary import RunSummary
 from lit_prune.callbacks.throughput import Throughput
@@ -14,11 +18,15 @@ from lit_prune.callbacks.wandb_run import WandbRun
 
 __all__ = [
     "ExportPlugin",
+    "Limits",
+    "Monitors",
     "NanGuard",
+    "Parts",
     "PrintResults",
     "Progress",
     "RunSummary",
     "SamplePictures",
+    "SaveConfig",
     "SaveLast",
     "StopOnSignal",
     "Stopped",

@@ -6,13 +6,17 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from lit_prune.callbacks.settings import output_suffix
+from lit_prune.debug_modes import leaves_no_trace
+
 
 class WriteAnswers(Callback):
     """Writes what `predict` answers as JSON lines with `id`, `answer`, `question` and `reference`, batch by batch.
 
     `reference` is the answer that the data hold, null where they hold none.
 
-    Rank 0 writes `answers.jsonl`, rank 3 `answers.rank3.jsonl`, in place of those of a `predict` before.
+    Rank 0 writes `answers.jsonl`, rank 3 `answers.rank3.jsonl`, in place of those of a `predict` with the same settings
+    before; with other settings the names are numbered, as in `SaveConfig`. Runs for debugging write nothing.
 
     Args:
         folder: where to; by default the run's folder.
@@ -24,17 +28,22 @@ class WriteAnswers(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with an empty file; a former run may have had more ranks."""
+        if leaves_no_trace(trainer):
+            return
+        name = f"answers{output_suffix(trainer)}"
         folder = self.folder or Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("answers*.jsonl"):
-                old.unlink()
+            for old in (folder / f"{name}.jsonl", *folder.glob(f"{name}.rank*.jsonl")):
+                old.unlink(missing_ok=True)
         trainer.strategy.barrier("WriteAnswers")
         rank = trainer.global_rank
-        self.file = folder / (f"answers.rank{rank}.jsonl" if rank else "answers.jsonl")
+        self.file = folder / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
         self.file.touch()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Add the answers to a batch."""
+        if self.file is None:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in outputs)

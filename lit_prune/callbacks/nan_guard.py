@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
+from lit_prune.callbacks.settings import settings_of
+from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.replay import SavedStep, save_step
 from lit_prune.strategies import whole
@@ -45,12 +46,13 @@ class NanGuard(Callback):
             fine = fine & torch.nn.utils.get_total_norm(gradients).isfinite()
         if trainer.strategy.reduce_boolean_decision(bool(fine), all=True):
             return
-        path = self._save(trainer, pl_module)
+        path = None if leaves_no_trace(trainer) else self._save(trainer, pl_module)
         trainer.strategy.barrier("NanGuard")
+        kept = "" if path is None else f". The step is kept: lit-prune replay {path}"
         what = "gradient" if bool(self.loss.isfinite()) else "loss"
         raise LitPruneError(
             f"the {what} is not finite at step {trainer.global_step} (loss {self.loss.item()}); it has changed no "
-            f"weight; samples {', '.join(map(str, self.batch['ids']))}. The step is kept: lit-prune replay {path}"
+            f"weight; samples {', '.join(map(str, self.batch['ids']))}{kept}"
         )
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -60,8 +62,8 @@ class NanGuard(Callback):
     def _save(self, trainer: Trainer, module: LightningModule) -> Path:
         folder = self.folder or Path(trainer.default_root_dir) / "nonfinite"
         path = folder / f"step-{trainer.global_step:06d}-rank-{trainer.global_rank}.safetensors"
-        kept = [callback.folder for callback in trainer.callbacks if isinstance(callback, SaveConfigCallback)]
-        config = next((str((Path(at) / "config_fit.yaml").absolute()) for at in kept), None)
+        settings = settings_of(trainer)
+        config = None if settings is None else str(settings.file.absolute())
         with whole(module.plugin):
             weights = {name: value.detach().cpu().clone() for name, value in module.plugin.state_dict().items()}
         step = SavedStep(

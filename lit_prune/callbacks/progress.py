@@ -7,18 +7,28 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import (
+    BatchesProcessedColumn,
+    CustomBarColumn,
+    RichProgressBarTheme,
+)
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from lit_prune.budget import format_budget
+
+BAR = 6  # characters of the bar itself: all columns together fit into 80
 
 
 class Progress(RichProgressBar):
     """A bar on a terminal; elsewhere, as in a log file, a line for each logged step and validation.
 
-    Shows the loss, the visual tokens kept over the budget, and the accuracy of the last validation.
+    Shows the loss, the visual tokens kept over the budget, and the accuracy of the last validation. The bar fits a
+    terminal of 80 columns with epochs of up to 99,999 batches.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(theme=RichProgressBarTheme(metrics_format=".3g"))
         self.lines = not sys.stdout.isatty()
         self.begun, self.shown = 0.0, -1
 
@@ -30,12 +40,37 @@ class Progress(RichProgressBar):
             self.disable()
         self.begun = time.monotonic()
 
+    def enable(self) -> None:
+        """Show the bar again, after a finder of rates or batch sizes; never in a file."""
+        if not self.lines:
+            super().enable()
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Epoch, bar, batches, time; the figures follow."""
+        theme = self.theme
+        bar = CustomBarColumn(
+            bar_width=BAR,
+            complete_style=theme.progress_bar,
+            finished_style=theme.progress_bar_finished,
+            pulse_style=theme.progress_bar_pulse,
+        )
+        description = TextColumn("[progress.description]{task.description}")
+        return [description, bar, BatchesProcessedColumn(style=theme.batch_progress), Clock()]
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Epochs counted from 1; padded to the length of "Validation"."""
+        total = self.trainer.max_epochs
+        text = f"Epoch {current_epoch + 1}" + (f"/{total}" if total is not None and total > 0 else "")
+        return text.ljust(len(self.validation_description))
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Kept tokens over the budget; no number of the loggers' folder."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "kept" in metrics:
             metrics["kept"] = f"{float(metrics['kept']):.3g}/{format_budget(pl_module.keep)}"
+        if not self.lines and "val_accuracy" in metrics:
+            metrics["val"] = metrics.pop("val_accuracy")
         return metrics
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -58,3 +93,15 @@ class Progress(RichProgressBar):
         for name, value in self.get_metrics(trainer, pl_module).items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         print("  ".join(parts), flush=True)
+
+
+class Clock(ProgressColumn):
+    """Time gone, and an estimate of the time left."""
+
+    max_refresh = 0.5  # seconds
+
+    def render(self, task: Task) -> Text:
+        """As `0:01:05<0:02:10`."""
+        times = (task.finished_time if task.finished else task.elapsed, task.time_remaining)
+        gone, left = ("-:--:--" if time is None else str(timedelta(seconds=int(time))) for time in times)
+        return Text(f"{gone}<{left}", style="dim")

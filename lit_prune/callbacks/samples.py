@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from lit_prune.callbacks.settings import output_suffix
+from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import Measured, matches
 from lit_prune.pictures import Pixels, Row, as_seen, figure, titled
@@ -22,9 +24,9 @@ STAGES = {"validate": "val", "test": "test"}
 class SamplePictures(Callback):
     """Shows a few questions of each validation and test: kept tokens at every stage, full and pruned answer.
 
-    In W&B as the table `val/samples` (or `test/samples`), in TensorBoard as images, and where no logger takes pictures
-    as PNG files. They are spread over rank zero's first batch, so that each validation shows the same ones. A model
-    that cuts images into tiles has rows without a picture.
+    As PNG files in the run's folder, in W&B as the table `val/samples` (or `test/samples`), in TensorBoard as images.
+    They are spread over rank zero's first batch, so that each validation shows the same ones. A model that cuts images
+    into tiles has rows without a picture. Runs for debugging show none.
 
     Args:
         count: questions to show.
@@ -45,7 +47,8 @@ class SamplePictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Show questions of the first batch."""
-        if batch_idx == 0 and outputs and trainer.is_global_zero and not trainer.sanity_checking:
+        shown = batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking
+        if shown and outputs and not leaves_no_trace(trainer):
             chosen = np.linspace(0, len(batch["ids"]) - 1, min(self.count, len(batch["ids"]))).round().astype(int)
             rows = [_row(pl_module, batch, outputs, i) for i in chosen.tolist()]
             self._show(trainer, f"{STAGES[trainer.state.stage.value]}/samples", rows)
@@ -53,18 +56,16 @@ class SamplePictures(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _show(self, trainer: Trainer, name: str, rows: list[list[Any]]) -> None:
-        step, taken = logged_step(trainer), False
+        step = logged_step(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, name, rows, step)
-                taken = True
             elif isinstance(logger, TensorBoardLogger):
                 for i, row in enumerate(rows):
                     if row[-1] is not None:
                         logger.experiment.add_image(f"{name}/{i}", row[-1], step, dataformats="HWC")
-                taken = True
-        if not taken:
-            self.written = self._write(f"{name.partition('/')[0]}_step{trainer.global_step}", rows) or self.written
+        prefix = f"{name.partition('/')[0]}{output_suffix(trainer)}_step{trainer.global_step}"
+        self.written = self._write(prefix, rows) or self.written
 
     def _write(self, prefix: str, rows: list[list[Any]]) -> bool:
         pictures = [(i, row[-1]) for i, row in enumerate(rows) if row[-1] is not None]

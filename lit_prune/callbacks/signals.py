@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_prune.checkpoints import saving_folder
+from lit_prune.debug_modes import leaves_no_trace
 
 
 class Stopped(SystemExit):
@@ -79,7 +80,7 @@ class StopOnSignal(Callback):
         preempted = agreed(self.preemption in self.received, all=False)
         number = self.preemption if preempted else signal.SIGTERM
         text = "no checkpoint was asked for"
-        if folder := saving_folder(trainer):
+        if (folder := saving_folder(trainer)) and not leaves_no_trace(trainer):
             path = folder / "stopped.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             text = f"saved {path}, go on with --ckpt_path last"

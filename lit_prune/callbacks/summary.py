@@ -7,14 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.callbacks.answers import WriteAnswers
 from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.samples import SamplePictures
+from lit_prune.callbacks.settings import SaveConfig, settings_of
 from lit_prune.callbacks.signals import Stopped
+from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
 
 
@@ -44,7 +45,10 @@ class RunSummary(Callback):
         self.best = state_dict["best"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say it after an error or an interrupt too."""
+        """Say it after an error or an interrupt too; of a run that never had a batch the error says enough."""
+        settings = settings_of(trainer)
+        if settings is not None and not settings.already_saved:
+            return
         known = {Stopped: "a signal", KeyboardInterrupt: "Ctrl-C", LitPruneError: "an error"}
         cause = next((text for kind, text in known.items() if isinstance(exception, kind)), type(exception).__name__)
         self._say(trainer, f"was stopped by {cause}")
@@ -58,33 +62,41 @@ class RunSummary(Callback):
             return
         verb = trainer.state.fn.value if trainer.state.fn is not None else "run"
         elapsed = timedelta(seconds=round(time.monotonic() - self.begun))
-        steps = f" at step {trainer.global_step}" if verb == "fit" else ""
+        steps = f" at step {trainer.global_step}{_short_of(trainer)}" if verb == "fit" else ""
         lines = [f"{verb} {how}{steps} after {elapsed}"]
-        files = [*self._results(trainer, verb), *_files(trainer)]
+        files = [*self._results(trainer, verb), *([] if leaves_no_trace(trainer) else _files(trainer))]
         width = max((len(label) for label, _ in files), default=0)
         rank_zero_info("\n".join([*lines, *(f"  {label:<{width}}  {text}" for label, text in files)]))
 
     def _results(self, trainer: Trainer, verb: str) -> Iterator[tuple[str, str]]:
         if verb == "test" and (accuracy := trainer.callback_metrics.get("test/accuracy/all")) is not None:
-            yield "accuracy", f"{float(accuracy):.4f}"
+            untrained = ", of an untrained plug-in" if getattr(trainer.lightning_module, "untrained", False) else ""
+            yield "accuracy", f"{float(accuracy):.4f}{untrained}"
         elif verb in ("fit", "validate") and self.best is not None:
             last = trainer.callback_metrics.get("val/accuracy/all")
             now = "" if last is None else f", last {float(last):.4f}"
             yield "accuracy", f"best {self.best[0]:.4f} at step {self.best[1]}{now}"
 
 
+def _short_of(trainer: Trainer) -> str:
+    """The steps that were asked for, where the epochs were over first."""
+    epochs_over = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
+    if not epochs_over or trainer.global_step >= trainer.max_steps:
+        return ""
+    return f" of {trainer.max_steps} (trainer.max_epochs={trainer.max_epochs} came first)"
+
+
 def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """What a run has written, and where; only what is there."""
     for callback in trainer.callbacks:
-        if isinstance(callback, ExportPlugin) and callback.folder.is_dir() and trainer.state.fn == "fit":
+        if isinstance(callback, ExportPlugin) and callback.written:
             yield "plug-in", str(callback.folder)
         if isinstance(callback, SamplePictures) and callback.written:
             yield "pictures", str(callback.folder)
         if isinstance(callback, WriteAnswers) and callback.file is not None:
             yield "answers", str(callback.file)
-        folder = getattr(callback, "folder", None) if isinstance(callback, SaveConfigCallback) else None
-        if folder is not None and (file := Path(folder) / f"config_{trainer.state.fn.value}.yaml").is_file():
-            yield "settings", str(file)
+        if isinstance(callback, SaveConfig) and callback.already_saved:
+            yield "settings", str(callback.file)
     for saver in trainer.checkpoint_callbacks if trainer.state.fn == "fit" else ():
         if saver.dirpath is not None and any(Path(saver.dirpath).glob("*.ckpt")):
             yield "checkpoints", f"{saver.dirpath}; go on with --ckpt_path last"

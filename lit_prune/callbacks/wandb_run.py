@@ -61,7 +61,7 @@ class WandbRun(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the plug-in that `fit` has written; a run that fails does not come here."""
-        folders = [c.folder for c in trainer.callbacks if isinstance(c, ExportPlugin)]
+        folders = [c.folder for c in trainer.callbacks if isinstance(c, ExportPlugin) and c.written]
         if stage == "fit" and self.artifact and folders:
             for logger in _loggers(trainer):
                 _keep(logger, folders[0], pl_module, trainer)

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
+from omegaconf.errors import GrammarParseError
 
-from lit_prune.commands.overlays import classes_in
-from lit_prune.shipped import closest_configs, meant
+from lit_prune.commands.overlays import classes_in, config_content
+from lit_prune.errors import LitPruneError
+from lit_prune.yaml_files import ENDINGS, shorten
 
+LONGEST = 400  # characters of a message
 SPEC = ["class_path", "init_args", "dict_kwargs"]
 UNKNOWN = re.compile(r"(?:does not accept option '([^']+)')|(?:Option '([^']+)' is not accepted)")
 NO_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s+(.*(?:has no attribute|No module|not a subclass).*)")
+NOT_MEANT = re.compile(r"- (Expected an? |Not a valid subclass|Not of type )")
 NOISE = re.compile(r"^(- )?(Does not validate|Subtypes:|Errors:|Expected a <class 'None|Problem with|Given value)")
 
 
@@ -28,13 +31,65 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[str] = ()) -> 
         parser: The parser whose keys are the right ones.
         files: The configuration files that were read.
     """
-    files = [file for file in files if Path(file).suffix in (".yaml", ".yml", ".json")]
+    files = [file for file in files if file.endswith(ENDINGS)]
+    text = shorten(_explained(message, parser, files), LONGEST)
+    return text if "`" in text or "--" in text or not files else f"{files[-1]}: {text}"
+
+
+def explain_refused(error: Exception) -> str | None:
+    """One line for what a constructor refused while a configuration's objects were made; None for anything else.
+
+    None too where a constructor of ours refused it, whose own error says it best.
+    """
+    cause, message = error.__cause__, str(error)
+    while cause is not None:
+        if isinstance(cause, LitPruneError):
+            return None
+        cause = cause.__cause__
+    if "Does not validate against any of the Union subtypes" not in message:
+        return None
+    failed = re.search(r"Namespace\(class_path='[\w.]*?(\w+)'", message)  # those before it in a list were made
+    reason = " ".join(_likeliest(message).replace("- ", "", 1).split())
+    reason = re.sub(r"Problem with given class_path '[^']*': ", "", reason)
+    return shorten(f"`{failed[1]}`: {reason}" if failed else reason, LONGEST)
+
+
+def _likeliest(message: str) -> str:
+    """A message without the alternatives of a union that were not meant: of a class given, what is wrong with it."""
+    lines = message.splitlines()
+    if "Errors:" not in (stripped := [line.strip() for line in lines]):
+        return message
+    start = stripped.index("Errors:")
+    margin = lines[start].index("Errors:") + 2
+    found: list[list[str]] = []
+    for line in lines[start + 1 :]:
+        if line.strip() and not line.startswith(" " * margin):
+            break
+        if line[margin : margin + 2] == "- ":
+            found.append([])
+        if found:
+            found[-1].append(line)
+    items = ["\n".join(item) for item in found if not NOT_MEANT.match(item[0].strip())]
+    best = max(items, key=lambda item: ("given class_path" in item, "is not accepted" not in item), default="")
+    if not best:
+        return message
+    before = [line for line in lines[:start] if "Parser key" in line or "given class_path" in line]
+    return "\n".join([*before, _likeliest(best)])
+
+
+def _explained(message: str, parser: ArgumentParser, files: list[str]) -> str:
+    message = _likeliest(message)
+    if match := re.search(r"'[\w.]*?(\w+)':\s+the following arguments are required: (.*)", message):
+        place = _place(message)[0].removesuffix(".init_args")
+        return f"`{place}`: {match[1]} needs {', '.join(f'`{name}`' for name in match[2].split(', '))}"
     if message.startswith("unrecognized arguments:"):
         return _unrecognised(message, parser, files)
     if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-        return f"give {', '.join(f'--{name}' for name in match[1].split(', '))}"
-    if "File does not exist" in message or "Problems parsing config" in message:
-        return _bad_file(message, files)
+        return f"give {', '.join(f'--{_without_verb(name, parser)}' for name in match[1].split(', '))}"
+    if match := re.search(r'Key "([\w.]+)\.\w+" not found in namespace', message):
+        return f"`{match[1]}`: expected the `key: value` lines of its options"
+    if match := re.search(r"Parser key \"([\w.]+)\":\s+Unable to load config '(.*)'", message):
+        return f"`{match[1]}`: expected the `key: value` lines of its options, got {match[2]}"
     if match := UNKNOWN.search(message):
         return _unknown_key(message, match[1] or match[2], parser, files)
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
@@ -52,17 +107,25 @@ def explain_interpolation(error: Exception, parser: ArgumentParser, files: Itera
     wanted = re.search(r"resolved to '([^']+)'", text) or re.search(r"key '([^']+)' not found", text)
     place = re.search(r"full_key: (\S+)", text)
     at = f"`{_without_verb(place[1], parser)}`: " if place else ""
+    if isinstance(error, GrammarParseError):
+        return f"{at}not a valid interpolation; `${{key}}` stands for another key's value"
     if wanted is None:
         return at + text.partition("\n")[0]
     key = _as_written(_without_verb(wanted[1], parser), files)
     return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser, files)))}"
 
 
+def explain_unexpected(error: Exception) -> str:
+    """One line for an error that the parser did not foresee."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"the configuration can't be read: {type(error).__name__}{text and ': '}{text} (--debug shows where)"
+
+
 def keys_of(parser: ArgumentParser, files: Iterable[str] = ()) -> list[str]:
     """The dotted keys that a parser knows, with those of the classes that the files choose."""
     names = {option.lstrip("-") for option in parser._option_string_actions if option.startswith("--")}
     nested = {f"{key}.init_args.{name}" for key, path in classes_in(files).items() for name in _parameters(path)}
-    return sorted(name for name in names | nested if not name.endswith(("help", "+")))
+    return sorted(name for name in names | nested if not name.endswith(("help", "+", "print_config")))
 
 
 def closest(key: str, known: Iterable[str]) -> str | None:
@@ -102,18 +165,6 @@ def _unrecognised(message: str, parser: ArgumentParser, files: list[str]) -> str
     key = option.lstrip("-").partition("=")[0]
     found = closest(key, keys_of(parser, files))
     return f"unknown option `--{key}`{_meant(found and '--' + found)}"
-
-
-def _bad_file(message: str, files: list[str]) -> str:
-    for file in files:
-        path = Path(file)
-        if not path.is_file():
-            return f"no configuration file `{file}`{meant(closest_configs(file))}"
-        try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            return f"{file}: not valid YAML: {' '.join(str(error).split())}"
-    return _condense(message)
 
 
 def _unknown_key(message: str, key: str, parser: ArgumentParser, files: list[str]) -> str:
@@ -183,7 +234,7 @@ def _parameters(class_path: str) -> list[str]:
 def _file_with(key: str, files: list[str]) -> str:
     """The last file that holds a dotted key, as the beginning of a message."""
     for file in reversed(files):
-        node: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        node: Any = config_content(file)
         for part in key.split("."):
             node = node.get(part, KeyError) if isinstance(node, dict) else KeyError
         if node is not KeyError:
@@ -196,16 +247,26 @@ def _condense(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     reasons = [r for r in lines if r and not NOISE.match(r) and not r.startswith("Parser key")]
     place, _ = _place(message)
-    if place and len(reasons) == 1:
-        reason = re.sub(r"Expected a (.*)\. Got value: ", r"expected \1, got ", reasons[0])
-        return f"`{place}`: {_plain(reason)}"
-    kinds = [found[1] for r in reasons if (found := re.fullmatch(r"- Expected an? (.*)", r))]
-    if place and kinds and len(kinds) == len(reasons) and (given := re.search(r"Given value: (.*)", message)):
+    found = re.fullmatch(r"(?:- )?Expected an? (.*)\. Got value: (.*)", reasons[0]) if len(reasons) == 1 else None
+    if place and found:
+        return f"`{place}`: expected {_plain(found[1])}, got {found[2] or 'nothing'}"
+    given = re.search(r"Given value: (.*)", message)
+    kinds = [found[1] for r in reasons if (found := re.fullmatch(r"(?:- )?Expected an? (.*)", r))]
+    if place and given and kinds and len(kinds) == len(reasons):
         return f"`{place}`: expected {', or '.join(_plain(kind) for kind in kinds)}, got {given[1]}"
-    return message.strip()
+    if place and given and (subtypes := re.search(r"Subtypes: \[(.*)\]$", message, re.MULTILINE)):
+        names = [_plain(re.sub(r"\b(\w+\.)+(\w+)", r"\2", kind)) for kind in _split(subtypes[1])]
+        return f"`{place}`: expected {', or '.join(names)}, got {given[1]}"
+    text = " ".join(_plain(reason) for reason in reasons) or message.strip()
+    return f"`{place}`: {text}" if place else text
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand outside of brackets."""
+    return re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.replace(", ", ","))
 
 
 def _plain(reason: str) -> str:
     """Types as people write them."""
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason)
-    return reason.replace("typing.", "").replace("Literal", "one of ").removeprefix("- ")
+    return reason.replace("typing.", "").replace("Literal", "one of ").replace("NoneType", "null").removeprefix("- ")

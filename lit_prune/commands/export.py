@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lit_prune.averaging import stored_average
 from lit_prune.checkpoints import newest, verify
 from lit_prune.commands import console
 from lit_prune.errors import LitPruneError
@@ -12,7 +13,8 @@ def run(checkpoint: Path, out: Path) -> None:
     """Write the plug-in of a training run's checkpoint as a folder: safetensors and JSON.
 
     Any strategy's checkpoint will do, and neither the run's configuration nor its base model is needed. What is left
-    out is what only training needs: the optimizer's state and the place in the data.
+    out is what only training needs: the optimizer's state and the place in the data. Of a run that averaged its weights
+    the average is written, as far as the checkpoint has it.
 
     Args:
         checkpoint: Lightning's file or DeepSpeed's folder, or the newest in a folder of them, e.g. --checkpoint
@@ -33,3 +35,5 @@ def run(checkpoint: Path, out: Path) -> None:
     plugin = Plugin.from_checkpoint(checkpoint)
     plugin.save_pretrained(out)
     console.say(f"{out}: {plugin.base}, {sum(p.numel() for p in plugin.parameters()):,} parameters")
+    if checkpoint.is_file() and (average := stored_average(checkpoint)):
+        console.say(average)

@@ -15,8 +15,8 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from lit_prune.cli import UsageError
 from lit_prune.commands import yaml_loader
-from lit_prune.commands.explain import explain
-from lit_prune.commands.overlays import config_files
+from lit_prune.commands.explain import explain, explain_unexpected
+from lit_prune.commands.overlays import check_files, config_files
 from lit_prune.shipped import config_or_text
 
 SHORT = {"-c": "config", "-o": "out"}
@@ -50,10 +50,15 @@ def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[st
     if not own_config:
         parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
+    line = plain(argv, run)
+    if not own_config:
+        check_files(line)
     try:
-        options = parser.parse_args(plain(argv, run))
+        options = parser.parse_args(line)
     except ArgumentError as error:
-        raise UsageError(explain(str(error), parser, config_files(argv))) from error
+        raise UsageError(explain(str(error), parser, [] if own_config else config_files(line))) from error
+    except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
+        raise UsageError(explain_unexpected(error)) from error
     if not own_config:
         del options["config"]
     return run, parser.instantiate(options).as_dict()

@@ -8,39 +8,51 @@ line. A file or option that swaps a ``class_path`` starts from the defaults of t
 import importlib
 import logging
 import os
+import re
 import signal
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from jsonargparse import ArgumentError, set_parsing_settings
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from lit_prune.callbacks import NanGuard, PrintResults, SaveLast, StopOnSignal, Stopped, WriteAnswers
+from lit_prune.averaging import of_plugin
+from lit_prune.callbacks import (
+    Limits,
+    Monitors,
+    NanGuard,
+    PrintResults,
+    SaveConfig,
+    SaveLast,
+    StopOnSignal,
+    Stopped,
+    WriteAnswers,
+)
+from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
 from lit_prune.cli import LIGHTNING_VERBS, UsageError
-from lit_prune.commands import yaml_loader
-from lit_prune.commands.explain import explain, explain_interpolation
+from lit_prune.commands import trainer_options, yaml_loader
+from lit_prune.commands.explain import explain, explain_interpolation, explain_refused, explain_unexpected
 from lit_prune.commands.options import HelpFormatter
-from lit_prune.commands.overlays import config_files, with_resets, with_shipped
+from lit_prune.commands.overlays import check_files, config_files, with_resets, with_shipped
+from lit_prune.commands.traces import Traces
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
 from lit_prune.strategies import refuse_foreign, refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
-WANDB_RUN = "wandb_run_id"  # beside the checkpoints: the id of the run that wrote them
 EXAMPLES = {
     "fit": [
         "lightning fit -c micro.yaml",
@@ -54,7 +66,7 @@ EXAMPLES = {
     ],
     "predict": ["lightning predict -c micro.yaml --ckpt_path last"],
 }
-EVERY_VERB = ("seed_everything", "trainer", "model", "data")
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))  # of defaults
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"Found \d+ module\(s\) in eval mode",  # the frozen model always is
@@ -62,49 +74,15 @@ NOISE = (
     r"You are using a custom batch sampler `EvalBatches` for prediction",  # which gives every sample
     r"Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
 )
-
-
-class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration beside the run, as ``config_<verb>.yaml``, and in W&B or TensorBoard.
-
-    A rerun overwrites it, once its checkpoint is loaded: one that is refused leaves the settings of the run before.
-
-    The folder is ``trainer.default_root_dir`` where the configuration sets it, else that of the checkpoints, else the
-    logger's.
-    """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
-        super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **kwargs)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, on every rank: ``log_dir`` is a broadcast."""
-        log_dir = trainer.log_dir
-        self.folder = Path(self.config.get("trainer.default_root_dir") or saving_folder(trainer) or log_dir or ".")
-
-    def _save_once(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save when the verb's own loop begins; a validation within `fit` comes here too."""
-        super().setup(trainer, pl_module, trainer.state.fn.value)
-
-    on_train_start = on_validation_start = on_test_start = on_predict_start = _save_once
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, without what belongs to one verb only (`ckpt_path`): any verb reads it. Rank zero only."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config = {key: value for key, value in config.items() if key in EVERY_VERB}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"config_{trainer.state.fn.value}.yaml"
-        if stage == "fit" and trainer.ckpt_path and file.is_file():
-            _tell_changes(yaml.safe_load(file.read_text(encoding="utf-8")), config)
-        with written_whole(file) as aside:  # the next start reads it, whatever becomes of this one
-            aside.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(config)
-                if stage == "fit" and (checkpoints := saving_folder(trainer)):
-                    checkpoints.mkdir(parents=True, exist_ok=True)
-                    (checkpoints / WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+SPEAKERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
+UNSAID = re.compile(  # settings that are as they were given, and hardware that is not there
+    r"Seed set to|GPU available: False|TPU available: False|💡 Tip|Loading `train_dataloader` to estimate"
+    r"|`Trainer\(\w+=[\d.]+\)` was configured so|`weights_only` was not set"
+)
 
 
 class PruneCLI(LightningCLI):
@@ -119,6 +97,7 @@ class PruneCLI(LightningCLI):
     def __init__(self, verb: str | None, args: list[str], reads: str | None = None) -> None:
         self.verb, self.reads = verb, reads or verb
         self.args = args = with_shipped(args)
+        check_files(args)
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         yaml_loader.install("omegaconf+")
@@ -131,7 +110,7 @@ class PruneCLI(LightningCLI):
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
             trainer_defaults={
-                "callbacks": [StopOnSignal(), NanGuard(), SaveLast(), WriteAnswers(), PrintResults()],
+                "callbacks": [StopOnSignal(), NanGuard(), Limits(), SaveLast(), WriteAnswers(), PrintResults()],
                 "enable_model_summary": False,  # it would count no FLOPs; `fit` says what trains and what is frozen
             },
             seed_everything_default=SEED,
@@ -159,6 +138,31 @@ class PruneCLI(LightningCLI):
             raise UsageError(explain(str(error), own, config_files(self.args))) from error
         except OmegaConfBaseException as error:
             raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
+        except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
+            raise UsageError(explain_unexpected(error)) from error
+        chosen = self.config[self.verb] if self.verb else self.config
+        trainer_options.restore_defaults(chosen)
+        trainer_options.check(chosen, fit=self.verb == "fit")
+
+    def instantiate_classes(self) -> None:
+        """Make what the configuration names; explain what its constructors refuse."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if (text := explain_refused(error)) is None:
+                raise
+            raise UsageError(text) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Make the Trainer with the callbacks and loggers that its options allow."""
+        given = [of_plugin(callback) for callback in trainer_options.as_list(config.get("callbacks"))]
+        config["callbacks"] = [Monitors(), *given]
+        self.checkpoints = trainer_options.checkpoint_folders(config)
+        trainer_options.apply_switches(config)
+        trainer_options.prepare_finders(config["callbacks"], self.verb, isinstance(self.datamodule, StreamedData))
+        if any(config.get(mode) for mode in ("fast_dev_run", "overfit_batches", "barebones")):
+            self.save_config_callback = None
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_instantiate_classes(self) -> None:
         """Data that are missing end a run here, before a model is loaded and a logger has begun anything."""
@@ -177,8 +181,6 @@ class PruneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put right what Lightning's own parts make of our configurations."""
         trainer = super().instantiate_trainer(**kwargs)
-        if not trainer.loggers:  # where it would refuse to run
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, LearningRateMonitor)]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
                 logger._wandb_init.pop("anonymous", None)  # W&B warns that the setting has no effect, even as None
@@ -205,6 +207,10 @@ class PruneCLI(LightningCLI):
             verify(Path(given))
         elif given is None and subcommand == "fit":
             self._tell_of_earlier()
+        elif given is None and getattr(self.model, "untrained", False):
+            self._note_untrained()
+        if settings := settings_of(self.trainer):
+            settings.checkpoint = kwargs.get("ckpt_path")
         if kwargs.get("ckpt_path"):
             refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer, fit=subcommand == "fit")
             if subcommand == "fit":
@@ -212,12 +218,19 @@ class PruneCLI(LightningCLI):
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the verb. Where Lightning itself heeds SIGTERM, outside of training, it exits with 0: say so here too."""
+        """Run the verb. A run that never has a batch leaves no logs.
+
+        Where Lightning itself heeds SIGTERM, outside of training, it exits with 0: say so here too.
+        """
+        traces, settings = Traces(self.trainer), settings_of(self.trainer)
         try:
             with dead_workers_explained():
                 super()._run_subcommand(subcommand)
         except SIGTERMException as stop:
             raise Stopped(128 + signal.SIGTERM) from stop
+        finally:
+            if settings is not None and not settings.already_saved:
+                traces.remove()
 
     def _go_on_in_wandb(self, file: Path) -> None:
         """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
@@ -236,10 +249,22 @@ class PruneCLI(LightningCLI):
                 "one, --ckpt_path last; to keep them apart, another --trainer.default_root_dir"
             )
 
+    @rank_zero_only
+    def _note_untrained(self) -> None:
+        """Say it first where a method that learns is measured before it has learnt."""
+        text = "note: untrained plug-in: neither --ckpt_path nor --model.plugin is given"
+        if any(any(folder.glob("*.ckpt")) for folder in self._checkpoint_folders()):
+            text += f"; {self.trainer.default_root_dir} has a trained one: --ckpt_path last"
+        print(text, flush=True)
+
+    def _checkpoint_folders(self) -> set[Path]:
+        """Where checkpoints of this run may be, whoever saved them."""
+        root = Path(self.trainer.default_root_dir)
+        return {*self.checkpoints, root, root / "checkpoints"}
+
     def _newest(self, subcommand: str) -> str | None:
         """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
-        saving = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if callback.dirpath]
-        found = newest({Path(folder) for folder in (*saving, self.trainer.default_root_dir)})
+        found = newest(self._checkpoint_folders())
         if found is not None:
             return str(found)
         if subcommand != "fit":
@@ -273,22 +298,6 @@ def _help(verb: str) -> dict[str, Any]:
     return {"usage": usage, "description": about, "epilog": "\n".join(lines)}
 
 
-def _tell_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say which settings of a run differ from those before it was resumed."""
-    old, new = _flat(before), _flat(now)
-    changed = [(key, f"{key} {old.get(key)} -> {new.get(key)}") for key in old | new if old.get(key) != new.get(key)]
-    if changed:
-        told = "; ".join(text if len(text) < 100 else key for key, text in changed)  # a list of loggers is long
-        rank_zero_info(f"resumed with other settings than before: {told}")
-
-
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
-    if not isinstance(node, dict) or not node:
-        return {key: node}
-    return {k: v for name, value in node.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
-
-
 def _load(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -299,8 +308,8 @@ def _hush() -> None:
     transformers_logging.disable_progress_bar()
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "💡 Tip" not in record.getMessage())
+    for name in SPEAKERS:
+        logging.getLogger(name).addFilter(lambda record: not UNSAID.match(record.getMessage()))
 
 
 assert set(LightningCLI.subcommands()) == set(LIGHTNING_VERBS)

@@ -158,6 +158,7 @@ class InstructData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = self._train_batches
+        self.batch_size = batches.resize(self.batch_size)  # which a finder may have changed
         if self.trainer is not None:
             epoch = self.trainer.current_epoch
             if not batches.resumed or epoch + batches.shift > batches.epoch:  # else it is there, or ahead of Lightning

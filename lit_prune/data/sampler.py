@@ -64,6 +64,17 @@ class TrainBatches(Sampler[list[int]]):
         end = self.consumed + left * self.global_batch
         return self._batches(self.epoch, range(self.consumed, end, self.global_batch))  # fixed: workers draw later
 
+    def resize(self, batch_size: int) -> int:
+        """Make batches of another size from the next iterator on, at most one of all samples; returns that size.
+
+        For a finder of batch sizes, which tries several before training begins.
+        """
+        if batch_size != self.batch_size:
+            self.batch_size = max(1, min(batch_size, len(self.order) // (self.world * self.multiple)))
+            self.global_batch = self.batch_size * self.world
+            self.order = replace(self.order, group=self.global_batch)
+        return self.batch_size
+
     def set_epoch(self, epoch: int) -> None:
         """Begin the epoch that Lightning calls `epoch`; the one that is under way already is left as it is."""
         epoch += self.shift

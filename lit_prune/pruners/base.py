@@ -17,6 +17,7 @@ from lit_prune import selection
 from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve, tokens
 from lit_prune.budget.schedule import OutOfReach
 from lit_prune.errors import LitPruneError
+from lit_prune.ranges import check_number, check_numbers
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class Pruner(nn.Module):
 
     def __init__(self, layers: Sequence[int], shape: Sequence[float] | None = None, depth: int | None = None) -> None:
         super().__init__()
+        check_numbers("pruner.layers", layers, whole=True)
+        check_numbers("pruner.shape", shape or (), above=0)
+        check_number("pruner.depth", depth, least=1, whole=True)
         self.layers = [int(layer) for layer in layers]
         self.shape = [1.0] * len(self.layers) if shape is None else [float(s) for s in shape]
         self.depth = depth
@@ -284,6 +288,9 @@ class VisionPruner(Pruner):
         vision_depth: int | None = None,
     ) -> None:
         super().__init__([0])
+        check_numbers("pruner.vision_layers", vision_layers, least=-1, whole=True)
+        check_numbers("pruner.vision_shape", vision_shape or (), above=0)
+        check_number("pruner.vision_depth", vision_depth, least=1, whole=True)
         self.vision_layers = [int(layer) for layer in vision_layers]
         self.vision_shape = (
             [1.0] * len(self.vision_layers) if vision_shape is None else [float(x) for x in vision_shape]

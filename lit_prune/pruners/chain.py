@@ -7,6 +7,7 @@ from torch import Tensor
 from lit_prune.budget import Budget, Schedule, given, solve, tokens
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext
+from lit_prune.ranges import check_number
 
 
 class Chain(Pruner):
@@ -29,6 +30,7 @@ class Chain(Pruner):
             raise LitPruneError("a chain takes a method of the vision tower first, then one of the decoder")
         if 0 in then.layers:
             raise LitPruneError("in a chain the decoder's method starts at layer 1: layer 0 is where the tower arrives")
+        check_number("pruner.middle", middle, above=0)
         super().__init__([0, *then.layers], None, None)
         self.first, self.then, self.middle = first, then, middle
         self.needs_embeds = first.needs_embeds or then.needs_embeds

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from lit_prune import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
+from lit_prune.ranges import check_number
 
 
 class DART(Pruner):
@@ -42,6 +43,8 @@ class DART(Pruner):
         text_pivots: int = 4,
     ) -> None:
         super().__init__(layers, shape, depth)
+        check_number("pruner.visual_pivots", visual_pivots, least=0, whole=True)
+        check_number("pruner.text_pivots", text_pivots, least=0, whole=True)
         self.visual_pivots, self.text_pivots = visual_pivots, text_pivots
 
     @image_by_image

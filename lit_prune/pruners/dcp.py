@@ -12,6 +12,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.moments import kappa
 from lit_prune.pruners.base import Context, Kept, VisionContext, VisionPruner
 from lit_prune.pruners.by_image import image_by_image
+from lit_prune.ranges import check_number
 
 
 class DCPPrune(VisionPruner):
@@ -73,8 +74,11 @@ class DCPPrune(VisionPruner):
         super().__init__(vision_layers, vision_shape, vision_depth)
         if 0 in self.vision_layers:
             raise LitPruneError("vision_layers: DCP-Prune scores by the layer before a stage, and layer 0 has none")
-        if min(temperature, width) <= 0 or candidates < 1:
-            raise LitPruneError("DCP-Prune needs temperature and width above 0, and candidates of 1 or more")
+        check_number("pruner.temperature", temperature, above=0)
+        check_number("pruner.width", width, above=0)
+        check_number("pruner.candidates", candidates, least=1)
+        for name, value in (("contrast", contrast), ("strength", strength), ("threshold", threshold), ("text", text)):
+            check_number(f"pruner.{name}", value)
         self.acgr, self.tatcs, self.contrast = acgr, tatcs, contrast
         self.temperature, self.width, self.strength = temperature, width, strength
         self.threshold, self.candidates, self.text = threshold, candidates, text

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from lit_prune import merging, selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
+from lit_prune.ranges import check_number
 
 
 class PruMergePlus(VisionPruner):
@@ -30,6 +31,7 @@ class PruMergePlus(VisionPruner):
         self, vision_layers: Sequence[int] = (-1,), neighbours: int = 32, vision_depth: int | None = None
     ) -> None:
         super().__init__(vision_layers, None, vision_depth)
+        check_number("pruner.neighbours", neighbours, least=1, whole=True)
         self.neighbours = neighbours
 
     def prune_vision(self, context: VisionContext) -> Kept:

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_prune.pruners.base import Context, Pruner
+from lit_prune.ranges import check_number
 from lit_prune.selection import hashed_uniform
 
 
@@ -25,6 +26,7 @@ class Random(Pruner):
         seed: int = 0,
     ) -> None:
         super().__init__(layers, shape, depth)
+        check_number("pruner.seed", seed, whole=True)
         self.seed = seed
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_prune import selection
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
+from lit_prune.ranges import check_number
 
 
 class CrossAttentionScorer(nn.Module):
@@ -115,12 +116,17 @@ class RCP(Pruner):
         mass: float = 0.9,
     ) -> None:
         super().__init__(layers, shape, depth)
+        check_number("pruner.inner", inner, least=2, whole=True)
+        check_number("pruner.queries", queries, least=1, whole=True)
+        check_number("pruner.heads", heads, least=1, whole=True)
+        check_number("pruner.dropout", dropout, least=0, below=1)
+        check_number("pruner.bias", bias)
+        check_number("pruner.floor", floor, above=0, below=1)
+        check_number("pruner.mass", mass, above=0, most=1)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
         self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
-        if not 0 < mass <= 1:
-            raise LitPruneError(f"mass={mass} must lie above 0 and at most be 1")
         self.attention_score, self.attention_layer, self.mass = attention_score, attention_layer, mass
         self.attention = AttentionRows(attention_layer, "question")
         # Set by `anneal` between steps, never in forward.

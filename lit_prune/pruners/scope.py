@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from lit_prune import graphs
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
+from lit_prune.ranges import check_number
 
 
 class Scope(VisionPruner):
@@ -28,6 +29,7 @@ class Scope(VisionPruner):
         self, vision_layers: Sequence[int] = (-1,), power: float = 1.0, vision_depth: int | None = None
     ) -> None:
         super().__init__(vision_layers, None, vision_depth)
+        check_number("pruner.power", power, least=0)
         self.power = power
 
     def prune_vision(self, context: VisionContext) -> Kept:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_prune import merging, selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
+from lit_prune.ranges import check_number
 
 
 class SparseVLM(Pruner):
@@ -50,6 +51,9 @@ class SparseVLM(Pruner):
         neighbours: int = 5,
     ) -> None:
         super().__init__(layers, shape, depth)
+        check_number("pruner.recycled", recycled, least=0, below=1)
+        check_number("pruner.per_cluster", per_cluster, least=1, whole=True)
+        check_number("pruner.neighbours", neighbours, least=1, whole=True)
         self.recycled, self.per_cluster, self.neighbours = recycled, per_cluster, neighbours
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:

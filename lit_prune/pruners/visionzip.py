@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_prune import merging, selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
+from lit_prune.ranges import check_number
 
 
 class VisionZip(VisionPruner):
@@ -28,6 +29,7 @@ class VisionZip(VisionPruner):
         self, vision_layers: Sequence[int] = (-1,), contextual: float = 10 / 64, vision_depth: int | None = None
     ) -> None:
         super().__init__(vision_layers, None, vision_depth)
+        check_number("pruner.contextual", contextual, least=0, below=1)
         self.contextual = contextual
 
     def prune_vision(self, context: VisionContext) -> Kept:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lit_prune.budget import pairs_as_text
 from lit_prune.errors import LitPruneError
+from lit_prune.yaml_files import read_yaml
 
 KEYS = {"name", "description", "project", "entity", "program", "command", "method", "metric", "parameters"}
 KEYS |= {"early_terminate", "run_cap"}
@@ -80,13 +79,8 @@ class Sweep:
 
 def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; raises `LitPruneError` naming the key that W&B or Optuna could not use."""
-    try:
-        raw = yaml.safe_load(pairs_as_text(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LitPruneError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LitPruneError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("parameters"), dict):
+    raw = read_yaml(path)
+    if not isinstance(raw.get("parameters"), dict):
         raise LitPruneError(f"{path} is no sweep: it needs `parameters`, options of the command with their values")
     if unknown := sorted(map(str, set(raw) - KEYS)):
         raise LitPruneError(f"{path}: `{unknown[0]}` is no key of a sweep; there are {', '.join(sorted(KEYS))}")
