@@ -71,7 +71,7 @@ def run(
     """
     for each in keep or []:
         parse_budget(each, "--keep")  # before anything is loaded
-    made = _build(config or ["configs/micro.yaml"], data_seed)
+    made = _build(config or ["configs/micro.yaml"], data_seed, STAGES[split])
     vlm, data = made.model.vlm.detach(), made.datamodule
     _to_gpu(vlm)
     dims = find(vlm.model).dims
@@ -105,11 +105,11 @@ def run(
     _judge(cells, results)
 
 
-def _build(config: list[str], data_seed: int | None) -> PruneCLI:
-    """Model and data; raises `LitPruneError` for a seed where the data have none."""
+def _build(config: list[str], data_seed: int | None, verb: str) -> PruneCLI:
+    """Model, and the data that a verb reads; raises `LitPruneError` for a seed where the data have none."""
     overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
     try:
-        return build(config, overrides)
+        return build(config, overrides, reads=verb)
     except UsageError as error:
         if "unknown key `data" not in str(error) or "data_seed" not in str(error):
             raise
