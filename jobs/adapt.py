@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lit_prune import evaluation
 from lit_prune.commands.trainer import build
 from lit_prune.data.dataset import move_batch
+from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
 from lit_prune.vlm import VLM, as_plugin
 
@@ -25,7 +25,7 @@ def average(vlm: VLM, batches: list[dict], mass: float) -> float:
     for batch in batches:
         record = Record()
         with torch.no_grad(), vlm.using(Session(record=record)):
-            vlm.model(**evaluation.encode_images(vlm, batch["inputs"]), use_cache=False)
+            vlm.model(**measuring.encode_images(vlm, batch["inputs"]), use_cache=False)
         found.append(record.trace.average_visual())
     return torch.cat(found).mean().item()
 

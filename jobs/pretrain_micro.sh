@@ -17,12 +17,12 @@ fi
 if [[ "${1:-}" == "--smoke" ]]; then
   out=$(mktemp -d)
   trap 'rm -rf "$out"' EXIT
-  "$python" -m lit_prune.micro.recipe --out "$out" --steps-vision 4 --steps 4
-  "$python" -m lit_prune.micro.evaluate --model "$out/model" --questions 14
+  "$python" -m jobs.micro_llava.recipe --out "$out" --steps-vision 4 --steps 4
+  "$python" -m jobs.micro_llava.evaluate --model "$out/model" --questions 14
   exit
 fi
 
 out=${1:-runs/pretrain_micro}
-"$python" -m lit_prune.micro.recipe --out "$out" --resume
-"$python" -m lit_prune.micro.evaluate --model "$out/model" --questions 700 --json "$out/table.json"
+"$python" -m jobs.micro_llava.recipe --out "$out" --resume
+"$python" -m jobs.micro_llava.evaluate --model "$out/model" --questions 700 --json "$out/table.json"
 echo "The model is in $out/model; to ship it, put it and its card into lit_prune/micro/weights."

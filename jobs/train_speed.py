@@ -29,12 +29,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_prune.evaluation.timing import clock_for, peak_bytes
+from lit_prune.evaluation.timing.prompts import random_prompt
 from lit_prune.host import Record, Session
 from lit_prune.host.attention import REQUEST
-from lit_prune.teaching import Teaching
-from lit_prune.timing import clock_for, peak_bytes
-from lit_prune.timing.prompts import random_prompt
-from lit_prune.training import PruneModule
+from lit_prune.training.module import PruneModule
+from lit_prune.training.step import Teaching
 from lit_prune.vlm import plugin_from_yaml
 
 ATEN = torch.ops.aten

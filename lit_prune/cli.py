@@ -15,12 +15,9 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
-LIGHTNING_VERBS = {
-    "fit": "Train the plug-ins of a configuration; resume with --ckpt_path last.",
-    "validate": "Measure on the validation set.",
-    "test": "Measure on the test set: accuracy, tokens, FLOPs, shift.",
-    "predict": "Write the answers to a data set.",
-}
+from lit_prune.commands import LIGHTNING_VERBS
+from lit_prune.errors import LitPruneError, UsageError
+
 EXAMPLES = (
     "lit-prune sample --out sample",
     'lit-prune generate --image sample/0.png --prompt "What colour is the tile?" --pruner divprune --keep 16',
@@ -38,10 +35,6 @@ CONFIGURED = (  # parts of libraries that run what a configuration names
     *(f"lightning.pytorch.trainer.connectors.{part}_connector" for part in ("accelerator", "callback", "signal")),
     "jsonargparse",
 )
-
-
-class UsageError(Exception):
-    """A command line or configuration that cannot be read; exit code 2."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -81,7 +74,7 @@ def _dispatch(argv: list[str]) -> None:
         importlib.import_module("lit_prune.commands.trainer").PruneCLI(verb, rest)
     elif verb in (known := verbs()):
         _quiet()
-        importlib.import_module("lit_prune.commands.options").run_verb(verb, rest)
+        importlib.import_module("lit_prune.commands._support.options").run_verb(verb, rest)
     elif not _other_lightning(argv):
         close = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *known], n=3)
         meant = f"; did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else ""
@@ -188,8 +181,6 @@ def _rank() -> str:
 
 def _users(error: BaseException) -> BaseException | None:
     """The part of an error that is bad input, a missing file or a wrong setting; None for a fault of the program."""
-    from lit_prune.errors import LitPruneError
-
     if isinstance(error, UsageError | LitPruneError | OSError):
         return error
     cause = error.__cause__  # jsonargparse wraps what a constructor raises

@@ -1,11 +1,19 @@
-"""Errors that a user's input or settings caused; the command line prints their text without a traceback."""
+"""Errors that a user's input or settings caused, printed without a traceback, and checks of numbers that raise them."""
 
+import math
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires
+from numbers import Integral, Real
+from typing import Any
 
 
 class LitPruneError(Exception):
     """What a user did or gave wrong. The text says what, where, and how to put it right."""
+
+
+class UsageError(Exception):
+    """A command line or configuration that cannot be read; exit code 2."""
 
 
 class BadSample(LitPruneError):
@@ -48,3 +56,55 @@ def _requirements(name: str) -> list[str]:
 def in_words(error: BaseException) -> str:
     """An unexpected exception in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Raise `LitPruneError` unless `value` is a finite number in the range; the message names the key and the range.
+
+    None passes: it stands for an option that is off.
+
+    Args:
+        name: the key, such as `model.lr`.
+        value: what was given.
+        least: lowest value allowed. above: the same, itself excluded.
+        most: highest value allowed. below: the same, itself excluded.
+        whole: only integers.
+    """
+    if value is None:
+        return
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    fits = (
+        number
+        and math.isfinite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    )
+    if not fits:
+        raise LitPruneError(f"{name} is {value}; it must be {_wanted(least, above, most, below, whole)}")
+
+
+def check_numbers(name: str, values: Iterable[Any], **limits: Any) -> None:
+    """`check_number` for each entry of a list."""
+    for i, value in enumerate(values):
+        check_number(f"{name}[{i}]", value, **limits)
+
+
+def _wanted(least: float | None, above: float | None, most: float | None, below: float | None, whole: bool) -> str:
+    """The range in words."""
+    kind = "a whole number" if whole else "a finite number"
+    if least is not None and most is not None:
+        return f"{kind} from {least} to {most}"
+    low = f"of at least {least}" if least is not None else f"above {above}" if above is not None else ""
+    high = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
+    return " ".join(filter(None, [kind, " and ".join(filter(None, [low, high]))]))

@@ -20,10 +20,12 @@ from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lit_prune.cost.shapes import Config, names, shipped_fields, shipped_shape
 from lit_prune.errors import LitPruneError, extra
-from lit_prune.shapes import Config, names, shipped_config, shipped_shape
 
+Base = str | Path | PreTrainedConfig  # a folder, a hub id, a configuration
 MICRO = Path(__file__).parent / "micro" / "weights"
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
 PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be reached
@@ -162,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 
 def random_model(
-    base: str | Path | PreTrainedConfig,
+    base: Base,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -199,7 +201,7 @@ def random_model(
         return AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
 
 
-def load_config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
+def load_config(base: Base) -> PreTrainedConfig:
     """Configuration of a model: of a folder, a shipped shape, or the hub's cache; the network is not asked."""
     from transformers import AutoConfig
 
@@ -208,6 +210,29 @@ def load_config(base: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     if _is_shipped(base):
         return shipped_config(str(base))
     return _fetch(AutoConfig.from_pretrained, base, local=True)
+
+
+def shipped_config(name: str) -> PreTrainedConfig:
+    """Configuration of a public checkpoint, from this package: no network, and no code of the checkpoint's is run.
+
+    Raises `LitPruneError` for a shape that is not shipped.
+    """
+    return config_of(shipped_fields(name))
+
+
+def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration from the fields of a `config.json`; raises `LitPruneError` where they describe none."""
+    try:
+        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LitPruneError(f"these fields describe no model of transformers: {error}") from error
+
+
+def hide_progress() -> None:
+    """Turn off the library's progress bars: commands show their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def load_shape(base: str | Path) -> Config:

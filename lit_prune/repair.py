@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lit_prune import selection
-from lit_prune.budget import scale_layers
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number, check_numbers
+from lit_prune.ops import selection
+from lit_prune.ops.budget import scale_layers
 from lit_prune.pruners.base import Dims, init_args
-from lit_prune.ranges import check_number, check_numbers
 
 Essence = tuple[Tensor, Tensor]  # (e_mask, e_pruned), each (batch, condition): all that a stage leaves behind
 

@@ -9,21 +9,20 @@ from typing import Any, overload
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from lit_prune import loading
-from lit_prune.asking import Picture, check_prompts, is_image, pair
-from lit_prune.budget import parse_budget, resolve
-from lit_prune.cost import ModelSize
+from lit_prune.cost.flops import ModelSize
+from lit_prune.cost.sizes import known_size
 from lit_prune.errors import LitPruneError
+from lit_prune.files.inputs import Picture, check_prompts, is_image, pair
 from lit_prune.host import DecoderHost, Session, host_of
 from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
 from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.options import Mass, Positions
 from lit_prune.host.places import find, unwrap
-from lit_prune.host.sizes import known_size
-from lit_prune.methods import as_plugin, plugin_from_yaml
+from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
+from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 
@@ -31,7 +30,7 @@ __all__ = ["VLM", "as_plugin", "load", "plugin_from_yaml"]
 
 
 def load(
-    base: str | Path | nn.Module | PreTrainedConfig = "micro",
+    base: loading.Base | nn.Module = "micro",
     dtype: torch.dtype | None = None,
     *,
     processor: Any = None,
@@ -51,7 +50,7 @@ def load(
             a billion parameters are bfloat16.
         processor: a processor, or a name to load one by; by default that of `base`. Random weights and model objects
             do without one where none is on this machine: then give token ids to `model` yourself.
-        random_weights: build the real shape with random weights and download nothing; see `lit_prune.shapes`.
+        random_weights: build the real shape with random weights and download nothing; see `lit_prune.cost.shapes`.
         device: where the model shall be, such as "cuda"; by default where it is made, the CPU.
         seed: of random weights.
         strict: refuse a checkpoint that lacks weights of the model, or holds others; else they are random, or ignored.
@@ -60,7 +59,7 @@ def load(
     Raises:
         LitPruneError: the model can't be found or built, with what would help.
     """
-    if not isinstance(base, str | Path | nn.Module | PreTrainedConfig) or base == "":
+    if not isinstance(base, loading.Base | nn.Module) or base == "":
         raise LitPruneError(f"{base!r} is no model: give a name such as 'micro', a folder, a hub id, or a model object")
     if isinstance(base, nn.Module):
         if random_weights or dtype is not None or options:
@@ -68,8 +67,8 @@ def load(
         model, name = base, str(getattr(base.config, "_name_or_path", ""))
     elif random_weights:
         model = loading.random_model(base, dtype, device or "cpu", seed, **options)
-        name = base.model_type if isinstance(base, PreTrainedConfig) else str(base)
-    elif isinstance(base, PreTrainedConfig):
+        name = base.model_type if isinstance(base, loading.PreTrainedConfig) else str(base)
+    elif isinstance(base, loading.PreTrainedConfig):
         raise LitPruneError("a configuration has no weights: load it with random_weights=True")
     else:
         if device is not None and "device_map" in options:
@@ -124,7 +123,7 @@ class VLM:
 
     @property
     def size(self) -> ModelSize | None:
-        """Sizes for `lit_prune.cost`, as far as they are known; None: not even the decoder's are."""
+        """Sizes for `lit_prune.cost.flops`, as far as they are known; None: not even the decoder's are."""
         return known_size(self.model.config)
 
     def attach(

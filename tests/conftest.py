@@ -14,7 +14,7 @@ from lit_prune.data import MicroData
 from lit_prune.micro.model import build
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
-from lit_prune.training import PruneModule
+from lit_prune.training.module import PruneModule
 from lit_prune.vlm import VLM
 
 OUTSIDE = ("SLURM_", "MASTER_", "WANDB_", "LIT_PRUNE_")

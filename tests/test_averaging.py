@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from tiny import same, trainer
 
-from lit_prune.averaging import of_plugin
 from lit_prune.callbacks import ExportPlugin
 from lit_prune.commands import export
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
+from lit_prune.training.averaging import of_plugin
 
 DECAY = 0.9
 KINDS = {

@@ -13,16 +13,16 @@ import yaml
 from tiny import DEPTH, VISUAL
 
 from lit_prune import cli
-from lit_prune.budget import average
 from lit_prune.commands import bench
-from lit_prune.cost import decoder_layer
+from lit_prune.cost.flops import decoder_layer
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation.timing.benchmark import Benchmark, Method
+from lit_prune.evaluation.timing.clocks import clock_for, cpu_clock, noisy, spread, wall_clock
+from lit_prune.evaluation.timing.prompts import decode, prefill, random_prompt
 from lit_prune.host.cut import cut_to
 from lit_prune.host.places import find
+from lit_prune.ops.budget import average
 from lit_prune.plugin import Plugin
-from lit_prune.timing.benchmark import Benchmark, Method
-from lit_prune.timing.clocks import clock_for, cpu_clock, noisy, spread, wall_clock
-from lit_prune.timing.prompts import decode, prefill, random_prompt
 from lit_prune.vlm import VLM, load, plugin_from_yaml
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tiny import PRUNERS
 
-from lit_prune.budget import (
+from lit_prune.errors import LitPruneError
+from lit_prune.files.yaml_files import pairs_as_text
+from lit_prune.ops.budget import (
     Share,
     as_json,
     asked,
@@ -22,15 +24,13 @@ from lit_prune.budget import (
     format_budget,
     format_schedule,
     given,
-    pairs_as_text,
     parse_budget,
     resolve,
     scale_layers,
     solve,
     spans,
 )
-from lit_prune.budget.schedule import _ideal
-from lit_prune.errors import LitPruneError
+from lit_prune.ops.budget.schedule import _ideal
 from lit_prune.vlm import as_plugin
 
 MANY = settings(max_examples=1000, deadline=None)

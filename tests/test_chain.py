@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from lit_prune import pruners
-from lit_prune.budget import average
-from lit_prune.cost import price
+from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
+from lit_prune.ops.budget import average
 from lit_prune.plugin import Plugin
 from lit_prune.pruners import by_image
 from lit_prune.pruners.base import Context, Dims, Pruner

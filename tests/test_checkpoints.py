@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_prune import checkpoints
-from lit_prune.checkpoints import SUMS, SafeTrainer, newest, seal, verify
 from lit_prune.errors import LitPruneError
+from lit_prune.training import checkpoints
+from lit_prune.training.checkpoints import SUMS, SafeTrainer, newest, seal, verify
 
 
 class Line(L.LightningModule):

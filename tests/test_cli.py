@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_prune import cli
-from lit_prune.commands import options, overlays, trainer
+from lit_prune.commands import trainer
+from lit_prune.commands._support import options, overlays
 from lit_prune.errors import LitPruneError
 
 ME = __name__
@@ -611,7 +612,7 @@ def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> 
 # The real classes, parsed but not made
 
 
-@pytest.mark.skipif(not find_spec("lit_prune.training"), reason="no training module")
+@pytest.mark.skipif(not find_spec("lit_prune.training.module"), reason="no training module")
 @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -18,14 +18,14 @@ from PIL import Image
 from tiny import PRUNERS, ROOT, shake, small_rcp, small_repair
 from torch import nn
 
-from lit_prune import cli, evaluation
+from lit_prune import cli
 from lit_prune.commands import compare
-from lit_prune.comparison import plots, tables
-from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, cells_of, describe, prepare
-from lit_prune.comparison.measuring import Comparison
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
-from lit_prune.moments import kappa
+from lit_prune.evaluation import measuring, plots, tables
+from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, prepare
+from lit_prune.evaluation.comparison import Comparison
+from lit_prune.ops.moments import kappa
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.random import Random
@@ -197,7 +197,7 @@ def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from lit_prune import cli
-from lit_prune.comparison.measuring import Comparison
+from lit_prune.evaluation.comparison import Comparison
 
 batches, update = [], Comparison.update
 
@@ -441,7 +441,7 @@ def test_kappa_is_that_of_the_projected_tokens_left_at_the_end(micro, batch):
         full = torch.stack(list(micro.model.get_image_features(**only_pixels(batch)).pooler_output))
     last = int(result["kept"]["8"])
     micro.attach(Random([0, 8], [3.0, 1.0]), keep=16)
-    left = evaluation.measure(micro, batch, evaluation.Session(), 4).last
+    left = measuring.measure(micro, batch, measuring.Session(), 4).last
     micro.detach()
     assert left.sum(1).tolist() == [last] * 7
     assert result["kappa"] == pytest.approx(kappa(full, left).mean().item(), rel=1e-4)

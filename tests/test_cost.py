@@ -8,18 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from lit_prune import load
-from lit_prune.budget import average
-from lit_prune.cost import decode, decoder_layer, decoder_total, kv_bytes, price
+from lit_prune.cost.flops import decode, decoder_layer, decoder_total, kv_bytes, price
+from lit_prune.cost.sizes import model_size, tower_trace
+from lit_prune.cost.trace import Trace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.host.sizes import model_size, tower_trace
+from lit_prune.loading import shipped_config
 from lit_prune.micro.world import VALIDATION_SEED, make_scene
+from lit_prune.ops.budget import average
 from lit_prune.pruners.base import Dims
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
-from lit_prune.shapes import shipped_config
-from lit_prune.trace import Trace, plan, step
 from lit_prune.vlm import VLM
 
 LLAVA = model_size(shipped_config("llava-hf/llava-1.5-7b-hf"))

@@ -12,19 +12,20 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from lit_prune.cost import decoder_total, kv_bytes, price
+from lit_prune.cost.flops import decoder_total, kv_bytes, price
+from lit_prune.cost.shapes import Config, names, shipped_shape
+from lit_prune.cost.sizes import _canvas, image_load, model_size, tower_trace, vision_trace
+from lit_prune.cost.trace import Trace, VisionTrace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.places import check_stages
-from lit_prune.host.sizes import _canvas, image_load, model_size, tower_trace, vision_trace
+from lit_prune.loading import shipped_config
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.repair import RepairAdapter
-from lit_prune.shapes import Config, names, shipped_config, shipped_shape
-from lit_prune.trace import Trace, VisionTrace, plan, step
 from lit_prune.vlm import VLM
 
 TEXT, IMAGE, VOCABULARY = 11, 59, 60

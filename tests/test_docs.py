@@ -22,7 +22,7 @@ import lit_prune
 from lit_prune import cli
 from lit_prune.cli import LIGHTNING_VERBS, UsageError, main, verbs
 from lit_prune.commands import trainer
-from lit_prune.commands.options import examples, parse_verb
+from lit_prune.commands._support.options import examples, parse_verb
 from lit_prune.commands.trainer import PruneCLI
 from lit_prune.data.conversation import read_conversation
 from lit_prune.data.sources import open_source

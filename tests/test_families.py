@@ -12,10 +12,10 @@ from tiny import DEPTH, PAD, forward, gap
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticCache
 
-from lit_prune.budget import average
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.ops.budget import average
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.vlm import VLM

@@ -21,26 +21,28 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from lit_prune import evaluation, loading, training
-from lit_prune.budget import asked, parse_budget
+from lit_prune import loading
 from lit_prune.callbacks import PrintResults, RunSummary, SamplePictures
 from lit_prune.commands import compare
 from lit_prune.commands.generate import run_pruned
-from lit_prune.comparison.cells import FULL, Cell
-from lit_prune.comparison.measuring import Comparison
+from lit_prune.cost.sizes import known_size, vision_trace
 from lit_prune.data import InstructData
+from lit_prune.evaluation import measuring
+from lit_prune.evaluation.cells import FULL, Cell
+from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.timing import Benchmark, Method
+from lit_prune.evaluation.timing.clocks import wall_clock
+from lit_prune.evaluation.timing.prompts import random_prompt
 from lit_prune.host import Session
 from lit_prune.host.places import nominal_tokens
-from lit_prune.host.sizes import known_size, vision_trace
+from lit_prune.ops.budget import asked, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.oracle import Oracle
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.repair import RepairAdapter
-from lit_prune.timing import Benchmark, Method
-from lit_prune.timing.clocks import wall_clock
-from lit_prune.timing.prompts import random_prompt
-from lit_prune.training import PruneModule
+from lit_prune.training import module as training
+from lit_prune.training.module import PruneModule
 from lit_prune.vlm import VLM
 
 KEEP = "60%"
@@ -150,8 +152,8 @@ def test_steps_measure_what_runs_by_itself(family, questions):
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
         found, again = tried.validation_step(batch, 0), tried.test_step(batch, 0)
-        plain = evaluation.measure(tried.vlm, batch, evaluation.TEACHER, 2)
-        pruned = evaluation.measure(tried.vlm, batch, Session(hints=batch.get("hints", {})), 2)
+        plain = measuring.measure(tried.vlm, batch, measuring.TEACHER, 2)
+        pruned = measuring.measure(tried.vlm, batch, Session(hints=batch.get("hints", {})), 2)
     assert again["student"].texts == found["student"].texts == pruned.texts
     assert found["teacher"].texts == plain.texts
     for one, other in ((found["teacher"], plain), (found["student"], pruned)):

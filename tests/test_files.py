@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_prune.files import written_whole
+from lit_prune.files.writing import written_whole
 
 
 def names(folder: Path) -> list[str]:

@@ -5,9 +5,9 @@ from lightning import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from tiny import trainer
 
-from lit_prune.commands.trainer_options import prepare_finders
+from lit_prune.commands._support.trainer_options import prepare_finders
 from lit_prune.errors import LitPruneError
-from lit_prune.optimizer import warm_cosine
+from lit_prune.training.optimizer import warm_cosine
 
 
 class Steps(Callback):

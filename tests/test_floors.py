@@ -10,63 +10,31 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_prune"
 
-# The floor of each module or folder directly in the package; `cli` and `commands` are the top.
-FLOORS = {
-    **dict.fromkeys(
-        [
-            "errors",
-            "asking",
-            "files",
-            "yaml_files",
-            "ranges",
-            "images",
-            "shipped",
-            "selection",
-            "merging",
-            "graphs",
-            "moments",
-            "cost",
-            "trace",
-            "step_cost",
-            "training_cost",
-            "training_plan",
-            "budget",
-        ],
-        0,
-    ),
-    **dict.fromkeys(["pruners", "repair"], 1),
-    **dict.fromkeys(["host", "loading", "methods", "plugin", "shapes", "vlm"], 2),
-    **dict.fromkeys(
-        [
-            "training",
-            "teaching",
-            "training_checks",
-            "optimizer",
-            "replay",
-            "checkpoints",
-            "progress",
-            "tracking",
-            "objective",
-            "evaluation",
-            "comparison",
-            "callbacks",
-            "pictures",
-            "data",
-            "metrics",
-            "scorers",
-            "sweeps",
-            "timing",
-            "strategies",
-            "blank",
-            "debug_modes",
-            "averaging",
-        ],
-        3,
-    ),
-    **dict.fromkeys(["cli", "commands", "__main__"], 4),
-}
+# The rooms of the package, lowest first: each imports itself and those below it. `__init__` is the front door.
+ROOMS = [
+    "errors",
+    "ops",
+    "files",
+    "micro",
+    "pruners",
+    "repair",
+    "cost",
+    "host",
+    "loading",
+    "plugin",
+    "vlm",
+    "evaluation",
+    "data",
+    "training",
+    "callbacks",
+    "commands",
+    "cli",
+    "__main__",
+]
+FLOORS = {room: floor for floor, room in enumerate(ROOMS)}
+ENTRIES = 20  # at most so many modules, folders and files in the package itself
 FRAMEWORKS = {"transformers", "lightning", "wandb", "deepspeed", "torchmetrics", "jsonargparse", "omegaconf"}
-FREE = {"__init__", "micro"}  # the package's front door, and micro-LLaVA with a rule of its own
+KNOWS_TRANSFORMERS = {"host", "loading", "micro/model"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -113,48 +81,46 @@ def pruner_classes() -> set[str]:
     return {name for name in found if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) != "__init__"], ids=name_of)
 def test_imports_go_down_only(path: Path) -> None:
-    part = part_of(path)
-    used = parts_used(path) - {part}
-    if part == "__init__":
-        return
-    if part == "micro":
-        allowed = {p for p, floor in FLOORS.items() if floor == 0} | {"micro"}
-        allowed |= {"host", "vlm", "pruners", "repair"} if path.stem == "evaluate" else set()
-        assert used <= allowed, f"micro may import floor 0 only, not {sorted(used - allowed)}"
-        return
-    floor = FLOORS[part]
-    above = {p for p in used - FREE if FLOORS[p] > floor}
-    assert not above, f"{part} is on floor {floor}; above it: {sorted(above)}"
-    assert floor >= 2 or "micro" not in used, "micro is for the floors from vlm up"
+    """All of a room may be imported by those above it, so there is no circle between rooms."""
+    room = part_of(path)
+    above = {used for used in parts_used(path) - {room, "__init__"} if FLOORS[used] > FLOORS[room]}
+    assert not above, f"{room} may not import {sorted(above)}, which stand above it"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if FLOORS.get(part_of(p), 9) <= 1], ids=lambda p: p.stem)
-def test_lower_floors_know_no_framework(path: Path) -> None:
-    used = {name.partition(".")[0] for name in modules_imported(path)} & FRAMEWORKS
-    assert not used, f"pure tensor code imports {sorted(used)}"
-
-
-def test_transformers_stays_in_host() -> None:
-    """The decoder's and vision tower's insides are the host's affair; loading is vlm's; data knows processors."""
-    rest = [p for p in SOURCES if part_of(p) in ("training", "metrics")]
-    guilty = [p.name for p in rest if any(n.startswith("transformers.models") for n in modules_imported(p))]
-    assert not guilty
-
-
-def test_no_part_needs_itself() -> None:
-    """Neighbours on a floor may import one another, but not in a circle."""
+def test_modules_of_a_room_form_no_circle() -> None:
+    """Nor do those at the top of the package; imports in functions count too."""
     needs: dict[str, set[str]] = {}
-    for path in SOURCES:
-        if part_of(path) != "__init__":
-            needs.setdefault(part_of(path), set()).update(parts_used(path) - {part_of(path), "__init__"})
+    known = {name_of(path).removesuffix("/__init__").replace("/", "."): path for path in SOURCES}
+    for module, path in known.items():
+        found = {name.removeprefix("lit_prune.") for name in modules_imported(path) if name.startswith("lit_prune.")}
+        needs[module] = {name for name in found & set(known) if name != module and not module.startswith(f"{name}.")}
     TopologicalSorter(needs).prepare()  # raises CycleError
 
 
-def test_every_part_has_a_floor() -> None:
-    parts = {part_of(p) for p in SOURCES} - FREE
-    assert parts <= set(FLOORS), f"no floor given to {sorted(parts - set(FLOORS))}"
+@pytest.mark.parametrize("path", [p for p in SOURCES if FLOORS.get(part_of(p), 99) <= FLOORS["cost"]], ids=name_of)
+def test_lower_rooms_know_no_framework(path: Path) -> None:
+    used = {name.partition(".")[0] for name in modules_imported(path)} & FRAMEWORKS
+    allowed = {"transformers"} if name_of(path) in KNOWS_TRANSFORMERS else set()
+    assert used <= allowed, f"{name_of(path)} imports {sorted(used - allowed)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_transformers_is_known_in_three_places(path: Path) -> None:
+    """The host knows its insides, loading its doors, and micro-LLaVA is one of its models."""
+    knows = part_of(path) in KNOWS_TRANSFORMERS or name_of(path) in KNOWS_TRANSFORMERS
+    assert knows or not any(name.partition(".")[0] == "transformers" for name in modules_imported(path))
+
+
+def test_every_part_is_a_room() -> None:
+    assert {part_of(p) for p in SOURCES} - {"__init__"} == set(ROOMS)
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, f"{len(entries)} entries: {sorted(entries)}"
 
 
 @pytest.mark.parametrize(

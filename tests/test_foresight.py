@@ -5,8 +5,8 @@ import torch
 from tiny import batch, samples
 
 from lit_prune.host import Record, Session, StageRecord
-from lit_prune.objective import attention_loss
-from lit_prune.selection import clip_gradient
+from lit_prune.ops.selection import clip_gradient
+from lit_prune.training.losses import attention_loss
 
 
 def test_watched_attention_equals_eager(tiny_model, tiny_eager):

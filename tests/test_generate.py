@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from lit_prune.cli import main
+from lit_prune.commands._support.inputs import encode
 from lit_prune.commands.generate import full_trace, pair
-from lit_prune.commands.inputs import encode
-from lit_prune.cost import decoder_total, price
+from lit_prune.cost.flops import decoder_total, price
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import TEACHER
+from lit_prune.evaluation.measuring import TEACHER
 from lit_prune.host import Record, Session
 from lit_prune.micro.model import build
 from lit_prune.micro.world import VALIDATION_SEED, make_scene

@@ -9,7 +9,7 @@ from transformers.models.llama import modeling_llama
 
 from lit_prune.host import Session
 from lit_prune.host.attention import REQUEST, Request, wrap_attention
-from lit_prune.selection import straight_through
+from lit_prune.ops.selection import straight_through
 
 LAYERS = [2, 4]
 

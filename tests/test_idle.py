@@ -8,11 +8,11 @@ from tiny import batch, forward, samples
 from transformers import DynamicCache
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import encode_images
+from lit_prune.evaluation.measuring import encode_images
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.objective import answer_loss
 from lit_prune.pruners.rcp import RCP
+from lit_prune.training.losses import answer_loss
 from lit_prune.vlm import VLM
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lit_prune.errors import BadSample
-from lit_prune.images import read_image
+from lit_prune.files.images import read_image
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 from tiny import DEPTH, ROOT, VISUAL
 
 from lit_prune import cli
-from lit_prune.budget import Share, as_json, asked, parse_budget
-from lit_prune.commands import yaml_loader
+from lit_prune.commands._support import yaml_loader
 from lit_prune.errors import LitPruneError
-from lit_prune.objective import Anneal, budget_share, tokens_asked
+from lit_prune.ops.budget import Share, as_json, asked, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.pruners.visionzip import VisionZip
-from lit_prune.training import PruneModule
+from lit_prune.training.losses import Anneal, budget_share, tokens_asked
+from lit_prune.training.module import PruneModule
 from lit_prune.vlm import VLM, plugin_from_yaml
 
 FASTV = ROOT / "configs" / "pruners" / "fastv.yaml"

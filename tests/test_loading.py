@@ -22,15 +22,16 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaC
 
 import lit_prune
 from lit_prune import loading
+from lit_prune.cost.shapes import FOLDER, names
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
+from lit_prune.loading import shipped_config
 from lit_prune.micro.model import build, build_config, build_processor
 from lit_prune.plugin import fingerprint
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
-from lit_prune.shapes import FOLDER, names, shipped_config
 from lit_prune.vlm import VLM
 
 # Parameters of the published checkpoints, in billions.

@@ -25,12 +25,13 @@ from test_syncs import looks
 from tiny import ROOT, trainer
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lit_prune import cli, training
+from lit_prune import cli
 from lit_prune.callbacks import RunSummary, SamplePictures, Throughput, WandbRun
-from lit_prune.objective import Anneal, tokens_asked
-from lit_prune.teaching import Moment
-from lit_prune.tracking import step_figures
-from lit_prune.training import PruneModule
+from lit_prune.training import module as training
+from lit_prune.training.logging import step_figures
+from lit_prune.training.losses import Anneal, tokens_asked
+from lit_prune.training.module import PruneModule
+from lit_prune.training.step import Moment
 
 CONFIGS = ROOT / "configs"
 STEPS, BATCH, KEEP, DEPTH = 4, 4, 16, 16

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from tiny import IMAGE, PAD, PRUNERS, VISUAL
 from torch import Tensor, nn
 
-from lit_prune.budget import OutOfReach, average
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.objective import Anneal, LossWeights
+from lit_prune.ops.budget import OutOfReach, average
 from lit_prune.pruners.chain import Chain
 from lit_prune.pruners.dcp import DCPPrune
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.pyramiddrop import PyramidDrop
 from lit_prune.pruners.uniform import Uniform
-from lit_prune.teaching import Moment, Teaching
+from lit_prune.training.losses import Anneal, LossWeights
+from lit_prune.training.step import Moment, Teaching
 from lit_prune.vlm import VLM
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)

@@ -12,11 +12,11 @@ from test_equality import (
 from test_syncs import looks
 from tiny import IMAGE, PRUNERS, TOLERANCE, VISUAL, Chosen, batch, forward, gap, generate, real_text, samples
 
-from lit_prune.cost import price
+from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.merging import collect_mass
+from lit_prune.ops.merging import collect_mass
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, plugin_from_yaml
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_prune.data.regions import joined, regions
-from lit_prune.evaluation import matches
+from lit_prune.evaluation.measuring import matches
+from lit_prune.evaluation.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.host import Record, StageRecord
-from lit_prune.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
-from lit_prune.objective import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
-from lit_prune.tracking import figure_name
+from lit_prune.training.logging import figure_name
+from lit_prune.training.losses import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
 
 # -- accuracy -------------------------------------------------------------------------------------------------------
 

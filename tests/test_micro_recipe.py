@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lit_prune.micro import batches, losses, probe, recipe
-from lit_prune.micro.evaluate import (
+from jobs.micro_llava import batches, losses, probe, recipe
+from jobs.micro_llava.evaluate import (
     EVALUATION_SEED,
     ROWS,
     SCHEDULE,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.micro_llava.batches import block, patch_labels
 from lit_prune.micro import world
-from lit_prune.micro.batches import block, patch_labels
 from lit_prune.micro.drawing import COLOURS, SHAPES, glyph, shape_mask
 
 SEEDS = range(world.TEST_SEED + 800_000, world.TEST_SEED + 800_150)

@@ -8,9 +8,9 @@ import yaml
 from tiny import ROOT
 
 import lit_prune
-from lit_prune.budget import average
 from lit_prune.commands.trainer import build
-from lit_prune.shapes import names
+from lit_prune.cost.shapes import names
+from lit_prune.ops.budget import average
 
 EVERY = pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda p: p.stem)
 
@@ -47,7 +47,7 @@ def test_overlay_suits_its_model(path):
 @EVERY
 def test_overlay_goes_through_the_parser(path, monkeypatch, tmp_path):
     """Over another configuration, whose settings of the same model leave no trace, and alone."""
-    monkeypatch.setattr("lit_prune.training.load", partial(lit_prune.load, device="meta"))
+    monkeypatch.setattr("lit_prune.training.module.load", partial(lit_prune.load, device="meta"))
     fixed = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     fixed += ["--model.random_weights=true", "--model.dtype=bfloat16"]
     for files in ([ROOT / "configs" / "micro.yaml", path], [path]):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_prune.metrics import Consistency, Shift, SkillAccuracy
-from lit_prune.moments import kappa, mean_over_ranks, moment_loss, moments, w2_squared
+from lit_prune.evaluation.metrics import Consistency, Shift, SkillAccuracy
+from lit_prune.ops.moments import kappa, mean_over_ranks, moment_loss, moments, w2_squared
 
 WIDTH = 8
 

@@ -9,8 +9,8 @@ from tiny import trainer
 
 from lit_prune.callbacks import Monitors, Throughput
 from lit_prune.errors import LitPruneError
-from lit_prune.objective import LossWeights
-from lit_prune.tracking import NAMES
+from lit_prune.training.logging import NAMES
+from lit_prune.training.losses import LossWeights
 
 LIMITS = {"max_steps": 2, "limit_val_batches": 1, "val_check_interval": 1}
 

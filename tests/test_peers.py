@@ -10,7 +10,8 @@ from tiny import VISUAL, WIDTH, batch, forward, samples
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
-from lit_prune.merging import density_peaks
+from lit_prune.ops.merging import density_peaks
+from lit_prune.ops.selection import Images, share
 from lit_prune.pruners.base import Context, Kept
 from lit_prune.pruners.by_image import BY_TOKEN
 from lit_prune.pruners.cdpruner import CDPruner
@@ -18,7 +19,6 @@ from lit_prune.pruners.dart import DART
 from lit_prune.pruners.divprune import DivPrune
 from lit_prune.pruners.pyramiddrop import PyramidDrop
 from lit_prune.pruners.sparsevlm import SparseVLM
-from lit_prune.selection import Images, share
 
 COUNTS = (9, 14, 5, 60)  # of 24, 19, 24 and 12 alive ones
 TOKENS, WORDS = 24, 6

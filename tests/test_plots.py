@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from lit_prune.comparison import plots
-from lit_prune.comparison.labels import apart
-from lit_prune.comparison.styles import styles_of
+from lit_prune.evaluation import plots
+from lit_prune.evaluation.labels import apart
+from lit_prune.evaluation.styles import styles_of
 
 KEEPS = (48, 16, 4)
 

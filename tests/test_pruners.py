@@ -12,6 +12,7 @@ from tiny import DEPTH, KEEP, PRUNERS, VISUAL, WIDTH, batch, forward, samples
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
+from lit_prune.ops.selection import Images, share, top_k
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext, init_args
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.oracle import Oracle
@@ -19,7 +20,6 @@ from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.text_similarity import TextSimilarity
 from lit_prune.pruners.uniform import Uniform, _closeness
-from lit_prune.selection import Images, share, top_k
 from lit_prune.vlm import plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)

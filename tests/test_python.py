@@ -16,8 +16,8 @@ from tiny import ROOT
 
 import lit_prune
 import lit_prune.data
-from lit_prune.asking import as_image, pair
 from lit_prune.errors import LitPruneError
+from lit_prune.files.inputs import as_image, pair
 from lit_prune.loading import closest_model
 from lit_prune.pruners.random import Random
 from lit_prune.vlm import VLM, load

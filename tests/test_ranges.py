@@ -2,9 +2,7 @@
 
 import pytest
 
-from lit_prune import training
-from lit_prune.errors import LitPruneError
-from lit_prune.objective import Anneal, LossWeights
+from lit_prune.errors import LitPruneError, check_number
 from lit_prune.pruners.chain import Chain
 from lit_prune.pruners.dart import DART
 from lit_prune.pruners.dcp import DCPPrune
@@ -14,8 +12,9 @@ from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.scope import Scope
 from lit_prune.pruners.sparsevlm import SparseVLM
 from lit_prune.pruners.visionzip import VisionZip
-from lit_prune.ranges import check_number
 from lit_prune.repair import RepairAdapter
+from lit_prune.training import module as training
+from lit_prune.training.losses import Anneal, LossWeights
 
 WEIGHTS = ("task", "repair", "budget", "variance", "distill", "attention")
 NAN, INF = float("nan"), float("inf")

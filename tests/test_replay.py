@@ -14,8 +14,8 @@ from lit_prune.callbacks import NanGuard
 from lit_prune.cli import main
 from lit_prune.errors import LitPruneError
 from lit_prune.micro.model import build
-from lit_prune.objective import LossWeights
-from lit_prune.replay import load_step, replay
+from lit_prune.training.losses import LossWeights
+from lit_prune.training.replay import load_step, replay
 
 
 class KeepEvery(NanGuard):
@@ -138,7 +138,7 @@ from torch.utils.data import DataLoader
 from lit_prune.callbacks import NanGuard
 from lit_prune.data import MicroData
 from lit_prune.pruners.rcp import RCP
-from lit_prune.training import PruneModule
+from lit_prune.training.module import PruneModule
 
 class Spoilt(PruneModule):
     def training_step(self, batch, batch_idx):

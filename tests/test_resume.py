@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, same_ends, slurm_task, trainer
 
 from lit_prune import cli
-from lit_prune.checkpoints import SUMS, seal
+from lit_prune.training.checkpoints import SUMS, seal
 
 # -- checkpoints between two optimizer steps ------------------------------------------------------------------------
 

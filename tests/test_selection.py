@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_prune import selection
+from lit_prune.ops import selection
 
 
 @pytest.fixture

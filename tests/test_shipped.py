@@ -12,11 +12,11 @@ from tiny import ROOT
 
 import lit_prune
 from lit_prune.cli import UsageError, main
-from lit_prune.commands import overlays
-from lit_prune.commands.options import parse_verb
+from lit_prune.commands._support import overlays
+from lit_prune.commands._support.options import parse_verb
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
-from lit_prune.shipped import FOLDER, config_names, description, find_config
+from lit_prune.files.shipped import FOLDER, config_names, description, find_config
 from lit_prune.vlm import as_plugin
 
 PACKAGE = Path(lit_prune.__file__).parent
@@ -294,7 +294,7 @@ def test_the_wheel_holds_code_and_data_and_nothing_else(wheel):
     assert own == tracked | configs
     assert {"lit_prune/py.typed", "lit_prune/configs/micro.yaml", "lit_prune/configs/pruners/fastv.yaml"} <= own
     assert "lit_prune/micro/weights/model.safetensors" in own
-    assert "lit_prune/shapes/llava-hf/llava-1.5-7b-hf.json" in own
+    assert "lit_prune/cost/shapes/llava-hf/llava-1.5-7b-hf.json" in own
 
 
 def test_the_wheels_files_are_the_repositorys(wheel):

@@ -13,8 +13,8 @@ from transformers import CLIPImageProcessorPil
 from lit_prune.cli import main
 from lit_prune.commands.show import seen_box, view
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation.pictures import DPI, LABEL, MARGIN, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
 from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
-from lit_prune.pictures import DPI, LABEL, MARGIN, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
 from lit_prune.vlm import VLM, load
 
 PRUNERS = Path(__file__).parents[1] / "configs" / "pruners"

@@ -19,7 +19,7 @@ from tiny import slurm_task
 from torch.utils.data import DataLoader
 
 from lit_prune.callbacks import RunSummary, StopOnSignal, Stopped
-from lit_prune.checkpoints import newest
+from lit_prune.training.checkpoints import newest
 
 
 class Validated(Line):

@@ -36,5 +36,5 @@ def test_help_of_what_does_not_train_comes_without_lightning(verb):
 @pytest.mark.parametrize("model", ["llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"])
 def test_pricing_needs_no_models_code(model):
     found = imported(f"cost --model {model} --pruner configs/pruners/rcp.yaml --keep 320")
-    assert "lit_prune.cost" in found
+    assert "lit_prune.cost.flops" in found
     assert not MODELLING & found

@@ -6,8 +6,8 @@ from lightning import Callback
 from tiny import trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_prune.objective import LossWeights
-from lit_prune.tracking import WORK, Work
+from lit_prune.training.logging import WORK, Work
+from lit_prune.training.losses import LossWeights
 
 HEAD = 32  # channels of a head of micro-LLaVA; soft masks travel in 8 more, which are no part of the model
 

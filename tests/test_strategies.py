@@ -21,7 +21,7 @@ from lit_prune.data.order import Order
 from lit_prune.data.sampler import TrainBatches
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
-from lit_prune.strategies import PruneDeepSpeed
+from lit_prune.training.strategies import PruneDeepSpeed
 
 RCP, STRATEGIES = ROOT / "configs" / "rcp.yaml", sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
 EVERY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)

@@ -17,13 +17,13 @@ import wandb
 import yaml
 from tiny import ROOT
 
-from lit_prune.budget import average
 from lit_prune.cli import main
+from lit_prune.cost.sizes import model_size
 from lit_prune.errors import LitPruneError
-from lit_prune.host.sizes import model_size
-from lit_prune.shapes import shipped_config
-from lit_prune.sweeps import open_study, outcome, read_sweep, search
-from lit_prune.sweeps import study as study_module
+from lit_prune.loading import shipped_config
+from lit_prune.ops.budget import average
+from lit_prune.training.sweeps import open_study, outcome, read_sweep, search
+from lit_prune.training.sweeps import study as study_module
 from lit_prune.vlm import plugin_from_yaml
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -58,7 +58,7 @@ for step in range(3):
 def quick(tmp_path, monkeypatch):
     """Writes a sweep over trials of no time into an empty working folder and reads it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_prune.sweeps.trial.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("lit_prune.training.sweeps.trial.POLL_SECONDS", 0.05)
     Path("trial.py").write_text(TRIAL)
 
     def make(**changes):

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.objective import Anneal, LossWeights
-from lit_prune.teaching import Moment, Teaching
+from lit_prune.training.losses import Anneal, LossWeights
+from lit_prune.training.step import Moment, Teaching
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 

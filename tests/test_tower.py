@@ -12,8 +12,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lit_prune import evaluation
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
 from lit_prune.host.places import tower
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
@@ -80,7 +80,7 @@ def test_stages_equal_a_tower_walked_by_hand(tiny_model, pruned, layers, shape, 
 def test_a_teachers_session_sees_every_patch(tiny_model, pruned):
     plain = features(tiny_model, pixels())
     vlm = pruned(Norms([1]), keep=10)
-    with vlm.using(evaluation.TEACHER):
+    with vlm.using(measuring.TEACHER):
         assert torch.equal(features(tiny_model, pixels()), plain)
     assert not torch.equal(features(tiny_model, pixels()), plain)
 
@@ -139,7 +139,7 @@ def test_smaller_image(tiny_model, pruned):
     places = (found != 0).any(-1)
     assert places.sum(1).tolist() == [16] * 3
     small = torch.nn.functional.interpolate(pixels(), (16, 16), mode="bicubic", antialias=True)
-    with torch.no_grad(), vlm.using(evaluation.TEACHER):
+    with torch.no_grad(), vlm.using(measuring.TEACHER):
         inside = tiny_model.model.vision_tower
         out = inside(small, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
         expected = tiny_model.model.multi_modal_projector(out[:, 1:])

@@ -8,8 +8,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from lit_prune import graphs
 from lit_prune.errors import LitPruneError
+from lit_prune.ops import graphs
 from lit_prune.pruners.base import Context, Kept, VisionContext
 from lit_prune.pruners.dcp import DCPPrune
 from lit_prune.pruners.downsample import Downsample
@@ -352,7 +352,7 @@ def test_clusters_are_priced(tiny_model, pruned):
     """Two stages of recovery and clusters that are always triggered; the price is the counter's."""
     from test_cost import agree, counted
 
-    from lit_prune.cost import price
+    from lit_prune.cost.flops import price
 
     vlm = pruned(DCPPrune(threshold=-1.0, vision_layers=(1, -1), vision_shape=(3.0, 1.0), vision_depth=2), keep=6)
     counts, record = counted(vlm, {**tiny.batch(tiny.samples((50,))), "logits_to_keep": 1})

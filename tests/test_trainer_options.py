@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from tiny import ROOT
 
 from lit_prune import cli
-from lit_prune.commands.trainer_options import apply_switches, check, restore_defaults
+from lit_prune.commands._support.trainer_options import apply_switches, check, restore_defaults
 from lit_prune.errors import LitPruneError
 
 MICRO = str(ROOT / "configs" / "micro.yaml")

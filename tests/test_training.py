@@ -16,14 +16,14 @@ from lit_prune.callbacks import RunSummary, WriteAnswers
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import TEACHER, measure
+from lit_prune.evaluation.measuring import TEACHER, measure
+from lit_prune.evaluation.timing import peak_bytes
 from lit_prune.host import Record, Session
-from lit_prune.objective import Anneal, LossWeights
+from lit_prune.ops.selection import straight_through
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
-from lit_prune.selection import straight_through
-from lit_prune.timing import peak_bytes
-from lit_prune.training import PruneModule
+from lit_prune.training.losses import Anneal, LossWeights
+from lit_prune.training.module import PruneModule
 from lit_prune.vlm import plugin_from_yaml
 
 KEEP = 16

@@ -8,10 +8,10 @@ from test_step_cost import Counted
 from tiny import ROOT, trainer
 
 from lit_prune.cli import main
-from lit_prune.commands import training_bill
-from lit_prune.host.sizes import model_size
+from lit_prune.commands._support import training_bill
+from lit_prune.cost.sizes import model_size
+from lit_prune.cost.training import Training, Weights, estimate, kept_bytes, plan_step
 from lit_prune.loading import load_config
-from lit_prune.training_cost import Training, Weights, estimate, kept_bytes, plan_step
 from lit_prune.vlm import as_plugin, load, plugin_from_yaml
 
 RCP_7B = str(ROOT / "configs" / "models" / "llava-1.5-7b.yaml")

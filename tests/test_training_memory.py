@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import encode_images
+from lit_prune.evaluation.measuring import encode_images
+from lit_prune.evaluation.timing import peak_bytes
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.checkpointing import checkpointed, prepare
 from lit_prune.host.state import FORWARD
-from lit_prune.timing import peak_bytes
 
 GRID = 12
 LENGTHS = (160, 150)

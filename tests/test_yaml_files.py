@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import ROOT
 
 from lit_prune.errors import LitPruneError
-from lit_prune.yaml_files import MOST_BYTES, parse_yaml, read_yaml
+from lit_prune.files.yaml_files import MOST_BYTES, parse_yaml, read_yaml
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lit_prune.callbacks.settings import output_suffix
-from lit_prune.debug_modes import leaves_no_trace
+from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class WriteAnswers(Callback):

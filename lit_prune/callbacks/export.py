@@ -5,9 +5,9 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_prune.averaging import average_in_use
-from lit_prune.debug_modes import leaves_no_trace
-from lit_prune.strategies import whole
+from lit_prune.training.averaging import average_in_use
+from lit_prune.training.debug_modes import leaves_no_trace
+from lit_prune.training.strategies import whole
 
 
 class ExportPlugin(Callback):

@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_prune.debug_modes import leaves_no_trace
+from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class SaveLast(Callback):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from lightning import Callback, LightningModule, Trainer
 
 from lit_prune.errors import LitPruneError
-from lit_prune.tracking import NAMES
+from lit_prune.training.logging import NAMES
 
 ALWAYS = ("epoch", "step")  # `ModelCheckpoint` knows these by itself
 EXAMPLES = {"*": "total", "accuracy/*": "accuracy/all", "layer_*": "layer_0"}

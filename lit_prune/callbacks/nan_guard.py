@@ -8,10 +8,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_prune.callbacks.settings import settings_of
-from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
-from lit_prune.replay import SavedStep, save_step
-from lit_prune.strategies import whole
+from lit_prune.training.debug_modes import leaves_no_trace
+from lit_prune.training.replay import SavedStep, save_step
+from lit_prune.training.strategies import whole
 
 
 class NanGuard(Callback):

@@ -11,7 +11,7 @@ class Parts(ModelSummary):
     """A table of the module's parts: class, parameters, and whether they are in training mode.
 
     Lightning's own has a column of FLOPs, which are 0 here: what a step costs depends on what is pruned, and is logged
-    (`lit_prune.step_cost`).
+    (`lit_prune.cost.step`).
     """
 
     @staticmethod

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import (
 from rich.progress import ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from lit_prune.budget import format_budget
+from lit_prune.ops.budget import format_budget
 
 BAR = 6  # characters of the bar itself: all columns together fit into 80
 

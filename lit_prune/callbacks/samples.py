@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from lit_prune.callbacks.settings import output_suffix
-from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import Measured, matches
-from lit_prune.pictures import Pixels, Row, as_seen, figure, titled
-from lit_prune.tracking import logged_step
+from lit_prune.evaluation.measuring import Measured, matches
+from lit_prune.evaluation.pictures import Pixels, Row, as_seen, figure, titled
+from lit_prune.training.debug_modes import leaves_no_trace
+from lit_prune.training.logging import logged_step
 
 COLUMNS = ["id", "skill", "question", "right answer", "full model", "pruned", "right", "kept tokens", "picture"]
 DPI = 120

@@ -11,10 +11,10 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_prune.checkpoints import saving_folder
 from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
-from lit_prune.yaml_files import read_yaml
+from lit_prune.files.writing import written_whole
+from lit_prune.files.yaml_files import read_yaml
+from lit_prune.training.checkpoints import saving_folder
 
 WANDB_RUN = "wandb_run_id"  # beside the checkpoints: the id of the run that wrote them
 LONGEST_HEAD = 5000  # bytes: a path may be long

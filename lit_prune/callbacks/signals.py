@@ -10,8 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_prune.checkpoints import saving_folder
-from lit_prune.debug_modes import leaves_no_trace
+from lit_prune.training.checkpoints import saving_folder
+from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class Stopped(SystemExit):

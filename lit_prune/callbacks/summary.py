@@ -15,8 +15,8 @@ from lit_prune.callbacks.export import ExportPlugin
 from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.settings import SaveConfig, settings_of
 from lit_prune.callbacks.signals import Stopped
-from lit_prune.debug_modes import leaves_no_trace
 from lit_prune.errors import LitPruneError
+from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class RunSummary(Callback):

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from lit_prune.tracking import WORK, fetched
+from lit_prune.training.logging import WORK, fetched
 
 SPEEDS = {name: f"throughput/{name}_per_s" for name in WORK}
 
@@ -17,7 +17,7 @@ class Throughput(Callback):
     """Logs samples, tokens and FLOPs per second, the time of a step, and samples and FLOPs since training began.
 
     Over all ranks, and over resumed runs. `visual_tokens` are those of the prompts, `kept_tokens` those averaged over
-    the decoder layers' inputs; FLOPs are of teacher, student and backward (`lit_prune.step_cost`), on a GPU also as the
+    the decoder layers' inputs; FLOPs are of teacher, student and backward (`lit_prune.cost.step`), on a GPU also as the
     share of its peak. A window reaches from one logged step to the next, without validation. Lightning's own
     `ThroughputMonitor` waits for the device after each step; this one does where loggers do.
     """

@@ -8,10 +8,10 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_prune.budget import as_json, format_budget
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.ops.budget import as_json, format_budget
 from lit_prune.pruners.base import spec
-from lit_prune.tracking import logged_step
+from lit_prune.training.logging import logged_step
 
 CHARTS = {  # figures of a validation, `NAME/layer_0` and so on, and what their chart says
     "w2": "W2² of student and teacher per decoder layer",

@@ -26,7 +26,14 @@ Both are read from the source, so the list of verbs costs no import::
 * Lines under ``Examples:`` end the help: commands that can be pasted. A test parses all and runs the quick ones.
 * What the user can mend is a `lit_prune.errors.LitPruneError`: printed as one message, exit code 1, no traceback.
 * Import heavy things inside the module as usual (a verb is imported only when called); print through
-  `lit_prune.commands.console`.
+  `lit_prune.commands._support.console`.
 * `lit_prune.commands.trainer.build(config, overrides)` gives model, data module and trainer of a `lightning fit`
   configuration without running it.
 """
+
+LIGHTNING_VERBS = {
+    "fit": "Train the plug-ins of a configuration; resume with --ckpt_path last.",
+    "validate": "Measure on the validation set.",
+    "test": "Measure on the test set: accuracy, tokens, FLOPs, shift.",
+    "predict": "Write the answers to a data set.",
+}

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,14 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers import __version__ as transformers_version
 
-from lit_prune.budget import Budget, parse_budget
-from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, image_pixels, load_model
+from lit_prune.commands._support import console
+from lit_prune.commands._support.inputs import Dtype, image_pixels, load_model
+from lit_prune.cost.sizes import USUAL
 from lit_prune.errors import LitPruneError
-from lit_prune.host.sizes import USUAL
-from lit_prune.timing import NOISY, Benchmark, Method, clock_for, noisy
+from lit_prune.evaluation.timing import NOISY, Benchmark, Method, clock_for, noisy
+from lit_prune.loading import config_of
+from lit_prune.ops.budget import Budget, parse_budget
 from lit_prune.vlm import as_plugin
 
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ def run(
         entrants = [_method(spec, shared, by_file=True) for spec in methods]
     with _threads(threads):
         described = isinstance(model, dict)
-        vlm = load_model(_config(model) if described else model, dtype, device, random_weights or described)
+        vlm = load_model(config_of(model) if described else model, dtype, device, random_weights or described)
         timer, image = clock_for(clock, vlm.model.device), image_pixels(image_size) or USUAL
         bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, image)
         header = {**_header(bench, clock), "random_weights": random_weights or described}
@@ -111,14 +111,6 @@ def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
         raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
     title = (not by_file and plugin.title) or Path(path).stem
     return Method(name or f"{title}{own and ' ' + own}", plugin, budget)
-
-
-def _config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration from the fields of its config.json."""
-    try:
-        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LitPruneError(f"`model` describes no model of transformers: {error}") from error
 
 
 @contextmanager
@@ -158,7 +150,7 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": transformers_version,
+        "transformers": version("transformers"),
         "clock": "cuda events" if device.type == "cuda" else clock,
         "load_average_before": os.getloadavg()[0],
     }

@@ -8,19 +8,18 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lit_prune.budget import as_json, parse_budget
-from lit_prune.cli import UsageError
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.commands.trainer import PruneCLI, build
-from lit_prune.comparison.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
-from lit_prune.comparison.measuring import Comparison
-from lit_prune.comparison.plots import figures
-from lit_prune.comparison.tables import Row, as_csv, caption, markdown, overviews, remarks, row
-from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
+from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
+from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.plots import figures
+from lit_prune.evaluation.tables import Row, as_csv, caption, markdown, overviews, remarks, row
+from lit_prune.files.shipped import config_names
+from lit_prune.files.writing import written_whole
 from lit_prune.host.places import find
+from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import learns
-from lit_prune.shipped import config_names
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")

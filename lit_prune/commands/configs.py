@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.errors import LitPruneError
-from lit_prune.shipped import FOLDER, closest_configs, config_names, description, meant
+from lit_prune.files.shipped import FOLDER, closest_configs, config_names, description, meant
 
 
 def run(action: Literal["list", "copy"] = "list", names: list[str] | None = None, to: Path = Path("configs")) -> None:

@@ -4,8 +4,8 @@ import json as json_format
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_prune.commands import console
-from lit_prune.training_plan import Training
+from lit_prune.commands._support import console
+from lit_prune.cost.plan import Training
 
 
 def run(
@@ -48,7 +48,11 @@ def run(
         lit-prune cost --model Qwen/Qwen2.5-VL-7B-Instruct --image-size 1008 672
         lit-prune cost --pruner models/llava-1.5-7b --keep 64 --train --train.gpus 8
     """
-    from lit_prune.commands import cost_report, pricing, training_bill  # with PyTorch, which --help does without
+    from lit_prune.commands._support import (  # with PyTorch, which --help does without
+        cost_report,
+        pricing,
+        training_bill,
+    )
 
     case = pricing.describe(model, pruner, visual_tokens, image_size, text_tokens, answer_tokens, dtype)
     if train is not None:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lit_prune.averaging import stored_average
-from lit_prune.checkpoints import newest, verify
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
+from lit_prune.training.averaging import stored_average
+from lit_prune.training.checkpoints import newest, verify
 
 
 def run(checkpoint: Path, out: Path) -> None:

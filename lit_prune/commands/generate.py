@@ -11,15 +11,15 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from lit_prune.asking import as_image
-from lit_prune.budget import as_json, parse_budget
-from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
-from lit_prune.cost import ModelSize, decoder_total, price
+from lit_prune.commands._support import console
+from lit_prune.commands._support.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.cost.flops import ModelSize, decoder_total, price
+from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError
+from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
-from lit_prune.trace import Trace
+from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.vlm import VLM
 
 REPEATS = 5  # timed runs, of which the median counts

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
-from lit_prune.replay import load_step, replay
+from lit_prune.training.replay import load_step, replay
 
 # A single process without loggers: the step alone is wanted.
 ALONE = ["--trainer.logger=false", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 from rich.table import Table
 
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
+from lit_prune.files.writing import written_whole
 from lit_prune.micro.world import RESERVED_SEED, SAMPLE_SEED, SKILLS, as_sample, choose_questions, make_scene
 
 RECORDS = "questions.json"

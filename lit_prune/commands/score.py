@@ -7,14 +7,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from lit_prune import scorers
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.data.benchmarks import Benchmark, Labels, benchmark
 from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
-from lit_prune.scorers.answers import Answer, Joined, complete, join, read_answers
-from lit_prune.scorers.cases import check
-from lit_prune.scorers.rule import Figures, Missing, Rule
+from lit_prune.evaluation import scorers
+from lit_prune.evaluation.scorers.answers import Answer, Joined, complete, join, read_answers
+from lit_prune.evaluation.scorers.cases import check
+from lit_prune.evaluation.scorers.rule import Figures, Missing, Rule
+from lit_prune.files.writing import written_whole
 
 
 def run(

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.data.sharding import MANIFEST, write_shards
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError

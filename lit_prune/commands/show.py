@@ -7,16 +7,16 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from lit_prune.asking import as_image
-from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support import console
+from lit_prune.commands._support.inputs import Dtype, attach, encode, load_model, respond
 from lit_prune.data import regions
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation import matches
+from lit_prune.evaluation.measuring import matches
+from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
+from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
 from lit_prune.micro import world
-from lit_prune.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
 from lit_prune.vlm import VLM
 
 FORMATS = (".png", ".pdf", ".svg")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from rich.progress import Progress
 from rich.table import Table
 
-from lit_prune.commands import console
+from lit_prune.commands._support import console
 from lit_prune.errors import LitPruneError, extra
 
 if TYPE_CHECKING:  # Optuna is an extra
     import optuna
 
-    from lit_prune.sweeps import Sweep
+    from lit_prune.training.sweeps import Sweep
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -52,7 +52,7 @@ def run(
     """
     if find_spec("optuna") is None:
         raise LitPruneError(f"`lit-prune sweep` needs Optuna: {extra('sweep')}")
-    from lit_prune.sweeps import open_study, outcome, read_sweep, search
+    from lit_prune.training.sweeps import open_study, outcome, read_sweep, search
 
     sweep = read_sweep(config)
     total = trials or sweep.cap or (len(sweep.grid()) if sweep.method == "grid" else None)
@@ -84,7 +84,7 @@ def _terminable() -> Iterator[None]:
 
 def finish(study: "optuna.Study", sweep: "Sweep", folder: Path, more: list[str]) -> None:
     """The table, the best trial's command, `trials.csv`, pictures; raises `LitPruneError` if no trial succeeded."""
-    from lit_prune.sweeps import outcome
+    from lit_prune.training.sweeps import outcome
 
     names, trials = list(sweep.space), study.get_trials(deepcopy=False)
     table = Table("trial", sweep.metric, *(name.rpartition(".")[2] for name in names), "seconds")

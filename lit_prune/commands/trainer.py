@@ -23,9 +23,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
-from transformers.utils import logging as transformers_logging
 
-from lit_prune.averaging import of_plugin
 from lit_prune.callbacks import (
     Limits,
     Monitors,
@@ -38,17 +36,19 @@ from lit_prune.callbacks import (
     WriteAnswers,
 )
 from lit_prune.callbacks.settings import WANDB_RUN, settings_of
-from lit_prune.checkpoints import SafeTrainer, newest, saving_folder, verify
-from lit_prune.cli import LIGHTNING_VERBS, UsageError
-from lit_prune.commands import trainer_options, yaml_loader
-from lit_prune.commands.explain import explain, explain_interpolation, explain_refused, explain_unexpected
-from lit_prune.commands.options import HelpFormatter
-from lit_prune.commands.overlays import check_files, config_files, with_resets, with_shipped
-from lit_prune.commands.traces import Traces
+from lit_prune.commands import LIGHTNING_VERBS
+from lit_prune.commands._support import trainer_options, yaml_loader
+from lit_prune.commands._support.explain import explain, explain_interpolation, explain_refused, explain_unexpected
+from lit_prune.commands._support.options import HelpFormatter
+from lit_prune.commands._support.overlays import check_files, config_files, with_resets, with_shipped
+from lit_prune.commands._support.traces import Traces
 from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
-from lit_prune.errors import LitPruneError
-from lit_prune.strategies import refuse_foreign, refuse_unusable
+from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.loading import hide_progress
+from lit_prune.training.averaging import of_plugin
+from lit_prune.training.checkpoints import SafeTrainer, newest, saving_folder, verify
+from lit_prune.training.strategies import refuse_foreign, refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
@@ -305,7 +305,7 @@ def _load(class_path: str) -> Any:
 
 def _hush() -> None:
     """Silence what tells a user nothing."""
-    transformers_logging.disable_progress_bar()
+    hide_progress()
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     for name in SPEAKERS:

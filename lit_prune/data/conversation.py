@@ -11,7 +11,7 @@ from lit_prune.data.parts import IMAGE_MARKER, Part, images_in
 from lit_prune.data.prompt import Span, render, text_options
 from lit_prune.data.records import Turn, image_paths, number_images, own_images, read_turns, similar_keys
 from lit_prune.errors import BadSample
-from lit_prune.images import short
+from lit_prune.files.images import short
 
 __all__ = ["Conversation", "Encoded", "encode", "encode_conversation", "image_paths", "read_conversation"]
 

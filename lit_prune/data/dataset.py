@@ -21,7 +21,7 @@ from lit_prune.data.records import similar_keys
 from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError, in_words
-from lit_prune.images import MAX_PIXELS, decode_image
+from lit_prune.files.images import MAX_PIXELS, decode_image
 
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set

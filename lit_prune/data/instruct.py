@@ -20,6 +20,7 @@ from lit_prune.data.lengths import estimate_lengths
 from lit_prune.data.loader import make_loader
 from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
+from lit_prune.data.progress import batches_since_step
 from lit_prune.data.prompt import chat_template
 from lit_prune.data.resume import fingerprint
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
@@ -28,7 +29,6 @@ from lit_prune.data.sources import Source, open_source
 from lit_prune.data.tally import Tally
 from lit_prune.errors import LitPruneError
 from lit_prune.loading import context_length
-from lit_prune.progress import batches_since_step
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 REQUIRED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}

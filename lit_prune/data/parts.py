@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_prune.data.references import is_absent
 from lit_prune.errors import BadSample
-from lit_prune.images import short
+from lit_prune.files.images import short
 
 IMAGE_MARKER = "<image>"
 OTHER_MARKERS = {"<video>": "videos are not read", "<audio>": "audio is not read"}

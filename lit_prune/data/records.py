@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lit_prune.data.parts import IMAGE_MARKER, Part, images_in, joined, kind_of_value, read_parts
 from lit_prune.data.references import as_list, is_absent, is_embedded, name_of
 from lit_prune.errors import BadSample
-from lit_prune.images import short
+from lit_prune.files.images import short
 
 MOST_TURNS = 1000  # the template is rendered once for each answer
 Role = Literal["system", "user", "assistant"]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from lit_prune.errors import BadSample
-from lit_prune.images import open_image, short
+from lit_prune.files.images import open_image, short
 
 KEYS = ("bytes", "base64", "data", "image", "image_url", "path", "url", "source")  # of an object around a reference
 EMBEDDED_KEYS = ("bytes", "base64", "data")

@@ -13,8 +13,8 @@ from lit_prune.data.sources import Source, sample_name
 from lit_prune.data.sources.shards import LARGEST_MEMBER, MANIFEST
 from lit_prune.data.sources.tar_index import BLOCK, index_of
 from lit_prune.errors import BadSample, LitPruneError, in_words
-from lit_prune.files import ASIDE, written_whole
-from lit_prune.images import image_format
+from lit_prune.files.images import image_format
+from lit_prune.files.writing import ASIDE, written_whole
 
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}  # others are called as their format
 

@@ -6,10 +6,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lit_prune.data.instruct import InstructData
+from lit_prune.data.progress import batches_since_step
 from lit_prune.data.settings import check_numbers
 from lit_prune.data.stream import Stream, streamed_location
 from lit_prune.errors import LitPruneError
-from lit_prune.progress import batches_since_step
 
 
 class StreamedData(InstructData):

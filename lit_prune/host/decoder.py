@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_prune import selection
-from lit_prune.budget import Budget
+from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.host import compat, places
 from lit_prune.host.attention import wrap_attention, wrapped
@@ -28,10 +27,11 @@ from lit_prune.host.options import HostOptions
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.session import Session
-from lit_prune.host.sizes import vision_trace
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
 from lit_prune.host.vision import TowerHost
+from lit_prune.ops import selection
+from lit_prune.ops.budget import Budget
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_prune import selection
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
 from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output
@@ -17,6 +16,7 @@ from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
+from lit_prune.ops import selection
 from lit_prune.repair import RepairAdapter
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune import merging, selection
 from lit_prune.host.state import Forward
+from lit_prune.ops import merging, selection
 
 
 class MassGivenBack:

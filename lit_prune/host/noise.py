@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lit_prune.host.sizes import image_load, merged, pair, patch_values
-from lit_prune.shapes import Config
+from lit_prune.cost.shapes import Config
+from lit_prune.cost.sizes import image_load, merged, pair, patch_values
 
 
 def noise(

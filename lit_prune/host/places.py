@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_prune.cost.shapes import Config
+from lit_prune.cost.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import need, rotation
-from lit_prune.host.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.pruners.base import Dims
-from lit_prune.shapes import Config
 
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
 INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}

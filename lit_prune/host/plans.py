@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lit_prune.budget import Budget, Schedule, average
+from lit_prune.ops.budget import Budget, Schedule, average
 from lit_prune.pruners.base import Pruner
 
 log = logging.getLogger(__name__)

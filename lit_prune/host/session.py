@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lit_prune.cost.trace import Trace
 from lit_prune.host.idle import Prefix
-from lit_prune.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
 
-from lit_prune import selection
 from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.compat import causal_mask
 from lit_prune.host.lengths import on_device
@@ -16,6 +15,7 @@ from lit_prune.host.places import Tower, plain_keys, query_key
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward
 from lit_prune.host.vision import absent
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.repair import RepairAdapter
 

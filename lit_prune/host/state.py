@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from lit_prune import selection
+from lit_prune.cost.trace import StageTrace
 from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.session import Record, Session
+from lit_prune.ops import selection
 from lit_prune.repair import Essence
-from lit_prune.trace import StageTrace
 
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
 

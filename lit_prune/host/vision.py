@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_prune import selection
-from lit_prune.budget import Budget
+from lit_prune.cost.trace import TowerTrace
 from lit_prune.host.compat import bidirectional_mask, check_tower
 from lit_prune.host.places import Tower
 from lit_prune.host.session import Session
+from lit_prune.ops import selection
+from lit_prune.ops.budget import Budget
 from lit_prune.pruners.base import Pruner, VisionContext
-from lit_prune.trace import TowerTrace
 
 PASS = "lit_prune_tower"  # keyword under which a TowerPass travels to the tower's layers
 PACKED = "lit_prune_packed"  # attribute of features on their way through the projector

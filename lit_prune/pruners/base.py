@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lit_prune import selection
-from lit_prune.budget import Budget, Schedule, check_layers, given, scale_layers, solve, tokens
-from lit_prune.budget.schedule import OutOfReach
-from lit_prune.errors import LitPruneError
-from lit_prune.ranges import check_number, check_numbers
+from lit_prune.errors import LitPruneError, check_number, check_numbers
+from lit_prune.ops import selection
+from lit_prune.ops.budget import Budget, Schedule, check_layers, given, scale_layers, solve, tokens
+from lit_prune.ops.budget.schedule import OutOfReach
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lit_prune import selection
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
 
 BY_TOKEN = ("visual", "ordinal", "visual_embeds", "attention", "states", "visual_keys")  # what has a visual axis second

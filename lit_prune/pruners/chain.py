@@ -4,10 +4,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lit_prune.budget import Budget, Schedule, given, solve, tokens
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number
+from lit_prune.ops.budget import Budget, Schedule, given, solve, tokens
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext
-from lit_prune.ranges import check_number
 
 
 class Chain(Pruner):

@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lit_prune import selection
+from lit_prune.errors import check_number
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
-from lit_prune.ranges import check_number
 
 
 class DART(Pruner):

@@ -7,12 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from lit_prune import graphs, selection
-from lit_prune.errors import LitPruneError
-from lit_prune.moments import kappa
+from lit_prune.errors import LitPruneError, check_number
+from lit_prune.ops import graphs, selection
+from lit_prune.ops.moments import kappa
 from lit_prune.pruners.base import Context, Kept, VisionContext, VisionPruner
 from lit_prune.pruners.by_image import image_by_image
-from lit_prune.ranges import check_number
 
 
 class DCPPrune(VisionPruner):

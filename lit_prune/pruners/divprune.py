@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lit_prune import selection
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context
 from lit_prune.pruners.by_image import PickedOneByOne
 

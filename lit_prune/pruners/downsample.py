@@ -2,7 +2,7 @@
 
 import math
 
-from lit_prune import merging
+from lit_prune.ops import merging
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 
 

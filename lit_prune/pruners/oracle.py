@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
+from lit_prune.ops.selection import hashed_uniform
 from lit_prune.pruners.base import Context, Pruner
-from lit_prune.selection import hashed_uniform
 
 
 class Oracle(Pruner):

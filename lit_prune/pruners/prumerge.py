@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lit_prune import merging, selection
+from lit_prune.errors import check_number
+from lit_prune.ops import merging, selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
-from lit_prune.ranges import check_number
 
 
 class PruMergePlus(VisionPruner):

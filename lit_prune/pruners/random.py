@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_prune.errors import check_number
+from lit_prune.ops.selection import hashed_uniform
 from lit_prune.pruners.base import Context, Pruner
-from lit_prune.ranges import check_number
-from lit_prune.selection import hashed_uniform
 
 
 class Random(Pruner):

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lit_prune import selection
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number
+from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
-from lit_prune.ranges import check_number
 
 
 class CrossAttentionScorer(nn.Module):

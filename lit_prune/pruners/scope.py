@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lit_prune import graphs
+from lit_prune.errors import check_number
+from lit_prune.ops import graphs
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
-from lit_prune.ranges import check_number
 
 
 class Scope(VisionPruner):

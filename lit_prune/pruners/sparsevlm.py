@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lit_prune import merging, selection
+from lit_prune.errors import check_number
+from lit_prune.ops import merging, selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
-from lit_prune.ranges import check_number
 
 
 class SparseVLM(Pruner):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_prune import selection
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Pruner
 
 

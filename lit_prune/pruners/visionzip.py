@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_prune import merging, selection
+from lit_prune.errors import check_number
+from lit_prune.ops import merging, selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
-from lit_prune.ranges import check_number
 
 
 class VisionZip(VisionPruner):

@@ -12,7 +12,7 @@ from PIL import Image
 from lit_prune.data.dataset import Collate, InstructDataset
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample, LitPruneError
-from lit_prune.images import decode_image
+from lit_prune.files.images import decode_image
 
 
 def write_shapes(folder: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lit_prune.errors import BadSample
-from lit_prune.images import decode_image, formats, image_format, kind_of
+from lit_prune.files.images import decode_image, formats, image_format, kind_of
 
 MANY = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 LOSSLESS = {  # modes that a format stores without loss
@@ -210,6 +210,6 @@ def test_avif_is_read_where_pillow_can(monkeypatch):
     assert np.abs(decoded(out.getvalue()).astype(int) - (200, 30, 30)).max() < 8
     assert kind_of(out.getvalue()) == "AVIF"
     formats.cache_clear()
-    monkeypatch.setattr("lit_prune.images.features.check", lambda name: False)
+    monkeypatch.setattr("lit_prune.files.images.features.check", lambda name: False)
     assert "it is AVIF; JPEG" in decoded(out.getvalue())
     formats.cache_clear()

@@ -198,7 +198,7 @@ def test_missing_data_leave_nothing_and_load_nothing(tmp_path, monkeypatch, caps
     def load(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lit_prune.training.load", load)
+    monkeypatch.setattr("lit_prune.training.module.load", load)
     with pytest.raises(SystemExit) as stop:
         main([verb, "-c", MICRO, "--data=lit_prune.data.InstructData", *options])
     assert stop.value.code in (1, 2)
@@ -209,6 +209,6 @@ def test_missing_data_leave_nothing_and_load_nothing(tmp_path, monkeypatch, caps
 
 
 def test_what_is_only_built_checks_what_it_will_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_prune.training.load", None)
+    monkeypatch.setattr("lit_prune.training.module.load", None)
     with pytest.raises(LitPruneError, match=r"none.json: no such file"):
         build(MICRO, ["--data=lit_prune.data.InstructData", f"--data.val={tmp_path}/none.json"], reads="validate")

@@ -16,7 +16,7 @@ from lit_prune.data.dataset import InstructDataset
 from lit_prune.data.references import as_list, image_file, is_embedded, name_of
 from lit_prune.data.sources import open_source
 from lit_prune.errors import BadSample
-from lit_prune.images import decode_image
+from lit_prune.files.images import decode_image
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from lit_prune.data.sources import open_source, shards
 from lit_prune.data.sources.shards import Shards
 from lit_prune.data.sources.tar_index import index_of
 from lit_prune.errors import BadSample, LitPruneError
-from lit_prune.images import decode_image
+from lit_prune.files.images import decode_image
 
 
 def shard(folder, out, *options: str) -> None:

@@ -15,10 +15,10 @@ from recording import QUIET, Recorder, SaveEverywhere, TwoRanks
 from torch.utils.data import DataLoader
 
 from lit_prune.data.dataset import Collate, InstructDataset
+from lit_prune.data.progress import rewind_to_step
 from lit_prune.data.stream import Stream
 from lit_prune.data.streamed import StreamedData
 from lit_prune.errors import LitPruneError
-from lit_prune.progress import rewind_to_step
 
 SIZES = (11, 7, 9, 3)  # rows of the files: 30 samples
 

@@ -77,7 +77,7 @@ def write_pope(root: Path) -> None:
 
 def write_mme(root: Path) -> None:
     """Half of the categories have folders for images and texts, as in the release."""
-    from lit_prune.scorers.mme import CATEGORIES
+    from lit_prune.evaluation.scorers.mme import CATEGORIES
 
     for n, category in enumerate(CATEGORIES):
         folder = root / "MME_Benchmark_release_version" / category

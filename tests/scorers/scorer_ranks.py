@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from test_scorer_metric import questions
 
-from lit_prune.scorers import rule_of
-from lit_prune.scorers.metric import Scorer
+from lit_prune.evaluation.scorers import rule_of
+from lit_prune.evaluation.scorers.metric import Scorer
 
 if __name__ == "__main__":
     folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

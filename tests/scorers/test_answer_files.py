@@ -10,8 +10,8 @@ from official_files import WRITERS, dump_lines
 
 from lit_prune.data.benchmarks import benchmark
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer, Joined, complete, join, read_answers
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer, Joined, complete, join, read_answers
+from lit_prune.evaluation.scorers.rule import Question
 
 LLAVA = {"question_id": 7, "prompt": "What?\nSay.", "text": "Cat", "answer_id": "x", "model_id": "y", "metadata": {}}
 

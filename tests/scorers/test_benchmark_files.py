@@ -10,7 +10,7 @@ from lit_prune.data.benchmarks.base import Labels
 from lit_prune.data.benchmarks.mmbench import pictures
 from lit_prune.data.benchmarks.textvqa import TextVQAFiles, question_of
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers import Question, rule_of
+from lit_prune.evaluation.scorers import Question, rule_of
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_prune import scorers
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers import gqa, mmbench, mme, pope, scienceqa, seedbench, textvqa, vizwiz, vqa
-from lit_prune.scorers.cases import evaluate
-from lit_prune.scorers.rule import Question
-from lit_prune.scorers.words import CONTRACTIONS, evalai, leave_one_out, normalise
+from lit_prune.evaluation import scorers
+from lit_prune.evaluation.scorers import gqa, mmbench, mme, pope, scienceqa, seedbench, textvqa, vizwiz, vqa
+from lit_prune.evaluation.scorers.cases import evaluate
+from lit_prune.evaluation.scorers.rule import Question
+from lit_prune.evaluation.scorers.words import CONTRACTIONS, evalai, leave_one_out, normalise
 
 FOLDERS = [parent / "shared" / "benchmarks" / "cases" for parent in Path(__file__).parents]
 CASES = sorted(path for folder in FOLDERS for path in folder.glob("*.json"))

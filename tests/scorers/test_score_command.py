@@ -168,7 +168,7 @@ def test_pope_without_a_yes(root, capsys):
 
 @of("mme")
 def test_mme_in_both_forms(root):
-    from lit_prune.scorers.mme import CATEGORIES
+    from lit_prune.evaluation.scorers.mme import CATEGORIES
 
     prompts = {"Is it a cat?": "Yes", "Is it a  dog?": "Yes"}
     lines = [
@@ -422,5 +422,5 @@ def test_scoring_needs_no_framework(root):
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, check=True)
     assert "96.67" in done.stdout
     loaded = set(done.stderr.splitlines()[-1].split())
-    assert "lit_prune.scorers.vqa" in loaded
+    assert "lit_prune.evaluation.scorers.vqa" in loaded
     assert not loaded & {"torch", "transformers", "lightning", "torchmetrics", "pandas"}

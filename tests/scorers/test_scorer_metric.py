@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_prune.scorers import Question, rule_of
-from lit_prune.scorers.metric import Scorer
+from lit_prune.evaluation.scorers import Question, rule_of
+from lit_prune.evaluation.scorers.metric import Scorer
 
 SPLITS = ("random", "popular")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official
+from lit_prune.evaluation.scorers.rule import Question
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -40,7 +40,7 @@ class Benchmark(ABC):
     """A benchmark's official files in a local folder.
 
     Attributes:
-        rule: module of `lit_prune.scorers` with its rule; None: it can't be scored offline.
+        rule: module of `lit_prune.evaluation.scorers` with its rule; None: it can't be scored offline.
         source: where the files are had, one sentence.
         splits: names of its splits, the default first.
         image_folders: folders that may hold the images, under the root.

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_prune.data.benchmarks.base import SHORT, Benchmark, Labels, lines
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import as_object, official, read_json, reading, take
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import as_object, official, read_json, reading, take
+from lit_prune.evaluation.scorers.rule import Question
 
 FIELDS = ("question", "answer", "imageId", "isBalanced", "groups", "types")
 

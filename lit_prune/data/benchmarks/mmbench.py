@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import LETTER, Benchmark, Labels, lettered, lines
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import EMPTY, official, read_table, take
-from lit_prune.scorers.mmbench import choices
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import EMPTY, official, read_table, take
+from lit_prune.evaluation.scorers.mmbench import choices
+from lit_prune.evaluation.scorers.rule import Question
 
 FILES = {
     "en": ["mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"],

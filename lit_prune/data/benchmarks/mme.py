@@ -5,10 +5,10 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import SHORT, Benchmark, Labels, lines, plain, stem
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official, read_text
-from lit_prune.scorers.mme import CATEGORIES
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official, read_text
+from lit_prune.evaluation.scorers.mme import CATEGORIES
+from lit_prune.evaluation.scorers.rule import Question
 
 YES_NO = "Please answer yes or no."
 IMAGES = ("images", ".")

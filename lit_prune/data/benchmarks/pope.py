@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import SHORT, Benchmark, Labels, lines, plain, stem
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official, read_lines, take
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official, read_lines, take
+from lit_prune.evaluation.scorers.rule import Question
 
 SPLITS = ("random", "popular", "adversarial")
 # Versions of the files differ in articles and in a typo: "Is there an oven in the imange?"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import LETTER, Benchmark, Labels, lettered, lines
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import as_object, official, read_json, reading, take
-from lit_prune.scorers.scienceqa import question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import as_object, official, read_json, reading, take
+from lit_prune.evaluation.scorers.scienceqa import question
 
 FIELDS = ("question", "choices", "answer", "hint", "image")
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_prune.data.benchmarks.base import LETTER, Benchmark, Labels, lettered, lines
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official, read_records, take
-from lit_prune.scorers.seedbench import question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official, read_records, take
+from lit_prune.evaluation.scorers.seedbench import question
 
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 FIELDS = ("question_id", "question_type_id", "data_type", "data_id", "question", "answer", *OPTIONS)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import SHORT, Benchmark, Labels, lines, stem
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official, read_records, reading, take
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official, read_records, reading, take
+from lit_prune.evaluation.scorers.rule import Question
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

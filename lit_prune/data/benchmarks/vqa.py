@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lit_prune.data.benchmarks.base import SHORT, Benchmark, Labels, lines
 from lit_prune.errors import LitPruneError
-from lit_prune.scorers.answers import Answer
-from lit_prune.scorers.files import official, read_records, reading, take
-from lit_prune.scorers.rule import Question
+from lit_prune.evaluation.scorers.answers import Answer
+from lit_prune.evaluation.scorers.files import official, read_records, reading, take
+from lit_prune.evaluation.scorers.rule import Question
 
 
 class VQAv2(Benchmark):

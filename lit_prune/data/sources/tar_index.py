@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_prune.errors import LitPruneError
-from lit_prune.files import written_whole
+from lit_prune.files.writing import written_whole
 
 VERSION = 2
 BLOCK = 512

@@ -1,0 +1,1 @@
+"""What the verbs share: options and their explanations, overlays, output, bills."""

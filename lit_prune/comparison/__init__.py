@@ -1,1 +1,0 @@
-"""Several methods at several budgets on one teacher and one data set: cells, measuring, tables, plots."""

@@ -1,0 +1,1 @@
+"""What ran and what it costs: traces, FLOPs, memory, sizes of models; without a model."""

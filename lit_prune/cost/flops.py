@@ -1,0 +1,170 @@
+"""What a forward costs: FLOPs (1 MAC = 2) and KV-cache bytes, per sample, of what ran or of a schedule.
+
+Conventions: the whole prompt counts, text and visual tokens; attention is the full square (as PyTorch's counter has
+it), SwiGLU has three matrices; vision tower, projector, decoder, scoring, pruner, repair and LM head are lines of their
+own. Norms, activations and softmax are left out, as everywhere.
+
+There is one arithmetic: `price` of a `lit_prune.cost.trace.Trace`, whether a forward left it or a schedule.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.cost.trace import ImageLoad, StageTrace, Trace, VisionTrace, step
+
+CARRIER = 8  # channels that a bias per key adds to each head of queries, keys and values
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes that the price of a forward depends on.
+
+    `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
+    `projector_in` to `projector_inner` to `width`. `image`: the load of a usual image, for forwards whose images are
+    known by their visual tokens only. Without `tower_known` vision tower and projector have no price.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    vision_width: int = 0
+    vision_mlp: int = 0
+    vision_matrices: int = 2
+    patch_values: int = 0
+    projector_in: int = 0
+    projector_inner: int = 0
+    projectors: int = 1
+    image: ImageLoad | None = None
+    tower_known: bool = True
+
+
+def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
+    """FLOPs of one decoder layer: projections, attention over `keys`, SwiGLU."""
+    rows = queries.double()
+    projections = 2 * rows * size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
+    return projections + attention(size, queries, keys) + 6 * rows * size.width * size.mlp
+
+
+def attention(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
+    """FLOPs of one decoder layer's attention between queries and keys, without its projections."""
+    return 4 * queries.double() * keys.double() * size.heads * size.head_dim
+
+
+def vision_tower(size: ModelSize, vision: VisionTrace) -> Tensor:
+    """FLOPs of the vision tower: patch embedding and every encoder layer, also those whose output is not used."""
+    d, mlp = size.vision_width, 2 * size.vision_matrices * size.vision_mlp
+    tokens, pairs = (torch.stack(layers).double().sum(0) for layers in (vision.tokens, vision.pairs))
+    return 2 * vision.patches.double() * size.patch_values * d + tokens * d * (8 * d + mlp) + 4 * pairs * d
+
+
+def projector(size: ModelSize, rows: Tensor) -> Tensor:
+    """FLOPs of the projector (or merger) over `rows` rows."""
+    return 2 * size.projectors * rows.double() * size.projector_inner * (size.projector_in + size.width)
+
+
+def attention_rows(size: ModelSize, stage: StageTrace, searched: Tensor | None = None) -> Tensor:
+    """FLOPs of reading a stage's attention rows and keys, and of handing mass on.
+
+    Own rows pay the layer's key and query projections too. `searched` visual tokens look for the kept one that gets
+    their mass, by default those that the stage found.
+    """
+    rows, sequence = stage.rows.double(), stage.sequence.double()
+    key_projection = 2 * size.width * size.head_dim * sequence * size.key_heads
+    cost = key_projection if stage.keys else torch.zeros_like(rows)
+    if stage.mass:
+        cost = cost + 2 * (stage.visual if searched is None else searched) * stage.kept * size.width
+    if stage.reads is not None:
+        cost = cost + 2 * rows * sequence * size.heads * size.head_dim
+    if stage.reads == "own":
+        cost = cost + key_projection + 2 * size.width * size.head_dim * rows * size.heads
+    return cost
+
+
+def _searched(trace: Trace, stage: StageTrace) -> Tensor:
+    """Visual tokens whose mass a stage hands on: where a tower's tokens arrive, those that it dropped too."""
+    return stage.visual if trace.tower is None or stage.layer else trace.total_visual
+
+
+def _mass_channels(size: ModelSize, trace: Trace) -> Tensor | float:
+    """FLOPs of the channels that carry the mass of kept tokens through a prefill's attention, as a bias per key."""
+    first = min((stage.layer for stage in trace.stages if stage.mass), default=len(trace.queries))
+    layers = zip(trace.queries[first:], trace.keys[first:], strict=True)
+    return sum((4 * queries.double() * keys.double() * size.heads * CARRIER for queries, keys in layers), 0.0)
+
+
+def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int = 1) -> dict[str, Tensor]:
+    """FLOPs of one forward per sample, part by part; `total` adds the parts up.
+
+    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out. `pruner` and
+    `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
+    """
+    zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
+    visual = zero if trace.total_visual is None else trace.total_visual.double()
+    vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
+    if trace.tower is not None:
+        vision = trace.tower.per_sample(visual if vision is None else vision.patches.to(visual))
+    tower = {
+        "vision": zero if vision is None else vision_tower(size, vision).to(zero),
+        "projector": zero if vision is None else projector(size, vision.projected).to(zero),
+    }
+    parts = {
+        **(tower if size.tower_known else {}),
+        "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
+        + _mass_channels(size, trace),
+        "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),
+        "pruner": zero,
+        "repair": zero,
+        "lm_head": zero + 2 * lm_rows * size.width * size.vocab,
+    }
+    if vision is not None and vision.scored is not None:
+        looked_at = vision.scored * size.vision_width + vision.rated
+        parts["scoring"] = parts["scoring"] + 2 * looked_at * size.vision_width
+    if pruner is not None:
+        stages = enumerate(trace.stages)
+        costs = (pruner.stage_flops(i, s.visual, s.rows, size.width, s.kept) for i, s in stages)
+        parts["pruner"] = sum(costs, zero)
+        if trace.tower is not None:
+            for found, kept in trace.tower.stages:
+                inside = pruner.vision_flops(found, kept, size.vision_width)
+                parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
+    if repair is not None and trace.repaired is not None:
+        for index in trace.repair_stages:
+            parts["repair"] = parts["repair"] + repair.context_flops(trace.stages[index].visual, visual, size.width)
+        parts["repair"] = parts["repair"] + repair.adapter_flops(trace.repaired, size.width)
+    parts["total"] = sum(parts.values(), zero)
+    return parts
+
+
+def _usual_images(image: ImageLoad | None, visual: Tensor) -> VisionTrace | None:
+    """As many usual images as give so many visual tokens, in proportion."""
+    if image is None:
+        return None
+    count = visual / image.visual
+    tokens, pairs = ([count * layer for layer in layers] for layers in (image.tokens, image.pairs))
+    return VisionTrace(count * image.patches, tokens, pairs, count * image.projected)
+
+
+def decode(trace: Trace, size: ModelSize, steps: int, repair=None) -> dict[str, Tensor]:
+    """FLOPs of `steps` decoding steps after a prefill, part by part.
+
+    An answer of n tokens is a prefill and n - 1 steps: the prefill gives the first token, the last is not fed back.
+    """
+    first, last = (price(step(trace, index), size, repair=repair) for index in (1, max(1, steps)))
+    # Each part is linear in the length of the cache, which grows by one: an arithmetic series.
+    return {name: steps * (first[name] + last[name]) / 2 for name in first}
+
+
+def decoder_total(parts: dict[str, Tensor]) -> Tensor:
+    """Decoder with all that pruning adds to it: what a reduction is measured on."""
+    return parts["decoder"] + parts["scoring"] + parts["pruner"] + parts["repair"]
+
+
+def kv_bytes(trace: Trace, size: ModelSize, bytes_per_value: int) -> Tensor:
+    """Bytes of keys and values cached after the forward, per sample."""
+    return sum(k.double() for k in trace.keys) * 2 * size.key_heads * size.head_dim * bytes_per_value

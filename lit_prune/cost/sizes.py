@@ -1,0 +1,326 @@
+"""Sizes for `lit_prune.cost.flops`, read off a transformers configuration or a shipped shape; no model is needed."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_prune.cost.flops import ModelSize
+from lit_prune.cost.shapes import Config
+from lit_prune.cost.trace import ImageLoad, TowerTrace, VisionTrace
+from lit_prune.errors import LitPruneError
+from lit_prune.ops.budget import Budget, tokens
+from lit_prune.pruners.base import Pruner
+
+# Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
+TOWERS = {
+    "clip_vision_model": (1, 2),
+    "siglip_vision_model": (0, 2),
+    "internvl_vision": (1, 2),
+    "qwen2_5_vl_vision": (0, 3),
+    "qwen3_vl_vision": (0, 2),
+}
+DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# A decoder with one of these fields has several MLPs a layer, of which each token takes some.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
+TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
+
+
+def decoder_size(config: Config) -> ModelSize:
+    """Sizes for the price of the decoder alone, with KV cache and LM head.
+
+    Raises `LitPruneError` for a decoder whose arithmetic isn't known.
+    """
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in DECODER]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or any(getattr(text, name, 0) for name in EXPERTS):
+        raise LitPruneError(f"the price of a decoder of type {getattr(text, 'model_type', '?')} isn't known")
+    width, depth, heads, mlp, vocab = sizes
+    return ModelSize(
+        width=width,
+        depth=depth,
+        heads=heads,
+        key_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or width // heads,
+        mlp=mlp,
+        vocab=vocab,
+        tower_known=False,
+    )
+
+
+def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
+    """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
+
+    Raises `LitPruneError` for a vision tower, or a decoder, whose arithmetic isn't known.
+    """
+    decoder, matrices, vision = decoder_size(config), _tower(config)[1], config.vision_config
+    merge, layers = merged(config), getattr(config, "vision_feature_layer", -1)
+    features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
+    return replace(
+        decoder,
+        tower_known=True,
+        vision_width=vision.hidden_size,
+        vision_mlp=vision.intermediate_size,
+        vision_matrices=matrices,
+        patch_values=patch_values(vision),
+        projector_in=features,
+        projector_inner=features if hasattr(vision, "spatial_merge_size") else decoder.width,
+        projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        image=image_load(config, *image),
+    )
+
+
+def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | None:
+    """As much of `model_size` as is known: without the vision tower, or nothing at all (None).
+
+    For figures, which never stop the work that they are about.
+    """
+    for known in (lambda: model_size(config, image), lambda: decoder_size(config)):
+        # Configurations are anyone's: fields are missing, are lists, differ from layer to layer or refuse to be read.
+        with suppress(Exception):
+            return known()
+    return None
+
+
+def image_load(config: Config, height: int, width: int) -> ImageLoad:
+    """What an image of so many pixels asks of the model, by the rule of the model's own processor.
+
+    Limits on an image's pixels, which stand in a processor's files, are not known here.
+    """
+    if hasattr(config.vision_config, "spatial_merge_size"):
+        factor = pair(config.vision_config.patch_size)[0] * merged(config)
+        rows, columns = (max(1, round(side / factor)) * merged(config) for side in (height, width))
+        return grid_load(config, 1, rows, columns)
+    if hasattr(config, "image_grid_pinpoints"):
+        return _any_resolution(config, height, width)
+    if hasattr(config, "downsample_ratio"):
+        tiles = _tiles(height, width, pair(config.vision_config.image_size))
+        return crop_load(config, tiles + (tiles > 1))
+    return crop_load(config, 1)
+
+
+def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoad:
+    """The load of `crops` crops of the tower's fixed size, which give `visual` tokens (all of theirs by default)."""
+    vision = config.vision_config
+    rows, columns = (
+        pixels // patch for pixels, patch in zip(pair(vision.image_size), pair(vision.patch_size), strict=True)
+    )
+    tokens, depth = rows * columns + _tower(config)[0], vision.num_hidden_layers
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    projected = crops * (tokens if whole else rows * columns) // merged(config) ** 2
+    return ImageLoad(
+        patches=crops * rows * columns,
+        tokens=(crops * tokens,) * depth,
+        pairs=(crops * tokens * tokens,) * depth,
+        projected=projected,
+        visual=projected if visual is None else visual,
+    )
+
+
+def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad:
+    """The load of an image that the tower takes in its own size, as a grid of patches, with or without windows."""
+    vision, merge = config.vision_config, merged(config)
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    patches = frames * rows * columns
+    windowed = full = frames * (rows * columns) ** 2
+    if hasattr(vision, "window_size"):
+        side = vision.window_size // merge // pair(vision.patch_size)[0]
+        windowed = frames * merge**4 * _squares(rows // merge, side) * _squares(columns // merge, side)
+    whole = getattr(vision, "fullatt_block_indexes", range(depth))
+    pairs = tuple(full if layer in whole else windowed for layer in range(depth))
+    return ImageLoad(patches, (patches,) * depth, pairs, patches // merge**2, patches // merge**2)
+
+
+def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
+    """What the tower runs for a processor's `inputs`, whose samples have `total` visual tokens (batch,).
+
+    None where images have one size, where the inputs don't say which size they have, or where the tower's price isn't
+    known.
+    """
+    if getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS:
+        return None
+    grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
+    if grids is not None:
+        loads = [grid_load(config, *grid) for grid in grids.tolist()]
+    elif sizes is not None and hasattr(config, "image_grid_pinpoints"):
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        counts = inputs.get("batch_num_images")
+        alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
+        loads = [
+            _any_resolution(config, *size) if by_crops else _lone_crop(config)
+            for size, by_crops in zip(sizes, alone, strict=True)
+        ]
+    else:
+        return None
+    samples = _by_sample(loads, total.tolist())
+    return None if samples is None else VisionTrace.of(samples)
+
+
+def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[ImageLoad]] | None:
+    """Images of each sample: they stand in the prompts' order, each brings its tokens. None where they don't fit."""
+    ends = list(accumulate((load.visual for load in loads), initial=0))
+    if not loads or any(end not in ends for end in accumulate(totals)) or ends[-1] != sum(totals):
+        return None
+    marks = [ends.index(end) for end in accumulate(totals, initial=0)]
+    return [list(loads[a:b]) for a, b in pairwise(marks)]
+
+
+def _any_resolution(config: Config, height: int, width: int) -> ImageLoad:
+    """Crops on the best of the model's canvases and the whole image; padding is cut off, rows end in a line break."""
+    crop, patch = config.vision_config.image_size, config.vision_config.patch_size
+    canvas = _canvas(height, width, config.image_grid_pinpoints)
+    side = crop // patch
+    rows, columns = (side * (pixels // crop) for pixels in canvas)
+    crops = rows * columns // side**2 + 1
+    if width / height > columns / rows:
+        rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
+    else:
+        columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+    limit = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
+    if limit.isdecimal() and (ratio := (rows * columns / (int(limit) * side**2)) ** 0.5) > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return crop_load(config, crops, visual=side**2 + rows * (columns + 1))
+
+
+def _canvas(height: int, width: int, canvases: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The canvas on which the most of an image's pixels are left, the smallest of such.
+
+    transformers' `select_best_resolution`, whose import brings models' code.
+    """
+
+    def left(canvas: Sequence[int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - canvas[0] * canvas[1]
+
+    return max(canvases, key=left)
+
+
+def _lone_crop(config: Config) -> ImageLoad:
+    """One of several images, which is not cut into crops: its tokens and one line break."""
+    return crop_load(config, 1, visual=crop_load(config, 1).visual + 1)
+
+
+def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
+    """Tiles of the canvas nearest to the image's shape; of equally near ones the larger, if the image fills half."""
+    shapes = sorted(
+        ((a, b) for a in range(1, TILES + 1) for b in range(1, TILES + 1) if a * b <= TILES),
+        key=lambda shape: shape[0] * shape[1],
+    )
+    best, nearest = (1, 1), float("inf")
+    for shape in shapes:
+        distance = abs(width / height - shape[0] / shape[1])
+        fills = height * width > 0.5 * tile[0] * tile[1] * shape[0] * shape[1]
+        if distance < nearest or (distance == nearest and fills):
+            best, nearest = shape, distance
+    return best[0] * best[1]
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of squares of the pieces when `length` is cut into pieces of `side`."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """A CLIP-like vision tower, one visual token per patch, as far as stages inside it need to know.
+
+    `features` layers of `layers` lead to what the projector gets; `prefix` tokens (the class token) precede the patches
+    of a tile of `side` x `side`; an image has nominally `tiles` tiles: that of LLaVA-NeXT and four crops.
+    """
+
+    layers: int
+    features: int
+    prefix: int
+    side: int
+    tiles: int
+
+    def share(self, keep: Budget) -> int:
+        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up.
+
+        A share is one of each tile's patches.
+        """
+        keep = tokens(keep, self.tiles * self.side**2)
+        arriving = keep[0] if isinstance(keep, dict) else keep
+        return min(self.side**2, -(-arriving // self.tiles))
+
+    def read(self, patches: int, values: bool) -> int:
+        """Tokens projected once more for a stage that finds so many patches: to keys, values, and queries.
+
+        The class token's query, or that of every patch where there is none.
+        """
+        return (patches + self.prefix) + patches * values + (1 if self.prefix else patches)
+
+
+def tower_size(config: Config) -> TowerSize:
+    """Sizes of the tower of LLaVA-1.5 and LLaVA-NeXT.
+
+    Raises `LitPruneError` for models that merge or resample patches: which visual token a patch is can't be told there.
+    """
+    if config.model_type not in ("llava", "llava_next"):
+        raise LitPruneError(
+            f"models of type {config.model_type} merge or resample patches behind their vision tower, so stages inside "
+            f"the tower can't say which visual tokens go; use a method of the decoder, or LLaVA-1.5 or LLaVA-NeXT"
+        )
+    vision, chosen = config.vision_config, config.vision_feature_layer
+    if not isinstance(chosen, int):
+        raise LitPruneError(f"vision_feature_layer {chosen}: stages inside the tower need features of one layer")
+    layers = vision.num_hidden_layers
+    return TowerSize(
+        layers=layers,
+        features=chosen if chosen >= 0 else layers + 1 + chosen,
+        prefix=_tower(config)[0],
+        side=vision.image_size // vision.patch_size,
+        tiles=5 if hasattr(config, "image_grid_pinpoints") else 1,
+    )
+
+
+def tower_trace(config: Config, pruner: Pruner, keep: Budget, tiles: int) -> TowerTrace:
+    """What `tiles` tiles would ask of the tower under a pruner's stages; nothing runs."""
+    size = tower_size(config)
+    share, patches = size.share(keep), size.side**2
+    schedule = pruner.vision_schedule(share, patches, size.features)
+    now, tokens, scored, rated, stages = pruner.image_side(share, size.side) ** 2, [], 0, 0, []
+    entered, one = now, torch.ones(tiles, dtype=torch.long)
+    for layer in range(size.features + 1):
+        if layer == size.features:  # the layers behind the features run too, before the stage there
+            tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
+        if schedule.get(layer, now) < now:
+            if layer > 0:
+                scored += size.read(now, pruner.needs_values)
+                rated += now + size.prefix
+            stages.append((one * now, one * schedule[layer]))
+            now = schedule[layer]
+        if layer < size.features:
+            tokens.append(torch.full((tiles,), now + size.prefix))
+    return TowerTrace(one * entered, tokens, one * now, one * scored, one * rated, stages)
+
+
+def _tower(config: Config) -> tuple[int, int]:
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if kind not in TOWERS:
+        raise LitPruneError(
+            f"the price of a vision tower of type {kind} isn't known, only of {', '.join(TOWERS)}; "
+            f"add its line to TOWERS in {__name__}"
+        )
+    return TOWERS[kind]
+
+
+def merged(config: Config) -> int:
+    """Patches along one side that become one visual token."""
+    return getattr(config.vision_config, "spatial_merge_size", None) or int(1 / getattr(config, "downsample_ratio", 1))
+
+
+def patch_values(vision: Config) -> int:
+    height, width = pair(vision.patch_size)
+    channels = getattr(vision, "num_channels", None) or vision.in_channels
+    return channels * height * width * getattr(vision, "temporal_patch_size", 1)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

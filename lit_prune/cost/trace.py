@@ -1,0 +1,203 @@
+"""What a forward ran, or would run, per sample: lengths, layer by layer, which is all that its price hangs on.
+
+The host records the trace of a forward, `plan` writes the one that a schedule would leave, `step` the one of a decoding
+step. `lit_prune.cost.flops` prices them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageLoad:
+    """What one image asks of the vision tower, all its crops together, and what it gives the decoder.
+
+    `tokens[i]`: at the input of tower layer i, class tokens included. `pairs[i]`: (query, key) pairs of its attention,
+    which never leaves a crop or a window. `projected`: rows through the projector. `visual`: tokens that the decoder
+    is given, line breaks included.
+    """
+
+    patches: int
+    tokens: tuple[int, ...]
+    pairs: tuple[int, ...]
+    projected: int
+    visual: int
+
+
+@dataclass(frozen=True)
+class VisionTrace:
+    """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images.
+
+    A method that drops tokens inside the tower leaves fewer `tokens`, `pairs` and `projected` behind.
+    """
+
+    patches: Num[Tensor, " batch"]
+    tokens: list[Num[Tensor, " batch"]]
+    pairs: list[Num[Tensor, " batch"]]
+    projected: Num[Tensor, " batch"]
+    scored: Num[Tensor, " batch"] | None = None  # tokens that a stage projected once more: to keys, values, a query
+    rated: Num[Tensor, " batch"] | None = None  # tokens whose attention from the class token a stage computed
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[ImageLoad]]) -> "VisionTrace":
+        """The sums over each sample's images; at least one sample has one."""
+        depth = max(len(load.pairs) for loads in samples for load in loads)
+
+        def total(of: Callable[[ImageLoad], int]) -> Tensor:
+            return torch.tensor([sum(of(load) for load in loads) for loads in samples])
+
+        return cls(
+            patches=total(lambda load: load.patches),
+            tokens=[total(lambda load, i=i: load.tokens[i]) for i in range(depth)],
+            pairs=[total(lambda load, i=i: load.pairs[i]) for i in range(depth)],
+            projected=total(lambda load: load.projected),
+        )
+
+
+@dataclass
+class TowerTrace:
+    """One forward of a tower with stages, tile by tile: a tile is an image or one of its crops.
+
+    `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens were
+    projected once more for a stage, to keys, values or a query, `rated` ones got attention there. `stages`: patches
+    that each stage found and kept.
+    """
+
+    patches: Int[Tensor, " tiles"]
+    tokens: list[Int[Tensor, " tiles"]]
+    projected: Int[Tensor, " tiles"]
+    scored: Int[Tensor, " tiles"]
+    rated: Int[Tensor, " tiles"]
+    stages: list[tuple[Int[Tensor, " tiles"], Int[Tensor, " tiles"]]] = field(default_factory=list)
+
+    def share(self, values: Num[Tensor, " tiles"], visual: Num[Tensor, " batch"]) -> Num[Tensor, " batch"]:
+        """Tiles handed to samples: one each where the numbers agree, else in proportion to their visual tokens."""
+        values = values.double().to(visual.device)
+        if len(values) == int((visual > 0).sum()):
+            return torch.zeros_like(visual, dtype=torch.float64).masked_scatter(visual > 0, values)
+        return values.sum() * visual.double() / visual.double().sum()
+
+    def per_sample(self, visual: Num[Tensor, " batch"]) -> VisionTrace:
+        """What each sample's tiles ran."""
+        tokens = [self.share(layer, visual) for layer in self.tokens]
+        pairs = [self.share(layer.square(), visual) for layer in self.tokens]
+        ends = (self.patches, self.projected, self.scored, self.rated)
+        patches, projected, scored, rated = (self.share(values, visual) for values in ends)
+        return VisionTrace(patches, tokens, pairs, projected, scored, rated)
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """One pruning stage as it ran.
+
+    `reads`: whose attention rows it used; those of its `own` layer were projected ahead, those of the `previous` one
+    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves. `mass`:
+    the nearest kept token of each dropped one was looked for.
+    """
+
+    layer: int
+    reads: str | None
+    rows: Int[Tensor, " batch"]
+    sequence: Int[Tensor, " batch"]
+    visual: Int[Tensor, " batch"]
+    kept: Int[Tensor, " batch"]
+    keys: bool = False
+    mass: bool = False
+
+
+@dataclass
+class Trace:
+    """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
+
+    Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
+    idled, and `learns` says which layers gradients go back through.
+    `budget` is what was asked of each sample: `keep`, or all its visual tokens if it has fewer.
+    `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
+    `total_visual`: right for models whose crops all give the same number of tokens.
+    """
+
+    queries: list[Int[Tensor, " batch"]] = field(default_factory=list)
+    keys: list[Int[Tensor, " batch"]] = field(default_factory=list)
+    visual: list[Int[Tensor, " batch"]] = field(default_factory=list)
+    stages: list[StageTrace] = field(default_factory=list)
+    total_visual: Int[Tensor, " batch"] | None = None
+    vision: VisionTrace | None = None
+    tower: TowerTrace | None = None
+    repaired: Int[Tensor, " batch"] | None = None
+    repair_stages: tuple[int, ...] = ()
+    ran: list[Int[Tensor, " batch"]] = field(default_factory=list)
+    learns: list[bool] = field(default_factory=list)
+    budget: Float[Tensor, " batch"] | None = None
+
+    def average_visual(self) -> Tensor:
+        """Visual tokens averaged over the decoder layers' inputs, per sample: the budget as it was spent."""
+        return torch.stack(self.visual).double().mean(0)
+
+    def excess(self) -> Float[Tensor, " batch"]:
+        """Visual tokens above the budget, averaged as it is, per sample; up to half a token is rounding, and 0 here.
+
+        A sample exceeds its budget where it has more images than the budget has tokens, or where the layers before the
+        first stage see too many tokens; a method that keeps as many as it likes may exceed any.
+        """
+        spent = self.average_visual()
+        if self.budget is None:
+            return torch.zeros_like(spent)
+        above = spent - self.budget.to(spent.device)
+        return torch.where(above > 0.5, above, 0.0)
+
+
+def plan(
+    schedule: Mapping[int, int],
+    visual: int,
+    text: int,
+    depth: int,
+    pruner=None,
+    repair=None,
+    question: int | None = None,
+) -> Trace:
+    """The trace that one prompt would leave under a schedule; nothing runs.
+
+    `schedule` is {decoder layer: visual tokens kept from its input on}, empty for the full model. `question` of the
+    `text` tokens stand behind the image [ours: all of them unless told otherwise]; they are what a pruner reads.
+    `pruner` and `repair` are asked what they read and which stages feed the repair; one position is repaired. What a
+    method does inside the vision tower is the caller's to add, as `Trace.tower`.
+    """
+    trace, now = Trace(total_visual=_one(visual)), visual
+    for layer in range(depth):
+        if layer in schedule:
+            kept = min(now, schedule[layer])
+            if layer == 0 and getattr(pruner, "acts_in_tower", False):
+                now = kept  # no more than these leave the tower
+            reads = None if pruner is None else pruner.reads(len(trace.stages))
+            rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
+            sizes = (_one(size) for size in (rows, now + text, now, kept))
+            keys = getattr(pruner, "needs_keys", False)
+            trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes, keys))
+            now = kept
+        trace.queries.append(_one(now + text))
+        trace.keys.append(_one(now + text))
+        trace.visual.append(_one(now))
+    if repair is not None and schedule:
+        trace.repaired = _one(int(visual > 0))
+        feeds = repair.feeds(sorted(schedule), depth)
+        trace.repair_stages = tuple(sorted({stage for _, stage in feeds.values()}))
+    return trace
+
+
+def _one(value: int) -> Tensor:
+    return torch.tensor([value])
+
+
+def step(trace: Trace, index: int) -> Trace:
+    """The trace of the `index`-th decoding step (from 1) after a prefill: one query, one more key with each step."""
+    one = torch.ones_like(trace.queries[0])
+    return Trace(
+        queries=[one] * len(trace.queries),
+        keys=[keys + index for keys in trace.keys],
+        visual=trace.visual,
+        repaired=None if trace.repaired is None else (trace.repaired > 0).to(one),
+    )

@@ -1,0 +1,1 @@
+"""Measuring: meters, scorers, comparisons of methods, plots, timing."""

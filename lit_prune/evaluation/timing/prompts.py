@@ -1,0 +1,60 @@
+"""Random prompts, and the two halves of a request: the prefill and the steps that follow."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.cost.sizes import USUAL
+from lit_prune.evaluation.measuring import encode_images
+from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.host.noise import noise
+from lit_prune.host.places import find, unwrap
+from lit_prune.vlm import VLM
+
+SEED = 0  # of the random prompts and of untrained plug-ins
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs of one batch size, without padding: with pixels, and with the images' features already projected."""
+
+    pixels: dict[str, Any]
+    features: dict[str, Any]
+
+
+def random_prompt(vlm: VLM, batch: int, text_tokens: int, image: tuple[int, int] = USUAL) -> Prompt:
+    """One text token, an image of noise and random text in each sample; the same for every method.
+
+    `image`: height and width in pixels where images differ. Raises `LitPruneError` for a vision tower that isn't known.
+    """
+    model, places = vlm.model, find(vlm.model)
+    size, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(SEED)
+    text = torch.randint(size, (batch, text_tokens), generator=generator)
+    token = places.tokens["image"]
+    for special in places.tokens.values():
+        text[text == special] = (max(places.tokens.values()) + 1) % size
+    images, visual = noise(model.config, batch, image, generator)
+    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    ids = torch.cat([text[:, :1], torch.full((batch, visual), token), text[:, 1:]], 1)
+    inputs = {"input_ids": ids, **images}
+    if "image_grid_thw" in images:
+        inputs["mm_token_type_ids"] = (ids == token).long()
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    return Prompt(inputs, encode_images(vlm, inputs))
+
+
+def prefill(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The first token, greedily, and the cache."""
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), cache_of(output)
+
+
+def decode(model: nn.Module, token: Tensor, cache: Any, steps: int) -> Tensor:
+    """The last of `steps` further tokens, greedily."""
+    cached = {cache_keyword(unwrap(model)): cache, "use_cache": True, "logits_to_keep": 1}
+    for _ in range(steps):
+        output = model(input_ids=token, **cached)
+        token = output.logits[:, -1:].argmax(-1)
+    return token

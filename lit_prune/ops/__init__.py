@@ -1,0 +1,1 @@
+"""Pure functions of tensors and counts: selection, merging, moments, budgets."""

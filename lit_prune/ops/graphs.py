@@ -1,0 +1,81 @@
+"""Pure functions for methods that choose and merge tokens by how alike they are. Similarities are the caller's."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lit_prune.ops import selection
+
+
+def centred(
+    features: Float[Tensor, "batch visual width"], alive: Bool[Tensor, "batch visual"]
+) -> Float[Tensor, "batch visual width"]:
+    """Unit vectors (fp32) from the mean of the sample's alive tokens to each token: what all share says nothing."""
+    features, mask = features.float(), alive[..., None]
+    mean = features.masked_fill(~mask, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return normalize(features - mean, dim=-1)
+
+
+def squared_distance(
+    a: Int[Tensor, "batch some"], b: Int[Tensor, "batch others"], side: int
+) -> Float[Tensor, "batch some others"]:
+    """Squared distance in patches between places, numbered row by row, on a grid of `side` x `side`."""
+    rows = a[:, :, None] // side - b[:, None] // side
+    columns = a[:, :, None] % side - b[:, None] % side
+    return (rows.square() + columns.square()).float()
+
+
+def spread(
+    scores: Float[Tensor, "batch visual"],
+    unit: Float[Tensor, "batch visual width"],
+    place: Int[Tensor, "batch visual"],
+    side: int,
+    width: float,
+    alive: Bool[Tensor, "batch visual"],
+    count: Int[Tensor, " batch"],
+) -> Bool[Tensor, "batch visual"]:
+    """Pick the `count` best tokens one after the other; each pick lowers the scores of its likes nearby [ours].
+
+    A score counts as `score * (1 - a)`, a the largest affinity to a token picked: the cosine of `unit` vectors,
+    0 if negative, times exp(-distance^2 / (2 width^2)) in patches. Scores are not negative. O(visual) a pick, no matrix
+    of all pairs. With a `width` near 0 this is top-k; ties go to the earlier token.
+    """
+    count = torch.minimum(count, alive.sum(1))
+    chosen, near = torch.zeros_like(alive), torch.zeros_like(scores, dtype=torch.float32)
+    for turn in range(int(count.max())):
+        worth = (scores.float() * (1 - near)).masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
+        pick = worth.argmax(1, keepdim=True)
+        chosen = chosen | ((turn < count)[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
+        alike = (unit * selection.gather_rows(unit, pick)).sum(-1).clamp(min=0)
+        close = torch.exp(-squared_distance(place, place.gather(1, pick), side)[..., 0] / (2 * width**2))
+        near = near.maximum(alike * close)
+    return chosen
+
+
+def facility_location(
+    similarity: Float[Tensor, "batch tokens candidates"],
+    weight: Float[Tensor, "batch candidates"],
+    alive: Bool[Tensor, "batch candidates"],
+    count: Int[Tensor, " batch"],
+    demand: Float[Tensor, "batch tokens"],
+) -> Bool[Tensor, "batch candidates"]:
+    """Greedy facility location: the `count` candidates that leave every token with one like it.
+
+    Candidate j gains `weight_j * sum_i demand_i max(0, similarity_ij - best_i)`, best_i the largest similarity of token
+    i to one picked, 0 at the start. Ties, and picks without any gain, go to the candidate with the larger weight, then
+    to the earlier one. O(tokens x candidates) a pick. `demand` is 0 for tokens that are not there.
+    """
+    count = torch.minimum(count, alive.sum(1))
+    chosen = torch.zeros_like(alive)
+    best = torch.zeros(similarity.shape[:2], dtype=similarity.dtype, device=similarity.device)
+    order = weight.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    for turn in range(int(count.max())):
+        gain = torch.einsum("bij,bi->bj", (similarity - best[..., None]).clamp(min=0), demand.to(best)) * weight
+        gain = gain.masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
+        pick = order.gather(1, gain.gather(1, order).argmax(1, keepdim=True))
+        now = turn < count
+        chosen = chosen | (now[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
+        column = similarity.gather(2, pick[:, None].expand(-1, similarity.shape[1], -1))[..., 0]
+        best = torch.where(now[:, None], best.maximum(column), best)
+    return chosen

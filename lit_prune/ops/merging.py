@@ -1,0 +1,106 @@
+"""Pure functions for methods that merge tokens: who stands for whom, and means over groups."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lit_prune.ops import selection
+
+
+def nearest(
+    features: Float[Tensor, "batch visual width"], centres: Bool[Tensor, "batch visual"], most: int | None = None
+) -> Int[Tensor, "batch visual"]:
+    """Column of the centre with the largest cosine similarity to each token; a centre's own is itself.
+
+    O(visual x centres). Ties go to the earlier centre. `most`: centres of the sample that has most, or more, if known.
+    """
+    unit = normalize(features.float(), dim=-1)
+    columns, real = selection.compact(centres, most)
+    own = torch.arange(features.shape[1], device=features.device).expand_as(centres)
+    if not columns.shape[1]:
+        return own
+    likeness = unit @ selection.gather_rows(unit, columns).transpose(1, 2)
+    best = columns.gather(1, likeness.masked_fill(~real[:, None], -2.0).argmax(2))
+    return torch.where(centres, own, best)
+
+
+def collect_mass(
+    states: Float[Tensor, "batch visual width"],
+    mass: Float[Tensor, "batch visual"],
+    alive: Bool[Tensor, "batch visual"],
+    keep: Bool[Tensor, "batch visual"],
+    weighted: bool = False,
+    most: int | None = None,
+) -> Float[Tensor, "batch visual"]:
+    """Mass of each token after those that are alive and not kept gave theirs to the nearest kept one, by cosine.
+
+    `weighted`: they give their mass times that cosine, at least 0. Tokens that leave keep their own number.
+    """
+    centre = nearest(states, keep, most)
+    given = mass * (alive & ~keep)
+    if weighted:
+        unit = normalize(states.float(), dim=-1)
+        given = given * (unit * selection.gather_rows(unit, centre)).sum(2).clamp(min=0)
+    return mass.scatter_add(1, centre, given)
+
+
+def group_means(
+    states: Float[Tensor, "batch visual width"],
+    centre: Int[Tensor, "batch visual"],
+    weight: Float[Tensor, "batch visual"],
+) -> Float[Tensor, "batch visual width"]:
+    """At each column, the weighted mean (in fp32) of the tokens whose centre it is; zeros where there are none."""
+    weight = weight.float()
+    index = centre[..., None].expand_as(states)
+    sums = torch.zeros_like(states, dtype=torch.float32).scatter_add(1, index, states.float() * weight[..., None])
+    mass = torch.zeros_like(weight).scatter_add(1, centre, weight)
+    return sums / mass.clamp(min=1e-12)[..., None]
+
+
+def evenly(flags: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch visual"]:
+    """`count` of the set flags of each sample, evenly spaced in order; all where fewer are set."""
+    place, total = flags.long().cumsum(1) - 1, flags.sum(1, keepdim=True)
+    count = torch.minimum(count[:, None], total)
+    # Place p starts a new one of `count` equal parts where floor(p count / total) rises: exactly `count` times.
+    part = place * count // total.clamp(min=1)
+    return flags & (count > 0) & ((place == 0) | (part != (place - 1) * count // total.clamp(min=1)))
+
+
+def density_peaks(
+    features: Float[Tensor, "batch some width"],
+    real: Bool[Tensor, "batch some"],
+    count: Int[Tensor, " batch"],
+    neighbours: int,
+) -> tuple[Bool[Tensor, "batch some"], Int[Tensor, "batch some"]]:
+    """Cluster centres by density peaks, `count` of each sample, and the column of each token's nearest centre.
+
+    DPC-KNN: a token's density rho is exp(-mean squared distance to its `neighbours` nearest), its delta the distance to
+    the nearest denser token (the farthest of all for the densest one); centres have the largest rho x delta, compared
+    as logarithms. Distances are in units of the sample's root mean square one [ours]: as they are, those of long states
+    make rho decide alone. Of equally dense tokens the earlier counts as the denser. Holds (some, some) distances.
+    """
+    number = real.sum(1).clamp(min=1)[:, None, None]
+    mean = (features.float() * real[..., None]).sum(1, keepdim=True) / number
+    centred = (features.float() - mean) * real[..., None]  # smaller numbers lose less in the squares' difference
+    square = centred.square().sum(2, keepdim=True)
+    squared = square + square.transpose(1, 2) - 2 * centred @ centred.transpose(1, 2)
+    squared = (squared / (2 * square.sum(1, keepdim=True) / number).clamp(min=1e-30)).clamp(min=0)
+    own = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
+    far = torch.finfo(squared.dtype).max
+
+    others = squared.masked_fill(own | ~real[:, None], far)
+    nearest_ones = others.topk(min(neighbours, others.shape[2]), largest=False).values
+    there = nearest_ones < far
+    log_rho = -(nearest_ones * there).sum(2) / there.sum(2).clamp(min=1)
+
+    earlier = own.new_ones(own.shape).tril(-1)
+    denser = (log_rho[:, None] > log_rho[..., None]) | ((log_rho[:, None] == log_rho[..., None]) & earlier)
+    to_denser = squared.masked_fill(~(denser & real[:, None]), far).amin(2)
+    farthest = squared.masked_fill(~real[:, None], 0.0).amax(2)
+    delta = torch.where(to_denser < far, to_denser, farthest)
+    centres = selection.top_k(log_rho + 0.5 * delta.clamp(min=1e-30).log(), real, count)
+
+    nearest_centre = squared.masked_fill(~centres[:, None], far).argmin(2)
+    place = torch.arange(squared.shape[1], device=squared.device).expand_as(nearest_centre)
+    return centres, torch.where(centres, place, nearest_centre)

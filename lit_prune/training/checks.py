@@ -1,0 +1,94 @@
+"""What a training run is given, checked before it costs time: settings, batches, parameters, checkpoints."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import LitPruneError, check_number
+from lit_prune.training.losses import LossWeights
+from lit_prune.training.strategies import whole_shape
+
+
+def check_settings(
+    loss: LossWeights,
+    watch: Any,
+    pruner: Any,
+    plugin: str | None,
+    **numbers: float | None,
+) -> None:
+    """Raise `LitPruneError` for settings of `PruneModule` that contradict one another, and numbers out of range.
+
+    Args:
+        loss: weights of the losses.
+        watch: decoder layers to read.
+        pruner: the method.
+        plugin: a folder in place of it.
+        numbers: the others, by name.
+    """
+    for name, limits in RANGES.items():
+        check_number(f"model.{name}", numbers[name], **limits)
+    if not numbers["lr"] and not numbers["repair_lr"]:
+        raise LitPruneError("model.lr is 0: nothing would be trained; only model.repair_lr can be set beside it")
+    if loss.attention and not watch:
+        raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
+    if plugin is None and pruner is None:
+        raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
+    if plugin is not None and pruner is not None:
+        raise LitPruneError("either model.pruner or model.plugin: add --model.pruner=null --model.repair=null")
+
+
+RANGES: dict[str, dict[str, Any]] = {
+    "lr": {"least": 0},
+    "repair_lr": {"least": 0},
+    "weight_decay": {"least": 0},
+    "warmup": {"least": 0, "most": 1},
+    "floor": {"least": 0, "most": 1},
+    "spare": {"least": 1},
+    "gate_clip": {"above": 0},
+    "max_new_tokens": {"least": 1, "whole": True},
+    "seed": {"least": 0, "most": 2**32 - 1, "whole": True},
+}
+
+
+def check_batch(batch: Any) -> None:
+    """Raise `LitPruneError` for what another project's data module gives."""
+    if not isinstance(batch, dict) or not {"inputs", "ids"} <= batch.keys():
+        raise LitPruneError(
+            f"data: the data module gives batches of type {type(batch).__name__}; this module takes those of "
+            "lit_prune.data.InstructData, mappings with `inputs`, `ids` and so on"
+        )
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Make sure that every parameter of a module with `plugin` and `model` is either trained or frozen on purpose.
+
+    Raises:
+        LitPruneError: nothing to train, or the wrong thing.
+    """
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    stray = [name for name in trained if not name.startswith("plugin.")]
+    frozen_plugin = [name for name, p in module.plugin.named_parameters() if not p.requires_grad]
+    if stray or frozen_plugin or not trained:
+        raise LitPruneError(f"nothing to train, or the wrong thing: {(stray or frozen_plugin or ['no parameters'])[0]}")
+    count = sum(p.numel() for p in module.plugin.parameters())
+    frozen = sum(p.numel() for p in module.model.parameters())
+    if count + frozen != sum(p.numel() for p in module.parameters()):
+        raise LitPruneError("trainable and frozen parameters don't add up to the module's")
+
+
+def check_checkpoint(state: dict[str, Tensor], module: nn.Module) -> None:
+    """Raise `LitPruneError` for a checkpoint whose trainable names or shapes differ from the module's."""
+    saved = {name: value.shape for name, value in state.items()}
+    own = {name: value.shape for name, value in module.state_dict().items()}
+    own |= {f"plugin.{name}": whole_shape(p) for name, p in module.plugin.named_parameters()}
+    wrong = sorted(saved.keys() ^ own.keys()) or [name for name in own if own[name] != saved[name]]
+    if wrong:
+        where = (
+            "is missing from the checkpoint"
+            if wrong[0] not in saved
+            else ("is not in this model" if wrong[0] not in own else "has another shape")
+        )
+        raise LitPruneError(
+            f"the checkpoint was written for another pruner or repair: {wrong[0]} {where} "
+            f"({len(wrong)} differences); use the configuration it was trained with"
+        )

@@ -1,0 +1,194 @@
+"""What a run logs: the figures of a training step, and the meters of an evaluation."""
+
+import re
+import zlib
+from collections.abc import Hashable
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_prune.cost.flops import decoder_total, price
+from lit_prune.cost.step import joined, step_flops, structure
+from lit_prune.cost.trace import Trace
+from lit_prune.evaluation import measuring
+from lit_prune.evaluation.measuring import Measured
+from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy
+from lit_prune.host import Record
+from lit_prune.ops.moments import mean_over_ranks, moments, w2_squared
+from lit_prune.plugin import Plugin
+from lit_prune.training.losses import tokens_asked
+from lit_prune.training.step import Step, Teaching
+from lit_prune.vlm import VLM
+
+MEASURED = ("accuracy/*", "agreement", "kappa", "visual_tokens", "flops", "kv_bytes")
+MEASURED += tuple(f"{name}/layer_*" for name in ("kept", "w2", "w2_without_repair"))
+NAMES = (  # of all that a run may log, as patterns: what a callback may watch
+    *(f"val/{name}" for name in MEASURED),
+    *("val_accuracy", "loss", "kept"),  # on the progress bar
+    *("loss/*", "tau", "budget/target", "budget/actual", "kept/layer_*", "flops/sample", "shift/layer_*"),
+    *("throughput/*", "total/samples", "total/flops", "data/*", "lr-*"),
+)
+
+
+@torch.no_grad()
+def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> dict[str, Tensor | float]:
+    """What one training step found and ran, means over the samples or answer tokens of all ranks; all must call it.
+
+    Losses, temperature, visual tokens asked and kept, FLOPs of the student's prefill, shift at the recorded layers.
+
+    Args:
+        teaching: how the step was run. step: what it left. done: share of all steps before it.
+        samples: of this rank's batch; a blank one behind them doesn't count.
+    """
+    vlm, student, teacher = teaching.vlm, step.student, step.teacher
+    values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
+    values["tau"] = teaching.anneal.tau(done)
+    total = student.trace.total_visual
+    kept = {stage.layer: stage.kept.sum(1) for stage in student.stages}
+    each = {"budget/target": tokens_asked(teaching.keep, total, teaching.anneal, done, vlm.plugin.dims.depth)}
+    each["budget/actual"] = student.trace.average_visual()
+    each |= {f"kept/layer_{layer}": kept.get(layer, torch.zeros_like(total)) for layer in vlm.host.stages}
+    if (size := vlm.size) is not None:
+        each["flops/sample"] = decoder_total(price(student.trace, size, vlm.plugin.pruner, vlm.plugin.repair))
+    means = torch.stack([value[:samples].double().sum() for value in each.values()]) / max(1, samples)
+    values |= zip(each, mean_over_ranks(means, samples).unbind(), strict=True)
+    for layer, states in sorted(student.hidden.items()):
+        values[f"shift/layer_{layer}"] = w2_squared(moments(states), moments(teacher.hidden[layer]))
+    return values
+
+
+WORK = ("samples", "text_tokens", "visual_tokens", "kept_tokens", "flops")
+
+
+class Work:
+    """What the training steps of this process have run so far.
+
+    Steps leave their traces, and are priced together when somebody asks for `totals`, so that they wait for nothing.
+
+    Args:
+        vlm: the model that runs them. plugin: what is attached to it.
+    """
+
+    MOST = 100  # steps that wait for their price
+
+    def __init__(self, vlm: VLM, plugin: Plugin) -> None:
+        self.vlm, self.plugin = vlm, plugin
+        self._priced = torch.zeros(len(WORK), dtype=torch.float64)
+        self._steps: list[tuple[Trace, Trace, int, int]] = []
+
+    def add(self, student: Record, teacher: Record, samples: int) -> None:
+        """Take a step into account; `samples` without a blank one, whose tokens and FLOPs count."""
+        self._steps.append((student.trace, teacher.trace, len(student.targets), samples))
+        if len(self._steps) == self.MOST:
+            self._price()
+
+    @property
+    def totals(self) -> Tensor:
+        """A float64 number for each name in `WORK`, on the device.
+
+        Samples; text tokens, answers included; visual tokens before pruning, and averaged over the decoder layers'
+        inputs; FLOPs of teacher, student and backward, NaN where the model's arithmetic isn't known.
+        """
+        self._price()
+        return self._priced
+
+    @torch.no_grad()
+    def _price(self) -> None:
+        alike: dict[Hashable, list[tuple[Trace, Trace, int, int]]] = {}
+        for step in self._steps:
+            alike.setdefault(structure(list(step[:2])), []).append(step)
+        for steps in alike.values():
+            students, teachers, answers, counts = zip(*steps, strict=True)
+            student, teacher = joined(students), joined(teachers)
+            visual, parts = student.total_visual.sum(), (self.plugin.pruner, self.plugin.repair)
+            size = self.vlm.size
+            unknown = torch.full((), float("nan"), dtype=torch.float64, device=visual.device)
+            flops = unknown if size is None else step_flops(teacher, student, size, *parts, sum(answers))
+            text, kept = teacher.ran[0].sum() - visual, student.average_visual().sum()
+            priced = torch.stack([value.double() for value in (text, visual, kept, flops)])
+            samples = torch.tensor([sum(counts)], dtype=torch.float64, device=priced.device)
+            self._priced = self._priced.to(priced.device) + torch.cat([samples, priced])
+        self._steps = []
+
+
+def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
+    """Scalars as float64 on the CPU: those on a device come in one transfer, so that it is waited for once."""
+    there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    here = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if name not in there}
+    if there:
+        stacked = torch.stack([value.detach().double() for value in there.values()]).cpu()
+        here |= dict(zip(there, stacked.unbind(), strict=True))
+    return {name: here[name] for name in values}
+
+
+def figure_name(skill: str) -> str:
+    """A skill as part of a figure's name, the same in all loggers.
+
+    TensorBoard takes letters, digits, `_`, `-` and `.` alone; a name with others gets a checksum, so that "a b" and
+    "a/b" stay two.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", skill)[:60]
+    return skill if plain == skill else f"{plain}-{zlib.crc32(skill.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the figures of now: it counts from 0."""
+    return max(0, trainer.global_step - 1)
+
+
+class Meters(nn.Module):
+    """What an evaluation measures, over all batches and ranks.
+
+    Args:
+        depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
+        priced: whether FLOPs and bytes of the cache are known.
+    """
+
+    def __init__(self, depth: int, width: int, repaired: bool, priced: bool = True) -> None:
+        super().__init__()
+        self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
+        self.shift, self.kappa = Shift(depth, width), Consistency()
+        self.shift_unrepaired = Shift(depth, width) if repaired else None
+        self.kept = LayerTokens(depth)
+        names = ("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",)
+        self.costs = nn.ModuleDict({name: MeanMetric() for name in names})
+
+    def update(
+        self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, answers: list, skills: list
+    ) -> None:
+        """Take a batch into account; `unrepaired` are the student's answer states without repair."""
+        self.accuracy.update(measuring.matches(student.texts, answers), skills)
+        self.agreement.update(measuring.matches(student.texts, teacher.texts), skills)
+        self.shift.update(student.hidden, teacher.hidden)
+        measuring.add_consistency(self.kappa, student, teacher)
+        self.kept.update(student.per_layer)
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.update(unrepaired, teacher.hidden)
+        measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
+        for name, meter in self.costs.items():
+            meter.update(measured[name].float())
+
+    def compute(self) -> dict[str, float]:
+        """The figures by name, the same on every rank; none if no batch had a sample."""
+        accuracy = self.accuracy.compute()
+        if not accuracy:
+            return {}
+        values = {f"accuracy/{figure_name(skill)}": value for skill, value in accuracy.items()}
+        values["agreement"] = self.agreement.compute()[OVERALL]
+        values["kappa"] = self.kappa.compute().item()
+        values |= {name: meter.compute().item() for name, meter in self.costs.items()}
+        values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
+        values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
+        if self.shift_unrepaired is not None:
+            bare = self.shift_unrepaired.compute().tolist()
+            values |= {f"w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
+        return values
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        for meter in (self.accuracy, self.agreement, self.shift, self.kappa, self.kept, *self.costs.values()):
+            meter.reset()
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.reset()

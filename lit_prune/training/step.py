@@ -1,0 +1,133 @@
+"""One training step: teacher and student over a batch, and the losses between them, of weights and batch alone."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_prune.evaluation import measuring
+from lit_prune.host import Prefix, Record, Session, checkpointing
+from lit_prune.ops.budget import Budget
+from lit_prune.ops.moments import mean_over_ranks
+from lit_prune.training.blank import has_image, with_blank
+from lit_prune.training.losses import (
+    Anneal,
+    LossWeights,
+    answer_loss,
+    attention_loss,
+    budget_share,
+    distillation,
+    repair_loss,
+    visual_share,
+)
+from lit_prune.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step stands: the seed of its noise and dropout, and the share of all steps done before it."""
+
+    seed: int
+    done: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step found: the weighted total, each loss, and what student and teacher left."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    student: Record
+    teacher: Record
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How the plug-in that is attached to `vlm` is trained; the options are those of `PruneModule`."""
+
+    vlm: VLM
+    keep: Budget
+    loss: LossWeights
+    anneal: Anneal
+    train_mode: Literal["soft", "drop"]
+    spare: float | None
+    gate_clip: float | None
+    checkpoint_activations: bool
+    watch: tuple[int, ...]
+
+    def step(
+        self,
+        batch: dict[str, Any],
+        moment: Moment,
+        ranks: int = 1,
+        in_step: bool = False,
+        part: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> Step:
+        """The losses of one batch.
+
+        What teacher and student have in common runs once: the images, and the decoder layers below the first stage. The
+        teacher stops behind the last layer that is looked at, and only answer positions get logits.
+
+        Args:
+            batch: its `inputs`. moment: where in a run it stands.
+            ranks: over which gradients are averaged afterwards.
+            in_step: whether all of them must run the same modules.
+            part: names a section for a profiler.
+        """
+        vlm, plugin = self.vlm, self.vlm.plugin
+        if blank := in_step and not has_image(batch):
+            batch = with_blank(batch, vlm)
+        torch.manual_seed(moment.seed)
+        plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
+        plain, pruned = self.sessions(ranks)
+        teacher, student = plain.record, pruned.record
+        with part("teacher forward"), torch.no_grad(), vlm.using(plain):
+            inputs = measuring.encode_images(vlm, batch["inputs"])
+            target = vlm.model(**inputs, use_cache=False).logits[0]
+        with part("student forward"), vlm.using(pruned):
+            if plugin.pruner.acts_in_tower:
+                inputs = measuring.encode_images(vlm, batch["inputs"])
+            again = checkpointing.checkpointed(vlm.model, vlm.host.shared)
+            with again if self.checkpoint_activations else nullcontext():
+                logits = vlm.model(**inputs, use_cache=False).logits[0]
+        with part("losses"):
+            losses = self.losses(logits, target, student, teacher, moment.done, blank)
+            total = sum(getattr(self.loss, name) * value for name, value in losses.items())
+        if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
+            total = total + 0.0 * sum(parameter.sum() for parameter in plugin.parameters())
+        return Step(total, losses, student, teacher)
+
+    def sessions(self, ranks: int) -> tuple[Session, Session]:
+        """How the teacher and the student run, each with a record of its own."""
+        host = self.vlm.host
+        layers = frozenset(host.feeds) or frozenset([self.vlm.plugin.dims.depth - 1])
+        teacher, student = Record(keep_hidden=layers), Record(keep_hidden=layers)
+        common = {"answers_only": True, "prefix": Prefix(host.shared) if host.shared else None}
+        stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
+        plain = replace(measuring.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
+        clip = None if self.gate_clip is None else self.gate_clip * ranks
+        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": clip}
+        return plain, Session(record=student, **soft, **common)
+
+    def losses(
+        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool = False
+    ) -> dict[str, Tensor]:
+        """Each over the samples or answer tokens of all ranks. Where the one image is a `blank`, it doesn't count."""
+        total, answers, plugin = student.trace.total_visual, len(student.targets), self.vlm.plugin
+        losses = {"task": mean_over_ranks(answer_loss(logits, student.targets), answers)}
+        if self.vlm.host.feeds:
+            losses["repair"] = repair_loss(student, teacher, sorted(self.vlm.host.feeds), self.loss)
+        if plugin.pruner.free:
+            pictured = (total > 0).sum() - int(blank)
+            share = mean_over_ranks(visual_share(student, plugin.dims.depth), pictured)
+            final = mean_over_ranks(budget_share(self.keep, total, plugin.dims.depth), pictured)
+            losses["budget"] = (share - self.anneal.target(final, done)).abs()
+        if self.loss.attention:
+            value = attention_loss(student, teacher, self.loss.sharpen)
+            losses["attention"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
+        if self.loss.distill:
+            losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
+        return losses
