@@ -363,6 +363,16 @@ def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Call
         assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
 
 
+def test_another_runs_checkpoint_begins_a_run_in_a_folder_of_its_own(run: Callable[[str], Result]) -> None:
+    assert run("fit -c base.yaml --trainer.max_steps 2").code == 0
+    Path("run/checkpoints/wandb_run_id").write_text("abc")
+    edit("base.yaml", "dirpath: run/checkpoints", "dirpath: other/checkpoints")
+    line = "fit -c base.yaml --ckpt_path run/checkpoints/last.ckpt --trainer.max_steps 4"
+    result = run(f"{line} --trainer.default_root_dir other")  # not there yet
+    assert result.code == 0, result.err
+    assert torch.load("other/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_without_a_logger_nothing_asks_for_learning_rates(run: Callable[[str], Result]) -> None:
     result = run("fit -c base.yaml --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor")
     assert result.code == 0, result.err

@@ -235,7 +235,8 @@ class PruneCLI(LightningCLI):
     def _go_on_in_wandb(self, file: Path) -> None:
         """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
         own = saving_folder(self.trainer)
-        if own and file.exists() and file.parent.samefile(own) and "WANDB_RUN_ID" not in os.environ:
+        same = own is not None and file.parent.resolve() == own.resolve()  # the folder of a new run is not there yet
+        if same and file.exists() and "WANDB_RUN_ID" not in os.environ:
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
                     logger._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
