@@ -16,8 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from lit_prune.errors import LitPruneError
 
-TESTED = "5.18 to 5.24"  # versions of transformers that pyproject.toml admits: jobs/test_versions.sh tests both ends
+TESTED = "5.19 to 5.24"  # versions of transformers that pyproject.toml admits: jobs/test_versions.sh tests both ends
 CACHE_NAMES = ("cache", "past_key_values")  # the KV cache as a keyword and in outputs: since 5.24, and before
+PREFILL = ("generation_config", "model_kwargs", "input_ids")  # arguments of generate()'s prefill
 ENCODED = "mm_encoder_outputs"  # keyword under which a model is handed images that are encoded already, by modality
 
 
@@ -211,7 +212,7 @@ def _check_library() -> None:
     _takes(getattr(Cache, "get_seq_length", None), "Cache.get_seq_length", ("layer_idx",))
     if ENCODED not in getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", (ENCODED,)):
         raise unsupported(f"generate() doesn't pass encoded images as {ENCODED!r}")
-    _takes(getattr(GenerationMixin, "_prefill", None), "GenerationMixin._prefill", ("generation_config",))
+    _takes(getattr(GenerationMixin, "_prefill", None), "GenerationMixin._prefill", PREFILL)
 
 
 @memoize
@@ -263,5 +264,5 @@ def unsupported(missing: str) -> LitPruneError:
 
     return LitPruneError(
         f"transformers {transformers.__version__}: {missing}, which pruning relies on; known to work: the families of "
-        f"docs/models.md on transformers {TESTED} (pip install 'transformers>=5.18,<5.25')"
+        f"docs/models.md on transformers {TESTED} (pip install 'transformers>=5.19,<5.25')"
     )
