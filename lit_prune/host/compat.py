@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,6 +102,44 @@ def enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def keep_hooks_out_of_checkpoints(layers: Iterable[nn.Module]) -> None:
+    """Have layers that are checkpointed run their forward alone again in backward, not their hooks: so since 5.23.
+
+    A hook inside would run a second time, on what the first time has changed.
+    """
+    if not _checkpoints_calls():
+        return
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _ForwardCheckpoint):
+            layer._gradient_checkpointing_func = _ForwardCheckpoint(layer, checkpoint)
+
+
+@memoize
+def _checkpoints_calls() -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+class _ForwardCheckpoint:
+    """A layer's call, hooks included, around a checkpoint of its forward."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, call: Callable, *args: Any) -> Any:
+        attributes = vars(self.layer)
+        own, forward = attributes.get("forward"), self.layer.forward
+        attributes["forward"] = lambda *a, **kwargs: self.checkpoint(partial(forward, **kwargs), *a)
+        try:
+            return call(*args)
+        finally:
+            del attributes["forward"]
+            if own is not None:
+                attributes["forward"] = own
 
 
 # -- what pickling a model leaves out -------------------------------------------------------------------------------

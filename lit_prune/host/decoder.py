@@ -228,6 +228,7 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        compat.keep_hooks_out_of_checkpoints(self.places.layers)
         kwargs = dict(kwargs)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
