@@ -85,10 +85,10 @@ Run = Callable[..., Result]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder; W&B's links to its newest run aside."""
+    """All files below a folder; W&B's links to its newest run aside, and its debug logs, which grow after a run."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     found = {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    return {name: content for name, content in found.items() if "latest-run" not in name}
+    return {name: content for name, content in found.items() if "latest-run" not in name and "/logs/debug" not in name}
 
 
 def steps(folder: Path) -> int:
