@@ -355,6 +355,17 @@ def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trai
     assert max(found) == 10
 
 
+def test_fewer_epochs_than_were_trained_are_refused_in_words(run: Callable[[str], Result]) -> None:
+    """An epoch has 8 steps; the last checkpoint is of the third."""
+    assert run("fit -c base.yaml --trainer.max_epochs 3 --trainer.max_steps 20").code == 0
+    refused = run("fit -c base.yaml --ckpt_path last --trainer.max_epochs 1 --trainer.max_steps 20")
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        1,
+        "error: the checkpoint is of step 20, after 2 epochs, and trainer.max_epochs is 1; to train on, raise "
+        "--trainer.max_epochs, or set it to -1",
+    )
+
+
 def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Callable[[str], Result]) -> None:
     """An epoch of 8 that `max_steps` broke off is no whole one."""
     edit("base.yaml", "save_last: true", "save_last: true, every_n_train_steps: 50")
