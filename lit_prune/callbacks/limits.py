@@ -12,8 +12,8 @@ class Limits(Callback):
     """Refuses to resume a run for more steps that its number of epochs doesn't let it take.
 
     Lightning would train nothing and report success. A run that is over and is resumed with the limits it had, as a job
-    that is queued again may be, ends at once, and says so. `fast_dev_run` takes the checkpoint's weights and counts from
-    0: its few batches would count as done.
+    that is queued again may be, ends at once, and says so. `fast_dev_run` takes the checkpoint's weights and counts
+    from 0: its few batches would count as done.
     """
 
     def __init__(self) -> None:
