@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_prune.commands import console
+from lit_prune.commands.outputs import check_file, check_picture
 from lit_prune.training_plan import Training
 
 
@@ -50,6 +51,8 @@ def run(
     """
     from lit_prune.commands import cost_report, pricing, training_bill  # with PyTorch, which --help does without
 
+    check_file("--json", json)
+    check_picture("--plot", plot)
     case = pricing.describe(model, pruner, visual_tokens, image_size, text_tokens, answer_tokens, dtype)
     if train is not None:
         training_bill.check(train, case.plugin)

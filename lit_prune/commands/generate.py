@@ -14,11 +14,13 @@ from rich.table import Table
 from lit_prune.asking import as_image
 from lit_prune.budget import as_json, parse_budget
 from lit_prune.commands import console
-from lit_prune.commands.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.commands.inputs import Choice, Dtype, attach, encode, load_model, respond
+from lit_prune.commands.outputs import check_file
 from lit_prune.cost import ModelSize, decoder_total, price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.places import find
+from lit_prune.ranges import check_number
 from lit_prune.trace import Trace
 from lit_prune.vlm import VLM
 
@@ -72,10 +74,13 @@ def run(
     """
     if pruner is None and (compare or keep is not None):
         raise LitPruneError(f"--{'compare' if compare else 'keep'} needs a method: give --pruner too")
+    check_number("--max-new-tokens", max_new_tokens, least=1, whole=True)
+    check_file("--json", json)
+    chosen = None if pruner is None else Choice.of(pruner, keep)
     images, prompts = pair(image, prompt)
     opened = {path: as_image(path) for path in images}
     vlm = load_model(model, dtype, device)
-    name = "full model" if pruner is None else attach(vlm, pruner, keep)
+    name = "full model" if chosen is None else attach(vlm, chosen)
     inputs = encode(vlm, [opened[path] for path in images], prompts)
     total = full_trace(inputs, vlm)
     runs = {} if pruner is None else {name: run_pruned(vlm, inputs, max_new_tokens)}
