@@ -112,7 +112,9 @@ FAILURES: dict[str, Callable[[VLM, Path], object]] = {
 
 
 def all_hooks(model: nn.Module) -> list:
-    return [(id(m), list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]
+    """And what stands for a method of the model's."""
+    hooks = [(id(m), list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]
+    return [*hooks, vars(model).get("_prefill")]
 
 
 @pytest.fixture
@@ -181,3 +183,4 @@ def test_eager_attention_keeps_what_it_has(tiny_eager):
             vlm.attach(**options, keep=20)
     assert all_hooks(tiny_eager) == before
     vlm.detach()
+    assert all_hooks(tiny_eager)[-1] is None

@@ -321,7 +321,9 @@ def test_figures_are_a_short_table_and_none_is_of_zero_flops(run: Callable[[str]
     assert re.search(r"keep +8.0\s", tested.out)
     assert "DataLoader 0" not in tested.out
     assert "keep" not in run("test -c summed.yaml --verbose false").out
-    assert "FLOPs" in run("fit -c summed.yaml --trainer.enable_model_summary true").out
+    table = run("fit -c summed.yaml --trainer.enable_model_summary true").out
+    assert "Params" in table
+    assert "FLOPs" not in table
 
 
 def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_with_more(run: Callable[[str], Result]) -> None:
@@ -352,6 +354,17 @@ def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trai
     assert run(f"{line} 10 --trainer.max_epochs -1").code == 0
     found = [torch.load(path, weights_only=True)["global_step"] for path in Path("run/checkpoints").glob("*.ckpt")]
     assert max(found) == 10
+
+
+def test_fewer_epochs_than_were_trained_are_refused_in_words(run: Callable[[str], Result]) -> None:
+    """An epoch has 8 steps; the last checkpoint is of the third."""
+    assert run("fit -c base.yaml --trainer.max_epochs 3 --trainer.max_steps 20").code == 0
+    refused = run("fit -c base.yaml --ckpt_path last --trainer.max_epochs 1 --trainer.max_steps 20")
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        1,
+        "error: the checkpoint is of step 20, after 2 epochs, and trainer.max_epochs is 1; to train on, raise "
+        "--trainer.max_epochs, or set it to -1",
+    )
 
 
 def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Callable[[str], Result]) -> None:

@@ -23,7 +23,7 @@ from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.vlm import VLM
 
 INSTALLED = rf"transformers {transformers.__version__}: .*"
-KNOWN = r"known to work: .* on transformers 5\.18 to 5\.24 \(pip install 'transformers>=5\.18,<5\.25'\)$"
+KNOWN = r"known to work: .* on transformers 5\.19 to 5\.24 \(pip install 'transformers>=5\.19,<5\.25'\)$"
 
 
 @pytest.fixture(autouse=True)

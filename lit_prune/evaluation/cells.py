@@ -90,6 +90,12 @@ class Method:
             raise LitPruneError(f"--methods {text}: write full, PATH, or NAME=PATH, several paths as NAME=A,B,C")
         return cls(name or (FULL if path == FULL else ""), paths, repair)
 
+    def check(self) -> None:
+        """Raises `LitPruneError` for a path that can't be read; patterns stand for several and wait."""
+        for path in self.paths if self.paths != (FULL,) else ():
+            if "{" not in path:
+                as_plugin(path)
+
     @property
     def path(self) -> str:
         """The paths as they were written."""

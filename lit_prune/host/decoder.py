@@ -20,7 +20,7 @@ from lit_prune.host import compat, places
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
-from lit_prune.host.inputs import begin
+from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
 from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
@@ -42,7 +42,7 @@ class DecoderHost:
     A copy of the model, made by `copy.deepcopy` or by pickling, has a host of its own, outside of any session.
 
     Args:
-        model: a `*ForConditionalGeneration`, never modified beyond its hooks.
+        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `_prefill`.
         pruner: the method; `None` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
@@ -140,9 +140,13 @@ class DecoderHost:
         self.handles.extend(self.layers.hook(self.places.layers))
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
+        places.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
 
     def detach(self) -> None:
         """Remove every hook."""
+        attributes = vars(places.unwrap(self.model))
+        if getattr(attributes.get("_prefill"), "__self__", None) is self:  # else of the host that replaces this one
+            del attributes["_prefill"]
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -185,7 +189,17 @@ class DecoderHost:
     def _session(self) -> Session:
         return self.session
 
-    # -- the model and its decoder ------------------------------------------------------------------------------
+    # -- generate(), the model and its decoder ------------------------------------------------------------------
+
+    def _prefill(self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args, **kwargs) -> Any:
+        """Stands for the model's method of this name: no hook sees that `generate()` cuts a prompt into chunks.
+
+        To a forward a chunk looks like a prompt, and before transformers 5.23 like one without an image.
+        """
+        model = places.unwrap(self.model)
+        if self.pruner is not None and self.session.prune and passed_modalities(model_kwargs, self.places):
+            refuse_chunks(generation_config)
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
@@ -214,14 +228,13 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        compat.keep_hooks_out_of_checkpoints(self.places.layers)
         kwargs = dict(kwargs)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
             self._continue(forward, getattr(cache, CACHE), kwargs)
-            if forward.counts:
-                refuse_chunks()
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:

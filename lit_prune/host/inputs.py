@@ -76,8 +76,7 @@ def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[T
     """
     visual = starts = torch.zeros_like(valid)
     separate = visual.sum(1)
-    encoded = kwargs.get(ENCODED) or {}
-    passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
+    passed = passed_modalities(kwargs, places)
     for modality in passed:
         mine = (ids == places.tokens[modality]) & valid
         begins = mine & ~pad(mine[:, :-1], (1, 0))
@@ -89,6 +88,12 @@ def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[T
         starts = starts | (visual & (inside % places.image_length == 0))
         separate = starts.sum(1)
     return visual, starts, separate, bool(passed)
+
+
+def passed_modalities(kwargs: dict, places: Places) -> list[str]:
+    """Modalities among `places.tokens` of which keyword arguments carry pixels, or what the tower made of them."""
+    encoded = kwargs.get(ENCODED) or {}
+    return [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
 
 
 def _prompt_length(kwargs: dict, ids: Tensor) -> int:

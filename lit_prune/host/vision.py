@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
-from lit_prune.host.compat import bidirectional_mask, check_tower
+from lit_prune.host.compat import bidirectional_mask, check_tower, keep_hooks_out_of_checkpoints
 from lit_prune.host.places import Tower
 from lit_prune.host.session import Session
 from lit_prune.ops import selection
@@ -70,6 +70,7 @@ class TowerHost:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict):
         if not self.session().prune:
             return None
+        keep_hooks_out_of_checkpoints(self.tower.layers)
         kwargs, state = dict(kwargs), TowerPass(side=self.side)
         if self.side < self.tower.size.side:
             args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.files.shipped import closest_configs, config_or_text, meant
-from lit_prune.files.yaml_files import ENDINGS, parse_yaml, read_yaml, shown
+from lit_prune.files.yaml_files import ENDINGS, NoMapping, parse_yaml, read_yaml, shown
 
 CONFIG = ("-c", "--config")
 CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
@@ -46,10 +46,16 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
     return result
 
 
-def check_files(args: list[str]) -> None:
-    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be read."""
+def check_files(args: list[str], every_option: bool = True) -> None:
+    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be read.
+
+    Args:
+        args: The arguments after the verb.
+        every_option: Any option may be given a configuration file of its part, as those of LightningCLI may.
+    """
     for option, value, _ in _options(args):
-        _classes(option, value)
+        if every_option or option in CONFIG:
+            _classes(option, value)
 
 
 def _classes(option: str, value: str | None) -> dict[str, str]:
@@ -121,11 +127,15 @@ def _option_content(value: str) -> Any:
     """The mapping that an option's value gives: a configuration file, inline text, or the bare name of a class."""
     if CLASS.fullmatch(value):
         return {"class_path": value}
-    try:
-        if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
+    if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
+        try:
             return read_yaml(value)
-    except LitPruneError as error:
-        raise UsageError(str(error)) from error
+        except NoMapping:  # a list of callbacks, say
+            return None
+        except LitPruneError as error:
+            if value.endswith(".json"):  # data rather, of any size
+                return None
+            raise UsageError(str(error)) from error
     with suppress(LitPruneError):  # any other value is the parser's affair
         return parse_yaml(value, "") if value.startswith("{") else None
 
