@@ -72,7 +72,7 @@ class Model(L.LightningModule):
             }[self.fault]
         return self.line(batch).pow(2).mean()
 
-    def moment(self) -> None:
+    def step_key(self) -> None:
         """Where the run is, for the guard that every run has."""
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
