@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import old_keys, renamed_text
 from lit_prune.files.shipped import SUFFIXES, find_config
 from lit_prune.files.yaml_files import NoMapping, read_yaml
 from lit_prune.host.options import HostOptions, Positions, Proportional
@@ -57,6 +58,8 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
         model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
+    if found := old_keys(model, "model"):
+        raise LitPruneError(f"{path}: {renamed_text(found)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=Pruner)
     parser.add_argument("--repair", type=RepairAdapter | None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import translated
 from lit_prune.files.writing import written_whole
 from lit_prune.training.module import PruneModule
 from lit_prune.training.step import StepKey
@@ -68,7 +69,7 @@ def load_step(path: Path) -> SavedStep:
         raise LitPruneError(f"{path} is no step that `fit` has saved: there is no such file")
     try:
         with safe_open(path, "pt") as file:
-            rest = json.loads((file.metadata() or {})[HEADER])
+            rest = translated(SavedStep, json.loads((file.metadata() or {})[HEADER]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         rest["key"] = StepKey(**rest["key"])
         parts = [
