@@ -72,7 +72,7 @@ class Model(L.LightningModule):
             }[self.fault]
         return self.line(batch).pow(2).mean()
 
-    def moment(self) -> None:
+    def step_key(self) -> None:
         """Where the run is, for the guard that every run has."""
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -258,7 +258,7 @@ def test_print_config_round_trip(run: Callable[[str], Result]) -> None:
     assert run("fit -c again.yaml --print_config").config == first.config
 
 
-@pytest.mark.parametrize("swap", ["-c overlay.yaml", "--model.pruner=NAME", "--model.pruner NAME"])
+@pytest.mark.parametrize("swap", ["-c overlay.yaml", "-coverlay.yaml", "--model.pruner=NAME", "--model.pruner NAME"])
 def test_a_swapped_class_starts_from_its_own_defaults(run: Callable[[str], Result], swap: str) -> None:
     edit("literal.yaml", "${model.keep}", "7")
     Path("overlay.yaml").write_text(f"model: {{pruner: {{class_path: {ME}.Other, init_args: {{depth: 1}}}}}}\n")
@@ -284,7 +284,7 @@ def test_an_overlay_of_the_same_class_keeps_the_rest(run: Callable[[str], Result
 def test_resets_leave_the_rest_of_the_line_as_written() -> None:
     line = ["--print_config", "-c", "x.yaml", "--a.b=-1", "--flag", "--c", "d", "extra"]
     assert overlays.with_resets(line, {}) == line
-    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c"]) == ["a", "b", "c"]
+    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c", "-cd"]) == ["a", "b", "c", "d"]
 
 
 def test_base_model_reaches_the_data_module(folder: Path) -> None:

@@ -333,7 +333,7 @@ def test_rotary_embeddings_follow_the_kept_tokens(attach, name):
     family = FAMILIES[name]
     inputs = {**collate(family, prompts(family)[:1]), "use_cache": False}
     vlm, ropes = attach(name), {}
-    layers = vlm.host.places.layers
+    layers = vlm.host.parts.layers
 
     def spy(index):
         return lambda _, args, kwargs: ropes.update({index: kwargs["position_embeddings"]})
@@ -416,11 +416,11 @@ def test_contenders_of_a_soft_mask_are_those_of_each_image():
     pictures = [Picture((2,), 3), Picture((3,), 4)]
     inputs = collate(family, [prompt(family, pictures, 6, 1)])
     vlm, seen = VLM(built("internvl"), None).attach(Halves(), keep={2: 10}), []
-    spy = vlm.host.places.layers[7].register_forward_pre_hook(
+    spy = vlm.host.parts.layers[7].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     try:
-        _, record = forward(vlm, inputs, soft=True, spare=2.0)
+        _, record = forward(vlm, inputs, soft=True, contenders=2.0)
     finally:
         spy.remove()
         vlm.detach()

@@ -276,8 +276,8 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     """Left: speed-up of the prefill against its FLOPs ratio. Right: prefill time per batch size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    gain, time = figure.subplots(1, 2)
+    page = Figure(figsize=(11, 4.5), layout="constrained")
+    gain, time = page.subplots(1, 2)
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         time.plot([row["batch"] for row in mine], [row["prefill_ms"] for row in mine], marker="o", label=method)
@@ -292,6 +292,6 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     batches = sorted({row["batch"] for row in rows})
     time.set_xticks(batches, [str(batch) for batch in batches])
     time.legend(fontsize=8)
-    figure.suptitle(f"{_title(header)}, {header['machine']}, {header['date'][:10]}", fontsize=9)
+    page.suptitle(f"{_title(header)}, {header['machine']}, {header['date'][:10]}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    page.savefig(path, dpi=150)

@@ -15,11 +15,11 @@ from lit_prune.commands.trainer import PruneCLI, build
 from lit_prune.errors import LitPruneError, UsageError, check_numbers
 from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
 from lit_prune.evaluation.comparison import Comparison
-from lit_prune.evaluation.plots import figures
+from lit_prune.evaluation.plots import draw
 from lit_prune.evaluation.tables import Row, as_csv, caption, markdown, overviews, remarks, row
 from lit_prune.files.shipped import config_names
 from lit_prune.files.writing import written_whole
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import learns
 from lit_prune.vlm import VLM
@@ -209,9 +209,9 @@ def _write(rows: list[Row], out: Path, visual: int) -> None:
 def _draw(rows: list[Row], out: Path, visual: int) -> dict[str, Path]:
     """The plots as PNG files."""
     paths = {}
-    for name, figure in figures(rows, visual).items():
+    for name, page in draw(rows, visual).items():
         paths[name] = out / f"{name}.png"
-        figure.savefig(paths[name])
+        page.savefig(paths[name])
     return paths
 
 

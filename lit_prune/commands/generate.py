@@ -19,7 +19,7 @@ from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.vlm import VLM
 

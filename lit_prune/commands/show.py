@@ -13,10 +13,10 @@ from lit_prune.commands._support.outputs import check_picture
 from lit_prune.data import regions
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import matches
-from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
+from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, draw_page, side_of, titled
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.micro import world
 from lit_prune.vlm import VLM
 
@@ -91,7 +91,7 @@ def run(
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
     subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
-    page = figure(seen, rows, asked.prompt, subtitle, marks or ())
+    page = draw_page(seen, rows, asked.prompt, subtitle, marks or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(out, dpi=DPI)
     console.say(f"wrote {out}")

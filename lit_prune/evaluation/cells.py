@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.files.writing import written_whole
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.vlm import VLM, as_plugin

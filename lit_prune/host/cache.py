@@ -24,9 +24,9 @@ class CacheState:
     `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
     takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
-    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: where mass is given back, what is
-    added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`: pruned tokens
-    are among the keys.
+    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: with proportional attention,
+    what is added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`:
+    pruned tokens are among the keys.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)

@@ -273,7 +273,7 @@ def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
 
 
 def _check_attention(layer: nn.Module) -> None:
-    """Check what computes a layer's own queries and keys: see `places.query_key` and `places.plain_keys`."""
+    """Check what computes a layer's own queries and keys: see `parts.query_key` and `parts.plain_keys`."""
     own, kind = getattr(layer, "self_attn", None), type(layer).__name__
     need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
     if rotation(own) is None:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.host.compat import bidirectional_mask, check_tower, keep_hooks_out_of_checkpoints
-from lit_prune.host.places import Tower
+from lit_prune.host.parts import Tower
 from lit_prune.host.session import Session
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
@@ -109,9 +109,9 @@ class TowerHost:
             return hidden
         kept = self.pruner.prune_vision(self._context(index, patches, state))
         if kept.states is not None:
-            patches = torch.where(kept.keep[..., None], kept.states.to(patches.dtype), patches)
-        state.stages.append((state.real.sum(1), kept.keep.sum(1)))
-        columns, state.real = selection.compact(kept.keep)
+            patches = torch.where(kept.mask[..., None], kept.states.to(patches.dtype), patches)
+        state.stages.append((state.real.sum(1), kept.mask.sum(1)))
+        columns, state.real = selection.compact(kept.mask)
         state.ordinal = state.ordinal.gather(1, columns)
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
         state.mask = None

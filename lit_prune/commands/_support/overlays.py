@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.files.renamed import MODEL, old_keys, renamed_text
 from lit_prune.files.shipped import closest_configs, config_or_text, meant
 from lit_prune.files.yaml_files import ENDINGS, NoMapping, parse_yaml, read_yaml, shown
 
@@ -47,22 +48,36 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
 
 
 def check_files(args: list[str], every_option: bool = True) -> None:
-    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be read.
+    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be used.
+
+    It can't be read, or has keys of version 0.1 that have another name today.
 
     Args:
         args: The arguments after the verb.
         every_option: Any option may be given a configuration file of its part, as those of LightningCLI may.
     """
     for option, value, _ in _options(args):
-        if every_option or option in CONFIG:
-            _classes(option, value)
+        if not every_option and option not in CONFIG:
+            continue
+        _classes(option, value)
+        content, key = _content(option, value)
+        whole = isinstance(content, dict) and MODEL in content  # a file of its own, as `--pruner` takes
+        if found := old_keys(content, "" if whole else key):
+            written = value.startswith("{") or "\n" in value
+            raise UsageError(f"{option if written else value}: {renamed_text(found)}")
 
 
 def _classes(option: str, value: str | None) -> dict[str, str]:
     """The classes that one option chooses, by dotted key."""
+    content, key = _content(option, value)
+    return dict(_class_paths(content, key, file=value if option in CONFIG and value else ""))
+
+
+def _content(option: str, value: str | None) -> tuple[Any, str]:
+    """What one option's value holds where it is a mapping or the name of a class, and the dotted key it is for."""
     if option in CONFIG and value is not None:
-        return dict(_class_paths(config_content(value), file=value))
-    return dict(_class_paths(_option_content(value), _key(option))) if value and _key(option) else {}
+        return config_content(value), ""
+    return (_option_content(value), _key(option)) if value and _key(option) else (None, "")
 
 
 def with_shipped(args: list[str]) -> list[str]:
@@ -93,6 +108,8 @@ def _options(args: list[str]) -> Iterator[tuple[str, str | None, list[str]]]:
         option, equals, value = word.partition("=")
         if not word.startswith("-"):
             yield word, None, [word]
+        elif word.startswith("-c") and word[2:3] not in ("", "="):  # -cFILE
+            yield "-c", word[2:], [word]
         elif equals:
             yield option, value, [word]
         elif tokens and not tokens[0].startswith("-"):

@@ -11,7 +11,7 @@ from lit_prune.cost.shapes import Config, names
 from lit_prune.cost.sizes import USUAL, decoder_size, known_size, tower_size, tower_trace
 from lit_prune.cost.trace import TowerTrace, Trace, plan, step
 from lit_prune.errors import LitPruneError
-from lit_prune.host.places import check_stages
+from lit_prune.host.parts import check_stages
 from lit_prune.loading import load_shape
 from lit_prune.ops.budget import Budget, format_budget, parse_budget, resolve
 from lit_prune.plugin import Plugin
