@@ -172,7 +172,7 @@ ODD = (
 )
 VALUES = st.sampled_from(ODD) | st.text(max_size=12) | st.integers().map(str) | st.floats().map(repr)
 MANY = settings(
-    max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=700, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 VERBS = {verb: importlib.import_module(f"lit_prune.commands.{verb}").run for verb in cli.verbs()}
 CHOICES = [(verb, name) for verb, run in VERBS.items() for name in inspect.signature(run).parameters]
@@ -234,7 +234,7 @@ def parsed() -> Parsed:
     return Parsed("fit", ["-c", str(ROOT / "configs" / "micro.yaml")])
 
 
-@settings(MANY, max_examples=400)
+@settings(MANY, max_examples=300)
 @given(data=st.data())
 def test_any_value_of_a_lightning_verb_is_read_or_refused_in_one_line(parsed: Parsed, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(keys_of(parsed._subcommand_parsers["fit"])))
