@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
-from lit_prune import cli, loading, training
+from lit_prune import cli, training, vlm
 from lit_prune.commands import inputs, options, overlays, sample
 from lit_prune.commands import trainer as trainer_verbs
 from lit_prune.commands.explain import keys_of
@@ -110,7 +110,7 @@ def test_a_configuration_offline_names_the_option_for_a_local_model(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the data are there: they come first. Nothing is left in the run's folder."""
-    monkeypatch.setattr(training, "load", loading.load)
+    monkeypatch.setattr(training, "load", vlm.load)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sample.run(place, 1)
     before = {path.name for path in place.iterdir()}
