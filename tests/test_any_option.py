@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
-from lit_prune import cli
+from lit_prune import cli, vlm
 from lit_prune.commands import sample
 from lit_prune.commands import trainer as trainer_verbs
 from lit_prune.commands._support import inputs, options, overlays
@@ -90,7 +90,7 @@ def assert_one_line(code: int, text: str) -> None:
         (("bench", "--methods", "full", "--threads=0"), "--threads is 0"),
         (("bench", "--methods", "full", "--repeats=0"), "--repeats is 0"),
         (("bench", "--methods", "full", "--batch-sizes", "1", "0"), "--batch-sizes[1] is 0"),
-        (("bench", "--methods", "full", "--time-limit=0"), "--time-limit is 0.0"),
+        (("bench", "--methods", "full", "--time-limit=0"), "nothing was measured: --time-limit is 0.0"),
         (("bench", "--methods", "full", "--image-size", "0", "0"), "--image-size takes height and width"),
         (("bench", "--methods", "full", "--plot=times.gif"), "pictures are written as"),
         (("test", "-c", "micro.yaml", "--model.keep=0"), "model.keep"),
@@ -105,6 +105,21 @@ def test_it_is_refused_before_a_model_is_loaded(place: Path, line: tuple[str, ..
     code, text = said(*line)
     assert_one_line(code, text)
     assert says in text
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_a_configuration_offline_names_the_option_for_a_local_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the data are there: they come first. Nothing is left in the run's folder."""
+    monkeypatch.setattr(training, "load", vlm.load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sample.run(place, 1)
+    before = {path.name for path in place.iterdir()}
+    data = (f"--data.init_args.{name}=questions.json" for name in ("train", "val"))
+    code, text = said("fit", "-c", "rcp.yaml", *data, "--data.init_args.images=.")
+    assert_one_line(code, text)
+    assert "--model.base=FOLDER" in text
     assert {path.name for path in place.iterdir()} == before
 
 
@@ -174,7 +189,7 @@ ODD = (
 )
 VALUES = st.sampled_from(ODD) | st.text(max_size=12) | st.integers().map(str) | st.floats().map(repr)
 MANY = settings(
-    max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=700, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 VERBS = {verb: importlib.import_module(f"lit_prune.commands.{verb}").run for verb in cli.verbs()}
 CHOICES = [(verb, name) for verb, run in VERBS.items() for name in inspect.signature(run).parameters]
@@ -236,7 +251,7 @@ def parsed() -> Parsed:
     return Parsed("fit", ["-c", str(ROOT / "configs" / "micro.yaml")])
 
 
-@settings(MANY, max_examples=400)
+@settings(MANY, max_examples=300)
 @given(data=st.data())
 def test_any_value_of_a_lightning_verb_is_read_or_refused_in_one_line(parsed: Parsed, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(keys_of(parsed._subcommand_parsers["fit"])))

@@ -540,6 +540,7 @@ def test_a_bad_file_is_one_clear_message(run: Callable[[str], Result], old: str,
             "'bf16-mixed', '32-true', '64-true'], or one of ['64', '32', '16', 'bf16'], got fp16",
         ),
         ("extra", "unexpected argument `extra`"),
+        ("--data.help x", "error: no class `x`; write its full path"),
         ("-c bsae.yaml", "no configuration file `bsae.yaml`; did you mean `base.yaml`?"),
     ],
 )

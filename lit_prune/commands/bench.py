@@ -122,7 +122,7 @@ def _check(
     check_number("--warmup", warmup, least=0, whole=True)
     check_number("--threads", threads, least=1, most=MOST_THREADS, whole=True)
     if time_limit is not None and not time_limit > 0:  # infinity is none
-        raise LitPruneError(f"--time-limit is {time_limit}; it must be a number of seconds above 0")
+        raise LitPruneError(f"nothing was measured: --time-limit is {time_limit}, give some seconds")
     if not batch_sizes:
         raise LitPruneError("--batch-sizes: give at least one")
 

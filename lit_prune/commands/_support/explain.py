@@ -94,7 +94,8 @@ def _explained(message: str, parser: ArgumentParser, files: list[str]) -> str:
     if match := UNKNOWN.search(message):
         return _unknown_key(message, match[1] or match[2], parser, files)
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"`{_place(message)[0]}`: no class `{match[1]}`; write its full path, `package.module.Class`"
+        at = f"`{place}`: " if (place := _place(message)[0]) else ""  # none for `--data.help`
+        return f"{at}no class `{match[1]}`; write its full path, `package.module.Class`"
     if match := NO_CLASS.search(message):
         return _bad_class(message, match[1], match[2])
     if "Not a valid subclass" in message and (match := re.search(r"Given value: (\{.*\})", message)):
