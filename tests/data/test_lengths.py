@@ -63,7 +63,8 @@ def test_one_sequence_for_any_number_of_ranks_and_workers(processor, tmp_path):
     for world, workers in ((1, 0), (1, 2), (2, 0), (4, 2)):
         ranks = []
         for rank in range(world):
-            data._train_batches = TrainBatches(order, 8 // world, rank, world)
+            data.batch_size = 8 // world  # a finder may have changed it: the sampler follows
+            data._train_batches = TrainBatches(order, data.batch_size, rank, world)
             data.num_workers = workers
             batches = list(data.train_dataloader())
             names = [data.datasets["train"].names.index(name) for batch in batches for name in batch["sources"]]
