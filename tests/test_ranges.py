@@ -99,8 +99,8 @@ def test_a_number_out_of_range_is_refused_by_its_key(make, key: str, name: str, 
 @pytest.mark.parametrize(
     ("make", "key"),
     [
-        (lambda: Random([0, 3], [1.0, 0.0]), r"pruner\.shape\[1\] is 0\.0; it must be a finite number above 0"),
-        (lambda: Random([0], [NAN]), r"pruner\.shape\[0\] is nan"),
+        (lambda: Random([0, 3], [1.0, 0.0]), r"pruner\.stage_ratios\[1\] is 0\.0; it must be a finite number above 0"),
+        (lambda: Random([0], [NAN]), r"pruner\.stage_ratios\[0\] is nan"),
         (lambda: VisionZip([-2]), r"pruner\.vision_layers\[0\] is -2; it must be a whole number of at least -1"),
         (lambda: RepairAdapter([22], [-1]), r"repair\.stages\[0\] is -1"),
         (lambda: module(lr=0.0), "model.lr is 0: nothing would be trained"),
