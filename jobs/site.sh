@@ -2,8 +2,8 @@
 # Build the documentation site from docs/, the other Markdown pages and the docstrings; a broken link or anchor fails it.
 #   bash jobs/site.sh                     written to build/site; open index.html there (search needs a server)
 #   bash jobs/site.sh --serve             serve it on http://127.0.0.1:8000 and rebuild when a page changes
-# Uses .venv (or VENV) if mkdocs is installed there, and otherwise build/site-venv: 100 MB, without PyTorch, since docstrings
-# are read and not imported. 30 seconds with the install.
+# Uses .venv (or VENV) if mkdocs is installed there, and otherwise build/site-venv: 200 MB, without PyTorch, since docstrings
+# are read and not imported. A minute with that install.
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then

@@ -46,7 +46,7 @@ def test_the_site(clone):
     for name, page in pages.items():
         assert not re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]*"', page), name
         assert not re.search(r"<p>[^<]*\n- ", page), f"{name}: a list is shown as text"
-    assert 'href="comparison.html#what-it-says"' in pages["index.html"]
+    assert 'href="comparison.html#why-the-order-differs-from-the-papers"' in pages["index.html"]
     assert 'src="images/kept.png"' in pages["index.html"]
     assert (site / "images" / "kept.png").exists()
 
