@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tiny import ROOT
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "jobs" / "README.md"]
-DOCUMENTS.append(ROOT / "lit_prune" / "micro" / "weights" / "README.md")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += [ROOT / "jobs" / "README.md", ROOT / "lit_prune" / "micro" / "weights" / "README.md"]
 FENCE = "```"
 NOT_RUN = re.compile(r"<!-- not run here: (.+) -->")
 FILE = re.compile(r"# ((?:lit_prune|configs)/\S+\.(?:py|yaml))\n")

@@ -279,6 +279,12 @@ def test_the_readmes_picture_is_the_one_with_that_question(workplace):
     assert Image.open("sample/0.png").size == (96, 96)
 
 
+def test_the_readme_lists_every_method():
+    """The table has a row for each file of configs/pruners."""
+    rows = "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows)) == {path.stem for path in (ROOT / "configs" / "pruners").glob("*.yaml")}
+
+
 def test_numbers_in_the_text_about_loading():
     """The schedule that a comment shows is the one that comes out."""
     vlm = lit_prune.load("llava-hf/llava-1.5-7b-hf", random_weights=True, device="meta").attach("models/llava-1.5-7b")

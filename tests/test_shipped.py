@@ -287,18 +287,22 @@ def test_the_wheel_holds_code_and_data_and_nothing_else(wheel):
     own = {name for name in names if ".dist-info/" not in name}
     tracked = {
         f"lit_prune/{path.relative_to(PACKAGE).as_posix()}"
-        for pattern in ("**/*.py", "micro/weights/*", "shapes/*/*.json", "py.typed")
+        for pattern in ("**/*.py", "micro/weights/*", "cost/shapes/*/*.json", "py.typed")
         for path in PACKAGE.glob(pattern)
     }
-    configs = {f"lit_prune/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
+    configs = {f"lit_prune/files/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
     assert own == tracked | configs
-    assert {"lit_prune/py.typed", "lit_prune/configs/micro.yaml", "lit_prune/configs/pruners/fastv.yaml"} <= own
+    assert {
+        "lit_prune/py.typed",
+        "lit_prune/files/configs/micro.yaml",
+        "lit_prune/files/configs/pruners/fastv.yaml",
+    } <= own
     assert "lit_prune/micro/weights/model.safetensors" in own
     assert "lit_prune/cost/shapes/llava-hf/llava-1.5-7b-hf.json" in own
 
 
 def test_the_wheels_files_are_the_repositorys(wheel):
     for path in SOURCES:
-        assert wheel.read(f"lit_prune/{path.relative_to(ROOT).as_posix()}") == path.read_bytes()
+        assert wheel.read(f"lit_prune/files/{path.relative_to(ROOT).as_posix()}") == path.read_bytes()
     scripts = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
     assert "lit-prune = lit_prune.cli:main" in scripts
