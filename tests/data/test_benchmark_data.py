@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,15 @@ from tiny_benchmarks import WRITERS
 
 from lit_prune import cli
 from lit_prune.callbacks import PrintResults, WriteAnswers, WriteScores, WriteSubmissions
-from lit_prune.data import BenchmarkData
 from lit_prune.data.benchmarks import names
 from lit_prune.data.conversation import read_conversation
 from lit_prune.data.prompt import render
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.scorers import rule_of
 from lit_prune.files.images import padded_to_square
-from lit_prune.training.module import PruneModule
 
 CONFIGS = sorted((ROOT / "configs" / "benchmarks").glob("*.yaml"))
 SHORT = "\nAnswer the question using a single word or phrase."
-
-
-@pytest.fixture(scope="session")
-def official(tmp_path_factory) -> Path:
-    """A folder of tiny copies of all benchmarks, by name."""
-    root = tmp_path_factory.mktemp("official")
-    for name, write in WRITERS.items():
-        write(root / name)
-    return root
-
-
-@pytest.fixture(scope="module")
-def module() -> PruneModule:
-    """The shipped micro-LLaVA, pruned without training."""
-    from lit_prune.pruners.divprune import DivPrune
-
-    return PruneModule("micro", DivPrune(), keep=48, max_new_tokens=4)
-
-
-@pytest.fixture
-def data(official) -> Callable[..., BenchmarkData]:
-    def make(*args: Any, **options: Any) -> BenchmarkData:
-        return BenchmarkData("micro", *args, **{"root": str(official), "eval_batch_size": 5, **options})
-
-    return make
 
 
 def init_args(config: Path) -> dict[str, Any]:
@@ -63,12 +35,12 @@ def test_every_benchmark_has_a_tiny_copy_and_a_configuration():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_from_official_files_to_the_official_score(config, module, data, official, tmp_path):
+def test_from_official_files_to_the_official_score(config, pruned_micro, benchmarks, official, tmp_path):
     """`test` gives the score that `lit-prune score` gives of what `predict` wrote, both files of it."""
-    made = data(**init_args(config))
+    made = benchmarks(**init_args(config))
     callbacks = [WriteScores(), WriteSubmissions(), WriteAnswers()]
     run = trainer(tmp_path, callbacks)
-    run.predict(module, made)
+    run.predict(pruned_micro, made)
     (part,) = made.questions.parts
     folder = tmp_path / part.label
     written = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
@@ -79,8 +51,8 @@ def test_from_official_files_to_the_official_score(config, module, data, officia
         with pytest.raises(LitPruneError, match=r"mm-vet.json: mmvet is graded by GPT-4.*`lightning predict` writes"):
             made.check("test")
         return
-    logged = run.test(module, made, verbose=False)[0]
-    (score,) = module.scores
+    logged = run.test(pruned_micro, made, verbose=False)[0]
+    (score,) = pruned_micro.scores
     assert score.questions == score.asked == len(written)
     answers = [line["answer"] for line in written]
     assert score.figures == part.rule.score(zip(part.labels.questions, answers, strict=True))
@@ -106,11 +78,11 @@ def scored(part: Any, official: Path, answers: Path, out: Path) -> dict[str, flo
 
 
 @pytest.mark.parametrize(("name", "split"), [("vqa", "test-dev2015"), ("vizwiz", "test")])
-def test_submissions_of_splits_without_labels(name, split, module, data, official, tmp_path):
-    made = data(name, split=split)
+def test_submissions_of_splits_without_labels(name, split, pruned_micro, benchmarks, official, tmp_path):
+    made = benchmarks(name, split=split)
     with pytest.raises(LitPruneError, match=r"without public labels, so there is no score.*`lightning predict` writes"):
         made.check("test")
-    trainer(tmp_path, [WriteSubmissions()]).predict(module, made)
+    trainer(tmp_path, [WriteSubmissions()]).predict(pruned_micro, made)
     folder = tmp_path / f"{name}-{split}"
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     submitted = json.loads((folder / "submission.json").read_text())
@@ -127,10 +99,10 @@ def test_submissions_of_splits_without_labels(name, split, module, data, officia
     assert 0 < len(given) < len(everything)
 
 
-def test_several_benchmarks_are_one_table(module, data, tmp_path, capsys):
-    made = data(["pope", "gqa", {"name": "textvqa", "ocr": True}, {"name": "mmbench", "split": "cn"}])
+def test_several_benchmarks_are_one_table(pruned_micro, benchmarks, tmp_path, capsys):
+    made = benchmarks(["pope", "gqa", {"name": "textvqa", "ocr": True}, {"name": "mmbench", "split": "cn"}])
     run = trainer(tmp_path, [PrintResults(), WriteScores()])
-    logged = run.test(module, made, verbose=False)[0]
+    logged = run.test(pruned_micro, made, verbose=False)[0]
     out = capsys.readouterr().out
     assert out.count("official scores") == 1
     rows = [line.split() for line in out.splitlines()]
@@ -147,13 +119,13 @@ def test_several_benchmarks_are_one_table(module, data, tmp_path, capsys):
     assert [each["benchmark"] for each in json.loads((tmp_path / "scores.json").read_text())] == [
         *("pope", "gqa", "textvqa-ocr", "mmbench-cn")
     ]
-    alone = trainer(tmp_path, []).test(module, data("gqa"), verbose=False)[0]
+    alone = trainer(tmp_path, []).test(pruned_micro, benchmarks("gqa"), verbose=False)[0]
     assert {k: v for k, v in alone.items() if "/gqa/" in k} == {k: v for k, v in logged.items() if "/gqa/" in k}
 
 
-def test_a_part_of_a_benchmark_is_no_official_figure(module, data, tmp_path, capsys):
+def test_a_part_of_a_benchmark_is_no_official_figure(pruned_micro, benchmarks, tmp_path, capsys):
     run = trainer(tmp_path, [PrintResults(), WriteScores()], limit_test_batches=1)
-    run.test(module, data(["pope", "gqa"]), verbose=False)
+    run.test(pruned_micro, benchmarks(["pope", "gqa"]), verbose=False)
     out = capsys.readouterr().out
     assert "note: pope: 5 of 27 questions were answered: no official figure" in out
     assert "note: gqa: 0 of 6 questions were answered: no official figure" in out
@@ -161,13 +133,13 @@ def test_a_part_of_a_benchmark_is_no_official_figure(module, data, tmp_path, cap
     assert (nothing["figures"], nothing["questions"], nothing["asked"]) == ({}, 0, 6)
 
 
-def test_other_data_has_other_scores(module, data, tmp_path, world, capsys):
+def test_other_data_has_other_scores(pruned_micro, benchmarks, tmp_path, world, capsys):
     """The scorer is the data module's: a run on instruction data after one on a benchmark has its own again."""
     run = trainer(tmp_path, [PrintResults(), WriteScores()])
-    run.test(module, data("gqa"), verbose=False)
+    run.test(pruned_micro, benchmarks("gqa"), verbose=False)
     (tmp_path / "scores.json").unlink()
     capsys.readouterr()
-    logged = run.test(module, world(), verbose=False)[0]
+    logged = run.test(pruned_micro, world(), verbose=False)[0]
     assert "test/accuracy/all" in logged
     assert not any("gqa" in name for name in logged)
     assert "official scores" not in capsys.readouterr().out
@@ -177,7 +149,7 @@ def test_other_data_has_other_scores(module, data, tmp_path, world, capsys):
 # -- prompts and images ---------------------------------------------------------------------------------------------
 
 
-def test_prompts_as_the_model_reads_them(data):
+def test_prompts_as_the_model_reads_them(benchmarks):
     """Image, question, instruction; the system prompt of LLaVA-1.5's protocol in front, where it is asked for."""
     overlay = yaml.safe_load((ROOT / "configs" / "protocols" / "llava_1_5.yaml").read_text())["data"]["init_args"]
     system = (
@@ -185,15 +157,15 @@ def test_prompts_as_the_model_reads_them(data):
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     )
     for options, head in (({}, ""), (overlay, system)):
-        made = data("pope", **options)
+        made = benchmarks("pope", **options)
         made.setup("predict")
         messages = read_conversation(made.questions[0], answered=False).messages
         text, _ = render(made.processor, messages)
         assert text == f"{head}USER: <image>\nIs there a white cross in the image?{SHORT} ASSISTANT:"
 
 
-def test_questions_without_an_image(data):
-    made = data("scienceqa")
+def test_questions_without_an_image(benchmarks):
+    made = benchmarks("scienceqa")
     made.setup("test")
     (question,) = [each for each in made.questions.parts[0].labels.questions if not each.image]
     record = made.questions[question.index]
@@ -212,13 +184,13 @@ def test_padding_to_a_square_is_llavas():
         assert square.tobytes() == expected.tobytes()
 
 
-def test_pad_to_square_is_an_option(data, official, tmp_path):
+def test_pad_to_square_is_an_option(benchmarks, official, tmp_path):
     WRITERS["vizwiz"](tmp_path)
     for path in (tmp_path / "val").iterdir():
         Image.new("RGB", (96, 32), "red").save(path)
     pixels = {}
     for pad in (False, True):
-        made = data("vizwiz", root=str(tmp_path), pad_to_square=pad)
+        made = benchmarks("vizwiz", root=str(tmp_path), pad_to_square=pad)
         made.setup("test")
         pixels[pad] = next(iter(made.test_dataloader()))["inputs"]["pixel_values"][0]
     assert (pixels[False][0] > 0.9).all()
@@ -248,19 +220,19 @@ def test_pad_to_square_is_an_option(data, official, tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_be(data, options, message):
+def test_settings_that_cannot_be(benchmarks, options, message):
     with pytest.raises(LitPruneError, match=message):
-        data(**options)
+        benchmarks(**options)
 
 
-def test_what_a_benchmark_cannot_do(data):
+def test_what_a_benchmark_cannot_do(benchmarks):
     with pytest.raises(LitPruneError, match="no split 'vall'; there are val, train"):
-        data("textvqa", split="vall").check("test")
+        benchmarks("textvqa", split="vall").check("test")
     with pytest.raises(LitPruneError, match=r"data.benchmark: pope is there twice"):
-        data(["pope", {"name": "pope"}]).check("test")
+        benchmarks(["pope", {"name": "pope"}]).check("test")
     with pytest.raises(LitPruneError, match="benchmarks are for validate, test and predict"):
-        data("pope").check("fit")
-    data("pope").check("validate")
+        benchmarks("pope").check("fit")
+    benchmarks("pope").check("validate")
 
 
 @pytest.mark.parametrize(
@@ -293,12 +265,12 @@ def test_a_missing_file_is_an_error_that_names_it(name, file, message, tmp_path,
     assert re.search(message, " ".join(error.split())), error
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run(module, data, tmp_path):
+def test_a_picture_that_cannot_be_read_stops_the_run(pruned_micro, benchmarks, tmp_path):
     WRITERS["gqa"](tmp_path / "gqa")
     (tmp_path / "gqa" / "images" / "n2.jpg").write_bytes(b"x")
     with pytest.raises(LitPruneError, match=r"testdev_balanced_questions.json, question 2020: image n2.jpg cannot be"):
-        trainer(tmp_path, []).test(module, data("gqa", root=str(tmp_path)), verbose=False)
-    trainer(tmp_path, []).test(module, data("gqa", root=str(tmp_path), max_bad_share=0.9), verbose=False)
-    (score,) = module.scores
+        trainer(tmp_path, []).test(pruned_micro, benchmarks("gqa", root=str(tmp_path)), verbose=False)
+    trainer(tmp_path, []).test(pruned_micro, benchmarks("gqa", root=str(tmp_path), max_bad_share=0.9), verbose=False)
+    (score,) = pruned_micro.scores
     assert (score.questions, score.asked) == (4, 6)
     assert "no official figure" in score.remarks[0]

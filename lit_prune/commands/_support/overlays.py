@@ -17,6 +17,8 @@ from lit_prune.files.yaml_files import ENDINGS, parse_yaml, read_yaml, shown
 
 CONFIG = ("-c", "--config")
 CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
+HEAD = 64  # bytes
+LARGEST_JSON = 1 << 20  # bytes of a configuration
 LONGEST_NAME = 255  # of a file
 
 
@@ -123,11 +125,22 @@ def _option_content(value: str) -> Any:
         return {"class_path": value}
     try:
         if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
-            return read_yaml(value)
+            return None if _is_data(Path(value)) else read_yaml(value)
     except LitPruneError as error:
+        if value.endswith(".json"):  # it may be anything; what reads it says what is wrong with it
+            return None
         raise UsageError(str(error)) from error
     with suppress(LitPruneError):  # any other value is the parser's affair
         return parse_yaml(value, "") if value.startswith("{") else None
+
+
+def _is_data(path: Path) -> bool:
+    """True for a JSON file that is no configuration: large, as instruction data are, or no object."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return path.stat().st_size > LARGEST_JSON or not head.lstrip().startswith(b"{")
 
 
 def _is_pipe(value: str) -> bool:
