@@ -71,6 +71,7 @@ class BenchmarkData(InstructData):
             max_bad_share=max_bad_share,
         )
         self.entries, self.pad_to_square, self.system = entries, pad_to_square, system
+        self._questions: Questions | None = None
         self.answered: Callable[[], Collection[int]] = tuple  # indices that `predict` need not answer again
 
     def scorer(self) -> BenchmarkScores:
@@ -81,10 +82,9 @@ class BenchmarkData(InstructData):
     @property
     def questions(self) -> Questions:
         """The questions that were opened last. Raises LitPruneError if none were."""
-        source = next((dataset.source for dataset in reversed(self.datasets.values())), None)
-        if not isinstance(source, Questions):
+        if self._questions is None:
             raise LitPruneError("BenchmarkData has no questions before `setup`")
-        return source
+        return self._questions
 
     def digest(self, part: Part) -> str:
         """Of what a benchmark asks, and how, so that answers to it can be told from answers to something else."""
@@ -112,15 +112,17 @@ class BenchmarkData(InstructData):
         return super()._splits(stage)
 
     def _sources(self, split: str) -> list[Source]:
-        if split in self.opened:
-            return self.opened.pop(split)
+        (self._questions,) = opened = self.opened.pop(split) if split in self.opened else [self._read(split)]
+        return opened
+
+    def _read(self, split: str) -> Questions:
         parts = [_open(entry, scored=split != "predict") for entry in self.entries]
         labels = [part.label for part in parts]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise LitPruneError(f"data.benchmark: {twice[0]} is there twice")
         for part in parts:
             _check_images(part)
-        return [Questions(parts, self.system, answered=split != "predict")]
+        return Questions(parts, self.system, answered=split != "predict")
 
     def _asked(self, split: str) -> int | Sequence[int]:
         answered = set(self.answered()) if split == "predict" else set()
