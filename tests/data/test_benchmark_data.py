@@ -146,6 +146,24 @@ def test_other_data_has_other_scores(pruned_micro, benchmarks, tmp_path, world, 
     assert not (tmp_path / "scores.json").exists()
 
 
+def test_compare_has_official_scores(official, tmp_path, capsys):
+    """Of the full model too, and those of `test`; the table beside the others."""
+    config = tmp_path / "gqa.yaml"
+    shared = yaml.safe_load((ROOT / "configs" / "micro.yaml").read_text()) | {"trainer": {"logger": False}}
+    shared["model"]["max_new_tokens"] = 4
+    init = {"benchmark": ["gqa", "pope"], "root": str(official), "eval_batch_size": 40}
+    shared["data"] = {"class_path": "lit_prune.data.BenchmarkData", "init_args": init}
+    config.write_text(yaml.safe_dump(shared))
+    words = ["compare", "-c", config, "--methods", "full", "divprune", "--keep", "48", "--seeds", "0", "--limit", "20"]
+    cli.main([*map(str, words), "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in rows] == ["full", "divprune"]
+    assert all(set(row["headlines"]) == {"gqa/accuracy", "pope/f1"} for row in rows)
+    assert all(row["scores"]["gqa/binary"] >= 0 for row in rows)
+    assert "official scores" in capsys.readouterr().out
+    assert "official scores" in (tmp_path / "out" / "table.md").read_text()
+
+
 # -- prompts and images ---------------------------------------------------------------------------------------------
 
 

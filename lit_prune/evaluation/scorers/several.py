@@ -39,6 +39,12 @@ class Score:
         """The defined figures, named as loggers take them: `pope/random/f1`."""
         return {log_name(self.label, name): value for name, value in self.figures.items() if value is not None}
 
+    @property
+    def headline(self) -> dict[str, float]:
+        """The figure that papers report, named likewise; nothing if it is undefined."""
+        name = log_name(self.label, self.rule.headline)
+        return {name: self.named[name]} if name in self.named else {}
+
     def report(self) -> dict[str, Any]:
         """What a results file says of it."""
         return {
@@ -126,7 +132,9 @@ def as_table(scores: Sequence[Score]) -> Table:
 
 def _rows(score: Score) -> Iterator[tuple[str, str]]:
     headline = score.rule.headline
-    names = [headline, *(name for name in score.figures if name != headline)]
+    names = list(score.figures)
+    if headline in names or not names:  # else the part that was asked hasn't got it: SEED-Bench's videos
+        names = [headline, *(name for name in names if name != headline)]
     for name in names:
         unit = "" if name in score.rule.fine else f", {score.rule.unit}"
         yield escape(f"{name}{unit}" if name == headline else name), score.rule.written(name, score.figures.get(name))
