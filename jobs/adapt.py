@@ -20,7 +20,7 @@ from lit_prune.vlm import VLM, as_plugin
 
 def average(vlm: VLM, batches: list[dict], mass: float) -> float:
     """Visual tokens averaged over decoder layers and samples, with one share for all stages."""
-    decider(vlm).mass = mass
+    decider(vlm).keep_mass = mass
     found = []
     for batch in batches:
         record = Record()
@@ -63,9 +63,10 @@ def main() -> None:
         spent = average(vlm, batches, middle)
         print(f"mass {middle:.5f}: {spent:.3f} visual tokens on average", flush=True)
         low, high = (middle, high) if spent < chosen.keep else (low, middle)
-    decider(vlm).mass = round(low, 5)
+    decider(vlm).keep_mass = round(low, 5)
     vlm.save_pretrained(chosen.out)
-    print(f"{chosen.out}: mass {decider(vlm).mass}, {average(vlm, batches, decider(vlm).mass):.3f} on {seen} questions")
+    mass = decider(vlm).keep_mass
+    print(f"{chosen.out}: mass {mass}, {average(vlm, batches, mass):.3f} on {seen} questions")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ lit-prune compare -c configs/micro.yaml --split test --keep 48 32 16 8 4 --seeds
     random=$P/random.yaml uniform=$P/uniform.yaml downsampling=$P/downsample.yaml FastV=$P/fastv.yaml \
     PyramidDrop=$P/pyramiddrop.yaml SparseVLM=$P/sparsevlm.yaml VisionZip=$P/visionzip.yaml PruMerge+=$P/prumerge_plus.yaml \
     DivPrune=$P/divprune.yaml DART=$P/dart.yaml CDPruner=$P/cdpruner.yaml SCOPE=$P/scope.yaml DCP-Prune=$P/dcp.yaml \
-    "DCP-Prune, mass given back=$P/dcp_mass.yaml" "all-question attention=$P/text_attention.yaml" \
+    "DCP-Prune, proportional attention=$P/dcp_proportional.yaml" "all-question attention=$P/text_attention.yaml" \
     "word similarity=$P/text_similarity.yaml" "RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin" \
     "RCP, adaptive=runs/adaptive/keep_{keep}/seed_{seed}" "RCP after DCP=runs/dcp_rcp/keep_{keep}/seed_{seed}/plugin" \
     "oracle (ceiling)=$P/oracle.yaml"

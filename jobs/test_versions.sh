@@ -8,6 +8,7 @@
 #   bash jobs/test_versions.sh 'transformers==5.20.2 torch==2.14.1'    a leg of your own; the rest as locked
 #   bash jobs/test_versions.sh --newest-transformers    what CI runs: the newest release, if it isn't the locked one
 #   PYTHON=python3.13 bash jobs/test_versions.sh locked
+#   PIP_CONFIG_FILE=/dev/null bash jobs/test_versions.sh newest    where a configuration of pip's holds a package back
 # Environments stay in runs/versions, so that a leg that failed can be looked at and is quick to repeat.
 set -euo pipefail
 

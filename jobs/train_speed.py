@@ -1,6 +1,6 @@
 """Time, FLOPs and peak memory of a training step of RCP with repair, at a model's real shape with random weights.
 
-python jobs/train_speed.py --variants soft spare drop               # LLaVA-1.5-7B in bfloat16 on a GPU: 576 + 64 tokens
+python jobs/train_speed.py --variants soft contenders drop          # LLaVA-1.5-7B in bfloat16 on a GPU: 576 + 64 tokens
 python jobs/train_speed.py --model configs/bench/cpu.yaml --overlay configs/bench/pruners/rcp.yaml --keep 144 \
     --dtype float32 --batch 2 --clock cpu                           # every variant on one CPU thread, a mid-size model
 
@@ -98,9 +98,9 @@ class Naive(Measured):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """The same losses, the long way."""
-        moment, inputs, teaching = self.moment(), batch["inputs"], self.teaching
-        torch.manual_seed(moment.seed)
-        self.plugin.pruner.anneal(teaching.anneal.tau(moment.done), teaching.anneal.noise_scale(moment.done))
+        key, inputs, teaching = self.step_key(), batch["inputs"], self.teaching
+        torch.manual_seed(key.seed)
+        self.plugin.pruner.anneal(teaching.anneal.tau(key.done), teaching.anneal.noise_scale(key.done))
         with torch.no_grad():
             target = self.teacher[0].to(self.device)(**inputs, use_cache=False)
         student = Record(keep_hidden=frozenset(self.host.feeds))
@@ -110,7 +110,7 @@ class Naive(Measured):
         teacher = Record(hidden={layer: states[answers] for layer, states in self.states.items()})
         student.targets = inputs["labels"][:, 1:][answers[:, :-1]]
         logits = output.logits[answers], target.logits[answers]
-        losses = teaching.losses(*logits, student, teacher, moment.done)
+        losses = teaching.losses(*logits, student, teacher, key.done)
         losses["task"] = output.loss
         total = sum(getattr(teaching.loss, name) * value for name, value in losses.items())
         self.log_dict({"loss/total": total, **{f"loss/{name}": value for name, value in losses.items()}})
@@ -148,7 +148,7 @@ VARIANTS = {
     "apart": (Apart, {}),
     "soft": (Measured, {}),
     "checkpointed": (Measured, {"checkpoint_activations": True}),
-    "spare": (Measured, {"spare": 2.0}),
+    "contenders": (Measured, {"contenders": 2.0}),
     "drop": (Measured, {"train_mode": "drop"}),
 }
 

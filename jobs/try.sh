@@ -11,6 +11,9 @@ set -euo pipefail
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
+# The model is tiny: a second thread gains little, and waits where other jobs hold the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 CONFIG=configs/micro.yaml
 FRESH=""
 LIMIT=()

@@ -41,11 +41,11 @@ VARIANTS = [
     {"temperature": 1.0},
     {"width": 0.5},
     {"width": 1.5},
-    {"vision_layers": [-1], "vision_shape": [1.0]},
+    {"vision_layers": [-1], "vision_stage_ratios": [1.0]},
     {"vision_layers": [3, -1]},
     {"vision_layers": [1, -1]},
-    {"vision_shape": [12.0, 1.0]},
-    {"vision_shape": [4.0, 1.0]},
+    {"vision_stage_ratios": [12.0, 1.0]},
+    {"vision_stage_ratios": [4.0, 1.0]},
 ]
 
 

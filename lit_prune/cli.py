@@ -162,10 +162,12 @@ def _report(error: BaseException, debug: bool) -> int | None:
     if isinstance(error, BrokenPipeError):  # `lit-prune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    from lit_prune.errors import one_line
+
     told = _users(error)
     if told is None:
         return None
-    print(f"{_rank()}error: {str(told).strip() or type(told).__name__}", file=sys.stderr)
+    print(f"{_rank()}error: {one_line(str(told)) or type(told).__name__}", file=sys.stderr)
     return USAGE if isinstance(told, UsageError) else FAILURE
 
 

@@ -53,6 +53,16 @@ def _requirements(name: str) -> list[str]:
     return [package for package in chosen if not package.startswith("lit-prune")]
 
 
+LONGEST_WORD = 300  # characters: a path may be long
+
+
+def one_line(text: str) -> str:
+    """A message as one line for a terminal: control characters escaped, very long words without their middle."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text.strip())
+    half = LONGEST_WORD // 2 - 2
+    return re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:half]}...{word[0][-half:]}", shown)
+
+
 def in_words(error: BaseException) -> str:
     """An unexpected exception in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")

@@ -312,7 +312,7 @@ def _advice(base: str | Path) -> str:
     else:
         text = (
             f"Give a local folder with config.json and *.safetensors, or fetch it on a machine with network: "
-            f"hf download {base} --local-dir FOLDER"
+            f"hf download {base} --local-dir FOLDER, then --model.base=FOLDER (`lit-prune` verbs: --model FOLDER)"
         )
     if likely := closest_model(str(base)):
         text = f"Did you mean `{likely}`? {text}"

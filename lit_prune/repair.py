@@ -144,16 +144,16 @@ class RepairAdapter(nn.Module):
         self,
         states: Float[Tensor, "batch seq width"],
         essence: Essence,
-        gate: Bool[Tensor, "batch seq"],
+        answer_mask: Bool[Tensor, "batch seq"],
         adapter: int,
         most: int | None = None,
     ) -> Float[Tensor, "batch seq width"]:
-        """States of one repair layer, corrected where `gate` is set (positions that predict answer tokens).
+        """States of one repair layer, corrected where `answer_mask` is set (positions that predict answer tokens).
 
         `most`: at most so many positions in any sample, if that is known.
         """
         where, what = essence
-        columns, real = selection.compact(gate, most)
+        columns, real = selection.compact(answer_mask, most)
         rows = selection.gather_rows(states, columns)
         change = self.adapters[adapter](rows.to(where.dtype), where + what)
         change = change.to(states.dtype) * real[..., None].to(states.dtype)

@@ -18,8 +18,8 @@ from lit_prune.files.inputs import Picture, check_prompts, is_image, pair
 from lit_prune.host import DecoderHost, Session, host_of
 from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
 from lit_prune.host.compiled import CompiledForward
-from lit_prune.host.options import Mass, Positions
-from lit_prune.host.places import find, unwrap
+from lit_prune.host.options import Positions, Proportional
+from lit_prune.host.parts import find, unwrap
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
@@ -133,7 +133,7 @@ class VLM:
         keep: Any = None,
         *,
         positions: Positions | None = None,
-        mass: Mass | None = None,
+        proportional_attention: Proportional | None = None,
     ) -> "VLM":
         """Prune from now on, in forward and `generate()`; what was attached stays attached if this fails.
 
@@ -145,21 +145,22 @@ class VLM:
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
                 {pruning layer: count} or "2:192,4:64"; overrides the file's.
             positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
-            mass: attention that kept tokens get for dropped ones, see `HostOptions`; overrides the file's.
+            proportional_attention: add log(size) to the attention logits of kept tokens, which stand for the dropped
+                ones; see `HostOptions`; overrides the file's.
 
         Raises:
             LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
         """
         plugin = as_plugin(pruner, repair)
-        places = find(self.model)
-        device, visual = places.device, None if places.dims.varies else places.dims.visual
+        parts = find(self.model)
+        device, visual = parts.device, None if parts.dims.varies else parts.dims.visual
         budget = plugin.keep if keep is None else parse_budget(keep, visual=visual)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        asked = {"positions": positions, "mass": mass}
+        asked = {"positions": positions, "proportional_attention": proportional_attention}
         options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
-        plugin.build(places.dims, fingerprint(self.model))
+        plugin.build(parts.dims, fingerprint(self.model))
         plugin.to(device)
         model = unwrap(self.model)
         self.host = DecoderHost(model, plugin.pruner, plugin.repair, budget, options, replaces=host_of(model))

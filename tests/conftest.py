@@ -95,9 +95,9 @@ def student(micro_folder):
     """Makes modules: RCP with repair, small, noisy and with dropout."""
 
     def make(select: str = "topk", queries: int = 4, **options) -> PruneModule:
-        shape = {"layers": [1, 5, 10], "shape": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2}
-        shape["attention_score"] = "relative"
-        rcp = RCP(select=select, queries=queries, bias=0.0, **shape)
+        sizes = {"layers": [1, 5, 10], "stage_ratios": [15.0, 8.0, 2.0], "inner": 16, "dropout": 0.2}
+        sizes["attention_score"] = "relative"
+        rcp = RCP(select=select, queries=queries, bias=0.0, **sizes)
         repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
         given = {"keep": 16, "lr": 3e-3, "weight_decay": 0.0, "max_new_tokens": 2, **options}
         return PruneModule(str(micro_folder), rcp, repair, **given)

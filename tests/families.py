@@ -295,7 +295,7 @@ def modalities(ids: Tensor) -> Tensor:
 KEEP = 26
 METHODS = {
     "rcp": (
-        lambda: RCP(layers=[2, 4, 6], shape=[4.0, 2.0, 1.0], select="topk", inner=16),
+        lambda: RCP(layers=[2, 4, 6], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=16),
         lambda: RepairAdapter([6, 7], [1, 2], bottleneck=16, condition=8, code=4),
     ),
     "fastv": (lambda: FastV([2]), lambda: RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)),

@@ -92,12 +92,12 @@ FAILURES: dict[str, Callable[[VLM, Path], object]] = {
     "damaged folder": lambda vlm, tmp: vlm.attach(damaged(tmp)),
     "layers outside": lambda vlm, tmp: vlm.attach(Random([8]), keep=5),
     "layers that rise not": lambda vlm, tmp: vlm.attach(Random([3, 2]), keep=5),
-    "shape of another length": lambda vlm, tmp: vlm.attach(Random([1], [1.0, 2.0]), keep=5),
+    "ratios of another length": lambda vlm, tmp: vlm.attach(Random([1], [1.0, 2.0]), keep=5),
     "no layer before the first": lambda vlm, tmp: vlm.attach(FastV([0]), keep=5),
     "repair before pruning": lambda vlm, tmp: vlm.attach(Random([4]), RepairAdapter([2], [0]), keep=20),
     "repair outside": lambda vlm, tmp: vlm.attach(Random([4]), RepairAdapter([8], [0]), keep=20),
     "unknown positions": lambda vlm, tmp: vlm.attach(Random(), keep=5, positions="none"),
-    "unknown mass": lambda vlm, tmp: vlm.attach(Random(), keep=5, mass="all"),
+    "unknown proportional_attention": lambda vlm, tmp: vlm.attach(Random(), keep=5, proportional_attention="all"),
     "stages of its own": lambda vlm, tmp: vlm.attach(Broken("stages"), keep=5),
     "reads of its own": lambda vlm, tmp: vlm.attach(Broken("reads"), keep=5),
     "schedule of its own": lambda vlm, tmp: vlm.attach(Broken("schedule"), keep=5),
@@ -112,7 +112,9 @@ FAILURES: dict[str, Callable[[VLM, Path], object]] = {
 
 
 def all_hooks(model: nn.Module) -> list:
-    return [(id(m), list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]
+    """And what stands for a method of the model's."""
+    hooks = [(id(m), list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]
+    return [*hooks, vars(model).get("_prefill")]
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def test_a_failed_attach_changes_nothing(model, tmp_path, failure, before):
 def test_hooks_that_cannot_be_added_are_taken_back(model, monkeypatch, at):
     """Such as by a key pressed at that moment: those before the last are there already."""
     vlm = VLM(model, None, "tiny").attach(tiny.small_rcp(), keep=KEEP)
-    last = vlm.host.places.layers[-1] if at == "layers" else model.model.vision_tower.encoder.layers[-1]
+    last = vlm.host.parts.layers[-1] if at == "layers" else model.model.vision_tower.encoder.layers[-1]
     before = all_hooks(model)
 
     def interrupted(*args, **options):
@@ -176,8 +178,9 @@ def test_a_tower_that_cannot_be_pruned(model, monkeypatch):
 def test_eager_attention_keeps_what_it_has(tiny_eager):
     vlm = VLM(tiny_eager, None, "tiny").attach(Random([1]), keep=KEEP)
     before = all_hooks(tiny_eager)
-    for options in ({"pruner": FastV([2])}, {"pruner": Random([1]), "mass": "count"}):
+    for options in ({"pruner": FastV([2])}, {"pruner": Random([1]), "proportional_attention": "count"}):
         with pytest.raises(LitPruneError, match="eager"):
             vlm.attach(**options, keep=20)
     assert all_hooks(tiny_eager) == before
     vlm.detach()
+    assert all_hooks(tiny_eager)[-1] is None

@@ -20,7 +20,7 @@ from lit_prune.evaluation.timing.benchmark import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import clock_for, cpu_clock, noisy, spread, wall_clock
 from lit_prune.evaluation.timing.prompts import decode, prefill, random_prompt
 from lit_prune.host.cut import cut_to
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import average
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, load, plugin_from_yaml
@@ -246,7 +246,7 @@ def test_model_is_left_plain_and_the_full_rows_run_without_hooks(made, monkeypat
     made.run(repeats=1, warmup=0)
     assert all(plain)
     assert made.vlm.host is None
-    per_batch = [False] * 3 + [True] * 3 + [False] + [True] * 3 + [False]  # full; two methods with their cut floors
+    per_batch = [False] * 3 + [True] * 3 + [False] + [True] * 3 + [False]  # full; two methods with their lower bounds
     assert hooked == per_batch * len(BATCHES)
 
 

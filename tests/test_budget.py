@@ -66,7 +66,7 @@ def test_no_schedule_of_whole_tokens_comes_closer(layers, keep):
         assert abs(solved - keep) == min(abs(value - keep) for value in found)
 
 
-def test_counts_follow_the_shape():
+def test_counts_follow_the_ratios():
     first, second, third = solve(64, 576, 32, (1, 13, 25), (16.7, 4.6, 1.4)).values()
     assert first / second == pytest.approx(16.7 / 4.6, rel=0.1)
     assert second / third == pytest.approx(4.6 / 1.4, rel=0.1)
@@ -106,8 +106,8 @@ def test_layers_outside_the_model(layers):
         check_layers(layers, 8)
 
 
-def test_shape_of_another_length():
-    with pytest.raises(LitPruneError, match="shape"):
+def test_ratios_of_another_length():
+    with pytest.raises(LitPruneError, match="stage_ratios"):
         solve(8, 36, 8, (1, 3), (1.0,))
 
 
@@ -280,10 +280,10 @@ def test_what_is_asked_of_a_sample():
 # -- every combination, and many stages -----------------------------------------------------------------------------
 
 
-def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tuple[float, ...]) -> dict | None:
+def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: tuple[float, ...]) -> dict | None:
     """The schedule by trying every combination of counts around the real-valued solution; None if there is none."""
     ruled, room = spans(layers, depth), keep * depth - visual * layers[0]
-    ideal, best, best_key = _ideal(room, ruled, shape, visual), None, None
+    ideal, best, best_key = _ideal(room, ruled, ratios, visual), None, None
     reach = 3 if len(layers) <= 4 else 1
     for counts in product(*(range(max(1, int(k) - reach), min(visual, int(k) + reach + 1) + 1) for k in ideal)):
         spent = sum(n * k for n, k in zip(ruled, counts, strict=True))
@@ -298,14 +298,14 @@ def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], shap
 
 @st.composite
 def problems(draw, most: int, deep: int = 32, wide: int = 600, fewest: int = 1):
-    """A budget within reach of some stages: (keep, visual, depth, layers, shape)."""
+    """A budget within reach of some stages: (keep, visual, depth, layers, ratios)."""
     depth = draw(st.integers(fewest, deep))
     layers = sorted(draw(st.sets(st.integers(0, depth - 1), min_size=fewest, max_size=min(most, depth))))
     visual = draw(st.integers(2, wide))
     parts = st.sampled_from([1.0, 2.0, 3.0, 0.5]) | st.floats(0.05, 20)
-    shape = sorted(draw(st.lists(parts, min_size=len(layers), max_size=len(layers))), reverse=True)
+    ratios = sorted(draw(st.lists(parts, min_size=len(layers), max_size=len(layers))), reverse=True)
     lowest = -(-(visual * layers[0] + depth - layers[0]) // depth)
-    return draw(st.integers(lowest, visual)), visual, depth, tuple(layers), tuple(shape)
+    return draw(st.integers(lowest, visual)), visual, depth, tuple(layers), tuple(ratios)
 
 
 @MANY
@@ -320,16 +320,16 @@ def test_few_stages_get_what_trying_every_combination_finds(problem):
 @pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
 def test_shipped_schedules_are_those_of_every_combination(path):
     pruner = as_plugin(path).pruner
-    parts = [part for part in (pruner, *vars(pruner).get("_modules", {}).values()) if hasattr(part, "shape")]
+    parts = [part for part in (pruner, *vars(pruner).get("_modules", {}).values()) if hasattr(part, "stage_ratios")]
     for part in parts:
         for depth in (16, 28, 32, 40):
             layers = scale_layers(tuple(part.layers), part.depth, depth)
-            if len(layers) != len(part.shape):
+            if len(layers) != len(part.stage_ratios):
                 continue
             for visual in (144, 576, 729):
                 lowest = -(-(visual * layers[0] + depth - layers[0]) // depth)
                 for keep in range(lowest, visual, 1 + visual // 12):
-                    problem = (keep, visual, depth, layers, tuple(part.shape))
+                    problem = (keep, visual, depth, layers, tuple(part.stage_ratios))
                     assert solve(*problem) == enumerated(*problem)
 
 
@@ -383,10 +383,10 @@ def test_a_stage_per_layer():
     assert schedule[0] > 10 * schedule[79]
 
 
-@pytest.mark.parametrize("shape", [(1.0, 0.0), (1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)])
-def test_shapes_that_are_no_relative_counts(shape):
+@pytest.mark.parametrize("ratios", [(1.0, 0.0), (1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_ratios_that_are_no_relative_counts(ratios):
     with pytest.raises(LitPruneError, match="must be numbers above 0"):
-        solve(8, 36, 8, (1, 3), shape)
+        solve(8, 36, 8, (1, 3), ratios)
 
 
 def test_shapes_that_rise():

@@ -25,7 +25,7 @@ from lit_prune.pruners.visionzip import VisionZip
 
 
 def rcp() -> RCP:
-    return RCP(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select="topk", inner=16)
+    return RCP(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=16)
 
 
 def test_schedule_spends_the_budget_behind_the_tower():
@@ -152,7 +152,7 @@ def test_every_method_reaches_its_part(name, monkeypatch):
     class Then(RCP):
         pass
 
-    chain = Chain(First(), Then(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select="topk", inner=16))
+    chain = Chain(First(), Then(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=16))
     asked: list[str] = []
     for part, kind in (("first", First), ("then", Then)):
         original = inspect.getattr_static(kind, name)

@@ -72,7 +72,7 @@ class Model(L.LightningModule):
             }[self.fault]
         return self.line(batch).pow(2).mean()
 
-    def moment(self) -> None:
+    def step_key(self) -> None:
         """Where the run is, for the guard that every run has."""
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -258,7 +258,7 @@ def test_print_config_round_trip(run: Callable[[str], Result]) -> None:
     assert run("fit -c again.yaml --print_config").config == first.config
 
 
-@pytest.mark.parametrize("swap", ["-c overlay.yaml", "--model.pruner=NAME", "--model.pruner NAME"])
+@pytest.mark.parametrize("swap", ["-c overlay.yaml", "-coverlay.yaml", "--model.pruner=NAME", "--model.pruner NAME"])
 def test_a_swapped_class_starts_from_its_own_defaults(run: Callable[[str], Result], swap: str) -> None:
     edit("literal.yaml", "${model.keep}", "7")
     Path("overlay.yaml").write_text(f"model: {{pruner: {{class_path: {ME}.Other, init_args: {{depth: 1}}}}}}\n")
@@ -284,7 +284,7 @@ def test_an_overlay_of_the_same_class_keeps_the_rest(run: Callable[[str], Result
 def test_resets_leave_the_rest_of_the_line_as_written() -> None:
     line = ["--print_config", "-c", "x.yaml", "--a.b=-1", "--flag", "--c", "d", "extra"]
     assert overlays.with_resets(line, {}) == line
-    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c"]) == ["a", "b", "c"]
+    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c", "-cd"]) == ["a", "b", "c", "d"]
 
 
 def test_base_model_reaches_the_data_module(folder: Path) -> None:
@@ -321,7 +321,9 @@ def test_figures_are_a_short_table_and_none_is_of_zero_flops(run: Callable[[str]
     assert re.search(r"keep +8.0\s", tested.out)
     assert "DataLoader 0" not in tested.out
     assert "keep" not in run("test -c summed.yaml --verbose false").out
-    assert "FLOPs" in run("fit -c summed.yaml --trainer.enable_model_summary true").out
+    table = run("fit -c summed.yaml --trainer.enable_model_summary true").out
+    assert "Params" in table
+    assert "FLOPs" not in table
 
 
 def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_with_more(run: Callable[[str], Result]) -> None:
@@ -352,6 +354,17 @@ def test_more_steps_than_the_epochs_have_are_refused_where_nothing_would_be_trai
     assert run(f"{line} 10 --trainer.max_epochs -1").code == 0
     found = [torch.load(path, weights_only=True)["global_step"] for path in Path("run/checkpoints").glob("*.ckpt")]
     assert max(found) == 10
+
+
+def test_fewer_epochs_than_were_trained_are_refused_in_words(run: Callable[[str], Result]) -> None:
+    """An epoch has 8 steps; the last checkpoint is of the third."""
+    assert run("fit -c base.yaml --trainer.max_epochs 3 --trainer.max_steps 20").code == 0
+    refused = run("fit -c base.yaml --ckpt_path last --trainer.max_epochs 1 --trainer.max_steps 20")
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        1,
+        "error: the checkpoint is of step 20, after 2 epochs, and trainer.max_epochs is 1; to train on, raise "
+        "--trainer.max_epochs, or set it to -1",
+    )
 
 
 def test_more_steps_are_trained_where_nothing_was_saved_before_the_end(run: Callable[[str], Result]) -> None:
@@ -527,6 +540,7 @@ def test_a_bad_file_is_one_clear_message(run: Callable[[str], Result], old: str,
             "'bf16-mixed', '32-true', '64-true'], or one of ['64', '32', '16', 'bf16'], got fp16",
         ),
         ("extra", "unexpected argument `extra`"),
+        ("--data.help x", "error: no class `x`; write its full path"),
         ("-c bsae.yaml", "no configuration file `bsae.yaml`; did you mean `base.yaml`?"),
     ],
 )

@@ -148,7 +148,7 @@ def test_what_chooses_looks_at_the_validation_set_and_says_so(config, tmp_path, 
         assert {row["questions"] for row in rows} == {count}
         assert {line["split"] for line in csv.DictReader((out / "results.csv").open())} == {split}
         assert f"Measured on the {split} split, {count} questions." in (out / "table.md").read_text()
-        figures = plots.figures(rows, 144)
+        figures = plots.draw(rows, 144)
         assert all(f"{split} split, {count} questions" in [t.get_text() for t in f.texts] for f in figures.values())
         found[split] = {path.name for path in (out / "cells").iterdir()}
     assert "val split, 7 questions" in " ".join(printed.split())

@@ -23,7 +23,7 @@ from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.vlm import VLM
 
 INSTALLED = rf"transformers {transformers.__version__}: .*"
-KNOWN = r"known to work: .* on transformers 5\.18 to 5\.24 \(pip install 'transformers>=5\.18,<5\.25'\)$"
+KNOWN = r"known to work: .* on transformers 5\.19 to 5\.24 \(pip install 'transformers>=5\.19,<5\.25'\)$"
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_encoded_images_under_another_name(model, monkeypatch):
 def test_attention_that_is_registered_elsewhere(model):
     """Such as a kernel of the hub: it can't be read, nor biased, and would be neither without a word."""
     model.config._attn_implementation = model.get_decoder().config._attn_implementation = "paged|sdpa"
-    for options in ({"pruner": FastV([2])}, {"pruner": Random([1]), "mass": "count"}):
+    for options in ({"pruner": FastV([2])}, {"pruner": Random([1]), "proportional_attention": "count"}):
         with pytest.raises(LitPruneError, match=r"paged\|sdpa attention .* with attn_implementation='sdpa'"):
             VLM(model, None).attach(**options, keep=KEEP)
 

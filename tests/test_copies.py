@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -38,10 +38,16 @@ def own_model() -> nn.Module:
     return tiny.build_model()
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def modules_of(vlm: VLM) -> set[int]:
     """Everything that a host reaches: modules of the model, the plug-in, the hooks' owners."""
     host = vlm.host
-    parts = [*vlm.model.modules(), host, host.layers, host.layers.runner, host.pruner, host.places.decoder]
+    parts = [*vlm.model.modules(), host, host.layers, host.layers.runner, host.pruner, host.parts.decoder]
     return {id(part) for part in parts}
 
 
@@ -135,7 +141,7 @@ def test_a_copy_can_be_attached_and_saved_again(own_model, tmp_path):
 @pytest.mark.parametrize(("way", "positions"), product(COPY.values(), ["original", "renumbered"]))
 def test_options_of_the_host_are_copied(own_model, way, positions):
     inputs = batch(samples())
-    vlm = tiny.attach(own_model, tiny.small_rcp(), mass="count", positions=positions)
+    vlm = tiny.attach(own_model, tiny.small_rcp(), proportional_attention="count", positions=positions)
     expected = generate(vlm, inputs)
     assert torch.equal(generate(way(vlm), inputs).logits, expected.logits)
 
@@ -166,19 +172,18 @@ def _same(cache):
 
 
 @WAYS
-def test_compiled_layers_of_a_copy_run_its_own_weights(own_model, way):
-    """By a backend that only records, so that nothing is compiled for long."""
+def test_compiled_layers_of_a_copy_run_its_own_weights(own_model, uncompiled, way):
+    """Nothing is really compiled here, which would take a minute; what would be run is."""
     inputs = batch(samples())
-    vlm = tiny.attach(own_model, tiny.small_rcp(), repair=tiny.small_repair()).compile(backend="eager")
+    vlm = tiny.attach(own_model, tiny.small_rcp(), repair=tiny.small_repair()).compile()
     expected = forward(vlm, inputs)[0]
     twin = way(vlm)
     assert torch.equal(forward(twin, inputs)[0], expected)
     with torch.no_grad():
-        for parameter in twin.host.places.layers[7].parameters():
+        for parameter in twin.host.parts.layers[7].parameters():
             parameter.zero_()
     assert not torch.equal(forward(twin, inputs)[0], expected)
     assert torch.equal(forward(vlm, inputs)[0], expected)
-    torch._dynamo.reset()
 
 
 def answers_elsewhere(models: list[nn.Module], pipe) -> None:
@@ -193,7 +198,7 @@ def test_another_process(own_model):
     context = torch.multiprocessing.get_context("spawn")
     other = tiny.build_model(seed=1)
     vlms = [
-        tiny.attach(own_model, tiny.ROOT / "configs" / "pruners" / "fastv_repair.yaml", mass="count"),
+        tiny.attach(own_model, tiny.ROOT / "configs" / "pruners" / "fastv_repair.yaml", proportional_attention="count"),
         tiny.attach(other, tiny.ROOT / "configs" / "pruners" / "dcp_rcp.yaml"),
     ]
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_full_forward(pruned):
 
 def test_wide_scorer_and_adapter(pruned):
     """Plug-ins that weigh as much as the decoder: an error in their lines would show."""
-    rcp = RCP(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select="topk", inner=512)
+    rcp = RCP(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=512)
     repair = RepairAdapter([5, 7], [1, 2], bottleneck=512, condition=256, code=64)
     vlm = pruned(rcp, repair=repair)
     inputs = batch(samples((50,)), answers=6)
@@ -115,7 +115,7 @@ def test_each_part_alone():
     width, visual, words, rows = 64, 36, 11, 5
     dims, states = Dims(width, 8, visual), torch.randn(1, visual, width)
     alive, text = torch.ones(1, visual, dtype=torch.bool), torch.randn(1, words, width)
-    rcp, repair = RCP(layers=[1], shape=[1.0], inner=64), RepairAdapter([5, 7], [0, 0], code=32, condition=8)
+    rcp, repair = RCP(layers=[1], stage_ratios=[1.0], inner=64), RepairAdapter([5, 7], [0, 0], code=32, condition=8)
     for part in (rcp, repair):
         part.build(dims)
     with counter() as counts:

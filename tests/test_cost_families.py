@@ -19,7 +19,7 @@ from lit_prune.cost.trace import Trace, VisionTrace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.host.places import check_stages
+from lit_prune.host.parts import check_stages
 from lit_prune.loading import shipped_config
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.rcp import RCP

@@ -1,5 +1,6 @@
 """The battery of `test_equality.py` on tiny models of every family, their samples differing in visual tokens."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -332,7 +333,7 @@ def test_rotary_embeddings_follow_the_kept_tokens(attach, name):
     family = FAMILIES[name]
     inputs = {**collate(family, prompts(family)[:1]), "use_cache": False}
     vlm, ropes = attach(name), {}
-    layers = vlm.host.places.layers
+    layers = vlm.host.parts.layers
 
     def spy(index):
         return lambda _, args, kwargs: ropes.update({index: kwargs["position_embeddings"]})
@@ -415,11 +416,11 @@ def test_contenders_of_a_soft_mask_are_those_of_each_image():
     pictures = [Picture((2,), 3), Picture((3,), 4)]
     inputs = collate(family, [prompt(family, pictures, 6, 1)])
     vlm, seen = VLM(built("internvl"), None).attach(Halves(), keep={2: 10}), []
-    spy = vlm.host.places.layers[7].register_forward_pre_hook(
+    spy = vlm.host.parts.layers[7].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     try:
-        _, record = forward(vlm, inputs, soft=True, spare=2.0)
+        _, record = forward(vlm, inputs, soft=True, contenders=2.0)
     finally:
         spy.remove()
         vlm.detach()
@@ -481,6 +482,46 @@ def test_chunked_prefill_is_refused(attach, name):
     for size in (20, inputs["input_ids"].shape[1] - 2):
         with pytest.raises(LitPruneError, match="prefill_chunk_size"):
             generate(vlm, inputs, 2, prefill_chunk_size=size)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_prompt_without_an_image_may_come_in_chunks(attach, static):
+    """Nothing of it is pruned, so that the answer is the one to the whole prompt."""
+    family = FAMILIES["llava-1.5"]
+    inputs, vlm = collate(family, [prompt(family, [], 15, 0)]), attach("llava-1.5")
+    assert "pixel_values" not in inputs
+    whole = generate(vlm, inputs, **cache_options(vlm, static))
+    chunks = generate(vlm, inputs, prefill_chunk_size=4, **cache_options(vlm, static))
+    assert torch.equal(chunks.sequences, whole.sequences)
+    assert gap(chunks.logits, whole.logits) <= TOLERANCE
+
+
+def chunks_are_refused(model, inputs) -> bool:
+    """Whether the model's own `generate()` refuses chunks; the library itself may refuse those that hold an image."""
+    try:
+        model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=20, pad_token_id=PAD)
+    except (LitPruneError, ValueError, RuntimeError) as error:
+        return "pruned one by one" in str(error)
+    return False
+
+
+def test_chunks_are_refused_by_whichever_method_is_attached(attach):
+    """By the one that replaces another, after an attach that failed, in a copy, and by none once it is detached."""
+    family = FAMILIES["llava-1.5"]
+    inputs, vlm = collate(family, prompts(family)[:1]), attach("llava-1.5", model=family.build())
+    assert chunks_are_refused(vlm.model, inputs)
+    vlm.attach(Uniform([1]), keep=KEEP)
+    assert chunks_are_refused(vlm.model, inputs)
+    with pytest.raises(LitPruneError):
+        vlm.attach(Uniform([99]), keep=KEEP)
+    assert chunks_are_refused(vlm.model, inputs)
+    with vlm.using(Session(prune=False)):
+        assert not chunks_are_refused(vlm.model, inputs)
+    twin = copy.deepcopy(vlm)
+    vlm.detach()
+    assert not chunks_are_refused(vlm.model, inputs)
+    assert chunks_are_refused(twin.model, inputs)
+    assert not chunks_are_refused(twin.detach().model, inputs)
 
 
 def test_stages_before_deepstack_is_done_are_refused():

@@ -34,7 +34,7 @@ from lit_prune.evaluation.timing import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import wall_clock
 from lit_prune.evaluation.timing.prompts import random_prompt
 from lit_prune.host import Session
-from lit_prune.host.places import nominal_tokens
+from lit_prune.host.parts import nominal_tokens
 from lit_prune.ops.budget import asked, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.oracle import Oracle

@@ -38,7 +38,7 @@ def test_the_learning_rate_that_is_found_is_the_one_that_is_used(student, world,
     steps, module, _ = fit(student, world, tmp_path, finder, max_steps=4)
     found = finder.optimal_lr.suggestion()
     assert module.lr == found != 3e-3
-    course = warm_cosine(4, module.warmup, module.floor)
+    course = warm_cosine(4, module.warmup, module.final_lr)
     assert steps.rates == [[pytest.approx(found * course(step))] * 2 for step in range(4)]
 
 
@@ -59,7 +59,7 @@ def test_the_batch_size_that_is_found_is_the_one_that_is_used(student, world, tm
     steps, module, data = fit(student, world, tmp_path, finder, max_epochs=1)
     assert finder.optimal_batch_size == data.batch_size == size
     assert [len(records) for records in steps.records] == [size] * (12 // size)
-    course = warm_cosine(12 // size, module.warmup, module.floor)
+    course = warm_cosine(12 // size, module.warmup, module.final_lr)
     assert [rates[0] for rates in steps.rates] == [pytest.approx(3e-3 * course(i)) for i in range(12 // size)]
 
 
@@ -76,11 +76,11 @@ def test_settings_on_resume_are_the_ones_that_are_used(student, world, tmp_path)
     """A checkpoint brings a place in the schedule, no rates and no weight decay."""
     saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
     fit(student, world, tmp_path, saver, max_steps=2)
-    for options in ({}, {"lr": 1e-3, "repair_lr": 2e-3, "weight_decay": 0.5, "floor": 0.2}):
+    for options in ({}, {"lr": 1e-3, "repair_lr": 2e-3, "weight_decay": 0.5, "final_lr": 0.2}):
         steps, module = Steps(), student(**options)
         run = trainer(tmp_path, [steps], max_steps=4)
         run.fit(module, world(), ckpt_path=tmp_path / "last.ckpt")
-        course = warm_cosine(4, module.warmup, module.floor)
+        course = warm_cosine(4, module.warmup, module.final_lr)
         repair = module.lr if module.repair_lr is None else module.repair_lr
         expected = [[module.lr * course(step), repair * course(step)] for step in (2, 3)]
         assert steps.rates == [pytest.approx(rates) for rates in expected]

@@ -31,7 +31,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-FLOORS = {room: floor for floor, room in enumerate(ROOMS)}
+ORDER = {room: place for place, room in enumerate(ROOMS)}
 ENTRIES = 20  # at most so many modules, folders and files in the package itself
 FRAMEWORKS = {"transformers", "lightning", "wandb", "deepspeed", "torchmetrics", "jsonargparse", "omegaconf"}
 KNOWS_TRANSFORMERS = {"host", "loading", "micro/model"}
@@ -89,7 +89,7 @@ def name_of(path: Path) -> str:
 def test_imports_go_down_only(path: Path) -> None:
     """All of a room may be imported by those above it, so there is no circle between rooms."""
     room = part_of(path)
-    above = {used for used in parts_used(path) - {room, "__init__"} if FLOORS[used] > FLOORS[room]}
+    above = {used for used in parts_used(path) - {room, "__init__"} if ORDER[used] > ORDER[room]}
     assert not above, f"{room} may not import {sorted(above)}, which stand above it"
 
 
@@ -103,7 +103,7 @@ def test_modules_of_a_room_form_no_circle() -> None:
     TopologicalSorter(needs).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if FLOORS.get(part_of(p), 99) <= FLOORS["cost"]], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in SOURCES if ORDER.get(part_of(p), 99) <= ORDER["cost"]], ids=name_of)
 def test_lower_rooms_know_no_framework(path: Path) -> None:
     used = {name.partition(".")[0] for name in modules_imported(path)} & FRAMEWORKS
     allowed = {"transformers"} if name_of(path) in KNOWS_TRANSFORMERS else set()

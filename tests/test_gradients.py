@@ -158,3 +158,21 @@ def test_gradients_survive_activation_checkpointing():
         return torch.autograd.grad(logits[0, -1].square().sum(), soft)[0]
 
     assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("pruner", ["divprune", "visionzip", "dcp", "fastv", "sparsevlm"])
+def test_stages_run_once_under_activation_checkpointing(pruner):
+    """Also those in the tower, whose layers are run again in backward too, by the library's own switch."""
+
+    def run(checkpointing: bool) -> torch.Tensor:
+        vlm = tiny.attach(tiny.build_model(), tiny.ROOT / "configs" / "pruners" / f"{pruner}.yaml")
+        inputs = batch(samples((48, 40)))
+        inputs["pixel_values"].requires_grad_()
+        if checkpointing:
+            vlm.model.gradient_checkpointing_enable()
+            vlm.model.train()
+        logits = vlm.model(**inputs, use_cache=False).logits
+        return torch.autograd.grad(logits.square().sum(), inputs["pixel_values"])[0]
+
+    assert torch.equal(run(True), run(False))
+    assert run(False).abs().sum() > 0

@@ -23,7 +23,7 @@ def attach(name: str, layer: str = "own") -> tuple[VLM, dict]:
     """RCP with repair in training mode on a tiny model of a family, and three prompts with answers of 3 tokens."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    rcp = RCP(layers=[2, 4, 6], shape=[4.0, 2.0, 1.0], select="topk", inner=16, attention_layer=layer)
+    rcp = RCP(layers=[2, 4, 6], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=16, attention_layer=layer)
     vlm = tiny.attach(family.build(), rcp, 26, METHODS["rcp"][1]())
     vlm.plugin.train()
     return vlm, collate(family, prompts(family), answers=3)
@@ -84,7 +84,7 @@ def test_the_layer_whose_attention_is_read_runs_in_the_student_too():
 def test_idle_layers_see_one_column(pruned):
     """The student's below the first stage, the teacher's behind the last layer that is looked at."""
     vlm, inputs, seen = pruned(tiny.small_rcp(), tiny.KEEP), batch(samples()), []
-    layers = vlm.host.places.layers
+    layers = vlm.host.parts.layers
     handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for layer in layers]
     prefix, full = Prefix(vlm.host.shared), inputs["input_ids"].shape[1]
     forward(vlm, inputs, prune=False, repair=False, prefix=prefix, stop=6)

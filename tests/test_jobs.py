@@ -58,6 +58,18 @@ def test_shellcheck(script):
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("name", ["test.sh", "try.sh"])
+def test_one_thread_where_none_is_asked_for(name):
+    """Set before the work begins; a number that is set already stays."""
+    text = (ROOT / "jobs" / name).read_text()
+    line = next(line for line in text.splitlines() if line.startswith("export OMP_NUM_THREADS"))
+    for before, after in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | before
+        command = ["bash", "-c", f'{line}; printf %s "$OMP_NUM_THREADS"']
+        assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == after
+    assert text.index(line) < min(text.index(command) for command in ("lit-prune fit", "-m pytest") if command in text)
+
+
 @pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
 def test_batch_scripts_are_what_slurm_takes(cluster, script, tmp_path):
     """Known directives with good values, before the first command, no path of ours in the spooled copy; `bash -n`."""

@@ -25,7 +25,7 @@ from lit_prune import loading
 from lit_prune.cost.shapes import FOLDER, names
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.loading import shipped_config
 from lit_prune.micro.model import build, build_config, build_processor
 from lit_prune.plugin import fingerprint
@@ -221,7 +221,9 @@ def works(vlm: VLM, tmp_path: Path) -> list[str]:
     """Attach, generate, save, detach, load, generate: the plain answers, for a look at the model beneath."""
     ask = partial(vlm.answer, [picture(0), picture(1)], ["what colour ?", "how many ?"], max_new_tokens=4)
     plain, hooks = ask(), count_hooks(vlm.model)
-    vlm.attach(RCP([1, 5], inner=16, select="topk", shape=[2.0, 1.0]), RepairAdapter([11], [1], bottleneck=8), keep=24)
+    vlm.attach(
+        RCP([1, 5], inner=16, select="topk", stage_ratios=[2.0, 1.0]), RepairAdapter([11], [1], bottleneck=8), keep=24
+    )
     tiny.shake(vlm.plugin, 0.05)
     pruned, weights = ask(), {name: p.clone() for name, p in vlm.plugin.named_parameters()}
     vlm.save_pretrained(tmp_path / "plugin")
@@ -380,7 +382,7 @@ def test_weights_of_another_model_are_refused(changed, capfd, change, said):
     assert text.startswith(
         f"the weights of {folder} are not those of its model in transformers {transformers.__version__}"
     )
-    assert "5.18 to 5.24" in text
+    assert "5.19 to 5.24" in text
     assert "\n" not in text
     assert len(text) < 800
     assert "LOAD REPORT" not in capfd.readouterr().err

@@ -31,7 +31,7 @@ from lit_prune.training import module as training
 from lit_prune.training.logging import step_figures
 from lit_prune.training.losses import Anneal, tokens_asked
 from lit_prune.training.module import PruneModule
-from lit_prune.training.step import Moment
+from lit_prune.training.step import StepKey
 
 CONFIGS = ROOT / "configs"
 STEPS, BATCH, KEEP, DEPTH = 4, 4, 16, 16
@@ -399,7 +399,7 @@ def test_a_blank_sample_is_in_no_figure(student, world):
     inputs["input_ids"] = ids.masked_fill(ids == module.model.config.image_token_id, 5)
     figures = []
     for together in (True, False):
-        step = module.teaching.step({**batch, "inputs": inputs}, Moment(1, 0.5), in_step=together)
+        step = module.teaching.step({**batch, "inputs": inputs}, StepKey(1, 0.5), in_step=together)
         figures.append(step_figures(module.teaching, step, 0.5, BATCH))
         assert len(step.student.trace.total_visual) == BATCH + together
     assert figures[0].keys() == figures[1].keys() >= {"budget/actual", "kept/layer_1", "shift/layer_11"}

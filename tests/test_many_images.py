@@ -21,7 +21,7 @@ from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.pyramiddrop import PyramidDrop
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.training.losses import Anneal, LossWeights
-from lit_prune.training.step import Moment, Teaching
+from lit_prune.training.step import StepKey, Teaching
 from lit_prune.vlm import VLM
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
@@ -91,9 +91,9 @@ def test_training_step(attach, pruner, images, mode):
     """Teacher, student, losses, backward; without hints, which training has none of."""
     vlm = attach(pruner)
     vlm.plugin.train()
-    options = {"train_mode": mode, "spare": 3.0, "gate_clip": 1.0, "checkpoint_activations": False, "watch": (4,)}
+    options = {"train_mode": mode, "contenders": 3.0, "gate_clip": 1.0, "checkpoint_activations": False, "watch": (4,)}
     teaching = Teaching(vlm, KEEP, LossWeights(attention=1.0, distill=1.0), Anneal(), **options)
-    step = teaching.step({"inputs": inputs(images, "right", answers=2)}, Moment(seed=1, done=0.5))
+    step = teaching.step({"inputs": inputs(images, "right", answers=2)}, StepKey(seed=1, done=0.5))
     step.total.backward()
     gradients = [p.grad for p in vlm.plugin.parameters() if p.grad is not None]
     assert step.total.isfinite()

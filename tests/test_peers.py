@@ -64,7 +64,7 @@ def words_of(seen: Context, row: int) -> list[int]:
 
 
 def kept_by(pruner, seen: Context) -> list[set[int]]:
-    return [set(row.nonzero()[:, 0].tolist()) for row in pruner.prune(seen).keep]
+    return [set(row.nonzero()[:, 0].tolist()) for row in pruner.prune(seen).mask]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -279,7 +279,7 @@ def test_sparsevlm_keeps_and_recycles_what_its_formula_says(counts):
     recycled = 0
     for row, count in enumerate(counts):
         by_hand = sparsevlm_by_hand(seen, row, count)
-        assert set(kept.keep[row].nonzero()[:, 0].tolist()) == set(by_hand)
+        assert set(kept.mask[row].nonzero()[:, 0].tolist()) == set(by_hand)
         for token, state in by_hand.items():
             assert tiny.gap(kept.states[row, token], state) < 1e-5
             recycled += tiny.gap(kept.states[row, token], seen.states[row, token]) > 0.1
@@ -324,7 +324,7 @@ def test_sparsevlm_puts_means_into_the_sequence(tiny_model):
     handle.remove()
     vlm.detach()
     (seen, kept), (hidden, rope) = decisions[0], entered[0]
-    tokens = kept.keep[0].nonzero()[:, 0]
+    tokens = kept.mask[0].nonzero()[:, 0]
     assert torch.equal(hidden[0, 2 : 2 + len(tokens)], kept.states[0, tokens])
     assert (kept.states[0, tokens] != seen.states[0, tokens]).any(1).sum() >= 2
     with torch.no_grad():
@@ -349,9 +349,9 @@ def test_images_decide_alone(pruner):
         cut = {name: getattr(seen, name)[:, part] for name in (*BY_TOKEN, "alive")}
         rows = replace(seen, **cut, count=shares[:, image], row_attention=seen.row_attention[..., part])
         alone = pruner.prune(rows)
-        assert torch.equal(kept.keep[:, part], alone.keep)
+        assert torch.equal(kept.mask[:, part], alone.mask)
         if alone.states is not None:
-            torch.testing.assert_close(kept.states[:, part][alone.keep], alone.states[alone.keep])
+            torch.testing.assert_close(kept.states[:, part][alone.mask], alone.states[alone.mask])
 
 
 # -- nothing asked --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_no_two_methods_share_a_colour_or_a_marker(count):
 @pytest.mark.parametrize("count", [1, 2, 20])
 @pytest.mark.parametrize("keeps", [KEEPS, (16,)])
 def test_every_plot_is_drawn(count, keeps, tmp_path):
-    made = plots.figures(rows(count, keeps), 144)
+    made = plots.draw(rows(count, keeps), 144)
     assert list(made) == ["accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"]
     for name, figure in made.items():
         figure.savefig(tmp_path / f"{name}.png")
@@ -47,14 +47,14 @@ def test_every_plot_is_drawn(count, keeps, tmp_path):
 
 
 def test_one_budget_gives_bars():
-    made = plots.figures(rows(5, (16,)), 144)
+    made = plots.draw(rows(5, (16,)), 144)
     for name in ("accuracy_tokens", "accuracy_flops"):
         axes = made[name].axes[0]
         assert len(axes.patches) == 5
         widths = [bar.get_width() for bar in axes.patches]
         assert widths == sorted(widths)
         assert [tick.get_text() for tick in axes.get_yticklabels()][-1].startswith("method")
-    assert not plots.figures(rows(5), 144)["accuracy_tokens"].axes[0].patches
+    assert not plots.draw(rows(5), 144)["accuracy_tokens"].axes[0].patches
 
 
 def names_in(figure: Figure) -> list:
@@ -71,7 +71,7 @@ def names_in(figure: Figure) -> list:
 @pytest.mark.parametrize("name", ["accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"])
 @pytest.mark.parametrize("alike", [False, True])
 def test_every_method_is_named_once_a_panel_and_no_name_hides_another(count, name, alike):
-    figure = plots.figures(rows(count, alike=alike), 144)[name]
+    figure = plots.draw(rows(count, alike=alike), 144)[name]
     for boxes in names_in(figure):
         assert len(boxes) == count
         for a, b in itertools.combinations(boxes, 2):
@@ -81,11 +81,11 @@ def test_every_method_is_named_once_a_panel_and_no_name_hides_another(count, nam
 
 def test_equal_lines_do_not_hide_one_another():
     """Equally good methods stand beside one another; equal schedules share a line in turn."""
-    figure = plots.figures(rows(6, alike=True), 144)["accuracy_tokens"]
+    figure = plots.draw(rows(6, alike=True), 144)["accuracy_tokens"]
     lines = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", "_", "|", None)]
     starts = [line.get_xdata()[0] for line in lines if len(line.get_xdata()) == 3]
     assert len(starts) == len(set(starts)) == 6
-    panel = plots.figures(rows(6, alike=True), 144)["tokens_per_layer"].axes[0]
+    panel = plots.draw(rows(6, alike=True), 144)["tokens_per_layer"].axes[0]
     steps = [line for line in panel.lines if line.get_drawstyle() == "steps-mid"]
     assert len(steps) == 6
     drawn = [(tuple(np.round(line.get_ydata(), 6)), line._unscaled_dash_pattern) for line in steps]
@@ -97,13 +97,13 @@ def test_equal_lines_do_not_hide_one_another():
 
 def test_what_has_no_price_has_no_plot_of_it():
     unpriced = [{**row, "flops": None} for row in rows(3)]
-    assert "accuracy_flops" not in plots.figures(unpriced, 144)
+    assert "accuracy_flops" not in plots.draw(unpriced, 144)
 
 
 def test_budgets_that_are_shares():
     """For models whose images differ; in order of what they leave of a usual image."""
     shares = [{**row, "keep": row["keep"] and {48: "33.3%", 16: "11.1%", 4: "2.8%"}[row["keep"]]} for row in rows(3)]
-    made = plots.figures(shares, 144)
+    made = plots.draw(shares, 144)
     assert [tick.get_text() for tick in made["accuracy_tokens"].axes[0].get_xticklabels()] == ["33.3%", "11.1%", "2.8%"]
 
 

@@ -104,8 +104,8 @@ def test_configuration_is_what_the_file_says(path):
 @DECODER
 def test_keeps_the_count_among_the_alive(path):
     kept = built(path).prune(context())
-    assert kept.keep.sum(1).tolist() == [6, 6, 6]
-    assert not (kept.keep & ~context().alive).any()
+    assert kept.mask.sum(1).tolist() == [6, 6, 6]
+    assert not (kept.mask & ~context().alive).any()
     assert kept.gate is None
 
 
@@ -119,10 +119,10 @@ def test_scores_are_finite_where_alive(path):
 @TOWER
 def test_tower_keeps_at_most_the_count_among_the_alive(path):
     kept = built(path).prune_vision(vision_context())
-    assert kept.keep.any(1).all()
-    assert not (kept.keep & ~vision_context().alive).any()
+    assert kept.mask.any(1).all()
+    assert not (kept.mask & ~vision_context().alive).any()
     if kept.states is not None:
-        assert kept.states[kept.keep].isfinite().all()
+        assert kept.states[kept.mask].isfinite().all()
 
 
 @TOWER
@@ -133,29 +133,29 @@ def test_towers_decision_is_the_tiles_own(path):
     for row in range(3):
         one = {k: value[row : row + 1] if isinstance(value, torch.Tensor) else value for k, value in vars(full).items()}
         alone = pruner.prune_vision(VisionContext(**one | {"memory": {}}))
-        assert torch.equal(alone.keep[0], together.keep[row])
+        assert torch.equal(alone.mask[0], together.mask[row])
         if together.states is not None:
-            assert tiny.gap(alone.states[0][alone.keep[0]], together.states[row][alone.keep[0]]) < 1e-5
+            assert tiny.gap(alone.states[0][alone.mask[0]], together.states[row][alone.mask[0]]) < 1e-5
 
 
 @EVERY
 def test_deciding_twice_is_deciding_the_same(path):
     pruner = built(path)
-    assert torch.equal(pruner.prune(context()).keep, pruner.prune(context()).keep)
+    assert torch.equal(pruner.prune(context()).mask, pruner.prune(context()).mask)
 
 
 @EVERY
 def test_decision_is_the_samples_own(path):
     """The same alone as in a batch."""
     pruner, full = built(path), context()
-    together = pruner.prune(full).keep
+    together = pruner.prune(full).mask
     for row in range(3):
         one = {
             name: value[row : row + 1] if isinstance(value, torch.Tensor) else value
             for name, value in vars(full).items()
         }
         one["hints"] = {"regions": full.hints["regions"][row : row + 1]}
-        assert torch.equal(pruner.prune(Context(**one)).keep[0], together[row])
+        assert torch.equal(pruner.prune(Context(**one)).mask[0], together[row])
 
 
 @EVERY
@@ -284,7 +284,7 @@ def test_context_holds_each_samples_own_tokens(tiny_model):
 
 def rcp(**options) -> RCP:
     torch.manual_seed(0)
-    pruner = RCP(layers=[1, 3], shape=[2.0, 1.0], inner=16, **options).eval()
+    pruner = RCP(layers=[1, 3], stage_ratios=[2.0, 1.0], inner=16, **options).eval()
     pruner.build(DIMS)
     return pruner.eval()
 
@@ -329,7 +329,7 @@ def test_rcp_baseline_is_centred_over_the_alive_and_clamped():
 
 def test_rcp_threshold_keeps_positive_logits():
     pruner, seen = rcp(select="threshold", bias=0.0), context()
-    kept, logits = pruner.prune(seen).keep, pruner.score(seen)
+    kept, logits = pruner.prune(seen).mask, pruner.score(seen)
     assert torch.equal(kept, (logits > 0) & seen.alive)
 
 
@@ -337,17 +337,17 @@ def test_rcp_threshold_keeps_positive_logits():
 def test_rcp_training_gate(select):
     """Hard in value, soft in gradient, noisy only where noise is on."""
     pruner, seen = rcp(select=select, dropout=0.0, bias=0.0), context()
-    quiet = pruner.prune(seen).keep
+    quiet = pruner.prune(seen).mask
     pruner.train()
     pruner.tau = 0.5
     kept = pruner.prune(seen)
-    assert torch.equal(kept.keep, quiet)
+    assert torch.equal(kept.mask, quiet)
     assert torch.equal(kept.gate.detach().round().bool(), quiet)
     assert torch.autograd.grad(kept.gate.sum(), pruner.scorers[0].bias)[0] > 0
     pruner.noise = 5.0
-    assert not torch.equal(pruner.prune(seen).keep, quiet)
+    assert not torch.equal(pruner.prune(seen).mask, quiet)
     if select == "topk":
-        assert pruner.prune(seen).keep.sum(1).tolist() == [6, 6, 6]
+        assert pruner.prune(seen).mask.sum(1).tolist() == [6, 6, 6]
 
 
 def test_rcp_gate_has_the_gradient_of_a_sigmoid_around_the_cut():
@@ -357,11 +357,11 @@ def test_rcp_gate_has_the_gradient_of_a_sigmoid_around_the_cut():
     kept = pruner.prune(seen)
     logits = kept.scores
     gradient = torch.autograd.grad(kept.gate.sum(), logits)[0]
-    worst = logits.masked_fill(~kept.keep, float("inf")).amin(1, keepdim=True)
-    best = logits.masked_fill(kept.keep | ~seen.alive, float("-inf")).amax(1, keepdim=True)
+    worst = logits.masked_fill(~kept.mask, float("inf")).amin(1, keepdim=True)
+    best = logits.masked_fill(kept.mask | ~seen.alive, float("-inf")).amax(1, keepdim=True)
     soft = torch.sigmoid((logits - (worst + best) / 2) / 0.7)
     torch.testing.assert_close(gradient, soft * (1 - soft) / 0.7)
-    assert (gradient[~kept.keep] > 0).all(), "dropped tokens learn too"
+    assert (gradient[~kept.mask] > 0).all(), "dropped tokens learn too"
 
 
 def test_rcp_drops_out_in_training_only(pruned):
@@ -397,7 +397,7 @@ def test_uniform_spreads(side, count):
     total = side * side
     alive = torch.ones(3, total, dtype=torch.bool)
     seen = context(tokens=total, alive=alive, count=torch.full((3,), count))
-    grid = Uniform([0]).prune(seen).keep[0].view(side, side)
+    grid = Uniform([0]).prune(seen).mask[0].view(side, side)
     assert grid.sum() == count
     kept = grid.nonzero()
     cells = torch.cartesian_prod(torch.arange(side), torch.arange(side))
@@ -414,7 +414,7 @@ def test_uniform_is_a_regular_grid_where_it_can_be():
 def test_uniform_without_a_square_grid_is_evenly_spaced_in_raster_order(count, total):
     alive = torch.ones(1, total, dtype=torch.bool)
     seen = context(size=1, tokens=total, alive=alive, count=torch.tensor([count]))
-    kept = Uniform([0]).prune(seen).keep[0].nonzero()[:, 0]
+    kept = Uniform([0]).prune(seen).mask[0].nonzero()[:, 0]
     assert len(kept) == count
     gaps = kept.diff().tolist()
     assert max(gaps, default=1) - min(gaps, default=1) <= 1
@@ -430,13 +430,13 @@ def several(**changes) -> Context:
 
 def test_uniform_spreads_over_each_image_by_itself():
     seen = several(alive=torch.ones(3, VISUAL, dtype=torch.bool), count=torch.full((3,), 9))
-    kept = Uniform([0]).prune(seen).keep[0]
+    kept = Uniform([0]).prune(seen).mask[0]
     alone = {}
     for count, total in ((4, 16), (5, 20)):
         alone[total] = context(
             size=1, tokens=total, alive=torch.ones(1, total, dtype=torch.bool), count=torch.tensor([count])
         )
-    expected = [Uniform([0]).prune(seen).keep[0] for seen in alone.values()]
+    expected = [Uniform([0]).prune(seen).mask[0] for seen in alone.values()]
     assert torch.equal(kept, torch.cat(expected))
 
 
@@ -445,7 +445,7 @@ def test_images_of_a_sample_share_the_count(path):
     """Whatever the method: 16 and 20 tokens, those alive in proportion."""
     seen = several()
     pruner = built(path)
-    kept = pruner.prune(seen).keep
+    kept = pruner.prune(seen).mask
     assert torch.equal(kept, kept & seen.alive)
     if getattr(pruner, "select", "topk") == "topk" and not pruner.acts_in_tower:
         assert torch.equal(seen.images.sum(kept.long()), share(seen.count, seen.images.sum(seen.alive.long())))
@@ -475,7 +475,7 @@ def test_oracle_takes_the_regions_in_turn():
     regions[0, 1, [20, 21]] = torch.tensor([0.3, 0.9])
     seen = context(size=1, alive=torch.ones(1, VISUAL, dtype=torch.bool), hints={"regions": regions})
     for count, tokens in ((2, {4, 21}), (4, {3, 4, 20, 21}), (5, {3, 4, 5, 20, 21})):
-        kept = Oracle([1]).prune(replace(seen, count=torch.tensor([count]))).keep
+        kept = Oracle([1]).prune(replace(seen, count=torch.tensor([count]))).mask
         assert set(kept[0].nonzero()[:, 0].tolist()) == tokens
 
 
@@ -485,7 +485,7 @@ def test_oracle_without_regions(pruned):
 
 
 def test_average_is_the_budget_for_any_method(pruned):
-    """Whatever the layers and shape."""
+    """Whatever the layers and ratios."""
     for keep in (KEEP, 20, 30):
         vlm = pruned(tiny.small_rcp(), keep=keep)
         _, record = forward(vlm, batch(samples()))

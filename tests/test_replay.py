@@ -147,7 +147,7 @@ class Spoilt(PruneModule):
 
 base, root = sys.argv[1:]
 data = MicroData(base, root, train_samples=12, val_samples=6, test_samples=6, questions_per_image=3, batch_size=4)
-module = Spoilt(base, RCP(layers=[1], shape=[1.0], inner=16, select="topk"), keep=16)
+module = Spoilt(base, RCP(layers=[1], stage_ratios=[1.0], inner=16, select="topk"), keep=16)
 run = trainer(Path(root), [NanGuard()], max_steps=2, devices=2, strategy="ddp", accumulate_grad_batches=2)
 run.fit(module, data)
 """

@@ -13,7 +13,19 @@ from transformers import CLIPImageProcessorPil
 from lit_prune.cli import main
 from lit_prune.commands.show import seen_box, view
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.pictures import DPI, LABEL, MARGIN, RIGHT, WRONG, Row, Sheet, borders, figure, mark, side_of
+from lit_prune.evaluation.pictures import (
+    DPI,
+    LABEL,
+    MARGIN,
+    RIGHT,
+    WRONG,
+    Row,
+    Sheet,
+    borders,
+    draw_page,
+    mark,
+    side_of,
+)
 from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
 from lit_prune.vlm import VLM, load
 
@@ -86,7 +98,7 @@ def test_only_a_square_grid_can_be_drawn() -> None:
 
 def test_page_grows_with_rows_stages_and_long_text() -> None:
     image, row = np.asarray(SCENE.image()), Row("A", stages=[("layer 1", kept_of(5))])
-    one, two = figure(image, [row]), figure(image, [row, Row("B", answer="a long answer " * 20)], "Why? " * 60)
+    one, two = draw_page(image, [row]), draw_page(image, [row, Row("B", answer="a long answer " * 20)], "Why? " * 60)
     assert len(one.axes) == 2
     assert len(two.axes) == 3
     assert two.get_figheight() > 2 * one.get_figheight()
@@ -100,14 +112,14 @@ def test_scores_have_a_colour_bar_and_the_frame_a_legend() -> None:
     """The bar's ends are the colours' own; a row without scores has neither."""
     scores = np.linspace(-3.0, 5.0, 144)
     rows = [Row("plain"), Row("scored", scores=scores)]
-    page = figure(np.asarray(SCENE.image()), rows, boxes=[(8, 8, 24, 24)])
+    page = draw_page(np.asarray(SCENE.image()), rows, boxes=[(8, 8, 24, 24)])
     texts = [text.get_text() for axes in page.axes for text in axes.texts]
     assert texts == [f"{end:.3g}" for end in np.quantile(scores, (0.02, 0.98))]
     titles = [axes.get_title() for axes in page.axes if axes.get_title()]
     assert titles == ["image  □ what is asked about", "scores of the first stage"]
     bars = [axes for axes in page.axes if axes.get_window_extent().width > 5 * axes.get_window_extent().height]
     assert len(bars) == 1
-    assert "□" not in figure(np.asarray(SCENE.image()), rows).axes[0].get_title()
+    assert "□" not in draw_page(np.asarray(SCENE.image()), rows).axes[0].get_title()
 
 
 def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:

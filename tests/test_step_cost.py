@@ -39,7 +39,9 @@ class Counted(Callback):
         self.counter.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("options", [{}, {"train_mode": "drop"}, {"spare": 2.0}], ids=["soft", "drop", "contenders"])
+@pytest.mark.parametrize(
+    "options", [{}, {"train_mode": "drop"}, {"contenders": 2.0}], ids=["soft", "drop", "contenders"]
+)
 def test_a_step_costs_what_it_runs(student, world, tmp_path, options):
     module, counted = student(**options), Counted()
     trainer(tmp_path, [counted], max_steps=1).fit(module, world(batch_size=1))

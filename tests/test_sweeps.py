@@ -8,9 +8,12 @@ import queue
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import wandb
@@ -328,7 +331,6 @@ def test_the_shipped_sweep_trains_with_optuna(checkout, capsys):
 
 def test_wandbs_agent_runs_the_shipped_sweep(checkout, monkeypatch, capfd):
     """W&B's own agent loop over the file's own parameters, without a server; a failed trial doesn't stop it."""
-    from wandb.apis.public import sweeps as server
     from wandb.wandb_agent import Agent
 
     raw = yaml.safe_load(Path("configs/sweeps/micro.yaml").read_text())
@@ -347,21 +349,18 @@ def test_wandbs_agent_runs_the_shipped_sweep(checkout, monkeypatch, capfd):
         }
         for i, params in enumerate(proposed)
     ]
-    states = []
 
-    def heartbeat(api, agent_id, metrics, running):
-        states.append(dict(running))
+    def heartbeat(agent_id, metrics, running):
         return [orders.pop(0)] if orders and not running else []
 
-    monkeypatch.setattr(server, "_sweep_with_runs", lambda *a, **k: {"config": yaml.safe_dump(raw)})
-    monkeypatch.setattr(server, "_register_agent", lambda *a, **k: {"id": "agent"})
-    monkeypatch.setattr(server, "_agent_heartbeat", heartbeat)
+    answers = {"sweep": {"config": yaml.safe_dump(raw)}, "register_agent": {"id": "agent"}}
+    server = stand_in(monkeypatch, answers, heartbeat)
     monkeypatch.setattr(wandb, "Api", lambda *a, **k: None)
     monkeypatch.setattr(Agent, "POLL_INTERVAL", 0.2)
     monkeypatch.setenv("WANDB_DIR", os.getcwd())
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    agent = Agent(None, _Queue(), sweep_id="sweep1", count=2)
+    agent = Agent(server, _Queue(), sweep_id="sweep1", count=2)
     agent.run()
     assert (agent._finished, agent._failed) == (2, 1)
     assert not orders
@@ -371,6 +370,19 @@ def test_wandbs_agent_runs_the_shipped_sweep(checkout, monkeypatch, capfd):
     assert saved["model"]["lr"] == pytest.approx(good["model.lr"])
     assert saved["model"]["train_mode"] == good["model.train_mode"] == "drop"
     assert list(Path("runs/sweep/trial1").glob("wandb/offline-run-*-trial1"))
+
+
+def stand_in(monkeypatch, answers: dict[str, Any], heartbeat: Callable) -> Any:
+    """W&B's server, for an agent to ask: by functions of a module in newer versions, by methods of its api before."""
+    from wandb.apis.public import sweeps
+
+    if hasattr(sweeps, "_agent_heartbeat"):
+        monkeypatch.setattr(sweeps, "_sweep_with_runs", lambda *a, **k: answers["sweep"])
+        monkeypatch.setattr(sweeps, "_register_agent", lambda *a, **k: answers["register_agent"])
+        monkeypatch.setattr(sweeps, "_agent_heartbeat", lambda api, *a: heartbeat(*a))
+        return None
+    methods = {name: lambda *a, answer=answer, **k: answer for name, answer in answers.items()}
+    return SimpleNamespace(**methods, agent_heartbeat=heartbeat)
 
 
 class _Queue:

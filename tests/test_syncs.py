@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.training.losses import Anneal, LossWeights
-from lit_prune.training.step import Moment, Teaching
+from lit_prune.training.step import StepKey, Teaching
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 
@@ -84,10 +84,10 @@ def test_a_training_step_looks_once_more_in_each_forward_than_the_plain_model(ti
         tiny_model(**{name: part for name, part in inputs.items() if name != "labels"}, use_cache=False)
     vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
     vlm.plugin.train()
-    options = {"train_mode": mode, "spare": None, "gate_clip": 1.0, "checkpoint_activations": False, "watch": ()}
+    options = {"train_mode": mode, "contenders": None, "gate_clip": 1.0, "checkpoint_activations": False, "watch": ()}
     teaching = Teaching(vlm, tiny.KEEP, LossWeights(distill=1.0), Anneal(), **options)
     with looks(monkeypatch) as found:
-        teaching.step({"inputs": inputs}, Moment(seed=1, done=0.5)).total.backward()
+        teaching.step({"inputs": inputs}, StepKey(seed=1, done=0.5)).total.backward()
     vlm.plugin.zero_grad()
     vlm.plugin.eval()
     assert sorted(found) == sorted([*bare, "tolist"] * 2)
@@ -107,8 +107,8 @@ def test_no_wait_between_the_decoders_layers():
     model = tiny.build_model().cuda()
     vlm = tiny.attach(model, tiny.small_rcp(), repair=tiny.small_repair())
     inputs = {name: part.cuda() for name, part in tiny.batch(tiny.samples((50, 50))).items()}
-    first = vlm.host.places.layers[0]
-    last = vlm.host.places.layers[-1]
+    first = vlm.host.parts.layers[0]
+    last = vlm.host.parts.layers[-1]
     start = first.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"), prepend=True)
     stop = last.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
     try:

@@ -15,7 +15,7 @@ from transformers import (
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
-from lit_prune.host.places import tower
+from lit_prune.host.parts import tower
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 from lit_prune.vlm import VLM
 
@@ -64,12 +64,12 @@ def walked(model: nn.Module, image: torch.Tensor, cuts: dict[int, int]) -> tuple
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize(("layers", "shape"), [([1], [1.0]), ([-1], [1.0]), ([0, 1, -1], [2.0, 1.5, 1.0])])
-def test_stages_equal_a_tower_walked_by_hand(tiny_model, pruned, layers, shape, uneven):
+@pytest.mark.parametrize(("layers", "ratios"), [([1], [1.0]), ([-1], [1.0]), ([0, 1, -1], [2.0, 1.5, 1.0])])
+def test_stages_equal_a_tower_walked_by_hand(tiny_model, pruned, layers, ratios, uneven):
     """Patches that left are rows of zeros; the others are as if the rest had never been there."""
-    vlm = pruned(Norms(layers, shape, uneven=uneven), keep=10)
+    vlm = pruned(Norms(layers, ratios, uneven=uneven), keep=10)
     schedule = vlm.host.tower.schedule
-    assert list(schedule.values()) == [round(10 * part) for part in shape]
+    assert list(schedule.values()) == [round(10 * part) for part in ratios]
     found = features(tiny_model, pixels())
     for row, image in enumerate(pixels()):
         place, expected = walked(tiny_model, image, {at: n - row % 2 * uneven for at, n in schedule.items()})

@@ -54,7 +54,7 @@ def best(scores: dict[int, float], count: int) -> list[int]:
 
 def check(kept: Kept, tile: int, expected: dict[int, Tensor] | list[int]) -> None:
     """The chosen tokens of a tile and, where they merge, their states."""
-    assert kept.keep[tile].nonzero()[:, 0].tolist() == sorted(expected)
+    assert kept.mask[tile].nonzero()[:, 0].tolist() == sorted(expected)
     if isinstance(expected, dict):
         for token, state in expected.items():
             torch.testing.assert_close(kept.states[tile, token].double(), state, rtol=1e-5, atol=1e-5)
@@ -131,7 +131,7 @@ def test_prumerge_plus(tile, count):
 def test_downsample(keep, side):
     assert Downsample().image_side(keep, SIDE) == side
     kept = Downsample().prune_vision(context(min(keep, 36)))
-    assert kept.keep.sum(1).tolist() == [min(keep, n) for n in (36, 30, 20)]
+    assert kept.mask.sum(1).tolist() == [min(keep, n) for n in (36, 30, 20)]
 
 
 # -- DCP-Prune ------------------------------------------------------------------------------------------------------
@@ -223,10 +223,10 @@ def test_the_trigger_is_kappa_of_plain_top_k():
             total += math.log(var_f / var_k) + (var_k + (mu_k - mu_f) ** 2) / var_f - 1
         divergence.append(0.5 * total / WIDTH)
     middle = sorted(divergence)[1] + 1e-4
-    pruner = DCPPrune(vision_layers=(-1,), vision_shape=(1.0,), threshold=middle, candidates=2.0)
+    pruner = DCPPrune(vision_layers=(-1,), vision_stage_ratios=(1.0,), threshold=middle, candidates=2.0)
     counts = [2 * COUNT if value > middle else COUNT for value in divergence]
     assert sorted(counts) == [COUNT, COUNT, 2 * COUNT]
-    assert pruner.prune_vision(found).keep.sum(1).tolist() == counts
+    assert pruner.prune_vision(found).mask.sum(1).tolist() == counts
 
 
 def decoder_context(count: int) -> Context:
@@ -248,7 +248,7 @@ def test_tatcs(weight):
     """Facility location gives centres, text-aware likeness clusters, and each cluster one token."""
     found, count = decoder_context(5), 5
     kept = DCPPrune(text=weight).prune(found)
-    assert kept.keep[2].tolist() == found.alive[2].tolist(), "what arrived within the budget stays"
+    assert kept.mask[2].tolist() == found.alive[2].tolist(), "what arrived within the budget stays"
     for row in (0, 1):
         tokens = found.alive[row].nonzero()[:, 0].tolist()
         states, words = found.visual_embeds[row], found.text_embeds[row][found.text_mask[row]]
@@ -271,29 +271,29 @@ def test_tatcs(weight):
         for centre, members in clusters.items():
             worth = {i: (1 - weight) * alike(i, centre) + weight * asked[i].max().item() for i in members}
             chosen.append(max(worth, key=worth.get))
-        assert kept.keep[row].nonzero()[:, 0].tolist() == sorted(chosen)
+        assert kept.mask[row].nonzero()[:, 0].tolist() == sorted(chosen)
 
 
 def test_clusters_without_a_question():
     """No word at all, and a question of some samples only: those without one choose by the tokens alone."""
     found = decoder_context(5)
     nothing = replace(found, text=found.text[:, :0], text_embeds=found.text[:, :0], text_mask=found.text_mask[:, :0])
-    plain = DCPPrune(text=0.0).prune(found).keep
-    kept = DCPPrune(text=0.5).prune(nothing).keep
+    plain = DCPPrune(text=0.0).prune(found).mask
+    kept = DCPPrune(text=0.5).prune(nothing).mask
     assert kept.sum(1).tolist() == plain.sum(1).tolist() == [5, 5, 5]
     blank = replace(found, text_mask=torch.zeros_like(found.text_mask))
-    assert torch.equal(DCPPrune(text=0.5).prune(blank).keep, kept)
+    assert torch.equal(DCPPrune(text=0.5).prune(blank).mask, kept)
     assert torch.equal(kept, plain)
 
 
 def test_halves_can_be_switched_off():
-    found, options = context(), {"vision_layers": (-1,), "vision_shape": (1.0,), "threshold": 0.0}
+    found, options = context(), {"vision_layers": (-1,), "vision_stage_ratios": (1.0,), "threshold": 0.0}
     neither = DCPPrune(acgr=False, tatcs=False, **options).prune_vision(found)
     assert neither.states is None
     for tile in TILES:
         check(neither, tile, best(scores(found, tile, 1.0), COUNT))
-    assert DCPPrune(acgr=False, tatcs=True, **options).prune_vision(found).keep.sum(1).tolist() == [14, 14, 14]
-    assert DCPPrune(acgr=True, tatcs=False, **options).prune_vision(found).keep.sum(1).tolist() == [7, 7, 7]
+    assert DCPPrune(acgr=False, tatcs=True, **options).prune_vision(found).mask.sum(1).tolist() == [14, 14, 14]
+    assert DCPPrune(acgr=True, tatcs=False, **options).prune_vision(found).mask.sum(1).tolist() == [7, 7, 7]
 
 
 def test_an_anchor_with_nothing_alike_nearby_stays_as_it_is():
@@ -303,7 +303,7 @@ def test_an_anchor_with_nothing_alike_nearby_stays_as_it_is():
     found = VisionContext(0, states, *(getattr(found, name) for name in (
         "keys", "values", "attention", "alive", "ordinal", "count", "side")))  # fmt: skip
     kept = DCPPrune(tatcs=False, temperature=0.05).prune_vision(found)
-    assert kept.keep[:, 3].all()
+    assert kept.mask[:, 3].all()
     torch.testing.assert_close(kept.states[:, 3], states[:, 3])
 
 
@@ -331,7 +331,7 @@ def test_triggered_and_other_samples_share_a_batch(tiny_model, pruned):
             found.append(context.alive.sum(1))
             return super().prune(context)
 
-    options = {"vision_layers": (1, -1), "vision_shape": (2.0, 1.0), "vision_depth": 2, "candidates": 2.0}
+    options = {"vision_layers": (1, -1), "vision_stage_ratios": (2.0, 1.0), "vision_depth": 2, "candidates": 2.0}
     thresholds = [0.02 * 1.15**step for step in range(40)]
     for threshold in thresholds:
         found.clear()
@@ -354,7 +354,9 @@ def test_clusters_are_priced(tiny_model, pruned):
 
     from lit_prune.cost.flops import price
 
-    vlm = pruned(DCPPrune(threshold=-1.0, vision_layers=(1, -1), vision_shape=(3.0, 1.0), vision_depth=2), keep=6)
+    vlm = pruned(
+        DCPPrune(threshold=-1.0, vision_layers=(1, -1), vision_stage_ratios=(3.0, 1.0), vision_depth=2), keep=6
+    )
     counts, record = counted(vlm, {**tiny.batch(tiny.samples((50,))), "logits_to_keep": 1})
     assert record.trace.stages[0].visual.tolist() == [12]
     del counts["vision"]  # the counter has the stages' own arithmetic there

@@ -85,10 +85,10 @@ Run = Callable[..., Result]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder; W&B's links to its newest run aside."""
+    """All files below a folder; W&B's links to its newest run aside, and its debug logs, which grow after a run."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     found = {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    return {name: content for name, content in found.items() if "latest-run" not in name}
+    return {name: content for name, content in found.items() if "latest-run" not in name and "/logs/debug" not in name}
 
 
 def steps(folder: Path) -> int:
@@ -227,6 +227,14 @@ def test_runs_for_debugging_overwrite_nothing(lightning: Run, trained: Path, mod
         assert contents(trained) == before, (verb, more)
 
 
+def test_a_checkpoint_can_be_tried(lightning: Run, trained: Path) -> None:
+    """Its weights, for as many steps as are asked for, however many it has had."""
+    result = lightning("fit", "--trainer.fast_dev_run=3", "--ckpt_path=last", "--data.init_args.train_samples=21")
+    assert result.code == 0, result.err
+    assert "fast_dev_run: the checkpoint's weights and optimizer, from step 0" in result.err
+    assert "fit ended at step 3 " in result.err
+
+
 def test_a_run_for_debugging_leaves_no_folder(lightning: Run, tmp_path: Path) -> None:
     result = lightning("fit", "--trainer.fast_dev_run=true")
     assert result.code == 0, result.err
@@ -304,7 +312,8 @@ def test_a_method_that_has_not_learnt_is_said_first(lightning: Run, trained: Pat
         first = lightning(verb, quiet).out.splitlines()[0]
         assert first.startswith("note: untrained plug-in: neither --ckpt_path nor --model.plugin is given")
         assert first.endswith(f"{trained} has a trained one: --ckpt_path last")
-    assert ", of an untrained plug-in" in lightning("test", quiet).err
+    for verb in ("test", "validate"):
+        assert ", of an untrained plug-in" in lightning(verb, quiet).err
     told = ("--model.pruner=null", "--model.repair=null", f"--model.plugin={trained}/plugin")
     for result in (
         lightning("test", quiet, "--ckpt_path=last"),

@@ -51,7 +51,7 @@ def questions(world):
 
 
 @pytest.mark.parametrize("select", ["topk", "threshold"])
-@pytest.mark.parametrize("mode", [{"train_mode": "soft"}, {"train_mode": "drop"}, {"spare": 2.0}], ids=str)
+@pytest.mark.parametrize("mode", [{"train_mode": "soft"}, {"train_mode": "drop"}, {"contenders": 2.0}], ids=str)
 def test_three_steps_move_what_trains_and_nothing_else(student, world, questions, tmp_path, select, mode):
     """By gradients, since weight decay is off; the teacher's logits stay bit for bit."""
     module = student(select, **mode)
@@ -213,7 +213,7 @@ def test_training_goes_on_from_a_plugin_folder(student, micro_folder, tmp_path):
     assert all(part.training for part in again.plugin.modules())  # with dropout and noise, as any other run
 
 
-# -- spare: soft masks among contenders -----------------------------------------------------------------------------
+# -- contenders: soft masks among the best of the dropped ------------------------------------------------------------
 
 
 def test_contenders_only_change_the_gradients_reach(pruned):
@@ -222,8 +222,8 @@ def test_contenders_only_change_the_gradients_reach(pruned):
     vlm = pruned(tiny.small_rcp(dropout=0.0))
     dropped, _ = forward(vlm, inputs)
     text = tiny.real_text(inputs)
-    for spare in (1.0, 2.0, 100.0, None):
-        masked, record = forward(vlm, inputs, soft=True, spare=spare)
+    for contenders in (1.0, 2.0, 100.0, None):
+        masked, record = forward(vlm, inputs, soft=True, contenders=contenders)
         assert tiny.gap(masked[text], dropped[text]) <= tiny.TOLERANCE
         assert [stage.kept.sum(1).tolist() for stage in record.stages] == [[16, 16], [8, 8], [4, 4]]
         assert record.trace.average_visual().tolist() == [tiny.KEEP] * 2
@@ -237,11 +237,11 @@ def test_contenders_have_gradients_and_the_others_none():
 
     def prune(context):
         kept = ranked(context)
-        return type(kept)(kept.keep, kept.gate, -context.ordinal.float())
+        return type(kept)(kept.mask, kept.gate, -context.ordinal.float())
 
     chosen.prune = prune
     vlm = tiny.attach(tiny.build_model(), chosen, shaken=False)
-    with vlm.using(Session(soft=True, spare=2.0, record=Record())):
+    with vlm.using(Session(soft=True, contenders=2.0, record=Record())):
         logits = vlm.model(**batch(samples((48,))), use_cache=False).logits
     gradient = torch.autograd.grad(logits[0, -1].square().sum(), soft)[0][0]
     assert (gradient[:12] != 0).all()
@@ -273,7 +273,7 @@ def test_checkpoint_of_another_configuration_is_refused(student, world, tmp_path
     other_shape = student(queries=8)
     with pytest.raises(LitPruneError, match=r"plugin\.pruner\.scorers\.0\.queries has another shape"):
         trainer(tmp_path, max_steps=2).fit(other_shape, world(), ckpt_path=path)
-    bare = PruneModule(str(micro_folder), RCP(layers=[1, 5, 10], shape=[15.0, 8.0, 2.0], inner=16, queries=4))
+    bare = PruneModule(str(micro_folder), RCP(layers=[1, 5, 10], stage_ratios=[15.0, 8.0, 2.0], inner=16, queries=4))
     with pytest.raises(LitPruneError, match=r"plugin\.repair\..* is not in this model"):
         trainer(tmp_path, max_steps=2).fit(bare, world(), ckpt_path=path)
     plain = {"state_dict": {k: v for k, v in student().state_dict().items() if ".repair." not in k}}
@@ -282,7 +282,7 @@ def test_checkpoint_of_another_configuration_is_refused(student, world, tmp_path
 
 
 def test_learning_rate_schedule(student):
-    module = student(lr=1.0, repair_lr=0.5, warmup=0.1, floor=0.1)
+    module = student(lr=1.0, repair_lr=0.5, warmup=0.1, final_lr=0.1)
     module._trainer = SimpleNamespace(estimated_stepping_batches=100)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]

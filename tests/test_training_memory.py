@@ -19,7 +19,7 @@ from lit_prune.host.state import FORWARD
 
 GRID = 12
 LENGTHS = (160, 150)
-MODES = [{"soft": True}, {"soft": True, "spare": 2.0}, {"soft": False}]
+MODES = [{"soft": True}, {"soft": True, "contenders": 2.0}, {"soft": False}]
 CPU = torch.device("cpu")
 
 
@@ -120,7 +120,7 @@ def test_the_states_of_dropped_tokens_pass_on_no_gradient_to_speak_of():
             cut.append(float(gone.sum() / forward.valid.sum()))
             return (torch.where(gone[..., None], args[0].detach(), args[0]), *args[1:]), kwargs
 
-        handles = [layer.register_forward_pre_hook(detach, with_kwargs=True) for layer in vlm.host.places.layers]
+        handles = [layer.register_forward_pre_hook(detach, with_kwargs=True) for layer in vlm.host.parts.layers]
         found = gradients(vlm, *taught, soft=True)
         for handle in handles:
             handle.remove()
@@ -153,7 +153,7 @@ def test_checkpointing_keeps_less_and_leaves_no_gradient_behind():
     prepare(vlm.model)
     assert peak_bytes(step, CPU) == pytest.approx(before, rel=0.05), "nothing changes by itself"
     assert peak_bytes(partial(step, again=True), CPU) < 0.5 * before
-    layers = vlm.host.places.layers
+    layers = vlm.host.parts.layers
     with checkpointed(vlm.model, 3):
         assert [layer.training for layer in layers] == [False] * 3 + [True] * 5
         assert not any(part.training for layer in layers for part in layer.children())

@@ -46,12 +46,23 @@ def test_every_dependency_has_a_lower_bound():
     assert {name: constraints.oldest(bound) for name, bound in DIRECT.items()}
 
 
+def span(bound: str) -> str:
+    """`>=5.19,<5.25` as a reader says it: `5.19 to 5.24`."""
+    first = Version(constraints.oldest(bound))
+    major, minor = next(Version(spec.version) for spec in SpecifierSet(bound) if spec.operator == "<").release
+    ends = dict.fromkeys((f"{first.major}.{first.minor}", f"{major}.{minor - 1}"))
+    return " to ".join(ends)
+
+
+@pytest.mark.parametrize("name", INTERNALS)
+def test_the_readme_says_which_versions_are_supported(name):
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    supported = re.search(r"\*\*Supported:\*\*(.*?);", text)[1]
+    assert f" {name} {span(DIRECT[name])}," in supported
+
+
 def test_errors_name_the_range_of_transformers():
-    first, last = (Version(text) for text in compat.TESTED.split(" to "))
-    admitted = SpecifierSet(DIRECT["transformers"])
-    assert constraints.oldest(DIRECT["transformers"]) == str(first)
-    assert last in admitted
-    assert Version(f"{last.major}.{last.minor + 1}") not in admitted
+    assert span(DIRECT["transformers"]) == compat.TESTED
     assert DIRECT["transformers"] in str(compat.unsupported("it lacks something"))
 
 

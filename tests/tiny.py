@@ -189,7 +189,7 @@ class Chosen(Pruner):
 
 def small_rcp(select: str = "topk", **options) -> RCP:
     """RCP for the tiny model: three stages."""
-    return RCP(layers=[1, 3, 5], shape=[4.0, 2.0, 1.0], select=select, inner=16, **options)
+    return RCP(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select=select, inner=16, **options)
 
 
 def small_repair() -> RepairAdapter:

@@ -12,7 +12,8 @@ class Limits(Callback):
     """Refuses to resume a run for more steps that its number of epochs doesn't let it take.
 
     Lightning would train nothing and report success. A run that is over and is resumed with the limits it had, as a job
-    that is queued again may be, ends at once, and says so.
+    that is queued again may be, ends at once, and says so. `fast_dev_run` takes the checkpoint's weights and counts
+    from 0: its few batches would count as done.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,20 @@ class Limits(Callback):
         loop = checkpoint.get("loops", {}).get("fit_loop")
         if trainer.state.fn != "fit" or not loop or trainer.max_epochs in (None, -1):
             return
+        if trainer.fast_dev_run:
+            del checkpoint["loops"]
+            rank_zero_info("fast_dev_run: the checkpoint's weights and optimizer, from step 0")
+            return
         step, epoch = checkpoint["global_step"], loop["epoch_progress"]["current"]
         # An epoch whose last batch is done has nothing left, whether it is closed yet or not.
         epochs = epoch["ready"] if loop["epoch_loop.batch_progress"]["is_last_batch"] else epoch["processed"]
         if epochs < trainer.max_epochs:
             return
+        if epoch["processed"] > trainer.max_epochs:  # which Lightning refuses too, without a way out
+            raise LitPruneError(
+                f"the checkpoint is of step {step}, after {epoch['processed']} epochs, and trainer.max_epochs is "
+                f"{trainer.max_epochs}; to train on, raise --trainer.max_epochs, or set it to -1"
+            )
         before = checkpoint.get("callbacks", {}).get(self.state_key, self.limits)
         text = (
             f"the checkpoint is of step {step}, and all epochs of trainer.max_epochs={trainer.max_epochs} count as done"

@@ -27,12 +27,12 @@ class NanGuard(Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.batch: dict[str, Any] | None = None
-        self.moment: Any = None
+        self.key: Any = None
         self.loss: Tensor | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Hold on to what the step depends on."""
-        self.batch, self.moment = batch, pl_module.moment()
+        self.batch, self.key = batch, pl_module.step_key()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss, without waiting for it."""
@@ -70,7 +70,7 @@ class NanGuard(Callback):
             inputs={name: value for name, value in self.batch["inputs"].items() if isinstance(value, Tensor)},
             weights=weights,
             ids=[str(i) for i in self.batch["ids"]],
-            moment=self.moment,
+            key=self.key,
             step=trainer.global_step,
             rank=trainer.global_rank,
             loss=self.loss.item() * trainer.accumulate_grad_batches,

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from lit_prune.ops.budget import format_budget
 
-BAR = 6  # characters of the bar itself: all columns together fit into 80
+BAR = 5  # characters of the bar itself: all columns together fit into 80
+LONGEST_BUDGET = 5  # characters: counts by layer are longer, and left to the lines of a file
 
 
 class Progress(RichProgressBar):
@@ -68,7 +69,9 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "kept" in metrics:
-            metrics["kept"] = f"{float(metrics['kept']):.3g}/{format_budget(pl_module.keep)}"
+            budget = format_budget(pl_module.keep)
+            target = f"/{budget}" if self.lines or len(budget) <= LONGEST_BUDGET else ""
+            metrics["kept"] = f"{float(metrics['kept']):.3g}{target}"
         if not self.lines and "val_accuracy" in metrics:
             metrics["val"] = metrics.pop("val_accuracy")
         return metrics
@@ -101,7 +104,17 @@ class Clock(ProgressColumn):
     max_refresh = 0.5  # seconds
 
     def render(self, task: Task) -> Text:
-        """As `0:01:05<0:02:10`."""
-        times = (task.finished_time if task.finished else task.elapsed, task.time_remaining)
-        gone, left = ("-:--:--" if time is None else str(timedelta(seconds=int(time))) for time in times)
+        """As `01:05<1h02`, gone and left."""
+        gone, left = map(_clock, (task.finished_time if task.finished else task.elapsed, task.time_remaining))
         return Text(f"{gone}<{left}", style="dim")
+
+
+def _clock(seconds: float | None) -> str:
+    """At most five characters: `01:05`, `1h02`, `228h`."""
+    if seconds is None:
+        return "--:--"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours == 0:
+        return f"{minute:02}:{second:02}"
+    return f"{hours}h{minute:02}" if hours < 100 else f"{hours}h"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_prune.callbacks.settings import output_suffix
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.measuring import Measured, matches
-from lit_prune.evaluation.pictures import Pixels, Row, as_seen, figure, titled
+from lit_prune.evaluation.pictures import Pixels, Row, as_seen, draw_page, titled
 from lit_prune.training.debug_modes import leaves_no_trace
 from lit_prune.training.logging import logged_step
 
@@ -110,7 +110,7 @@ def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels 
 
 
 def _draw(image: Pixels, row: Row, question: str, subtitle: str) -> Pixels:
-    page = figure(image, [row], question, subtitle)
+    page = draw_page(image, [row], question, subtitle)
     page.set_dpi(DPI)
     page.canvas.draw()
     return np.asarray(page.canvas.buffer_rgba())[..., :3].copy()

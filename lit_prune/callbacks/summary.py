@@ -69,10 +69,11 @@ class RunSummary(Callback):
         rank_zero_info("\n".join([*lines, *(f"  {label:<{width}}  {text}" for label, text in files)]))
 
     def _results(self, trainer: Trainer, verb: str) -> Iterator[tuple[str, str]]:
-        if verb == "test" and (accuracy := trainer.callback_metrics.get("test/accuracy/all")) is not None:
+        stage = {"test": "test", "validate": "val"}.get(verb)
+        if stage is not None and (accuracy := trainer.callback_metrics.get(f"{stage}/accuracy/all")) is not None:
             untrained = ", of an untrained plug-in" if getattr(trainer.lightning_module, "untrained", False) else ""
             yield "accuracy", f"{float(accuracy):.4f}{untrained}"
-        elif verb in ("fit", "validate") and self.best is not None:
+        elif verb == "fit" and self.best is not None:
             last = trainer.callback_metrics.get("val/accuracy/all")
             now = "" if last is None else f", last {float(last):.4f}"
             yield "accuracy", f"best {self.best[0]:.4f} at step {self.best[1]}{now}"

@@ -19,14 +19,16 @@ from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Dtype, image_pixels, load_model
+from lit_prune.commands._support.outputs import check_file, check_picture
 from lit_prune.cost.sizes import USUAL
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number, check_numbers
 from lit_prune.evaluation.timing import NOISY, Benchmark, Method, clock_for, noisy
 from lit_prune.loading import config_of
 from lit_prune.ops.budget import Budget, parse_budget
 from lit_prune.vlm import as_plugin
 
 Row = dict[str, Any]
+MOST_THREADS = 4096
 
 
 def run(
@@ -76,6 +78,10 @@ def run(
         lit-prune bench --methods full fastv@16 divprune@16 --batch-sizes 1 --repeats 3
         lit-prune bench -c bench/cpu.yaml --json bench.json --plot bench.png
     """
+    _check(batch_sizes, text_tokens, new_tokens, repeats, warmup, time_limit, threads)
+    check_file("--json", json)
+    check_picture("--plot", plot)
+    pixels = image_pixels(image_size) or USUAL
     shared = None if keep is None else parse_budget(keep, "--keep")
     entrants = [_method(spec, shared) for spec in methods]
     if len({method.name for method in entrants}) < len(entrants):
@@ -83,8 +89,8 @@ def run(
     with _threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(config_of(model) if described else model, dtype, device, random_weights or described)
-        timer, image = clock_for(clock, vlm.model.device), image_pixels(image_size) or USUAL
-        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, image)
+        timer = clock_for(clock, vlm.model.device)
+        bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, pixels)
         header = {**_header(bench, clock), "random_weights": random_weights or described}
         done = _loop(bench, repeats, warmup, time_limit)
     rows = bench.rows()
@@ -97,6 +103,28 @@ def run(
     if plot is not None:
         _plot(plot, rows, header)
     _print(rows, header)
+
+
+def _check(
+    batch_sizes: list[int],
+    text_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    warmup: int,
+    time_limit: float | None,
+    threads: int | None,
+) -> None:
+    """Numbers that nothing can be measured with, before a model is loaded."""
+    check_numbers("--batch-sizes", batch_sizes, least=1, whole=True)
+    check_number("--text-tokens", text_tokens, least=2, whole=True)
+    check_number("--new-tokens", new_tokens, least=2, whole=True)
+    check_number("--repeats", repeats, least=1, whole=True)
+    check_number("--warmup", warmup, least=0, whole=True)
+    check_number("--threads", threads, least=1, most=MOST_THREADS, whole=True)
+    if time_limit is not None and not time_limit > 0:  # infinity is none
+        raise LitPruneError(f"nothing was measured: --time-limit is {time_limit}, give some seconds")
+    if not batch_sizes:
+        raise LitPruneError("--batch-sizes: give at least one")
 
 
 def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
@@ -248,8 +276,8 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     """Left: speed-up of the prefill against its FLOPs ratio. Right: prefill time per batch size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    gain, time = figure.subplots(1, 2)
+    page = Figure(figsize=(11, 4.5), layout="constrained")
+    gain, time = page.subplots(1, 2)
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         time.plot([row["batch"] for row in mine], [row["prefill_ms"] for row in mine], marker="o", label=method)
@@ -264,6 +292,6 @@ def _plot(path: Path, rows: list[Row], header: dict[str, Any]) -> None:
     batches = sorted({row["batch"] for row in rows})
     time.set_xticks(batches, [str(batch) for batch in batches])
     time.legend(fontsize=8)
-    figure.suptitle(f"{_title(header)}, {header['machine']}, {header['date'][:10]}", fontsize=9)
+    page.suptitle(f"{_title(header)}, {header['machine']}, {header['date'][:10]}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    page.savefig(path, dpi=150)

@@ -9,15 +9,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lit_prune.commands._support import console
+from lit_prune.commands._support.outputs import check_folder
+from lit_prune.commands._support.trainer_options import LARGEST_SEED
 from lit_prune.commands.trainer import PruneCLI, build
-from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.errors import LitPruneError, UsageError, check_numbers
 from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
 from lit_prune.evaluation.comparison import Comparison
-from lit_prune.evaluation.plots import figures
+from lit_prune.evaluation.plots import draw
 from lit_prune.evaluation.tables import Row, as_csv, caption, markdown, overviews, remarks, row
 from lit_prune.files.shipped import config_names
 from lit_prune.files.writing import written_whole
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import learns
 from lit_prune.vlm import VLM
@@ -69,7 +71,14 @@ def run(
         lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
     for each in keep or []:
-        parse_budget(each, "--keep")  # before anything is loaded
+        parse_budget(each, "--keep")  # this and the next before anything is loaded
+    if limit is not None and limit < 1:
+        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
+    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
+    check_folder("--out", out)
+    chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
+    for method in chosen:
+        method.check()
     made = _build(config or ["configs/micro.yaml"], data_seed, STAGES[split])
     vlm, data = made.model.vlm.detach(), made.datamodule
     _to_gpu(vlm)
@@ -77,7 +86,6 @@ def run(
     asked_for = [as_json(made.model.keep)] if keep is None else keep
     keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
     setting, visual = _load_data(made, split, limit), dims.visual
-    chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
     cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
     full, store = Cell(FULL), Store(out / "cells")
     prepare([full, *cells], vlm, {**describe(vlm), **setting})
@@ -137,8 +145,6 @@ def _load_data(made: PruneCLI, split: str, limit: int | None) -> dict[str, Any]:
     """Set the data of a split up, cut to `limit`; returns what a result depends on, the split by its file."""
     from torch.utils.data import Subset
 
-    if limit is not None and limit < 1:
-        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
     data = made.datamodule
     data.prepare_data()
     data.setup(STAGES[split])
@@ -203,9 +209,9 @@ def _write(rows: list[Row], out: Path, visual: int) -> None:
 def _draw(rows: list[Row], out: Path, visual: int) -> dict[str, Path]:
     """The plots as PNG files."""
     paths = {}
-    for name, figure in figures(rows, visual).items():
+    for name, page in draw(rows, visual).items():
         paths[name] = out / f"{name}.png"
-        figure.savefig(paths[name])
+        page.savefig(paths[name])
     return paths
 
 

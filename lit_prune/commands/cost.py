@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_prune.commands._support import console
+from lit_prune.commands._support.outputs import check_file, check_picture
 from lit_prune.cost.plan import Training
 
 
@@ -54,6 +55,8 @@ def run(
         training_bill,
     )
 
+    check_file("--json", json)
+    check_picture("--plot", plot)
     case = pricing.describe(model, pruner, visual_tokens, image_size, text_tokens, answer_tokens, dtype)
     if train is not None:
         training_bill.check(train, case.plugin)

@@ -12,13 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_prune.commands._support import console
-from lit_prune.commands._support.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support.outputs import check_file
 from lit_prune.cost.flops import ModelSize, decoder_total, price
 from lit_prune.cost.trace import Trace
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.vlm import VLM
 
@@ -72,10 +73,13 @@ def run(
     """
     if pruner is None and (compare or keep is not None):
         raise LitPruneError(f"--{'compare' if compare else 'keep'} needs a method: give --pruner too")
+    check_number("--max-new-tokens", max_new_tokens, least=1, whole=True)
+    check_file("--json", json)
+    chosen = None if pruner is None else Choice.of(pruner, keep)
     images, prompts = pair(image, prompt)
     opened = {path: as_image(path) for path in images}
     vlm = load_model(model, dtype, device)
-    name = "full model" if pruner is None else attach(vlm, pruner, keep)
+    name = "full model" if chosen is None else attach(vlm, chosen)
     inputs = encode(vlm, [opened[path] for path in images], prompts)
     total = full_trace(inputs, vlm)
     runs = {} if pruner is None else {name: run_pruned(vlm, inputs, max_new_tokens)}

@@ -55,7 +55,7 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9.]+)\s*([kmg]?i?)b?", text.strip(), re.IGNORECASE)
     try:
         number = int(float(found[1]) * UNITS[found[2].upper()])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         number = 0
     if number < 1:
         raise LitPruneError(f"--size {text}: a number of bytes such as 500MB or 2GiB is wanted")

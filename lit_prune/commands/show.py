@@ -8,18 +8,17 @@ from PIL import Image
 from torch import Tensor
 
 from lit_prune.commands._support import console
-from lit_prune.commands._support.inputs import Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support.outputs import check_picture
 from lit_prune.data import regions
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import matches
-from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, figure, side_of, titled
+from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, draw_page, side_of, titled
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.micro import world
 from lit_prune.vlm import VLM
-
-FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,25 @@ def run(
         lit-prune show --pruner fastv divprune --keep 16 --out kept.png
         lit-prune show --pruner oracle --keep 16 --scene 6000003 --skill relation --out kept.pdf
     """
-    if out.suffix.lower() not in FORMATS:
-        raise LitPruneError(f"{out}: pictures are written as {', '.join(FORMATS)}")
+    check_picture("--out", out)
+    check_number("--max-new-tokens", max_new_tokens, least=1, whole=True)
     if names is not None and len(names) != len(pruner):
         raise LitPruneError(f"{len(names)} names for {len(pruner)} methods: give one each")
     asked = ask(image, scene, skill, prompt, answer, boxes)
+    chosen = [Choice.of(method, keep) for method in pruner]
     vlm = load_model(model, dtype, device)
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, asked.image.size, box) for box in asked.boxes]
     full = respond(vlm, inputs, max_new_tokens)[0]
     rows = []
-    for i, method in enumerate(pruner):
-        name = attach(vlm, method, keep)
+    for i, choice in enumerate(chosen):
+        name = attach(vlm, choice)
         rows.append(as_row(vlm, names[i] if names else name, inputs, asked, hints(marks, vlm, seen), max_new_tokens))
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
     subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
-    page = figure(seen, rows, asked.prompt, subtitle, marks or ())
+    page = draw_page(seen, rows, asked.prompt, subtitle, marks or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(out, dpi=DPI)
     console.say(f"wrote {out}")

@@ -41,7 +41,7 @@ from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.commands import LIGHTNING_VERBS
 from lit_prune.commands._support import trainer_options, yaml_loader
 from lit_prune.commands._support.explain import explain, explain_interpolation, explain_refused, explain_unexpected
-from lit_prune.commands._support.options import HelpFormatter
+from lit_prune.commands._support.options import HelpFormatter, check_values
 from lit_prune.commands._support.overlays import check_files, config_files, with_resets, with_shipped
 from lit_prune.commands._support.traces import Traces
 from lit_prune.data import BenchmarkData, InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
@@ -154,6 +154,7 @@ class PruneCLI(LightningCLI):
         except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
             raise UsageError(explain_unexpected(error)) from error
         chosen = self.config[self.verb] if self.verb else self.config
+        check_values(chosen)
         trainer_options.restore_defaults(chosen)
         trainer_options.check(chosen, fit=self.verb == "fit")
 

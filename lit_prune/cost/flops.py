@@ -69,15 +69,15 @@ def projector(size: ModelSize, rows: Tensor) -> Tensor:
 
 
 def attention_rows(size: ModelSize, stage: StageTrace, searched: Tensor | None = None) -> Tensor:
-    """FLOPs of reading a stage's attention rows and keys, and of handing mass on.
+    """FLOPs of reading a stage's attention rows and keys, and of proportional attention's search.
 
-    Own rows pay the layer's key and query projections too. `searched` visual tokens look for the kept one that gets
-    their mass, by default those that the stage found.
+    Own rows pay the layer's key and query projections too. `searched` visual tokens look for the kept one that their
+    size is added to, by default those that the stage found.
     """
     rows, sequence = stage.rows.double(), stage.sequence.double()
     key_projection = 2 * size.width * size.head_dim * sequence * size.key_heads
     cost = key_projection if stage.keys else torch.zeros_like(rows)
-    if stage.mass:
+    if stage.proportional:
         cost = cost + 2 * (stage.visual if searched is None else searched) * stage.kept * size.width
     if stage.reads is not None:
         cost = cost + 2 * rows * sequence * size.heads * size.head_dim
@@ -87,13 +87,13 @@ def attention_rows(size: ModelSize, stage: StageTrace, searched: Tensor | None =
 
 
 def _searched(trace: Trace, stage: StageTrace) -> Tensor:
-    """Visual tokens whose mass a stage hands on: where a tower's tokens arrive, those that it dropped too."""
+    """Visual tokens that look for the nearest kept one: where a tower's tokens arrive, those that it dropped too."""
     return stage.visual if trace.tower is None or stage.layer else trace.total_visual
 
 
-def _mass_channels(size: ModelSize, trace: Trace) -> Tensor | float:
-    """FLOPs of the channels that carry the mass of kept tokens through a prefill's attention, as a bias per key."""
-    first = min((stage.layer for stage in trace.stages if stage.mass), default=len(trace.queries))
+def _size_channels(size: ModelSize, trace: Trace) -> Tensor | float:
+    """FLOPs of the channels that carry the sizes of kept tokens through a prefill's attention, as a bias per key."""
+    first = min((stage.layer for stage in trace.stages if stage.proportional), default=len(trace.queries))
     layers = zip(trace.queries[first:], trace.keys[first:], strict=True)
     return sum((4 * queries.double() * keys.double() * size.heads * CARRIER for queries, keys in layers), 0.0)
 
@@ -116,7 +116,7 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     parts = {
         **(tower if size.tower_known else {}),
         "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
-        + _mass_channels(size, trace),
+        + _size_channels(size, trace),
         "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),
         "pruner": zero,
         "repair": zero,

@@ -95,8 +95,8 @@ class StageTrace:
     """One pruning stage as it ran.
 
     `reads`: whose attention rows it used; those of its `own` layer were projected ahead, those of the `previous` one
-    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves. `mass`:
-    the nearest kept token of each dropped one was looked for.
+    were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves.
+    `proportional`: the nearest kept token of each dropped one was looked for.
     """
 
     layer: int
@@ -106,7 +106,7 @@ class StageTrace:
     visual: Int[Tensor, " batch"]
     kept: Int[Tensor, " batch"]
     keys: bool = False
-    mass: bool = False
+    proportional: bool = False
 
 
 @dataclass

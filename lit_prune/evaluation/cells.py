@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_prune.errors import LitPruneError
 from lit_prune.files.writing import written_whole
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.vlm import VLM, as_plugin
@@ -89,6 +89,12 @@ class Method:
         if not all(paths):
             raise LitPruneError(f"--methods {text}: write full, PATH, or NAME=PATH, several paths as NAME=A,B,C")
         return cls(name or (FULL if path == FULL else ""), paths, repair)
+
+    def check(self) -> None:
+        """Raises `LitPruneError` for a path that can't be read; patterns stand for several and wait."""
+        for path in self.paths if self.paths != (FULL,) else ():
+            if "{" not in path:
+                as_plugin(path)
 
     @property
     def path(self) -> str:

@@ -14,7 +14,7 @@ from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.metrics import OVERALL, Consistency, Shift, SkillAccuracy
 from lit_prune.evaluation.scorers.several import BenchmarkScores
 from lit_prune.host import DecoderHost, Session
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.vlm import VLM
 
 COSTS = ("visual", "flops", "kv_bytes")

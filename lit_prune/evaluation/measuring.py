@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.cost.flops import decoder_total, kv_bytes, price
 from lit_prune.evaluation.metrics import Consistency
 from lit_prune.host import Record, Session
-from lit_prune.host.places import INPUTS, unwrap
+from lit_prune.host.parts import INPUTS, unwrap
 from lit_prune.vlm import VLM
 
 TEACHER = Session(prune=False, repair=False)

@@ -1,6 +1,6 @@
 """Pictures of what a method keeps: the image with dropped patches darkened, one row a method, one column a stage.
 
-Everything here is a pure function of arrays. `mark` alone is enough for an image log; `figure` sets the whole page.
+Everything here is a pure function of arrays. `mark` alone is enough for an image log; `draw_page` sets the whole page.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,7 +89,7 @@ def borders(kept: Mask) -> Float[np.ndarray, "lines 2 2"]:
     return np.concatenate([across, down]).astype(np.float64)
 
 
-def figure(
+def draw_page(
     image: Pixels, rows: Sequence[Row], title: str = "", subtitle: str = "", boxes: Sequence[Box] = ()
 ) -> Figure:
     """One page: rows are methods; columns are the image with the asked boxes, scores if any row has them, the stages.
@@ -134,10 +134,10 @@ class Sheet:
         FigureCanvasAgg(self.figure)
         self._column(MARGIN, heads)
 
-    def cell(self, row: int, column: int, spare: float = 0.0) -> Axes:
+    def cell(self, row: int, column: int, margin: float = 0.0) -> Axes:
         """Empty axes of one cell, square, with so much left free below."""
-        side = CELL - spare
-        axes = self._axes(row, column, (CELL - side) / 2, spare, side, side)
+        side = CELL - margin
+        axes = self._axes(row, column, (CELL - side) / 2, margin, side, side)
         axes.set_axis_off()
         return axes
 

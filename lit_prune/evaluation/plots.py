@@ -16,7 +16,7 @@ from lit_prune.evaluation.tables import Row, budgets_of, caption, means, ranks_a
 DODGE = 0.02, 0.24  # octaves between two methods at a budget, and between the first and the last at most
 
 
-def figures(rows: Sequence[Row], visual: int) -> dict[str, Figure]:
+def draw(rows: Sequence[Row], visual: int) -> dict[str, Figure]:
     """All plots by file name, those that have something to show; `visual` is the teacher's number of visual tokens."""
     averaged = [each for each in means(rows) if each["runs"]]
     pruned = [each for each in averaged if each["keep"] is not None]

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import CONFIGS
 
 FOLDER = Path(__file__).with_name("configs")
 SUFFIXES = (".yaml", ".yml")
@@ -74,7 +75,9 @@ def closest_configs(path: str | Path, kind: str = "") -> list[str]:
     stems: dict[str, list[str]] = {}
     for name in config_names(kind if bare else ""):
         stems.setdefault(PurePath(name).name, []).append(name)
-    alike = difflib.get_close_matches(wanted.lower(), stems, n=2, cutoff=0.6)
+    alike = (
+        [CONFIGS[wanted]] if wanted in CONFIGS else difflib.get_close_matches(wanted.lower(), stems, n=2, cutoff=0.6)
+    )
     return [PurePath(name).name if bare else f"{name}{suffix}" for stem in alike for name in stems[stem]][:2]
 
 

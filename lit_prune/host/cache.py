@@ -1,8 +1,8 @@
 """What outlives a forward, on the KV cache itself, and what `generate()` does with caches that matters here."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ class CacheState:
     `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
     takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
-    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: where mass is given back, what is
-    added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`: pruned tokens
-    are among the keys.
+    anew, how many of each sample's have left before a stage's layers. `bias[layer]`: with proportional attention,
+    what is added to the attention logits of the cached keys of a stage's layers; those behind have none. `soft`:
+    pruned tokens are among the keys.
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
@@ -76,15 +76,8 @@ def chosen_cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | N
     return cache
 
 
-def refuse_chunks() -> None:
-    """Raise `LitPruneError` inside a `generate()` that feeds the prompt in chunks: each would be pruned by itself.
-
-    A forward is told nothing of this setting, and a chunk looks like a prompt; only the caller's frame knows.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "_prefill":
-        frame = frame.f_back
-    config = None if frame is None else frame.f_locals.get("generation_config")
+def refuse_chunks(config: Any) -> None:
+    """Raise `LitPruneError` if `generate()` is to feed the prompt in chunks, by its generation configuration."""
     if getattr(config, "prefill_chunk_size", None) is not None:
         raise LitPruneError(
             "prefill_chunk_size feeds the prompt in chunks, which would be pruned one by one and without the question; "

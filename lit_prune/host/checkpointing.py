@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host import places
+from lit_prune.host import parts
 from lit_prune.host.compat import enable_checkpointing
 
 
@@ -16,7 +16,7 @@ def prepare(model: nn.Module) -> None:
     Raises:
         LitPruneError: a model that has no activation checkpointing.
     """
-    model = places.unwrap(model)
+    model = parts.unwrap(model)
     try:
         # Nothing in a frozen layer draws random numbers. Reentrant checkpoints lose gradients that come by keyword.
         options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -34,7 +34,7 @@ def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
     transformers asks each layer's own training flag; what is inside a layer stays in evaluation mode, and so do the
     layers below `first`, which have no gradients. Backward may run outside.
     """
-    layers = places.find(model).layers[first:]
+    layers = parts.find(model).layers[first:]
     before = [layer.training for layer in layers]
     for layer in layers:
         layer.training = True

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from lit_prune.errors import LitPruneError
 
-TESTED = "5.18 to 5.24"  # versions of transformers that pyproject.toml admits: jobs/test_versions.sh tests both ends
+TESTED = "5.19 to 5.24"  # versions of transformers that pyproject.toml admits: jobs/test_versions.sh tests both ends
 CACHE_NAMES = ("cache", "past_key_values")  # the KV cache as a keyword and in outputs: since 5.24, and before
+PREFILL = ("generation_config", "model_kwargs", "input_ids")  # arguments of generate()'s prefill
 ENCODED = "mm_encoder_outputs"  # keyword under which a model is handed images that are encoded already, by modality
 
 
@@ -100,6 +102,44 @@ def enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def keep_hooks_out_of_checkpoints(layers: Iterable[nn.Module]) -> None:
+    """Have layers that are checkpointed run their forward alone again in backward, not their hooks: so since 5.23.
+
+    A hook inside would run a second time, on what the first time has changed.
+    """
+    if not _checkpoints_calls():
+        return
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _ForwardCheckpoint):
+            layer._gradient_checkpointing_func = _ForwardCheckpoint(layer, checkpoint)
+
+
+@memoize
+def _checkpoints_calls() -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+class _ForwardCheckpoint:
+    """A layer's call, hooks included, around a checkpoint of its forward."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, call: Callable, *args: Any) -> Any:
+        attributes = vars(self.layer)
+        own, forward = attributes.get("forward"), self.layer.forward
+        attributes["forward"] = lambda *a, **kwargs: self.checkpoint(partial(forward, **kwargs), *a)
+        try:
+            return call(*args)
+        finally:
+            del attributes["forward"]
+            if own is not None:
+                attributes["forward"] = own
 
 
 # -- what pickling a model leaves out -------------------------------------------------------------------------------
@@ -211,7 +251,7 @@ def _check_library() -> None:
     _takes(getattr(Cache, "get_seq_length", None), "Cache.get_seq_length", ("layer_idx",))
     if ENCODED not in getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", (ENCODED,)):
         raise unsupported(f"generate() doesn't pass encoded images as {ENCODED!r}")
-    _takes(getattr(GenerationMixin, "_prefill", None), "GenerationMixin._prefill", ("generation_config",))
+    _takes(getattr(GenerationMixin, "_prefill", None), "GenerationMixin._prefill", PREFILL)
 
 
 @memoize
@@ -233,7 +273,7 @@ def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
 
 
 def _check_attention(layer: nn.Module) -> None:
-    """Check what computes a layer's own queries and keys: see `places.query_key` and `places.plain_keys`."""
+    """Check what computes a layer's own queries and keys: see `parts.query_key` and `parts.plain_keys`."""
     own, kind = getattr(layer, "self_attn", None), type(layer).__name__
     need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
     if rotation(own) is None:
@@ -263,5 +303,5 @@ def unsupported(missing: str) -> LitPruneError:
 
     return LitPruneError(
         f"transformers {transformers.__version__}: {missing}, which pruning relies on; known to work: the families of "
-        f"docs/models.md on transformers {TESTED} (pip install 'transformers>=5.18,<5.25')"
+        f"docs/models.md on transformers {TESTED} (pip install 'transformers>=5.19,<5.25')"
     )

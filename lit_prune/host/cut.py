@@ -1,11 +1,11 @@
-"""The floor of any pruning: the plain model with its sequence cut to given lengths, for measuring what methods add."""
+"""Lower bound on prefill time: the plain model on sequences cut to given lengths, for measuring what methods add."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
-from lit_prune.host import places
+from lit_prune.host import parts
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
 
         return hook
 
-    layers = places.find(model).layers
+    layers = parts.find(model).layers
     handles = [
         layer.register_forward_pre_hook(cut(length), with_kwargs=True)
         for layer, length in zip(layers, lengths, strict=True)

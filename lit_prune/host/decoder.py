@@ -16,16 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
-from lit_prune.host import compat, places
+from lit_prune.host import compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
-from lit_prune.host.inputs import begin
+from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
-from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.options import HostOptions
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
+from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import Session
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
@@ -42,7 +42,7 @@ class DecoderHost:
     A copy of the model, made by `copy.deepcopy` or by pickling, has a host of its own, outside of any session.
 
     Args:
-        model: a `*ForConditionalGeneration`, never modified beyond its hooks.
+        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `_prefill`.
         pruner: the method; `None` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
@@ -64,30 +64,31 @@ class DecoderHost:
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
         replaces: "DecoderHost | None" = None,
     ) -> None:
-        self.model, self.places = model, places.find(model)
+        self.model, self.parts = model, parts.find(model)
         self._check_free(replaces)
-        dims = self.places.dims
+        dims = self.parts.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
         self.tower: TowerHost | None = None
         self.plans: Plans | None = None
         self.stages = pruner.stages(dims.depth) if pruner is not None else ()
-        self.renumbering = Renumbering(self.places.decoder) if options.positions == "renumbered" else None
-        self.mass = MassGivenBack(options.mass) if options.mass != "none" else None
+        self.renumbering = Renumbering(self.parts.decoder) if options.positions == "renumbered" else None
+        rule = options.proportional_attention
+        self.proportional = None if rule == "none" else ProportionalAttention(rule)
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         runner = None
         if pruner is not None:
-            places.check_stages(model.config, self.stages)
+            parts.check_stages(model.config, self.stages)
             self.schedule = pruner.nominal_schedule(keep, dims)
             self.plans = Plans(pruner, keep, dims.depth)
             if pruner.acts_in_tower:
                 if self.stages[0] != 0:
                     raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
-                self.tower = TowerHost(places.tower(model), pruner, keep, self._session)
+                self.tower = TowerHost(parts.tower(model), pruner, keep, self._session)
             tower = self.tower and self.tower.tower
-            runner = Stages(pruner, repair, self.stages, self.places.decoder.config, tower, self.mass)
+            runner = Stages(pruner, repair, self.stages, self.parts.decoder.config, tower, self.proportional)
         plans = None if self.tower is None else self.plans
-        self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.mass)
+        self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.proportional)
         self._check_attention()
         self.handles: list[RemovableHandle] = []
         try:
@@ -100,7 +101,7 @@ class DecoderHost:
 
     def _check_free(self, replaces: "DecoderHost | None") -> None:
         """Raise `LitPruneError` if hooks would be ignored, or would meet those of another host."""
-        if any(part._compiled_call_impl for part in (self.model, self.places.decoder, *self.places.layers)):
+        if any(part._compiled_call_impl for part in (self.model, self.parts.decoder, *self.parts.layers)):
             raise LitPruneError(
                 "this model was compiled by its own compile(), which ignores hooks that come later, silently: load it "
                 "again and compile with VLM.compile() instead"
@@ -117,32 +118,37 @@ class DecoderHost:
             for layer, rows in zip(self.stages, asked, strict=True)
             if self.pruner.needs_keys or (rows is not None and rows.layer == "own")
         ]
-        compat.check_decoder(self.model, self.places.decoder, self.places.layers, own)
+        compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in zip(self.stages, asked, strict=True) if rows and rows.layer == "previous"]
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
-        implementation = self.places.decoder.config._attn_implementation
+        implementation = self.parts.decoder.config._attn_implementation
         if previous and not wrapped(implementation):
             raise LitPruneError(
                 f"{implementation} attention can't be read; load the model with attn_implementation='sdpa'"
             )
-        if self.mass is not None and not wrapped(implementation):
+        if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(
-                f"mass: {implementation} attention takes no bias per key; load with attn_implementation='sdpa'"
+                f"proportional_attention: {implementation} attention takes no bias per key; load with "
+                f"attn_implementation='sdpa'"
             )
 
     def _hook(self) -> None:
-        decoder = self.places.decoder
+        decoder = self.parts.decoder
         self.handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(self._leave_model, with_kwargs=True))
         self.handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         self.handles.append(decoder.register_forward_hook(self._leave_decoder, with_kwargs=True))
-        self.handles.extend(self.layers.hook(self.places.layers))
+        self.handles.extend(self.layers.hook(self.parts.layers))
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
+        parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
 
     def detach(self) -> None:
         """Remove every hook."""
+        attributes = vars(parts.unwrap(self.model))
+        if getattr(attributes.get("_prefill"), "__self__", None) is self:  # else of the host that replaces this one
+            del attributes["_prefill"]
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -185,7 +191,17 @@ class DecoderHost:
     def _session(self) -> Session:
         return self.session
 
-    # -- the model and its decoder ------------------------------------------------------------------------------
+    # -- generate(), the model and its decoder ------------------------------------------------------------------
+
+    def _prefill(self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args, **kwargs) -> Any:
+        """Stands for the model's method of this name: no hook sees that `generate()` cuts a prompt into chunks.
+
+        To a forward a chunk looks like a prompt, and before transformers 5.23 like one without an image.
+        """
+        model = parts.unwrap(self.model)
+        if self.pruner is not None and self.session.prune and passed_modalities(model_kwargs, self.parts):
+            refuse_chunks(generation_config)
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
@@ -199,7 +215,7 @@ class DecoderHost:
         session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.places, session, self.plans, real)
+        forward = begin(kwargs, self.parts, session, self.plans, real)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
         if forward is not None and forward.record is not None:
@@ -207,21 +223,20 @@ class DecoderHost:
         if forward is not None and session.answers_only:
             labels = kwargs.pop("labels", None)
             if forward.record is not None and labels is not None:
-                forward.record.targets = forward.at_gate(labels.roll(-1, 1))
+                forward.record.targets = forward.at_answers(labels.roll(-1, 1))
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
             self._continue(forward, getattr(cache, CACHE), kwargs)
-            if forward.counts:
-                refuse_chunks()
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
@@ -254,7 +269,7 @@ class DecoderHost:
         if forward is not None:
             compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
         if forward is not None and forward.session.answers_only:
-            output.last_hidden_state = forward.at_gate(output.last_hidden_state)[None]
+            output.last_hidden_state = forward.at_answers(output.last_hidden_state)[None]
             return output
         if forward is None or forward.columns.shape[1] == forward.length:
             return None
@@ -270,7 +285,7 @@ class DecoderHost:
 
 def host_of(model: nn.Module) -> DecoderHost | None:
     """The host that is attached to a model."""
-    for hook in places.find(model).decoder._forward_pre_hooks.values():
+    for hook in parts.find(model).decoder._forward_pre_hooks.values():
         if isinstance(host := getattr(hook, "__self__", None), DecoderHost):
             return host
     return None

@@ -7,13 +7,15 @@ from torch.nn.functional import pad
 from lit_prune.host.cache import CACHE
 from lit_prune.host.compat import ENCODED
 from lit_prune.host.lengths import Lengths
-from lit_prune.host.places import INPUTS, Places
+from lit_prune.host.parts import INPUTS, ModelParts
 from lit_prune.host.plans import Plans
 from lit_prune.host.session import Session
 from lit_prune.host.state import Forward
 
 
-def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, real: Tensor | None) -> Forward | None:
+def begin(
+    kwargs: dict, parts: ModelParts, session: Session, plans: Plans | None, real: Tensor | None
+) -> Forward | None:
     """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do.
 
     `real`: which columns so far are no padding (batch, columns), those of `input_ids` last; None: all are.
@@ -22,7 +24,7 @@ def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, r
     if ids is None:
         return None
     valid = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, -ids.shape[1] :].bool()
-    visual, starts, separate, pictured = _visual(kwargs, ids, valid, places)
+    visual, starts, separate, pictured = _visual(kwargs, ids, valid, parts)
     labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     answers = columns >= known if labels is None else labels != -100
@@ -30,11 +32,11 @@ def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, r
     after_image = visual.flip(1).long().cumsum(1).flip(1) == 0
     text = prompt & ~visual & after_image
     total = visual.sum(1)
-    gate = _gate(valid, visual, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
+    answer_mask = _answer_mask(valid, visual, labels, ids.shape[1] - known + 1, kwargs.get("logits_to_keep", 0))
     # The one look at the device: everything that later layers need to know of lengths, at once.
-    parts = (total, starts.sum(1), separate, valid.sum(1), text.sum(1), gate.sum(1))
+    sums = (total, starts.sum(1), separate, valid.sum(1), text.sum(1), answer_mask.sum(1))
     none = ([], [0], [], [], [0], [0])
-    totals, images, separate, lengths, texts, gates = torch.stack(parts).tolist() if pictured else none
+    totals, images, separate, lengths, texts, predicting = torch.stack(sums).tolist() if pictured else none
     record = session.record if session.record is not None and not session.record.begun else None
     if record is not None:
         record.begun, record.trace.total_visual = True, total
@@ -47,7 +49,7 @@ def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, r
         valid=valid,
         visual=visual,
         text=text,
-        gate=gate,
+        answer_mask=answer_mask,
         ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
         seed=_seed(ids, prompt & ~visual),
         total=total,
@@ -57,17 +59,17 @@ def begin(kwargs: dict, places: Places, session: Session, plans: Plans | None, r
     )
     if pictured:
         forward.grid, forward.most_text = max(totals), max(texts)
-        forward.most_gate, forward.all_gate = max(gates), sum(gates)
+        forward.most_answers, forward.all_answers = max(predicting), sum(predicting)
         forward.lengths = Lengths(totals, lengths)
     elif ids.shape[1] == 1:
-        forward.most_gate = 1
+        forward.most_answers = 1
     if max(images) > 1:
         forward.image = (starts.long().cumsum(1) - 1).clamp(min=0)
         forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.image, visual.long())
     return forward
 
 
-def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _visual(kwargs: dict, ids: Tensor, valid: Tensor, parts: ModelParts) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Visual columns, the first of each image, number of images (batch,), and whether this forward carries any.
 
     By what is passed, not by ids alone: a decoding step may feed back a generated token with the image token's id.
@@ -76,19 +78,24 @@ def _visual(kwargs: dict, ids: Tensor, valid: Tensor, places: Places) -> tuple[T
     """
     visual = starts = torch.zeros_like(valid)
     separate = visual.sum(1)
-    encoded = kwargs.get(ENCODED) or {}
-    passed = [m for m in places.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
+    passed = passed_modalities(kwargs, parts)
     for modality in passed:
-        mine = (ids == places.tokens[modality]) & valid
+        mine = (ids == parts.tokens[modality]) & valid
         begins = mine & ~pad(mine[:, :-1], (1, 0))
         visual, starts = visual | mine, starts | begins
         separate = separate + (begins.any(1) if modality == "video" else begins.sum(1))
-    if passed and places.image_length is not None:
+    if passed and parts.image_length is not None:
         place = visual.long().cumsum(1) - 1
         inside = place - (place * starts).cummax(1).values
-        starts = starts | (visual & (inside % places.image_length == 0))
+        starts = starts | (visual & (inside % parts.image_length == 0))
         separate = starts.sum(1)
     return visual, starts, separate, bool(passed)
+
+
+def passed_modalities(kwargs: dict, parts: ModelParts) -> list[str]:
+    """Modalities among `parts.tokens` of which keyword arguments carry pixels, or what the tower made of them."""
+    encoded = kwargs.get(ENCODED) or {}
+    return [m for m in parts.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
 
 
 def _prompt_length(kwargs: dict, ids: Tensor) -> int:
@@ -106,7 +113,9 @@ def _prompt_length(kwargs: dict, ids: Tensor) -> int:
     return prompt.shape[1]
 
 
-def _gate(valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor) -> Tensor:
+def _answer_mask(
+    valid: Tensor, visual: Tensor, labels: Tensor | None, last: int, logits_to_keep: int | Tensor
+) -> Tensor:
     """Positions that predict answer tokens: before each label, else the `last` real columns.
 
     Without labels that is the prompt's last column, and what was answered since; assisted decoding asks for the logits

@@ -11,9 +11,9 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
 from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output
 from lit_prune.host.idle import one_column, stretched
-from lit_prune.host.mass import MassGivenBack
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
+from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
 from lit_prune.ops import selection
@@ -32,7 +32,7 @@ class Layers:
         repair: adapter on late layers.
         feeds: {layer: (adapter, stage that feeds it)}.
         renumbering: gives tokens that are left new position ids, if that is asked.
-        mass: gives the attention of dropped tokens to kept ones, if that is asked.
+        proportional: proportional attention, if it is on.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Layers:
         repair: RepairAdapter | None,
         feeds: dict[int, tuple[int, int]],
         renumbering: Renumbering | None,
-        mass: MassGivenBack | None,
+        proportional: ProportionalAttention | None,
     ) -> None:
         self.stages, self.runner, self.plans = stages, runner, plans
-        self.repair, self.feeds, self.renumbering, self.mass = repair, feeds, renumbering, mass
+        self.repair, self.feeds, self.renumbering, self.proportional = repair, feeds, renumbering, proportional
 
     def hook(self, layers: nn.ModuleList) -> Iterator[RemovableHandle]:
         """Add the hooks, and give their handles."""
@@ -100,8 +100,8 @@ class Layers:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
         state, cache = forward.cache_state, cache_of(kwargs)
         past = state.valid.get(index)
-        if self.mass is not None:
-            self.mass.remember(index, forward, 0 if past is None else past.shape[1])
+        if self.proportional is not None:
+            self.proportional.remember(index, forward, 0 if past is None else past.shape[1])
         state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
         padded = forward.padded
         if past is not None:
@@ -155,7 +155,7 @@ class Layers:
         repaired = self._repair(index, output, forward)
         record = forward.record
         if record is not None and record.keeps(index):
-            record.hidden[index] = forward.at_gate(repaired)
+            record.hidden[index] = forward.at_answers(repaired)
         if record is not None and index in forward.session.watch and forward.tap is not None:
             columns, real = selection.compact(forward.visual, forward.most_visual)
             record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
@@ -168,9 +168,9 @@ class Layers:
         essence = forward.essence.get(stage)
         if essence is None:
             return output
-        gate = forward.gate & forward.pictured[:, None]
+        answer_mask = forward.answer_mask & forward.pictured[:, None]
         if forward.record is not None and forward.counts:
             trace = forward.record.trace
-            trace.repaired = gate.sum(1)
+            trace.repaired = answer_mask.sum(1)
             trace.repair_stages = tuple(sorted({stage for _, stage in self.feeds.values()}))
-        return self.repair(output, essence, gate, adapter, forward.most_gate)
+        return self.repair(output, essence, answer_mask, adapter, forward.most_answers)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from lit_prune.errors import LitPruneError
 
 Positions = Literal["original", "renumbered"]
-Mass = Literal["none", "count", "similarity"]
+Proportional = Literal["none", "count", "similarity"]
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,25 @@ class HostOptions:
     Args:
         positions: `original`: a kept token keeps its position, and decoding goes on behind the whole prompt.
             `renumbered`: from each stage on, tokens are numbered anew without gaps, and decoding goes on from there.
-        mass: what tokens that a decoder stage drops leave to kept ones: `none`, or their share of attention, in full
-            (`count`) or times the similarity of the two (`similarity`). See `MassGivenBack`.
+        proportional_attention: add log(size) to the attention logits of each kept token, whose size grows by the tokens
+            dropped next to it: by each in full (`count`), or times the similarity of the two (`similarity`); `none`:
+            off. See `ProportionalAttention`.
 
     Raises:
         LitPruneError: a value that there is not.
     """
 
     positions: str = "original"
-    mass: str = "none"
+    proportional_attention: str = "none"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("positions", get_args(Positions)), ("mass", get_args(Mass))):
+        for name, allowed in (("positions", get_args(Positions)), ("proportional_attention", get_args(Proportional))):
             if (value := getattr(self, name)) not in allowed:
                 raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
     def described(self) -> list[str]:
         """Options that differ from their defaults, in words."""
-        words = {"mass": "proportional attention", "positions": "renumbered positions"}
+        words = {"proportional_attention": "proportional attention", "positions": "renumbered positions"}
         plain = ("count", "renumbered")
         return [words[name] + ("" if value in plain else f" ({value})") for name, value in self.changed().items()]
 

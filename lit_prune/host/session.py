@@ -52,8 +52,8 @@ class Record:
 class Session:
     """How the host treats the forwards inside `host.using(...)`.
 
-    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With `spare`
-    only the best `spare` times as many tokens as are kept stay in the sequence, as contenders; the rest is dropped.
+    `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
+    `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
@@ -65,7 +65,7 @@ class Session:
     prune: bool = True
     repair: bool = True
     soft: bool = False
-    spare: float | None = None
+    contenders: float | None = None
     gate_clip: float | None = None
     eps: float = 1e-8
     hints: dict[str, Tensor] = field(default_factory=dict)

@@ -10,8 +10,8 @@ from transformers import Cache, PreTrainedConfig
 from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.compat import causal_mask
 from lit_prune.host.lengths import on_device
-from lit_prune.host.mass import MassGivenBack
-from lit_prune.host.places import Tower, plain_keys, query_key
+from lit_prune.host.parts import Tower, plain_keys, query_key
+from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward
 from lit_prune.host.vision import absent
@@ -40,7 +40,7 @@ class Stages:
         layers: pruning layers in this decoder.
         config: the decoder's, for its masks.
         tower: the vision tower, if the pruner has stages inside it.
-        mass: gives the attention of dropped tokens to kept ones, if that is asked.
+        proportional: proportional attention, if it is on.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Stages:
         layers: tuple[int, ...],
         config: PreTrainedConfig,
         tower: Tower | None = None,
-        mass: MassGivenBack | None = None,
+        proportional: ProportionalAttention | None = None,
     ) -> None:
-        self.mass = mass
+        self.proportional = proportional
         self.pruner, self.repair, self.layers, self.config, self.tower = pruner, repair, layers, config, tower
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
@@ -93,12 +93,12 @@ class Stages:
         )
         kept = self.pruner.prune(context)
         reads = None if asked is None else asked.layer
-        needs_keys, given = self.pruner.needs_keys, self.mass is not None
-        forward.trace_stage(index, reads, row_mask.sum(1), kept.keep.sum(1), needs_keys, given)
+        needs_keys, sized = self.pruner.needs_keys, self.proportional is not None
+        forward.trace_stage(index, reads, row_mask.sum(1), kept.mask.sum(1), needs_keys, sized)
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
         if kept.states is not None:
-            changed = torch.where(kept.keep[..., None], kept.states.to(hidden.dtype), context.states)
+            changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
             hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
         exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
         return self._apply(hidden, rope, columns, real, alive, kept, forward, dead, exact)
@@ -132,7 +132,7 @@ class Stages:
     def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
             return
-        gate = kept.keep.float() if kept.gate is None else kept.gate
+        gate = kept.mask.float() if kept.gate is None else kept.gate
         forward.essence[stage] = self.repair.essence(
             context.visual, context.ordinal, context.alive, gate, context.total
         )
@@ -143,10 +143,10 @@ class Stages:
         record = forward.record
         if record is None:
             return
-        gate = kept.keep if kept.gate is None else kept.gate
+        gate = kept.mask if kept.gate is None else kept.gate
         gate = forward.on_grid(gate.float(), columns, context.alive, 0.0)
         forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
-        marks = forward.on_grid(kept.keep, columns, context.alive, 0.0)
+        marks = forward.on_grid(kept.mask, columns, context.alive, 0.0)
         scores = None
         if kept.scores is not None:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
@@ -164,7 +164,7 @@ class Stages:
         dead: Tensor | None,
         exact: list[int] | None,
     ) -> Tensor:
-        leaving = dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.keep)
+        leaving = dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.mask)
         self._add_bias(columns, real, alive, kept, forward)
         if forward.session.soft:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
@@ -176,8 +176,8 @@ class Stages:
         if not there and not forward.session.soft:
             return hidden
         forward.move_up(leaving)
-        if self.mass is not None:
-            self.mass.give(hidden, columns, alive, kept.keep, forward, dead)
+        if self.proportional is not None:
+            self.proportional.resize(hidden, columns, alive, kept.mask, forward, dead)
         if not there:
             if forward.cache_state is None:
                 forward.restaged = True
@@ -206,13 +206,13 @@ class Stages:
 
     def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor | None:
         """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
-        if forward.session.spare is None or kept.scores is None:
+        if forward.session.contenders is None or kept.scores is None:
             return None
-        images, kept_here = forward.images(columns, alive), kept.keep.sum(1, keepdim=True)
+        images, kept_here = forward.images(columns, alive), kept.mask.sum(1, keepdim=True)
         if images is not None:
-            kept_here = images.spread(images.sum(kept.keep.long()))
-        contenders = (kept_here * forward.session.spare).ceil()
-        far = alive & ~kept.keep & (selection.rank(kept.scores.detach(), alive, images) >= contenders)
+            kept_here = images.spread(images.sum(kept.mask.long()))
+        most = (kept_here * forward.session.contenders).ceil()
+        far = alive & ~kept.mask & (selection.rank(kept.scores.detach(), alive, images) >= most)
         return torch.zeros_like(forward.valid).scatter(1, columns, far)
 
     @staticmethod
@@ -223,7 +223,7 @@ class Stages:
             return
         if not soft and not kept.gate.requires_grad:
             return
-        gate = kept.keep.float() if kept.gate is None else kept.gate.float()
+        gate = kept.mask.float() if kept.gate is None else kept.gate.float()
         if forward.session.gate_clip is not None:
             gate = selection.clip_gradient(gate, forward.session.gate_clip)
         bias = selection.log_gate(gate, forward.session.eps) * alive

@@ -26,7 +26,7 @@ class Forward:
     valid: Tensor
     visual: Tensor
     text: Tensor
-    gate: Tensor
+    answer_mask: Tensor
     ordinal: Tensor
     seed: Tensor
     total: Tensor
@@ -39,8 +39,8 @@ class Forward:
     reached: bool = False  # it has come down to the decoder's layers
     grid: int = 0  # visual tokens of the sample that has most, at the start
     lengths: Lengths | None = None  # None: only the device knows
-    most_gate: int | None = None
-    all_gate: int | None = None  # positions of all samples
+    most_answers: int | None = None
+    all_answers: int | None = None  # positions of all samples
     most_text: int | None = None
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
@@ -51,7 +51,7 @@ class Forward:
     removed: Tensor | None = None  # and how many have left of each sample
     key_bias: Tensor | None = None
     past_bias: Tensor | None = None  # that of the cached keys
-    mass: Tensor | None = None  # where it is given back: tokens that each column stands for
+    token_sizes: Tensor | None = None  # with proportional attention: tokens that each column stands for
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
     tap: Tap | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
@@ -85,11 +85,11 @@ class Forward:
         """Whether there is padding or filler among the columns, if known."""
         return None if self.lengths is None else min(self.lengths.valid) < self.columns.shape[1]
 
-    def at_gate(self, values: Tensor) -> Tensor:
+    def at_answers(self, values: Tensor) -> Tensor:
         """Values (batch, columns, ...) of the positions that predict answer tokens, row by row over the batch."""
-        if self.all_gate is None:
-            return values[self.gate]
-        rows = (~self.gate).flatten().to(torch.uint8).argsort(stable=True)[: self.all_gate]
+        if self.all_answers is None:
+            return values[self.answer_mask]
+        rows = (~self.answer_mask).flatten().to(torch.uint8).argsort(stable=True)[: self.all_answers]
         return values.flatten(0, 1).index_select(0, rows)
 
     def shorten(self, dropped: Tensor, exact: list[int] | None) -> bool:
@@ -112,12 +112,12 @@ class Forward:
     def pack(self, dropped: Tensor) -> Tensor:
         """Leave out the `dropped` columns and all padding; returns the columns that stay, for the states."""
         columns, real = selection.pack(self.valid & ~dropped, None if self.lengths is None else max(self.lengths.valid))
-        for name in ("visual", "text", "gate"):
+        for name in ("visual", "text", "answer_mask"):
             setattr(self, name, getattr(self, name).gather(1, columns) & real)
         self.columns = self.columns.gather(1, columns)
         self.ordinal = self.ordinal.gather(1, columns)
         self.valid = real
-        for name in ("key_bias", "mass", "gone", "image", "positions"):
+        for name in ("key_bias", "token_sizes", "gone", "image", "positions"):
             flags = getattr(self, name)
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:
@@ -136,10 +136,12 @@ class Forward:
         learning = (part for part in (hidden, self.key_bias) if hidden is not None and part is not None)
         trace.learns.append(any(part.requires_grad for part in learning))
 
-    def trace_stage(self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, mass: bool) -> None:
+    def trace_stage(
+        self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, proportional: bool
+    ) -> None:
         """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
         if self.record is not None:
-            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys, mass)
+            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys, proportional)
             self.record.trace.stages.append(stage)
 
     def _present(self) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
-from lit_prune.host.compat import bidirectional_mask, check_tower
-from lit_prune.host.places import Tower
+from lit_prune.host.compat import bidirectional_mask, check_tower, keep_hooks_out_of_checkpoints
+from lit_prune.host.parts import Tower
 from lit_prune.host.session import Session
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
@@ -70,6 +70,7 @@ class TowerHost:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict):
         if not self.session().prune:
             return None
+        keep_hooks_out_of_checkpoints(self.tower.layers)
         kwargs, state = dict(kwargs), TowerPass(side=self.side)
         if self.side < self.tower.size.side:
             args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)
@@ -108,9 +109,9 @@ class TowerHost:
             return hidden
         kept = self.pruner.prune_vision(self._context(index, patches, state))
         if kept.states is not None:
-            patches = torch.where(kept.keep[..., None], kept.states.to(patches.dtype), patches)
-        state.stages.append((state.real.sum(1), kept.keep.sum(1)))
-        columns, state.real = selection.compact(kept.keep)
+            patches = torch.where(kept.mask[..., None], kept.states.to(patches.dtype), patches)
+        state.stages.append((state.real.sum(1), kept.mask.sum(1)))
+        columns, state.real = selection.compact(kept.mask)
         state.ordinal = state.ordinal.gather(1, columns)
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
         state.mask = None

@@ -25,24 +25,24 @@ def nearest(
     return torch.where(centres, own, best)
 
 
-def collect_mass(
+def collect_sizes(
     states: Float[Tensor, "batch visual width"],
-    mass: Float[Tensor, "batch visual"],
+    sizes: Float[Tensor, "batch visual"],
     alive: Bool[Tensor, "batch visual"],
-    keep: Bool[Tensor, "batch visual"],
+    kept: Bool[Tensor, "batch visual"],
     weighted: bool = False,
     most: int | None = None,
 ) -> Float[Tensor, "batch visual"]:
-    """Mass of each token after those that are alive and not kept gave theirs to the nearest kept one, by cosine.
+    """Size of each token after those alive and not kept were added to the nearest kept one, by cosine.
 
-    `weighted`: they give their mass times that cosine, at least 0. Tokens that leave keep their own number.
+    `weighted`: their size times that cosine, at least 0, is added. Tokens that leave keep their own number.
     """
-    centre = nearest(states, keep, most)
-    given = mass * (alive & ~keep)
+    centre = nearest(states, kept, most)
+    given = sizes * (alive & ~kept)
     if weighted:
         unit = normalize(states.float(), dim=-1)
         given = given * (unit * selection.gather_rows(unit, centre)).sum(2).clamp(min=0)
-    return mass.scatter_add(1, centre, given)
+    return sizes.scatter_add(1, centre, given)
 
 
 def group_means(
@@ -54,8 +54,8 @@ def group_means(
     weight = weight.float()
     index = centre[..., None].expand_as(states)
     sums = torch.zeros_like(states, dtype=torch.float32).scatter_add(1, index, states.float() * weight[..., None])
-    mass = torch.zeros_like(weight).scatter_add(1, centre, weight)
-    return sums / mass.clamp(min=1e-12)[..., None]
+    total = torch.zeros_like(weight).scatter_add(1, centre, weight)
+    return sums / total.clamp(min=1e-12)[..., None]
 
 
 def evenly(flags: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch visual"]:

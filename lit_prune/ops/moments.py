@@ -85,7 +85,7 @@ def kappa(
     kept: Bool[Tensor, "batch visual"],
     real: Bool[Tensor, "batch visual"] | None = None,
     features: Float[Tensor, "batch visual width"] | None = None,
-    floor: float = 1e-6,
+    variance_floor: float = 1e-6,
 ) -> Float[Tensor, " batch"]:
     """How far the kept visual tokens' distribution lies from that of all: lower is better, 0 when all are kept.
 
@@ -98,12 +98,12 @@ def kappa(
         kept: which are kept; at least one a sample.
         real: which are tokens at all, the others being filler. Default: all.
         features: the kept tokens' own features where a method changed them, as merging does. Default: those of `full`.
-        floor: smallest variance, as a share of the sample's mean variance [ours]: a single token has none.
+        variance_floor: smallest variance, as a share of the sample's mean variance [ours]: a single token has none.
     """
     real = torch.ones_like(kept) if real is None else real
     mean_f, var_f = _masked_moments(full, real)
     mean_k, var_k = _masked_moments(full if features is None else features, kept & real)
-    least = (floor * var_f.mean(-1, keepdim=True)).clamp(min=1e-12)
+    least = (variance_floor * var_f.mean(-1, keepdim=True)).clamp(min=1e-12)
     var_f, var_k = var_f.maximum(least), var_k.maximum(least)
     return 0.5 * ((var_f / var_k).log() + (var_k + (mean_k - mean_f).square()) / var_f - 1).mean(-1)
 

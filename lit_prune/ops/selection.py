@@ -162,17 +162,17 @@ def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[T
 
 
 def pack(
-    keep: Bool[Tensor, "batch seq"], width: int | None = None
+    present: Bool[Tensor, "batch seq"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Columns that stay, in order and packed to the right, and which of them are real.
 
     Samples that keep fewer columns than the fullest one get filler columns on the left, the layout of left padding.
     `width`: how many the fullest one keeps, if that is known; else the device is asked.
     """
-    counts = keep.sum(1)
+    counts = present.sum(1)
     width = int(counts.max()) if width is None else width
-    columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
-    real = torch.arange(width, device=keep.device) >= (width - counts)[:, None]
+    columns = present.to(torch.uint8).argsort(dim=1, stable=True)[:, present.shape[1] - width :]
+    real = torch.arange(width, device=present.device) >= (width - counts)[:, None]
     return columns, real
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import old_keys, renamed_text
 from lit_prune.files.shipped import SUFFIXES, find_config
 from lit_prune.files.yaml_files import NoMapping, read_yaml
-from lit_prune.host.options import HostOptions, Mass, Positions
+from lit_prune.host.options import HostOptions, Positions, Proportional
 from lit_prune.ops.budget import parse_budget
 from lit_prune.plugin import SETTINGS, Plugin
 from lit_prune.pruners.base import Pruner
@@ -57,11 +58,13 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
         model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
+    if found := old_keys(model, "model"):
+        raise LitPruneError(f"{path}: {renamed_text(found)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=Pruner)
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--positions", type=Positions, default="original")
-    parser.add_argument("--mass", type=Mass, default="none")
+    parser.add_argument("--proportional_attention", type=Proportional, default="none")
     names = ("pruner", "repair", *vars(HostOptions()))
     try:
         chosen = {key: model[key] for key in names if model.get(key) is not None}

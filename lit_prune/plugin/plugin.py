@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import translated
 from lit_prune.host.options import HostOptions
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.pruners.base import Dims, Pruner, spec
@@ -230,14 +231,16 @@ def _build(spec: dict[str, Any], kind: type, told: Path) -> Any:
             f"{told} names {spec['class_path']}, which is no {kind.__name__} that is imported here; "
             f"import its module first, if you trust it"
         )
-    parts = {name: a for name, a in spec["init_args"].items() if isinstance(a, dict) and "class_path" in a}
-    return found(**spec["init_args"] | {name: _build(part, Pruner, told) for name, part in parts.items()})
+    arguments = translated(found, spec["init_args"])
+    parts = {name: a for name, a in arguments.items() if isinstance(a, dict) and "class_path" in a}
+    return found(**arguments | {name: _build(part, Pruner, told) for name, part in parts.items()})
 
 
 def _options(settings: dict[str, Any], told: Path) -> HostOptions:
     """Those that the file names; older files name none."""
+    given = translated(HostOptions, settings)
     try:
-        return HostOptions(**{name: settings[name] for name in vars(HostOptions()) if name in settings})
+        return HostOptions(**{name: given[name] for name in vars(HostOptions()) if name in given})
     except LitPruneError as error:
         raise LitPruneError(f"{told}: {error}") from error
 

@@ -108,7 +108,7 @@ class Kept:
     `states`, in methods that merge: new states before the layer's norm; only those of kept tokens are used.
     """
 
-    keep: Bool[Tensor, "batch visual"]
+    mask: Bool[Tensor, "batch visual"]
     gate: Float[Tensor, "batch visual"] | None = None
     scores: Float[Tensor, "batch visual"] | None = None
     states: Float[Tensor, "batch visual width"] | None = None
@@ -119,7 +119,7 @@ class Pruner(nn.Module):
 
     Args:
         layers: decoder layers at whose input tokens are dropped, ascending, counted from 0.
-        shape: relative counts of the stages, never rising; equal counts by default.
+        stage_ratios: relative counts of the stages, never rising; equal counts by default.
         depth: depth of the decoder that `layers` is written for; they are scaled to the host's. `None`: as written.
     """
 
@@ -132,13 +132,15 @@ class Pruner(nn.Module):
     needs_values: bool = False
     acts_in_tower: bool = False
 
-    def __init__(self, layers: Sequence[int], shape: Sequence[float] | None = None, depth: int | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[int], stage_ratios: Sequence[float] | None = None, depth: int | None = None
+    ) -> None:
         super().__init__()
         check_numbers("pruner.layers", layers, whole=True)
-        check_numbers("pruner.shape", shape or (), above=0)
+        check_numbers("pruner.stage_ratios", stage_ratios or (), above=0)
         check_number("pruner.depth", depth, least=1, whole=True)
         self.layers = [int(layer) for layer in layers]
-        self.shape = [1.0] * len(self.layers) if shape is None else [float(s) for s in shape]
+        self.stage_ratios = [1.0] * len(self.layers) if stage_ratios is None else [float(s) for s in stage_ratios]
         self.depth = depth
 
     def stages(self, depth: int) -> tuple[int, ...]:
@@ -155,7 +157,7 @@ class Pruner(nn.Module):
         keep = tokens(keep, visual)
         if isinstance(keep, dict):
             return given(keep, self.stages(depth))
-        return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.shape)))
+        return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.stage_ratios)))
 
     def plan(self, keep: Budget, visual: int, depth: int, images: int = 1) -> Schedule:
         """Schedule of one sample with `visual` visual tokens of `images` images; with `keep` or fewer, all stay.
@@ -272,8 +274,8 @@ class VisionPruner(Pruner):
 
     Args:
         vision_layers: tower layers at whose input patches leave, ascending; -1: behind the layer that gives features.
-        vision_shape: patches after each stage in multiples of the budget, never rising; by default the last stage alone
-            cuts, which is for methods with one.
+        vision_stage_ratios: patches after each stage in multiples of the budget, never rising; by default the last
+            stage alone cuts, which is for methods with one.
         vision_depth: tower layers up to the features that `vision_layers` is written for; they are scaled to the
             host's. `None`: as written.
     """
@@ -283,28 +285,30 @@ class VisionPruner(Pruner):
     def __init__(
         self,
         vision_layers: Sequence[int] = (-1,),
-        vision_shape: Sequence[float] | None = None,
+        vision_stage_ratios: Sequence[float] | None = None,
         vision_depth: int | None = None,
     ) -> None:
         super().__init__([0])
         check_numbers("pruner.vision_layers", vision_layers, least=-1, whole=True)
-        check_numbers("pruner.vision_shape", vision_shape or (), above=0)
+        check_numbers("pruner.vision_stage_ratios", vision_stage_ratios or (), above=0)
         check_number("pruner.vision_depth", vision_depth, least=1, whole=True)
         self.vision_layers = [int(layer) for layer in vision_layers]
-        self.vision_shape = (
-            [1.0] * len(self.vision_layers) if vision_shape is None else [float(x) for x in vision_shape]
+        self.vision_stage_ratios = (
+            [1.0] * len(self.vision_layers) if vision_stage_ratios is None else [float(x) for x in vision_stage_ratios]
         )
         self.vision_depth = vision_depth
 
     def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
-        """Patches per tile after each stage: `vision_shape` times the budget, at most all."""
+        """Patches per tile after each stage: `vision_stage_ratios` times the budget, at most all."""
         inside = tuple(layer for layer in self.vision_layers if layer >= 0)
         layers = scale_layers(inside, self.vision_depth, depth)
         layers += (depth,) * (len(self.vision_layers) - len(inside))
         check_layers(layers, depth + 1)
-        if len(self.vision_shape) != len(layers):
-            raise LitPruneError(f"vision_shape {self.vision_shape} needs one number for each of {self.vision_layers}")
-        counts = (min(visual, round(keep * part)) for part in self.vision_shape)
+        if len(self.vision_stage_ratios) != len(layers):
+            raise LitPruneError(
+                f"vision_stage_ratios {self.vision_stage_ratios} needs one number for each of {self.vision_layers}"
+            )
+        counts = (min(visual, round(keep * part)) for part in self.vision_stage_ratios)
         return dict(zip(layers, counts, strict=True))
 
     def prune(self, context: Context) -> Kept:

@@ -37,9 +37,9 @@ def image_by_image(prune: Callable[..., Kept]) -> Callable[..., Kept]:
             full = torch.full(context.alive.shape, fill, dtype=flat.dtype, device=flat.device)
             return full.scatter_reduce(1, columns, flat, "amax")
 
-        keep = back(kept.keep.float(), 0.0).bool()
+        mask = back(kept.mask.float(), 0.0).bool()
         scores = None if kept.scores is None else back(kept.scores, float("-inf"))
-        return Kept(keep, scores=scores, states=_states_back(kept, context, columns, real))
+        return Kept(mask, scores=scores, states=_states_back(kept, context, columns, real))
 
     return decide
 
@@ -79,10 +79,10 @@ def _states_back(kept: Kept, context: Context, columns: Tensor, real: Tensor) ->
     """New states at their columns; those of no image's tokens stay."""
     if kept.states is None:
         return None
-    batch, width, spare = columns.shape[0], kept.states.shape[-1], context.alive.shape[1]
+    batch, width, overflow = columns.shape[0], kept.states.shape[-1], context.alive.shape[1]
     full = torch.nn.functional.pad(context.states.to(kept.states.dtype), (0, 0, 0, 1))
-    index = columns.masked_fill(~real, spare)[..., None].expand(-1, -1, width)
-    return full.scatter(1, index, kept.states.reshape(batch, -1, width))[:, :spare]
+    index = columns.masked_fill(~real, overflow)[..., None].expand(-1, -1, width)
+    return full.scatter(1, index, kept.states.reshape(batch, -1, width))[:, :overflow]
 
 
 class PickedOneByOne(Pruner):
@@ -90,15 +90,15 @@ class PickedOneByOne(Pruner):
 
     Args:
         layers: decoder layers at whose input tokens are dropped [the papers': before the decoder, so 0].
-        shape, depth: see `Pruner`.
+        stage_ratios, depth: see `Pruner`.
     """
 
     needs_embeds = True
 
     def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (0,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     @image_by_image
     def prune(self, context: Context) -> Kept:

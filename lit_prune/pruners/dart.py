@@ -27,7 +27,7 @@ class DART(Pruner):
     Args:
         layers: decoder layers at whose input tokens are dropped. The paper prunes once, before layer 2; more stages
             apply the same rule again, for budgets that one can't meet.
-        shape, depth: see `Pruner`.
+        stage_ratios, depth: see `Pruner`.
         visual_pivots: number of visual pivots [paper: 4]. text_pivots: of question tokens [paper: 4].
     """
 
@@ -37,12 +37,12 @@ class DART(Pruner):
     def __init__(
         self,
         layers: Sequence[int] = (2,),
-        shape: Sequence[float] | None = None,
+        stage_ratios: Sequence[float] | None = None,
         depth: int | None = None,
         visual_pivots: int = 4,
         text_pivots: int = 4,
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
         check_number("pruner.visual_pivots", visual_pivots, least=0, whole=True)
         check_number("pruner.text_pivots", text_pivots, least=0, whole=True)
         self.visual_pivots, self.text_pivots = visual_pivots, text_pivots

@@ -38,7 +38,7 @@ class DCPPrune(VisionPruner):
 
     Args:
         vision_layers: where ACGR acts; not before the first layer, where there is no attention yet.
-        vision_shape: patches after each stage in multiples of the budget; the last is 1.
+        vision_stage_ratios: patches after each stage in multiples of the budget; the last is 1.
         vision_depth: see `VisionPruner`.
         acgr: off: stages keep the best by score and recover nothing.
         tatcs: off: the budget leaves the tower.
@@ -58,7 +58,7 @@ class DCPPrune(VisionPruner):
     def __init__(
         self,
         vision_layers: Sequence[int] = (2, -1),
-        vision_shape: Sequence[float] = (8.0, 1.0),
+        vision_stage_ratios: Sequence[float] = (8.0, 1.0),
         vision_depth: int | None = 4,
         acgr: bool = True,
         tatcs: bool = True,
@@ -70,7 +70,7 @@ class DCPPrune(VisionPruner):
         candidates: float = 2.0,
         text: float = 0.5,
     ) -> None:
-        super().__init__(vision_layers, vision_shape, vision_depth)
+        super().__init__(vision_layers, vision_stage_ratios, vision_depth)
         if 0 in self.vision_layers:
             raise LitPruneError("vision_layers: DCP-Prune scores by the layer before a stage, and layer 0 has none")
         check_number("pruner.temperature", temperature, above=0)

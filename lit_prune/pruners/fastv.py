@@ -18,9 +18,9 @@ class FastV(Pruner):
     attention = AttentionRows("previous", "last")
 
     def __init__(
-        self, layers: Sequence[int] = (2,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (2,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Head-mean attention of the last prompt token to each visual token."""

@@ -20,9 +20,9 @@ class Oracle(Pruner):
     title = "oracle"
 
     def __init__(
-        self, layers: Sequence[int] = (1,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (1,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Minus the token's rank inside its region; a random number far below for tokens in none."""

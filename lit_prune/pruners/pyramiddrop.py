@@ -14,12 +14,12 @@ class PyramidDrop(Pruner):
     The paper ranks behind layer l by the norm, queries and keys of the next layer: that is the own attention of the
     layer whose input is cut. A decoder of 32 has four segments of eight layers, and each is left by half the tokens
     that came [paper: lambda = 0.5]. The first segment sees all tokens, so the average can't go below a quarter of them:
-    budgets under it are refused, and need earlier `layers`. Counts keep to the ratios of `shape` and are scaled to the
+    budgets under it are refused, and need earlier `layers`. Counts keep to `stage_ratios` and are scaled to the
     budget [ours]; positions stay the original ones [ours, the paper counts anew].
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 8, 16, 24 of 32].
-        shape: counts of the stages relative to each other [paper: a half, a quarter, an eighth].
+        stage_ratios: counts of the stages relative to each other [paper: a half, a quarter, an eighth].
         depth: see `Pruner`.
     """
 
@@ -29,10 +29,10 @@ class PyramidDrop(Pruner):
     def __init__(
         self,
         layers: Sequence[int] = (8, 16, 24),
-        shape: Sequence[float] | None = (0.5, 0.25, 0.125),
+        stage_ratios: Sequence[float] | None = (0.5, 0.25, 0.125),
         depth: int | None = None,
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Head-mean attention of the last instruction token to each visual token."""

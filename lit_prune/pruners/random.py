@@ -21,11 +21,11 @@ class Random(Pruner):
     def __init__(
         self,
         layers: Sequence[int] = (0,),
-        shape: Sequence[float] | None = None,
+        stage_ratios: Sequence[float] | None = None,
         depth: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
         check_number("pruner.seed", seed, whole=True)
         self.seed = seed
 

@@ -80,15 +80,15 @@ class RCP(Pruner):
 
     Args:
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
-        shape: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
+        stage_ratios: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
         select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss), `topk` [ours], or
-            `mass` [ours]: as few as hold the share `mass` of softmax(logits), so that images on which the pruner is
-            sure get fewer tokens; which share gives a budget on average is found by `jobs/adapt.py`.
+            `mass` [ours]: as few as hold the share `keep_mass` of softmax(logits), so that images on which the pruner
+            is sure get fewer tokens; which share gives a budget on average is found by `jobs/adapt.py`.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
         dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
         baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
-        floor: attention is clamped here before the log [R: 1e-6].
+        attention_floor: attention is clamped here before the log [R: 1e-6].
         attention_layer: whose attention is the baseline: the pruning layer's `own` (paper), whose keys are projected
             ahead for all tokens, or the `previous` layer's, read where it is computed anyway [ours].
         attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
@@ -100,7 +100,7 @@ class RCP(Pruner):
     def __init__(
         self,
         layers: Sequence[int] = (1, 13, 25),
-        shape: Sequence[float] | None = (16.7, 4.6, 1.4),
+        stage_ratios: Sequence[float] | None = (16.7, 4.6, 1.4),
         depth: int | None = None,
         select: Literal["threshold", "topk", "mass"] = "threshold",
         inner: int = 512,
@@ -109,24 +109,24 @@ class RCP(Pruner):
         dropout: float = 0.2,
         bias: float = 2.0,
         baseline: Literal["attention", "none"] = "attention",
-        floor: float = 1e-6,
+        attention_floor: float = 1e-6,
         attention_score: Literal["weight", "relative"] = "weight",
         attention_layer: Literal["own", "previous"] = "own",
-        mass: float = 0.9,
+        keep_mass: float = 0.9,
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
         check_number("pruner.inner", inner, least=2, whole=True)
         check_number("pruner.queries", queries, least=1, whole=True)
         check_number("pruner.heads", heads, least=1, whole=True)
         check_number("pruner.dropout", dropout, least=0, below=1)
         check_number("pruner.bias", bias)
-        check_number("pruner.floor", floor, above=0, below=1)
-        check_number("pruner.mass", mass, above=0, most=1)
+        check_number("pruner.attention_floor", attention_floor, above=0, below=1)
+        check_number("pruner.keep_mass", keep_mass, above=0, most=1)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
-        self.dropout, self.bias, self.baseline, self.floor = dropout, bias, baseline, floor
-        self.attention_score, self.attention_layer, self.mass = attention_score, attention_layer, mass
+        self.dropout, self.bias, self.baseline, self.attention_floor = dropout, bias, baseline, attention_floor
+        self.attention_score, self.attention_layer, self.keep_mass = attention_score, attention_layer, keep_mass
         self.attention = AttentionRows(attention_layer, "question")
         # Set by `anneal` between steps, never in forward.
         self.tau, self.noise = 1.0, 0.0
@@ -172,7 +172,7 @@ class RCP(Pruner):
         return correction if self.baseline == "none" else correction + self._baseline(context)
 
     def _baseline(self, context: Context) -> Tensor:
-        log_attention = context.attention.float().clamp(min=self.floor).log()
+        log_attention = context.attention.float().clamp(min=self.attention_floor).log()
         kept = context.alive.float()
         centre = (log_attention * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1.0)
         return (log_attention - centre).detach()
@@ -183,24 +183,24 @@ class RCP(Pruner):
         noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
         noisy = logits + noise
         if self.select == "threshold":
-            keep, cut = selection.threshold(noisy, context.alive, images=context.images), 0.0
+            mask, cut = selection.threshold(noisy, context.alive, images=context.images), 0.0
         else:
             if self.select == "mass":
-                keep = selection.top_mass(noisy.detach(), context.alive, self.mass)
+                mask = selection.top_mass(noisy.detach(), context.alive, self.keep_mass)
             else:
-                keep = selection.top_k(noisy, context.alive, context.count, context.images)
-            cut = self._cut(noisy, keep, context.alive, context.images)
+                mask = selection.top_k(noisy, context.alive, context.count, context.images)
+            cut = self._cut(noisy, mask, context.alive, context.images)
         if not self.training:
-            return Kept(keep, scores=logits)
+            return Kept(mask, scores=logits)
         soft = torch.sigmoid((noisy - cut) / self.tau)
-        return Kept(keep, selection.straight_through(keep, soft), logits)
+        return Kept(mask, selection.straight_through(mask, soft), logits)
 
     @staticmethod
-    def _cut(logits: Tensor, keep: Tensor, alive: Tensor, images: selection.Images | None) -> Tensor:
+    def _cut(logits: Tensor, mask: Tensor, alive: Tensor, images: selection.Images | None) -> Tensor:
         """Where top-k cuts: half-way between the worst kept and the best dropped logit, without gradient [ours]."""
         logits = logits.detach()
-        worst = logits.masked_fill(~keep, float("inf"))
-        best = logits.masked_fill(keep | ~alive, float("-inf"))
+        worst = logits.masked_fill(~mask, float("inf"))
+        best = logits.masked_fill(mask | ~alive, float("-inf"))
         if images is None:
             worst, best = worst.amin(1, keepdim=True), best.amax(1, keepdim=True)
         else:

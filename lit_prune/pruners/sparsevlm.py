@@ -28,8 +28,8 @@ class SparseVLM(Pruner):
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 2, 6, 15 of 32].
-        shape: relative counts of the stages [paper: 66, 30, 17 for 64 tokens; 303, 110, 36 for 128; 300, 200, 110 for
-            192].
+        stage_ratios: relative counts of the stages [paper: 66, 30, 17 for 64 tokens; 303, 110, 36 for 128; 300, 200,
+            110 for 192].
         depth: see `Pruner`.
         recycled: share of the tokens over the budget that are clustered, the best ones [paper: 0.3].
         per_cluster: one cluster for so many of them, and one more [paper: 10]. 0: no recycling, for the ablation.
@@ -44,13 +44,13 @@ class SparseVLM(Pruner):
     def __init__(
         self,
         layers: Sequence[int] = (2, 6, 15),
-        shape: Sequence[float] | None = (66.0, 30.0, 17.0),
+        stage_ratios: Sequence[float] | None = (66.0, 30.0, 17.0),
         depth: int | None = None,
         recycled: float = 0.3,
         per_cluster: int = 10,
         neighbours: int = 5,
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
         check_number("pruner.recycled", recycled, least=0, below=1)
         check_number("pruner.per_cluster", per_cluster, least=1, whole=True)
         check_number("pruner.neighbours", neighbours, least=1, whole=True)

@@ -15,9 +15,9 @@ class TextAttention(Pruner):
     attention = AttentionRows("own", "question")
 
     def __init__(
-        self, layers: Sequence[int] = (2,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (2,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Attention averaged over heads and question tokens."""

@@ -17,9 +17,9 @@ class TextSimilarity(Pruner):
     needs_embeds = True
 
     def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (0,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Maximum over the question's words of the cosine with their embedding."""

@@ -23,9 +23,9 @@ class Uniform(Pruner):
     title = "uniform"
 
     def __init__(
-        self, layers: Sequence[int] = (0,), shape: Sequence[float] | None = None, depth: int | None = None
+        self, layers: Sequence[int] = (0,), stage_ratios: Sequence[float] | None = None, depth: int | None = None
     ) -> None:
-        super().__init__(layers, shape, depth)
+        super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Closeness to the nearest cell of the grid for this count, image by image."""

@@ -18,7 +18,7 @@ from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.meters import Meters
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import Record, Session, checkpointing
-from lit_prune.host.options import Mass, Positions
+from lit_prune.host.options import Positions, Proportional
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
@@ -29,7 +29,7 @@ from lit_prune.training.checks import check_batch, check_checkpoint, check_param
 from lit_prune.training.logging import Work, fetched, step_figures
 from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
-from lit_prune.training.step import Moment, Step, Teaching
+from lit_prune.training.step import Step, StepKey, Teaching
 from lit_prune.training.strategies import in_step, parameter_count, refuse_unusable
 from lit_prune.vlm import load
 
@@ -47,10 +47,11 @@ class PruneModule(LightningModule):
         random_weights: build the base's real shape with random weights and download nothing: to measure and to test.
         dtype: of the frozen weights; by default what `lit_prune.load` chooses. What trains stays float32.
         positions: position ids of kept tokens, `original` or `renumbered`; by default the plug-in's, else original.
-        mass: attention that kept tokens get for dropped ones, `none`, `count` or `similarity`; by default likewise.
+        proportional_attention: add log(size) to the attention logits of kept tokens, which stand for the dropped ones:
+            `none`, `count` or `similarity`, see `HostOptions`; by default likewise.
         train_mode: `soft` masks at full length, so that dropped tokens teach too; `drop` discards, as inference does.
-        spare: soft mode only: let gradients reach the best `spare` times as many tokens as are kept, and drop the
-            others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
+        contenders: soft mode only: let gradients reach the best `contenders` times as many tokens as are kept, and drop
+            the others for good, which shortens the sequence [ours]. `None`: all tokens, as the paper trains.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Measured on micro-LLaVA, the
             gradient of the cross entropy on the pruner has a norm of 1e7 without it, and drowns every other loss.
         checkpoint_activations: layers keep their inputs alone and run again in backward: less memory, more time.
@@ -61,7 +62,7 @@ class PruneModule(LightningModule):
         repair_lr: that of the repair adapter, if another.
         weight_decay: of AdamW [R: 0.01].
         warmup: share of the steps that warm up [R: 0.1].
-        floor: last learning rate over the peak, by cosine [R: 0.1].
+        final_lr: last learning rate, as a share of the peak `lr`, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws what it would have.
 
@@ -79,9 +80,9 @@ class PruneModule(LightningModule):
         random_weights: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         positions: Positions | None = None,
-        mass: Mass | None = None,
+        proportional_attention: Proportional | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
-        spare: float | None = None,
+        contenders: float | None = None,
         gate_clip: float | None = None,
         checkpoint_activations: bool = False,
         watch: Sequence[int] = (),
@@ -91,7 +92,7 @@ class PruneModule(LightningModule):
         repair_lr: float | None = None,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
-        floor: float = 0.1,
+        final_lr: float = 0.1,
         max_new_tokens: int = 8,
         seed: int = 0,
     ) -> None:
@@ -106,13 +107,19 @@ class PruneModule(LightningModule):
             repair_lr=repair_lr,
             weight_decay=weight_decay,
             warmup=warmup,
-            floor=floor,
-            spare=spare,
+            final_lr=final_lr,
+            contenders=contenders,
             gate_clip=gate_clip,
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        self.lr, self.repair_lr, self.weight_decay, self.warmup, self.floor = lr, repair_lr, weight_decay, warmup, floor
+        self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = (
+            lr,
+            repair_lr,
+            weight_decay,
+            warmup,
+            final_lr,
+        )
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)
@@ -122,7 +129,7 @@ class PruneModule(LightningModule):
             checkpointing.prepare(self.vlm.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vlm.attach(made, keep=keep, positions=positions, mass=mass)
+            self.vlm.attach(made, keep=keep, positions=positions, proportional_attention=proportional_attention)
         self.keep = made.keep  # a share is a count now, where all images have as many tokens
         named = {"base": base, "keep": as_json(self.keep), "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(made.options))
@@ -134,7 +141,7 @@ class PruneModule(LightningModule):
             loss,
             anneal,
             train_mode=train_mode,
-            spare=spare,
+            contenders=contenders,
             gate_clip=gate_clip,
             checkpoint_activations=checkpoint_activations,
             watch=tuple(watch) if loss.attention else (),
@@ -190,25 +197,25 @@ class PruneModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Teacher and student over one batch; losses on the answers."""
-        moment, part = self.moment(), self.trainer.profiler.profile
-        step = self.step(batch, moment, part)
+        key, part = self.step_key(), self.trainer.profiler.profile
+        step = self.step(batch, key, part)
         with part("figures"):
             self.work.add(step.student, step.teacher, len(batch["ids"]))
-            self._log_step(step, moment.done, batch)
+            self._log_step(step, key.done, batch)
         return step.total
 
-    def moment(self) -> Moment:
+    def step_key(self) -> StepKey:
         """Where the run is."""
         done = self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
         step = f"{self.seed}/{self.trainer.current_epoch}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}"
-        return Moment(zlib.crc32(step.encode()), done)
+        return StepKey(zlib.crc32(step.encode()), done)
 
     def step(
-        self, batch: dict[str, Any], moment: Moment, part: Callable[[str], AbstractContextManager] = nullcontext
+        self, batch: dict[str, Any], key: StepKey, part: Callable[[str], AbstractContextManager] = nullcontext
     ) -> Step:
-        """The losses of one batch, of weights, batch and moment alone; `part` names a section for a profiler."""
+        """The losses of one batch, of weights, batch and `key` alone; `part` names a section for a profiler."""
         ranks = 1 if self._trainer is None else self._trainer.world_size
-        return self.teaching.step(batch, moment, ranks, self._in_step, part)
+        return self.teaching.step(batch, key, ranks, self._in_step, part)
 
     @property
     def host(self):
@@ -231,7 +238,7 @@ class PruneModule(LightningModule):
             self.log(shown, values[name], prog_bar=True, logger=False, batch_size=samples)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on the plug-in, linear warm-up, cosine to `floor`."""
+        """AdamW on the plug-in, linear warm-up, cosine to `final_lr` of the peak."""
         check_parameters(self)
         optimizer = adamw(self.plugin, self.lr, self.repair_lr, self.weight_decay)
         schedule = LambdaLR(optimizer, self._course())
@@ -239,7 +246,7 @@ class PruneModule(LightningModule):
 
     def _course(self) -> Callable[[int], float]:
         """The learning rate's course over the run's steps, whose number a finder of batch sizes changes."""
-        return warm_cosine(max(1, self.trainer.estimated_stepping_batches), self.warmup, self.floor)
+        return warm_cosine(max(1, self.trainer.estimated_stepping_batches), self.warmup, self.final_lr)
 
     def on_train_start(self) -> None:
         """Train at the rates that the configuration names, or a finder of them, not at those of a checkpoint."""

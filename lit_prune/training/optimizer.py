@@ -39,14 +39,14 @@ def follow_settings(
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def warm_cosine(steps: int, warmup: float, floor: float) -> Callable[[int], float]:
-    """Learning rate over its peak at a step: linear warm-up over a share `warmup` of `steps`, a cosine to `floor`."""
+def warm_cosine(steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
+    """Learning rate over its peak at a step: linear warm-up over a share `warmup` of `steps`, cosine to `final_lr`."""
     warm = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / warm
         done = min(1.0, (step - warm) / max(1, steps - warm))
-        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor

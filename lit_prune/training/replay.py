@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import translated
 from lit_prune.files.writing import written_whole
 from lit_prune.training.module import PruneModule
-from lit_prune.training.step import Moment
+from lit_prune.training.step import StepKey
 
 HEADER = "lit_prune_step"
 INPUTS, WEIGHTS = "inputs.", "plugin."
@@ -37,7 +38,7 @@ class SavedStep:
     inputs: dict[str, Tensor]
     weights: dict[str, Tensor]
     ids: list[str]
-    moment: Moment
+    key: StepKey
     step: int
     rank: int
     loss: float
@@ -68,9 +69,9 @@ def load_step(path: Path) -> SavedStep:
         raise LitPruneError(f"{path} is no step that `fit` has saved: there is no such file")
     try:
         with safe_open(path, "pt") as file:
-            rest = json.loads((file.metadata() or {})[HEADER])
+            rest = translated(SavedStep, json.loads((file.metadata() or {})[HEADER]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        rest["moment"] = Moment(**rest["moment"])
+        rest["key"] = StepKey(**rest["key"])
         parts = [
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (INPUTS, WEIGHTS)
@@ -111,7 +112,7 @@ def replay(module: PruneModule, saved: SavedStep) -> Found:
     first = _first_bad({f"the batch's {name}": value for name, value in inputs.items()}, saved.ids)
     first = first or _first_bad({f"the weight {name}": value for name, value in module.named_parameters()}, saved.ids)
     with _watched(module, saved.ids) as seen:
-        step = module.step({"inputs": inputs, "ids": saved.ids}, saved.moment)
+        step = module.step({"inputs": inputs, "ids": saved.ids}, saved.key)
     losses = {name: value.item() for name, value in step.losses.items()}
     step.total.backward()
     bad = [name for name, p in module.plugin.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -27,7 +27,7 @@ from lit_prune.vlm import VLM
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepKey:
     """Where in a run a step stands: the seed of its noise and dropout, and the share of all steps done before it."""
 
     seed: int
@@ -53,7 +53,7 @@ class Teaching:
     loss: LossWeights
     anneal: Anneal
     train_mode: Literal["soft", "drop"]
-    spare: float | None
+    contenders: float | None
     gate_clip: float | None
     checkpoint_activations: bool
     watch: tuple[int, ...]
@@ -61,7 +61,7 @@ class Teaching:
     def step(
         self,
         batch: dict[str, Any],
-        moment: Moment,
+        key: StepKey,
         ranks: int = 1,
         in_step: bool = False,
         part: Callable[[str], AbstractContextManager] = nullcontext,
@@ -72,7 +72,7 @@ class Teaching:
         teacher stops behind the last layer that is looked at, and only answer positions get logits.
 
         Args:
-            batch: its `inputs`. moment: where in a run it stands.
+            batch: its `inputs`. key: where in a run it stands.
             ranks: over which gradients are averaged afterwards.
             in_step: whether all of them must run the same modules.
             part: names a section for a profiler.
@@ -80,8 +80,8 @@ class Teaching:
         vlm, plugin = self.vlm, self.vlm.plugin
         if blank := in_step and not has_image(batch):
             batch = with_blank(batch, vlm)
-        torch.manual_seed(moment.seed)
-        plugin.pruner.anneal(self.anneal.tau(moment.done), self.anneal.noise_scale(moment.done))
+        torch.manual_seed(key.seed)
+        plugin.pruner.anneal(self.anneal.tau(key.done), self.anneal.noise_scale(key.done))
         plain, pruned = self.sessions(ranks)
         teacher, student = plain.record, pruned.record
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
@@ -94,7 +94,7 @@ class Teaching:
             with again if self.checkpoint_activations else nullcontext():
                 logits = vlm.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
-            losses = self.losses(logits, target, student, teacher, moment.done, blank)
+            losses = self.losses(logits, target, student, teacher, key.done, blank)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
             total = total + 0.0 * sum(parameter.sum() for parameter in plugin.parameters())
@@ -109,7 +109,7 @@ class Teaching:
         stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
         plain = replace(measuring.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
         clip = None if self.gate_clip is None else self.gate_clip * ranks
-        soft = {"soft": self.train_mode == "soft", "spare": self.spare, "gate_clip": clip}
+        soft = {"soft": self.train_mode == "soft", "contenders": self.contenders, "gate_clip": clip}
         return plain, Session(record=student, **soft, **common)
 
     def losses(

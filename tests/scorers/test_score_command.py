@@ -315,7 +315,7 @@ def test_cases_agree(tmp_path, capsys):
         (
             "vqa",
             [normalised("cat"), normalised("dog")],
-            'case 1 (normalise): expected "dog", got "cat"\n{"kind": "norm',
+            'case 1 (normalise): expected "dog", got "cat"; the case: {"kind": "norm',
         ),
         ("vqa", [normalised("dog", id="x7")], 'case x7 (normalise): expected "dog", got "cat"'),
         ("vqa", [normalised(3)], 'case 0 (normalise): expected 3, got "cat"'),

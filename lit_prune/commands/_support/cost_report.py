@@ -99,9 +99,9 @@ def draw(path: Path, case: Case, bills: dict[str, Bill]) -> None:
     """Visual tokens at each decoder layer's input, and the FLOPs of the layer; raises for a format that isn't known."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    figure.suptitle(case.title, fontsize="medium")
-    tokens, flops = figure.subplots(1, 2)
+    page = Figure(figsize=(9, 3.4), layout="constrained")
+    page.suptitle(case.title, fontsize="medium")
+    tokens, flops = page.subplots(1, 2)
     for name, made in bills.items():
         style = {"label": name, "color": "0.6" if name == "full" else None, "where": "mid"}
         tokens.step(range(len(made.visual)), made.visual, **style)
@@ -115,6 +115,6 @@ def draw(path: Path, case: Case, bills: dict[str, Bill]) -> None:
     tokens.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(path, dpi=150)
+        page.savefig(path, dpi=150)
     except ValueError as error:
         raise LitPruneError(f"--plot {path}: {error}") from error

@@ -13,6 +13,7 @@ from omegaconf.errors import GrammarParseError
 
 from lit_prune.commands._support.overlays import classes_in, config_content
 from lit_prune.errors import LitPruneError
+from lit_prune.files.renamed import MODEL, RENAMED, names_of
 from lit_prune.files.yaml_files import ENDINGS, shorten
 
 LONGEST = 400  # characters of a message
@@ -93,7 +94,8 @@ def _explained(message: str, parser: ArgumentParser, files: list[str]) -> str:
     if match := UNKNOWN.search(message):
         return _unknown_key(message, match[1] or match[2], parser, files)
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"`{_place(message)[0]}`: no class `{match[1]}`; write its full path, `package.module.Class`"
+        at = f"`{place}`: " if (place := _place(message)[0]) else ""  # none for `--data.help`
+        return f"{at}no class `{match[1]}`; write its full path, `package.module.Class`"
     if match := NO_CLASS.search(message):
         return _bad_class(message, match[1], match[2])
     if "Not a valid subclass" in message and (match := re.search(r"Given value: (\{.*\})", message)):
@@ -112,7 +114,7 @@ def explain_interpolation(error: Exception, parser: ArgumentParser, files: Itera
     if wanted is None:
         return at + text.partition("\n")[0]
     key = _as_written(_without_verb(wanted[1], parser), files)
-    return f"{at}nothing is at `${{{key}}}`{_meant(closest(key, keys_of(parser, files)))}"
+    return f"{at}nothing is at `${{{key}}}`{_renamed(key, files) or _meant(closest(key, keys_of(parser, files)))}"
 
 
 def explain_unexpected(error: Exception) -> str:
@@ -145,6 +147,14 @@ def _meant(key: str | None) -> str:
     return f"; did you mean `{key}`?" if key else ""
 
 
+def _renamed(key: str, files: Iterable[str], dashes: str = "") -> str:
+    """The end of a message that gives today's name of a key of version 0.1; empty for any other key."""
+    parent, _, name = key.rpartition(".")
+    path = classes_in(files).get(parent.removesuffix(".init_args"))
+    new = (RENAMED["PruneModule"] if parent == MODEL else names_of(path)).get(name)
+    return f"; it is `{dashes}{parent}.{new}` now" if new else ""
+
+
 def _without_verb(key: str, parser: ArgumentParser) -> str:
     first, _, rest = key.partition(".")
     return rest if rest and first not in {k.partition(".")[0] for k in keys_of(parser)} else key
@@ -164,19 +174,22 @@ def _unrecognised(message: str, parser: ArgumentParser, files: list[str]) -> str
         return f"unexpected argument `{tokens[0]}`"
     key = option.lstrip("-").partition("=")[0]
     found = closest(key, keys_of(parser, files))
-    return f"unknown option `--{key}`{_meant(found and '--' + found)}"
+    return f"unknown option `--{key}`{_renamed(key, files, '--') or _meant(found and '--' + found)}"
 
 
 def _unknown_key(message: str, key: str, parser: ArgumentParser, files: list[str]) -> str:
     """A key that a parser or the class chosen by a class_path does not have."""
     place, class_path = _place(message[: message.index(f"'{key}'")])
     if class_path is None:
-        return f"{_file_with(key, files)}unknown key `{key}`{_meant(closest(key, keys_of(parser, files)))}"
+        hint = _renamed(key, files) or _meant(closest(key, keys_of(parser, files)))
+        return f"{_file_with(key, files)}unknown key `{key}`{hint}"
     known = _parameters(class_path)
     head, _, tail = key.partition(".")
     if tail and head not in known and (spec := closest(head, SPEC)):  # `init_arg:` for `init_args:`
         full = f"{place.removesuffix('.init_args')}.{head}"
         return f"{_file_with(full, files)}unknown key `{full}`; did you mean `{spec}`?"
+    if new := names_of(class_path).get(key):
+        return f"{_file_with(f'{place}.{key}', files)}unknown key `{place}.{key}` of {class_path}; it is `{new}` now"
     found = closest(key, known) or closest(key, SPEC)
     takes = "" if found else f"; it takes {', '.join(known) or 'no arguments'}"
     full = f"{place}.{key}"

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lit_prune.commands._support.console import err, say
 from lit_prune.errors import LitPruneError
 from lit_prune.loading import Base, context_length, hide_progress
-from lit_prune.ops.budget import parse_budget
+from lit_prune.ops.budget import Budget, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, as_plugin, load
 
@@ -42,18 +43,35 @@ def load_model(model: Base, dtype: Dtype = "auto", device: str = "auto", random_
         return load(model, dtype=chosen, random_weights=random_weights, device=wanted)
 
 
-def attach(vlm: VLM, pruner: str, keep: Any) -> str:
-    """Attach a pruner by its name, YAML file or plug-in folder; returns its name for people."""
-    budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
+@dataclass(frozen=True)
+class Choice:
+    """A method and its budget, read before a model is loaded: most mistakes show then."""
+
+    name: str  # as it was given
+    plugin: Plugin
+    keep: Budget | None  # None: the plug-in's own
+
+    @classmethod
+    def of(cls, pruner: str, keep: Any) -> "Choice":
+        """By the method's name, YAML file or plug-in folder; raises `LitPruneError`."""
+        budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
+        if budget is None and plugin.keep is None:
+            raise LitPruneError(
+                f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers"
+            )
+        return cls(pruner, plugin, budget)
+
+
+def attach(vlm: VLM, choice: Choice) -> str:
+    """Attach a method; returns its name for people."""
+    plugin = choice.plugin
     described = plugin.dims is None  # a saved one knows the model that it was made for
-    if budget is None and plugin.keep is None:
-        raise LitPruneError(f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        vlm.attach(plugin, keep=budget)
+        vlm.attach(plugin, keep=choice.keep)
     name = _title(plugin)
     if plugin.trained and described:
-        say(f"note: {pruner} describes a method that has weights; they are untrained here")
+        say(f"note: {choice.name} describes a method that has weights; they are untrained here")
         return f"{name}, untrained"
     return name
 

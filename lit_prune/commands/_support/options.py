@@ -3,15 +3,18 @@
 import dataclasses
 import importlib
 import inspect
-import json
+import re
+import sys
 import textwrap
 import types
 import typing
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import cache
+from os import PathLike
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lit_prune.commands._support import yaml_loader
 from lit_prune.commands._support.explain import explain, explain_unexpected
@@ -22,6 +25,8 @@ from lit_prune.files.shipped import config_or_text
 SHORT = {"-c": "config", "-o": "out"}
 YES_NO = ("true", "false", "yes", "no")
 HELP_WIDTH = 79
+LARGEST = 2**63 - 1
+NEGATIVE = re.compile(r"-\.?[0-9]")  # a number, no option
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -52,7 +57,7 @@ def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[st
     parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
     line = plain(argv, run)
     if not own_config:
-        check_files(line)
+        check_files(line, every_option=False)
     try:
         options = parser.parse_args(line)
     except ArgumentError as error:
@@ -61,7 +66,22 @@ def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[st
         raise UsageError(explain_unexpected(error)) from error
     if not own_config:
         del options["config"]
+    check_values(options)
     return run, parser.instantiate(options).as_dict()
+
+
+def check_values(node: typing.Any, name: str = "") -> None:
+    """Raise `UsageError` for values that no option can take: numbers of more than 64 bits, text with a NUL."""
+    if isinstance(node, Namespace | dict):
+        for key, value in (vars(node) if isinstance(node, Namespace) else node).items():
+            check_values(value, f"{name}.{key}" if name else f"{key}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            check_values(value, name)
+    elif isinstance(node, int) and not -LARGEST <= node <= LARGEST:
+        raise UsageError(f"`{name}`: a number of {node.bit_length()} bits is too large")
+    elif isinstance(node, str | PathLike) and "\0" in str(node):
+        raise UsageError(f"`{name}`: {str(node)!r} has a NUL character")
 
 
 def examples(run: Callable[..., None]) -> list[str]:
@@ -104,7 +124,7 @@ def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
             value = config_or_text(value)
         given = [] if value is None else [value]
         if name in hints and _is(hints[name], list):
-            while tokens and not tokens[0].startswith("-"):
+            while tokens and (not tokens[0].startswith("-") or NEGATIVE.match(tokens[0])):
                 given.append(tokens.pop(0))
             lists.setdefault(name, []).extend(given)
         elif name in hints and _is(hints[name], bool) and not given:
@@ -162,7 +182,9 @@ def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:
 def _as_yaml(values: list[str]) -> str:
     """One value that is a list already stays as written."""
     written = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
-    return values[0] if written else json.dumps(values)
+    if written:
+        return values[0]
+    return yaml.safe_dump(values, default_style='"', default_flow_style=True, width=sys.maxsize).strip()
 
 
 @cache

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.files.renamed import MODEL, old_keys, renamed_text
 from lit_prune.files.shipped import closest_configs, config_or_text, meant
-from lit_prune.files.yaml_files import ENDINGS, parse_yaml, read_yaml, shown
+from lit_prune.files.yaml_files import ENDINGS, NoMapping, parse_yaml, read_yaml, shown
 
 CONFIG = ("-c", "--config")
 CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
-HEAD = 64  # bytes
 LARGEST_JSON = 1 << 20  # bytes of a configuration
 LONGEST_NAME = 255  # of a file
 
@@ -48,17 +48,37 @@ def with_resets(args: list[str], chosen: dict[str, str]) -> list[str]:
     return result
 
 
-def check_files(args: list[str]) -> None:
-    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be read."""
+def check_files(args: list[str], every_option: bool = True) -> None:
+    """Raise a `UsageError` for the first configuration file, or inline text, of a command line that can't be used.
+
+    It can't be read, or has keys of version 0.1 that have another name today.
+
+    Args:
+        args: The arguments after the verb.
+        every_option: Any option may be given a configuration file of its part, as those of LightningCLI may.
+    """
     for option, value, _ in _options(args):
+        if not every_option and option not in CONFIG:
+            continue
         _classes(option, value)
+        content, key = _content(option, value)
+        whole = isinstance(content, dict) and MODEL in content  # a file of its own, as `--pruner` takes
+        if found := old_keys(content, "" if whole else key):
+            written = value.startswith("{") or "\n" in value
+            raise UsageError(f"{option if written else value}: {renamed_text(found)}")
 
 
 def _classes(option: str, value: str | None) -> dict[str, str]:
     """The classes that one option chooses, by dotted key."""
+    content, key = _content(option, value)
+    return dict(_class_paths(content, key, file=value if option in CONFIG and value else ""))
+
+
+def _content(option: str, value: str | None) -> tuple[Any, str]:
+    """What one option's value holds where it is a mapping or the name of a class, and the dotted key it is for."""
     if option in CONFIG and value is not None:
-        return dict(_class_paths(config_content(value), file=value))
-    return dict(_class_paths(_option_content(value), _key(option))) if value and _key(option) else {}
+        return config_content(value), ""
+    return (_option_content(value), _key(option)) if value and _key(option) else (None, "")
 
 
 def with_shipped(args: list[str]) -> list[str]:
@@ -89,6 +109,8 @@ def _options(args: list[str]) -> Iterator[tuple[str, str | None, list[str]]]:
         option, equals, value = word.partition("=")
         if not word.startswith("-"):
             yield word, None, [word]
+        elif word.startswith("-c") and word[2:3] not in ("", "="):  # -cFILE
+            yield "-c", word[2:], [word]
         elif equals:
             yield option, value, [word]
         elif tokens and not tokens[0].startswith("-"):
@@ -123,24 +145,22 @@ def _option_content(value: str) -> Any:
     """The mapping that an option's value gives: a configuration file, inline text, or the bare name of a class."""
     if CLASS.fullmatch(value):
         return {"class_path": value}
-    try:
-        if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
-            return None if _is_data(Path(value)) else read_yaml(value)
-    except LitPruneError as error:
-        if value.endswith(".json"):  # it may be anything; what reads it says what is wrong with it
+    if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
+        try:
+            return None if _is_large_json(Path(value)) else read_yaml(value)
+        except NoMapping:  # a list of callbacks, say
             return None
-        raise UsageError(str(error)) from error
+        except LitPruneError as error:
+            if value.endswith(".json"):  # data rather, of any size
+                return None
+            raise UsageError(str(error)) from error
     with suppress(LitPruneError):  # any other value is the parser's affair
         return parse_yaml(value, "") if value.startswith("{") else None
 
 
-def _is_data(path: Path) -> bool:
-    """True for a JSON file that is no configuration: large, as instruction data are, or no object."""
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(HEAD)
-    return path.stat().st_size > LARGEST_JSON or not head.lstrip().startswith(b"{")
+def _is_large_json(path: Path) -> bool:
+    """True for instruction data, say: to parse a gigabyte as YAML takes an hour."""
+    return path.suffix == ".json" and path.is_file() and path.stat().st_size > LARGEST_JSON
 
 
 def _is_pipe(value: str) -> bool:

@@ -11,11 +11,13 @@ from lit_prune.cost.shapes import Config, names
 from lit_prune.cost.sizes import USUAL, decoder_size, known_size, tower_size, tower_trace
 from lit_prune.cost.trace import TowerTrace, Trace, plan, step
 from lit_prune.errors import LitPruneError
-from lit_prune.host.places import check_stages
+from lit_prune.host.parts import check_stages
 from lit_prune.loading import load_shape
 from lit_prune.ops.budget import Budget, format_budget, parse_budget, resolve
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import as_plugin
+
+MOST_TOKENS = 10_000_000  # of one prompt; squares of the count are exact in 64 bits
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def describe(
         raise LitPruneError(f"{model}: how many visual tokens an image has isn't known; give --visual-tokens")
     visual = size.image.visual if visual is None else visual
     for name, count in (("text", text), ("answer", answer), ("visual", visual)):
-        if count < 1:
-            raise LitPruneError(f"--{name}-tokens {count} must be at least 1")
+        if not 1 <= count <= MOST_TOKENS:
+            raise LitPruneError(f"--{name}-tokens {count} must be at least 1, and at most {MOST_TOKENS}")
     plugin = None if pruner is None else as_plugin(pruner)
     if plugin is not None:
         check_stages(config, plugin.pruner.stages(size.depth))

@@ -13,7 +13,7 @@ from lit_prune.cost.plan import Training
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.training import Estimate, Weights, estimate, plan_step
 from lit_prune.errors import LitPruneError
-from lit_prune.host import places
+from lit_prune.host import parts
 from lit_prune.loading import load_config, random_model
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Dims
@@ -41,7 +41,7 @@ def built(plugin: Plugin, size: ModelSize) -> Plugin:
 def count_weights(config: Config, plugin: Plugin) -> Weights:
     """Parameters of a model, which gets no memory, and of a plug-in built for it."""
     model = random_model(config, torch.bfloat16, "meta")
-    return Weights(_count(model), _count(places.find(model).layers[0]), _count(plugin))
+    return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin))
 
 
 def _count(module: torch.nn.Module) -> int:

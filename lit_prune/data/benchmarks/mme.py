@@ -36,7 +36,7 @@ class MMEFiles(Benchmark):
         questions: list[Question] = []
         files = []
         for category in CATEGORIES if "all" in chosen else chosen:
-            path = official(root, _places(category), self.source)
+            path = official(root, _candidates(category), self.source)
             read = _release if path.is_dir() else _eval_tool
             for place, image, text, label in read(path):
                 if label not in ("Yes", "No"):
@@ -61,7 +61,7 @@ class MMEFiles(Benchmark):
         return group, stem(image), _bare(answer.question)
 
 
-def _places(category: str) -> list[str]:
+def _candidates(category: str) -> list[str]:
     folders = ("MME_Benchmark_release_version/", "", "eval_tool/Your_Results/", "Your_Results/")
     names = [f"{folder}{category}" for folder in folders[:2]]
     return names + [f"{folder}{category}.txt" for folder in folders[1:]]

@@ -28,7 +28,7 @@ def open_source(location: str | Path, images_root: str | Path | None = None) -> 
     """
     root = Path(images_root) if images_root is not None else None
     if root is not None and not root.is_dir():
-        raise LitPruneError(f"image root {root} is no folder")
+        raise LitPruneError(f"image root {root} is no folder: give the one that records' paths start from (`images`)")
     found = locate(location)
     source = _open(found, root)
     if not len(source):

@@ -27,7 +27,7 @@ def check(rule: Rule, path: Path) -> int:
     for number, case in enumerate(cases):
         where = f"{path}: case {case.get('id', number) if isinstance(case, dict) else number}"
         if difference := compare(*evaluate(rule, case, where)):
-            raise LitPruneError(f"{where} ({case['kind']}){difference}\n{_short(case)}")
+            raise LitPruneError(f"{where} ({case['kind']}){difference}; the case: {_short(case)}")
     return len(cases)
 
 

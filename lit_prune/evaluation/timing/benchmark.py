@@ -24,7 +24,7 @@ from lit_prune.evaluation.timing.clocks import Clock, noisy, spread
 from lit_prune.evaluation.timing.prompts import SEED, Prompt, decode, prefill, random_prompt
 from lit_prune.host import DecoderHost, Record, Session
 from lit_prune.host.cut import cut_to
-from lit_prune.host.places import find
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import Budget
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM

@@ -10,7 +10,7 @@ from lit_prune.cost.sizes import USUAL
 from lit_prune.evaluation.measuring import encode_images
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.noise import noise
-from lit_prune.host.places import find, unwrap
+from lit_prune.host.parts import find, unwrap
 from lit_prune.vlm import VLM
 
 SEED = 0  # of the random prompts and of untrained plug-ins
@@ -29,12 +29,12 @@ def random_prompt(vlm: VLM, batch: int, text_tokens: int, image: tuple[int, int]
 
     `image`: height and width in pixels where images differ. Raises `LitPruneError` for a vision tower that isn't known.
     """
-    model, places = vlm.model, find(vlm.model)
+    model, parts = vlm.model, find(vlm.model)
     size, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(SEED)
     text = torch.randint(size, (batch, text_tokens), generator=generator)
-    token = places.tokens["image"]
-    for special in places.tokens.values():
-        text[text == special] = (max(places.tokens.values()) + 1) % size
+    token = parts.tokens["image"]
+    for special in parts.tokens.values():
+        text[text == special] = (max(parts.tokens.values()) + 1) % size
     images, visual = noise(model.config, batch, image, generator)
     images["pixel_values"] = images["pixel_values"].to(model.dtype)
     ids = torch.cat([text[:, :1], torch.full((batch, visual), token), text[:, 1:]], 1)

@@ -11,10 +11,11 @@ from lit_prune.ops.budget.grammar import (
     resolve,
     tokens,
 )
-from lit_prune.ops.budget.schedule import asked, average, check_layers, given, scale_layers, solve, spans
+from lit_prune.ops.budget.schedule import OutOfReach, asked, average, check_layers, given, scale_layers, solve, spans
 
 __all__ = [
     "Budget",
+    "OutOfReach",
     "Schedule",
     "Share",
     "as_json",

@@ -1,4 +1,4 @@
-"""Whole counts of a schedule, the nearest to an average and then to a shape, in milliseconds for a stage per layer."""
+"""Whole counts of a schedule, the nearest to an average and then to ratios, in milliseconds for a stage per layer."""
 
 from collections.abc import Iterator
 from itertools import accumulate, islice
@@ -15,7 +15,7 @@ def nearest_counts(room: int, ruled: list[int], ideal: list[float], visual: int)
 
     Each count times the layers that it rules, `ruled`, is spent. Counts of more than four stages are the nearest that
     there are, in the smallest window around `ideal` that holds some; of fewer stages, where farther counts would bend
-    the shape, they are the nearest within three tokens of `ideal`.
+    the ratios, they are the nearest within three tokens of `ideal`.
     """
     if len(ruled) <= FEW:
         return _within(REACH, room, ruled, ideal, visual)

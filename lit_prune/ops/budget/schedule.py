@@ -44,21 +44,21 @@ def check_layers(layers: tuple[int, ...], depth: int) -> None:
 
 
 @lru_cache(maxsize=4096)
-def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tuple[float, ...]) -> Schedule:
-    """Schedule whose average is `keep`: counts near a multiple of `shape`, never rising, at least one token.
+def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: tuple[float, ...]) -> Schedule:
+    """Schedule whose average is `keep`: counts near a multiple of `ratios`, never rising, at least one token.
 
     The average is exact where whole counts allow it, else the nearest one, of two equally near the lower; up to four
-    stages keep within three tokens of the real-valued solution, since farther counts would bend the shape. Among those
-    of the best average the one closest to `shape` wins.
+    stages keep within three tokens of the real-valued solution, since farther counts would bend the ratios. Among those
+    of the best average the one closest to `ratios` wins.
 
     Raises `LitPruneError` if `keep` is above `visual` or below one, `OutOfReach` if it is used up by the layers before
     the first stage.
     """
     check_layers(layers, depth)
-    if len(shape) != len(layers):
-        raise LitPruneError(f"shape {list(shape)} needs one number for each pruning layer {list(layers)}")
-    if not all(0 < part < float("inf") for part in shape):
-        raise LitPruneError(f"shape {list(shape)}: the relative counts of the stages must be numbers above 0")
+    if len(ratios) != len(layers):
+        raise LitPruneError(f"stage_ratios {list(ratios)} needs one number for each pruning layer {list(layers)}")
+    if not all(0 < part < float("inf") for part in ratios):
+        raise LitPruneError(f"stage_ratios {list(ratios)}: the relative counts of the stages must be numbers above 0")
     if not 1 <= keep <= visual:
         raise LitPruneError(f"keep={keep} must lie between 1 and the image's {visual} visual tokens")
     if keep == visual:
@@ -71,9 +71,11 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], shape: tu
             f"keep={keep} can't be reached: the {layers[0]} decoder layers before the first stage see all {visual} "
             f"visual tokens, so the average is at least {lowest:.1f}; prune earlier or keep more"
         )
-    counts = nearest_counts(room, ruled, _ideal(room, ruled, shape, visual), visual)
+    counts = nearest_counts(room, ruled, _ideal(room, ruled, ratios, visual), visual)
     if counts is None:
-        raise LitPruneError(f"shape {list(shape)} must not rise: later stages can't keep more than earlier ones")
+        raise LitPruneError(
+            f"stage_ratios {list(ratios)} must not rise: later stages can't keep more than earlier ones"
+        )
     return dict(zip(layers, counts, strict=True))
 
 
@@ -93,13 +95,13 @@ def given(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
     return dict(schedule)
 
 
-def _ideal(room: int, ruled: list[int], shape: tuple[float, ...], visual: int) -> list[float]:
-    """Real-valued counts t * shape, clipped to [1, visual], that spend `room`; t by bisection."""
+def _ideal(room: int, ruled: list[int], ratios: tuple[float, ...], visual: int) -> list[float]:
+    """Real-valued counts t * ratios, clipped to [1, visual], that spend `room`; t by bisection."""
 
     def counts(t: float) -> list[float]:
-        return [min(float(visual), max(1.0, t * s)) for s in shape]
+        return [min(float(visual), max(1.0, t * s)) for s in ratios]
 
-    low, high = 0.0, visual / min(shape)
+    low, high = 0.0, visual / min(ratios)
     for _ in range(80):
         t = (low + high) / 2
         spent = sum(n * k for n, k in zip(ruled, counts(t), strict=True))

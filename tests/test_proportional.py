@@ -1,4 +1,4 @@
-"""Attention mass given back: equal to a literal attention with log-mass bias, in prefill and in decoding."""
+"""Proportional attention: equal to a literal attention with a bias of log(size), in prefill and in decoding."""
 
 import pytest
 import tiny
@@ -16,7 +16,7 @@ from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.ops.merging import collect_mass
+from lit_prune.ops.merging import collect_sizes
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, plugin_from_yaml
 
@@ -26,40 +26,40 @@ SOME = [path for path in PRUNERS if path.stem in ("rcp", "fastv", "text_attentio
 EACH = pytest.mark.parametrize("pruner", SOME, ids=lambda path: path.stem)
 
 
-def literal_mass(states, mass, alive, keep, how):
+def literal_sizes(states, sizes, alive, keep, how):
     """Token by token, in float64."""
-    found = mass.clone()
+    found = sizes.clone()
     for token in range(len(states)):
         if alive[token] and not keep[token]:
             near = [torch.cosine_similarity(states[token], states[k], dim=0).item() for k in keep.nonzero()[:, 0]]
             best = max(range(len(near)), key=near.__getitem__)
-            found[keep.nonzero()[best, 0]] += mass[token] * (max(near[best], 0.0) if how == "similarity" else 1.0)
+            found[keep.nonzero()[best, 0]] += sizes[token] * (max(near[best], 0.0) if how == "similarity" else 1.0)
     return found
 
 
 @HOW
-def test_mass_is_collected_as_written(how):
+def test_sizes_are_collected_as_written(how):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 20, 8, generator=generator, dtype=torch.float64)
-    mass = 1 + 3 * torch.rand(3, 20, generator=generator, dtype=torch.float64)
+    sizes = 1 + 3 * torch.rand(3, 20, generator=generator, dtype=torch.float64)
     alive = torch.rand(3, 20, generator=generator) < 0.8
     keep = alive & (torch.rand(3, 20, generator=generator) < 0.4)
-    found = collect_mass(states, mass, alive, keep, weighted=how == "similarity")
+    found = collect_sizes(states, sizes, alive, keep, weighted=how == "similarity")
     for row in range(3):
-        assert gap(found[row], literal_mass(states[row], mass[row], alive[row], keep[row], how)) < 1e-6
+        assert gap(found[row], literal_sizes(states[row], sizes[row], alive[row], keep[row], how)) < 1e-6
     if how == "count":
-        kept, there = (found * keep).sum(1), (mass * alive).sum(1)
+        kept, there = (found * keep).sum(1), (sizes * alive).sum(1)
         assert gap(kept, there) < 1e-9, "none is lost"
 
 
-def test_mass_of_a_sample_that_keeps_nothing_is_lost():
+def test_sizes_of_a_sample_that_keeps_nothing_are_lost():
     states, alive = torch.randn(1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
-    assert collect_mass(states, torch.ones(1, 5), alive, ~alive).isfinite().all()
+    assert collect_sizes(states, torch.ones(1, 5), alive, ~alive).isfinite().all()
 
 
 @HOW
-def test_dropping_equals_attention_with_log_mass(pruned, how):
-    """A plain forward at full length, in float64, with a 4-D float mask: -inf on dropped keys, log mass on others."""
+def test_dropping_equals_attention_with_log_size(pruned, how):
+    """A plain forward at full length, in float64, with a 4-D float mask: -inf on dropped keys, log size on others."""
     model = tiny.build_model().double()
     ids, pixels = samples((50,))[0]
     inputs = batch([(ids, pixels.double())])
@@ -68,16 +68,16 @@ def test_dropping_equals_attention_with_log_mass(pruned, how):
     keep = torch.zeros(2, VISUAL, dtype=torch.bool)
     keep[0, first], keep[1, first[:5]] = True, True
     image = (ids == IMAGE).nonzero()[:, 0]
-    mass, alive, masks = torch.ones(VISUAL).double(), torch.ones(VISUAL, dtype=torch.bool), {}
+    sizes, alive, masks = torch.ones(VISUAL).double(), torch.ones(VISUAL, dtype=torch.bool), {}
 
     def literal(index):
         def hook(module, args, kwargs):
-            nonlocal mass, alive
+            nonlocal sizes, alive
             if index in (2, 5):
                 mine = keep[(2, 5).index(index)] & alive
-                mass, alive = literal_mass(args[0][0, image], mass, alive, mine, how), mine
+                sizes, alive = literal_sizes(args[0][0, image], sizes, alive, mine, how), mine
                 bias = torch.zeros(50).double()
-                bias[image] = torch.where(alive, mass.log(), float("-inf"))
+                bias[image] = torch.where(alive, sizes.log(), float("-inf"))
                 masks[index] = torch.full((50, 50), float("-inf")).double().triu(1) + bias
             mask = masks.get(5, masks.get(2))
             return None if mask is None else (args, {**kwargs, "attention_mask": mask[None, None]})
@@ -90,19 +90,19 @@ def test_dropping_equals_attention_with_log_mass(pruned, how):
         expected = model(**inputs).logits
     for handle in handles:
         handle.remove()
-    vlm = pruned(Chosen([2, 5], keep), model=model, mass=how)
+    vlm = pruned(Chosen([2, 5], keep), model=model, proportional_attention=how)
     text = real_text(inputs)
     found = forward(vlm, inputs, repair=False)[0]
     assert gap(found[text], expected[text]) <= 1e-6
     bare = forward(pruned(Chosen([2, 5], keep), model=model), inputs, repair=False)[0]
-    assert gap(bare[text], expected[text]) > 0.1, "mass changes something"
+    assert gap(bare[text], expected[text]) > 0.1, "sizes change something"
 
 
 def test_what_the_tower_dropped_is_spread_over_what_arrives(tiny_model, pruned):
     """A plain forward on the tower's features: -inf on places of dropped patches, log(36 / 12) on the others."""
     inputs = batch(samples((50,)))
     path = next(path for path in PRUNERS if path.stem == "visionzip")
-    vlm = pruned(path, mass="count", keep=12)
+    vlm = pruned(path, proportional_attention="count", keep=12)
     found = forward(vlm, inputs, repair=False)[0]
     with torch.no_grad():
         features = tiny_model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
@@ -124,7 +124,7 @@ def test_what_the_tower_dropped_is_spread_over_what_arrives(tiny_model, pruned):
 @HOW
 def test_cached_decoding_equals_recomputation(pruned, pruner, how):
     inputs = batch(samples())
-    vlm = pruned(pruner, mass=how)
+    vlm = pruned(pruner, proportional_attention=how)
     out = generate(vlm, inputs)
     assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
     static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
@@ -135,27 +135,27 @@ def test_cached_decoding_equals_recomputation(pruned, pruner, how):
 
 @EACH
 def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
-    mixed_batch_equals_its_samples(pruned(pruner, mass="count", positions="renumbered"))
+    mixed_batch_equals_its_samples(pruned(pruner, proportional_attention="count", positions="renumbered"))
 
 
 @EACH
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_masking_equals_dropping(pruned, pruner, side):
     inputs = batch(samples(), side, answers=4)
-    vlm = pruned(pruner, mass="count")
+    vlm = pruned(pruner, proportional_attention="count")
     text = real_text(inputs)
     assert gap(forward(vlm, inputs)[0][text], forward(vlm, inputs, soft=True, eps=1e-30)[0][text]) <= TOLERANCE
 
 
 @EACH
-def test_second_turn_attends_with_the_mass(pruned, pruner):
+def test_second_turn_attends_with_the_sizes(pruned, pruner):
     inputs, question = batch(samples()), torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(7))
-    dialogue_equals_one_forward(pruned(pruner, mass="count"), inputs, question)
+    dialogue_equals_one_forward(pruned(pruner, proportional_attention="count"), inputs, question)
 
 
-def test_a_second_image_finds_the_mass_of_the_first(pruned):
-    """Batch and sample alone agree, and the cache knows the mass of both images."""
-    vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), mass="count")
+def test_a_second_image_finds_the_sizes_of_the_first(pruned):
+    """Batch and sample alone agree, and the cache knows the sizes of both images."""
+    vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), proportional_attention="count")
     new = batch(samples((44,), seed=9))
     caches = {}
     for rows in (1, 2):
@@ -174,7 +174,7 @@ def test_a_second_image_finds_the_mass_of_the_first(pruned):
 
 def test_assisted_decoding_equals_greedy(pruned):
     inputs = batch(samples((45,)))
-    vlm = pruned(SOME[0], mass="count")
+    vlm = pruned(SOME[0], proportional_attention="count")
     greedy = generate(vlm, inputs, tokens=24)
     assisted = generate(vlm, inputs, tokens=24, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
     assert assisted.sequences.tolist() == greedy.sequences.tolist()
@@ -186,7 +186,7 @@ def test_keep_all_is_the_plain_model(tiny_model, pruned, pruner):
     with torch.no_grad():
         logits = tiny_model(**inputs).logits
     plain = generate_plain(tiny_model, inputs)
-    vlm = pruned(pruner, keep=VISUAL, mass="count")
+    vlm = pruned(pruner, keep=VISUAL, proportional_attention="count")
     for adapter in vlm.plugin.repair.adapters:
         adapter.alpha.data.zero_()
     assert torch.equal(forward(vlm, inputs)[0], logits)
@@ -196,7 +196,7 @@ def test_keep_all_is_the_plain_model(tiny_model, pruned, pruner):
 def test_it_takes_no_further_look_at_the_device(tiny_model, pruned, monkeypatch):
     inputs, counts = batch(samples()), []
     for how in ("none", "count"):
-        vlm = pruned(SOME[0], mass=how)
+        vlm = pruned(SOME[0], proportional_attention=how)
         with torch.no_grad(), vlm.using(Session()), looks(monkeypatch) as found:
             tiny_model(**inputs)
         counts.append(found)
@@ -206,23 +206,23 @@ def test_it_takes_no_further_look_at_the_device(tiny_model, pruned, monkeypatch)
 def test_the_nearest_kept_token_has_a_price(pruned):
     inputs, costs = batch(samples()), []
     for how in ("none", "count"):
-        vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), mass=how)
+        vlm = pruned(Chosen([2], torch.arange(VISUAL)[None] % 4 == 0), proportional_attention=how)
         costs.append(price(forward(vlm, inputs)[1].trace, vlm.size)["scoring"][0].item())
     assert costs[1] - costs[0] == 2 * VISUAL * (VISUAL // 4) * tiny.WIDTH
 
 
 def test_eager_attention_is_refused(pruned, tiny_eager):
     with pytest.raises(LitPruneError, match="eager"):
-        pruned(PRUNERS[0], model=tiny_eager, mass="count")
+        pruned(PRUNERS[0], model=tiny_eager, proportional_attention="count")
 
 
 def test_a_plugin_remembers_it(pruned, tiny_model, tmp_path):
-    pruned(PRUNERS[0], mass="similarity").save_pretrained(tmp_path)
-    assert Plugin.from_pretrained(tmp_path).options.mass == "similarity"
-    again = VLM(tiny_model, None, "tiny").attach(tmp_path, mass="none")
-    assert again.host.mass is None
-    assert again.plugin.settings()["mass"] == "none"
+    pruned(PRUNERS[0], proportional_attention="similarity").save_pretrained(tmp_path)
+    assert Plugin.from_pretrained(tmp_path).options.proportional_attention == "similarity"
+    again = VLM(tiny_model, None, "tiny").attach(tmp_path, proportional_attention="none")
+    assert again.host.proportional is None
+    assert again.plugin.settings()["proportional_attention"] == "none"
     again.detach()
     path = tmp_path / "mine.yaml"
-    path.write_text("model: {pruner: {class_path: lit_prune.pruners.uniform.Uniform}, mass: count}")
-    assert plugin_from_yaml(path).options.mass == "count"
+    path.write_text("model: {pruner: {class_path: lit_prune.pruners.uniform.Uniform}, proportional_attention: count}")
+    assert plugin_from_yaml(path).options.proportional_attention == "count"

@@ -33,7 +33,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Places:
+class ModelParts:
     """The parts of a model that pruning touches.
 
     `tokens`: id of each modality's placeholder. `image_length`: visual tokens of every image, `None` where images
@@ -73,7 +73,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find(model: nn.Module) -> Places:
+def find(model: nn.Module) -> ModelParts:
     """Parts of a `*ForConditionalGeneration`; raises `LitPruneError` for a model that isn't one."""
     model = unwrap(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -87,7 +87,7 @@ def find(model: nn.Module) -> Places:
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
     fixed = model.config.model_type in FIXED_GRID and getattr(vision, "model_type", None) in TOWERS
     visual = crop_load(model.config, 1).visual if fixed else nominal_tokens(model.config)
-    return Places(
+    return ModelParts(
         decoder=decoder,
         layers=layers,
         tokens={modality: token for modality, token in ids.items() if token is not None},
