@@ -157,7 +157,7 @@ def test_compare_has_official_scores(official, tmp_path, capsys):
     words = ["compare", "-c", config, "--methods", "full", "divprune", "--keep", "48", "--seeds", "0", "--limit", "20"]
     cli.main([*map(str, words), "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["method"] for row in rows] == ["full", "divprune"]
+    assert [row["method"] for row in rows] == ["full", "DivPrune"]
     assert all(set(row["headlines"]) == {"gqa/accuracy", "pope/f1"} for row in rows)
     assert all(row["scores"]["gqa/binary"] >= 0 for row in rows)
     assert "official scores" in capsys.readouterr().out
