@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from lit_prune.data.regions import joined, regions
 from lit_prune.evaluation.measuring import matches
-from lit_prune.evaluation.metrics import Consistency, LayerTokens, Shift, SkillAccuracy
+from lit_prune.evaluation.metrics import Consistency, LayerTokens, Shift, SkillAccuracy, figure_name
 from lit_prune.host import Record, StageRecord
-from lit_prune.training.logging import figure_name
 from lit_prune.training.losses import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
 
 # -- accuracy -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from lit_prune.callbacks.parts import Parts
 from lit_prune.callbacks.progress import Progress
 from lit_prune.callbacks.results import PrintResults
 from lit_prune.callbacks.samples import SamplePictures
+from lit_prune.callbacks.scores import WriteScores
 from lit_prune.callbacks.settings import SaveConfig
 from lit_prune.callbacks.signals import StopOnSignal, Stopped
+from lit_prune.callbacks.submissions import WriteSubmissions
 from lit_prune.callbacks.summary import RunSummary
 from lit_prune.callbacks.throughput import Throughput
 from lit_prune.callbacks.wandb_run import WandbRun
@@ -33,4 +35,6 @@ __all__ = [
     "Throughput",
     "WandbRun",
     "WriteAnswers",
+    "WriteScores",
+    "WriteSubmissions",
 ]

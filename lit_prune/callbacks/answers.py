@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lit_prune.callbacks.settings import output_suffix
+from lit_prune.data import BenchmarkData
 from lit_prune.training.debug_modes import leaves_no_trace
 
 
@@ -16,7 +17,8 @@ class WriteAnswers(Callback):
     `reference` is the answer that the data hold, null where they hold none.
 
     Rank 0 writes `answers.jsonl`, rank 3 `answers.rank3.jsonl`, in place of those of a `predict` with the same settings
-    before; with other settings the names are numbered, as in `SaveConfig`. Runs for debugging write nothing.
+    before; with other settings the names are numbered, as in `SaveConfig`. Runs for debugging write nothing;
+    answers to benchmarks are written by `WriteSubmissions`.
 
     Args:
         folder: where to; by default the run's folder.
@@ -28,7 +30,8 @@ class WriteAnswers(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with an empty file; a former run may have had more ranks."""
-        if leaves_no_trace(trainer):
+        self.file = None
+        if leaves_no_trace(trainer) or isinstance(trainer.datamodule, BenchmarkData):
             return
         name = f"answers{output_suffix(trainer)}"
         folder = self.folder or Path(trainer.default_root_dir)

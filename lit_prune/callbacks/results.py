@@ -10,11 +10,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lit_prune.evaluation.scorers import several
+
 STAGES = {"validate": "val", "test": "test"}
 
 
 class PrintResults(Callback):
     """Prints what `test` or `validate` found as one short table, in place of Lightning's line a figure.
+
+    The official scores of benchmarks, of several in one run too, are a second one.
 
     Loggers get every figure with all its digits. `fit` has its own line for each validation.
     """
@@ -29,8 +33,17 @@ class PrintResults(Callback):
             return
         figures = {name.removeprefix(f"{stage}/"): float(v) for name, v in trainer.callback_metrics.items()}
         figures.pop(f"{stage}_accuracy", None)  # the progress bar's
+        scores = getattr(pl_module, "scores", [])
+        for score in scores:
+            figures = {name: value for name, value in figures.items() if name not in score.named}
+        console = Console(highlight=False)
         if figures:
-            Console(highlight=False).print(as_table(trainer.state.fn.value, figures))
+            console.print(as_table(trainer.state.fn.value, figures))
+        if scores:
+            console.print(several.as_table(scores))
+        for score in scores:
+            for remark in score.remarks:
+                console.print(f"note: {score.label}: {remark}", markup=False)
 
     on_validation_end = on_test_end
 

@@ -94,7 +94,7 @@ def run(
     passes = [keep for keep in keeps if _pending(cells, keep, results)]
     for number, keep in enumerate(passes or ([] if full.key in results else [None])):
         pending = _pending(cells, keep, results)
-        comparison = Comparison(vlm, full, pending, made.model.max_new_tokens)
+        comparison = Comparison(vlm, full, pending, made.model.max_new_tokens, getattr(data, "scorer", None))
         title = f"{split}, {keep or visual} tokens ({number + 1} of {max(1, len(passes))})"
         _loop(comparison, data, split, title, len(pending))
         if not (measured := comparison.results()):

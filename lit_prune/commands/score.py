@@ -148,8 +148,7 @@ def _table(rule: Rule, figures: Figures) -> Table:
     table.add_column("figure")
     table.add_column(rule.unit, justify="right")
     for name, value in figures.items():
-        text = "–" if value is None else f"{value:.4f}" if name in rule.fine else f"{value:.2f}"
-        table.add_row(escape(name), text, style="bold" if name == rule.headline else "")
+        table.add_row(escape(name), rule.written(name, value), style="bold" if name == rule.headline else "")
     return table
 
 

@@ -34,6 +34,8 @@ from lit_prune.callbacks import (
     StopOnSignal,
     Stopped,
     WriteAnswers,
+    WriteScores,
+    WriteSubmissions,
 )
 from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.commands import LIGHTNING_VERBS
@@ -42,7 +44,7 @@ from lit_prune.commands._support.explain import explain, explain_interpolation, 
 from lit_prune.commands._support.options import HelpFormatter, check_values
 from lit_prune.commands._support.overlays import check_files, config_files, with_resets, with_shipped
 from lit_prune.commands._support.traces import Traces
-from lit_prune.data import InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
+from lit_prune.data import BenchmarkData, InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.loading import hide_progress
@@ -53,6 +55,16 @@ from lit_prune.training.strategies import refuse_foreign, refuse_unusable
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
 SEED = 0
+DEFAULT_CALLBACKS = (
+    StopOnSignal,
+    NanGuard,
+    Limits,
+    SaveLast,
+    WriteAnswers,
+    WriteSubmissions,
+    WriteScores,
+    PrintResults,
+)
 EXAMPLES = {
     "fit": [
         "lightning fit -c micro.yaml",
@@ -72,6 +84,7 @@ NOISE = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen model always is
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # DeepSpeed calls it
     r"You are using a custom batch sampler `EvalBatches` for prediction",  # which gives every sample
+    r"Total length of `Loader` across ranks is zero",  # all questions of a benchmark are answered already
     r"Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
 )
 SPEAKERS = (
@@ -110,7 +123,7 @@ class PruneCLI(LightningCLI):
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
             trainer_defaults={
-                "callbacks": [StopOnSignal(), NanGuard(), Limits(), SaveLast(), WriteAnswers(), PrintResults()],
+                "callbacks": [kind() for kind in DEFAULT_CALLBACKS],
                 "enable_model_summary": False,  # it would count no FLOPs; `fit` says what trains and what is frozen
             },
             seed_everything_default=SEED,

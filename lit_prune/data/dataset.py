@@ -21,7 +21,7 @@ from lit_prune.data.records import similar_keys
 from lit_prune.data.samples import Fetched, Sample, Skipped
 from lit_prune.data.sources import ImageFile, Source, sample_name
 from lit_prune.errors import BadSample, LitPruneError, in_words
-from lit_prune.files.images import MAX_PIXELS, decode_image
+from lit_prune.files.images import MAX_PIXELS, decode_image, padded_to_square
 
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
@@ -40,6 +40,7 @@ class InstructDataset(Dataset):
             leaves it out; so does "predict", which needs no answers.
         max_pixels: see `decode_image`.
         too_long: see `encode`; in evaluation and prediction a sample that is too long is always left out.
+        square: colour with which images are padded to a square; None leaves their shape.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class InstructDataset(Dataset):
         mode: Mode = "train",
         max_pixels: int = MAX_PIXELS,
         too_long: TooLong = "skip",
+        square: tuple[int, int, int] | None = None,
     ):
-        self.source, self.processor = source, processor
+        self.source, self.processor, self.square = source, processor, square
         self.too_long: TooLong = too_long if mode == "train" else "skip"
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
 
@@ -134,7 +136,8 @@ class InstructDataset(Dataset):
 
     def _decode(self, image: ImageFile) -> Image.Image:
         with image.open() as file:
-            return decode_image(file, image.name, self.max_pixels)
+            decoded = decode_image(file, image.name, self.max_pixels)
+        return decoded if self.square is None else padded_to_square(decoded, self.square)
 
 
 def _shortened(reason: str) -> str:

@@ -1,7 +1,7 @@
 """LightningDataModule for instruction data that can be indexed: JSON, tables, tar shards."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from lit_prune.data.bad_samples import BadSampleLog
 from lit_prune.data.checks import check_sources
@@ -28,6 +29,7 @@ from lit_prune.data.settings import check_numbers, check_share
 from lit_prune.data.sources import Source, open_source
 from lit_prune.data.tally import Tally
 from lit_prune.errors import LitPruneError
+from lit_prune.evaluation.meters import ExactMatch
 from lit_prune.loading import context_length
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -129,6 +131,10 @@ class InstructData(LightningDataModule):
     @processor.setter
     def processor(self, processor: Any) -> None:
         self._processor, self._loaded_from = processor, None
+
+    def scorer(self) -> Metric:
+        """The metric that judges answers in validation and test: `update` takes their texts and the batch."""
+        return ExactMatch()
 
     def check(self, stage: str) -> None:
         """Open the data that a verb (fit, validate, test, predict) reads: to be called before a model is loaded.
@@ -260,7 +266,11 @@ class InstructData(LightningDataModule):
         """Makes the data set of a source's samples. Raises LitPruneError for a processor without a chat template."""
         chat_template(self.processor)
         options = {"max_length": self._context(), "mode": _mode(split), "too_long": self.too_long}
-        return partial(InstructDataset, processor=self.processor, **options)
+        return partial(InstructDataset, processor=self.processor, square=self._square(), **options)
+
+    def _square(self) -> tuple[int, int, int] | None:
+        """The colour with which images are padded to a square; None leaves their shape."""
+        return None
 
     def _order(self) -> Order:
         mixture, weights = self.datasets["train"], [source.weight for source in self.sources]
@@ -281,8 +291,12 @@ class InstructData(LightningDataModule):
         return make_loader(self.datasets[split], collate, self.num_workers, self.prefetch_factor, self.seed, **order)
 
     def _eval_loader(self, split: str) -> DataLoader:
-        share = RankShare(len(self.datasets[split]), *self._rank_and_world())
+        share = RankShare(self._asked(split), *self._rank_and_world())
         return self._loader(split, batch_sampler=EvalBatches(share, self.eval_batch_size))
+
+    def _asked(self, split: str) -> int | Sequence[int]:
+        """Number of samples of a split to evaluate on, all of them, or the indices of some."""
+        return len(self.datasets[split])
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -126,16 +126,23 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class RankShare(Sampler[int]):
-    """The indices of one rank in order: every `world`-th. Ranks may differ by one; nothing is repeated."""
+    """The indices of one rank in order: every `world`-th. Ranks may differ by one; nothing is repeated.
 
-    def __init__(self, size: int, rank: int = 0, world: int = 1):
-        self.size, self.rank, self.world = size, rank, world
+    Args:
+        size: number of samples, or the indices of those that are to be read.
+        rank: of this process.
+        world: number of ranks.
+    """
+
+    def __init__(self, size: int | Sequence[int], rank: int = 0, world: int = 1):
+        self.indices = range(size) if isinstance(size, int) else size
+        self.size, self.rank, self.world = len(self.indices), rank, world
 
     def __len__(self) -> int:
         return len(range(self.rank, self.size, self.world))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.size, self.world))
+        return iter(self.indices[self.rank :: self.world])
 
 
 class EvalBatches(Sampler[list[int]]):

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import Metric
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.cells import Cell
 from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.metrics import OVERALL, Consistency, Shift, SkillAccuracy
+from lit_prune.evaluation.scorers.several import BenchmarkScores
 from lit_prune.host import DecoderHost, Session
 from lit_prune.host.parts import find
 from lit_prune.vlm import VLM
@@ -19,9 +21,10 @@ COSTS = ("visual", "flops", "kv_bytes")
 
 
 class Meters:
-    """Running results of one cell."""
+    """Running results of one cell; with a `scorer` of benchmarks, official scores too."""
 
-    def __init__(self, depth: int, width: int) -> None:
+    def __init__(self, depth: int, width: int, scorer: BenchmarkScores | None = None) -> None:
+        self.scorer = scorer
         self.accuracy, self.agreement, self.shift = SkillAccuracy(), SkillAccuracy(), Shift(depth, width)
         self.kappa = Consistency()
         self.sums: dict[str, dict[Any, float]] = {}
@@ -32,6 +35,8 @@ class Meters:
         """Add one batch."""
         hits = measuring.matches(measured.texts, batch["answers"])
         self.hits += hits
+        if self.scorer is not None:
+            self.scorer.update(measured.texts, batch)
         self.accuracy.update(hits, batch["skills"])
         self.agreement.update(measuring.matches(measured.texts, teacher.texts), batch["skills"])
         self.shift.update(
@@ -57,7 +62,8 @@ class Meters:
         """What was measured, as JSON has it; FLOPs and bytes are means per sample.
 
         `accuracy_se` is the standard error over questions, as if they were independent; `hits` has one digit a question
-        in the order of the data, for paired tests. `seconds` are this thread's CPU time.
+        in the order of the data, for paired tests. `seconds` are this thread's CPU time. Of benchmarks, `headlines` are
+        the official scores that papers report, `scores` all of them, by name.
         """
         accuracy, costs, shift = self.accuracy.compute(), self._mean("costs"), self.shift.compute().tolist()
         right, count = accuracy[OVERALL], len(self.hits)
@@ -78,7 +84,22 @@ class Meters:
             "w2_per_layer": shift,
             "hits": "".join(str(int(hit)) for hit in self.hits),
             "seconds": self.seconds,
+            **self._official(),
         }
+
+    def _official(self) -> dict[str, dict[str, float]]:
+        if self.scorer is None:
+            return {}
+        found: dict[str, dict[str, float]] = {"headlines": {}, "scores": {}}
+        for score in self.scorer.scores():
+            found["headlines"] |= score.headline
+            found["scores"] |= score.named
+        return found
+
+
+def _official(scorer: Callable[[], Metric] | None) -> BenchmarkScores | None:
+    made = None if scorer is None else scorer()
+    return made if isinstance(made, BenchmarkScores) else None
 
 
 class Comparison:
@@ -92,12 +113,20 @@ class Comparison:
         full: stands for the full model.
         cells: what to measure beside it, each with a plug-in that was built for this model.
         max_new_tokens: longest answer.
+        scorer: makes the metric that judges answers to the data, see `InstructData.scorer`; official scores are kept.
     """
 
-    def __init__(self, vlm: VLM, full: Cell, cells: Sequence[Cell], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        full: Cell,
+        cells: Sequence[Cell],
+        max_new_tokens: int,
+        scorer: Callable[[], Metric] | None = None,
+    ) -> None:
         self.vlm, self.full, self.max_new_tokens = vlm, full, max_new_tokens
         self.dims = find(vlm.model).dims
-        self.meters = [(cell, Meters(self.dims.depth, self.dims.width)) for cell in (full, *cells)]
+        self.meters = [(cell, Meters(self.dims.depth, self.dims.width, _official(scorer))) for cell in (full, *cells)]
 
     def update(self, batch: dict[str, Any], tick: Callable[[], None] = lambda: None) -> None:
         """Measure one batch, already on the model's device; `tick` is called after the full model and each cell."""

@@ -1,6 +1,8 @@
 """torchmetrics of this field: accuracy per skill, the states' shift per decoder layer, the kept tokens' consistency."""
 
 import hashlib
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +60,16 @@ class SkillAccuracy(Metric):
         keys = [key for key in skills.unique().tolist() if key != NO_SKILL]
         found = {self.names[key]: hits[skills == key].mean().item() for key in keys}
         return {OVERALL: hits.mean().item(), **dict(sorted(found.items()))}
+
+
+def figure_name(skill: str) -> str:
+    """A skill as part of a figure's name, the same in all loggers.
+
+    TensorBoard takes letters, digits, `_`, `-` and `.` alone; a name with others gets a checksum, so that "a b" and
+    "a/b" stay two.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", skill)[:60]
+    return skill if plain == skill else f"{plain}-{zlib.crc32(skill.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _label(skill: str) -> str:

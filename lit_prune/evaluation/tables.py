@@ -125,6 +125,17 @@ def _known(value: float | None, scale: float, digits: int) -> str:
     return "unknown" if value is None else f"{scale * value:.{digits}f}"
 
 
+def scores_table(averaged: Sequence[Row]) -> list[list[str]]:
+    """The official scores of benchmarks, a line for each method and budget."""
+    names = list(dict.fromkeys(name for each in averaged for name in each.get("headlines") or {}))
+    lines = []
+    for each in averaged:
+        scores = each.get("headlines") or {}
+        cells = [f"{scores[name]:.2f}" if name in scores else "–" for name in names]
+        lines.append([each["method"], "all" if each["keep"] is None else str(each["keep"]), *cells])
+    return [["method", "keep", *names], *lines]
+
+
 def skills_table(rows: Sequence[Row]) -> list[list[str]]:
     """Accuracy per skill of one budget's means, in per cent."""
     skills = next((list(each["per_skill"]) for each in rows if each["runs"]), [])
@@ -168,9 +179,17 @@ def overviews(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
     """Tables by title, methods against budgets; where there is one budget only, its own tables."""
     averaged = means(rows)
     if len({each["keep"] for each in averaged} - {None}) < 2:
-        return details(rows, visual)
+        return {**details(rows, visual), **_official(rows, averaged)}
     said = f"by visual tokens ({caption(rows)})"
-    return {f"{title}, {said}": budgets_table(averaged, text, visual) for title, text in OVERVIEWS.items()}
+    found = {f"{title}, {said}": budgets_table(averaged, text, visual) for title, text in OVERVIEWS.items()}
+    return {**found, **_official(rows, averaged)}
+
+
+def _official(rows: Sequence[Row], averaged: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """The table of official scores, where the data are benchmarks."""
+    if not any(each.get("headlines") for each in averaged):
+        return {}
+    return {f"official scores ({caption(rows)})": scores_table(averaged)}
 
 
 def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:

@@ -96,6 +96,15 @@ def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Imag
     return decoded
 
 
+def padded_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """An RGB image in the middle of a square of one colour, as LLaVA-1.5 was trained and evaluated with."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
     """Pillow's name of the format, one of `formats()`, by the header alone; arguments and errors as `decode_image`."""
     with _header(file, name, max_pixels) as image:

@@ -1,20 +1,14 @@
-"""What a run logs: the figures of a training step, and the meters of an evaluation."""
+"""What a run logs: the names of its figures, and those of a training step."""
 
-import re
-import zlib
 from collections.abc import Hashable
 
 import torch
 from lightning import Trainer
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from lit_prune.cost.flops import decoder_total, price
 from lit_prune.cost.step import joined, step_flops, structure
 from lit_prune.cost.trace import Trace
-from lit_prune.evaluation import measuring
-from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy
 from lit_prune.host import Record
 from lit_prune.ops.moments import mean_over_ranks, moments, w2_squared
 from lit_prune.plugin import Plugin
@@ -123,72 +117,6 @@ def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
     return {name: here[name] for name in values}
 
 
-def figure_name(skill: str) -> str:
-    """A skill as part of a figure's name, the same in all loggers.
-
-    TensorBoard takes letters, digits, `_`, `-` and `.` alone; a name with others gets a checksum, so that "a b" and
-    "a/b" stay two.
-    """
-    plain = re.sub(r"[^\w.-]+", "_", skill)[:60]
-    return skill if plain == skill else f"{plain}-{zlib.crc32(skill.encode('utf-8', 'surrogatepass')):08x}"
-
-
 def logged_step(trainer: Trainer) -> int:
     """The step at which Lightning logs the figures of now: it counts from 0."""
     return max(0, trainer.global_step - 1)
-
-
-class Meters(nn.Module):
-    """What an evaluation measures, over all batches and ranks.
-
-    Args:
-        depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
-        priced: whether FLOPs and bytes of the cache are known.
-    """
-
-    def __init__(self, depth: int, width: int, repaired: bool, priced: bool = True) -> None:
-        super().__init__()
-        self.accuracy, self.agreement = SkillAccuracy(), SkillAccuracy()
-        self.shift, self.kappa = Shift(depth, width), Consistency()
-        self.shift_unrepaired = Shift(depth, width) if repaired else None
-        self.kept = LayerTokens(depth)
-        names = ("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",)
-        self.costs = nn.ModuleDict({name: MeanMetric() for name in names})
-
-    def update(
-        self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, answers: list, skills: list
-    ) -> None:
-        """Take a batch into account; `unrepaired` are the student's answer states without repair."""
-        self.accuracy.update(measuring.matches(student.texts, answers), skills)
-        self.agreement.update(measuring.matches(student.texts, teacher.texts), skills)
-        self.shift.update(student.hidden, teacher.hidden)
-        measuring.add_consistency(self.kappa, student, teacher)
-        self.kept.update(student.per_layer)
-        if self.shift_unrepaired is not None:
-            self.shift_unrepaired.update(unrepaired, teacher.hidden)
-        measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
-        for name, meter in self.costs.items():
-            meter.update(measured[name].float())
-
-    def compute(self) -> dict[str, float]:
-        """The figures by name, the same on every rank; none if no batch had a sample."""
-        accuracy = self.accuracy.compute()
-        if not accuracy:
-            return {}
-        values = {f"accuracy/{figure_name(skill)}": value for skill, value in accuracy.items()}
-        values["agreement"] = self.agreement.compute()[OVERALL]
-        values["kappa"] = self.kappa.compute().item()
-        values |= {name: meter.compute().item() for name, meter in self.costs.items()}
-        values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
-        values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
-        if self.shift_unrepaired is not None:
-            bare = self.shift_unrepaired.compute().tolist()
-            values |= {f"w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
-        return values
-
-    def reset(self) -> None:
-        """Forget every batch."""
-        for meter in (self.accuracy, self.agreement, self.shift, self.kappa, self.kept, *self.costs.values()):
-            meter.reset()
-        if self.shift_unrepaired is not None:
-            self.shift_unrepaired.reset()

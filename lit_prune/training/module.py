@@ -15,6 +15,8 @@ from lit_prune.data.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.errors import check_numbers
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.measuring import Measured
+from lit_prune.evaluation.meters import Meters
+from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.ops.budget import as_json, parse_budget
@@ -24,7 +26,7 @@ from lit_prune.repair import RepairAdapter
 from lit_prune.training.averaging import refuse_whole_averages
 from lit_prune.training.blank import has_image, with_blank
 from lit_prune.training.checks import check_batch, check_checkpoint, check_parameters, check_settings
-from lit_prune.training.logging import Meters, Work, fetched, step_figures
+from lit_prune.training.logging import Work, fetched, step_figures
 from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.training.step import Step, StepKey, Teaching
@@ -147,13 +149,15 @@ class PruneModule(LightningModule):
         dims = made.dims
         self.work = Work(self.vlm, made)
         self.meters = Meters(dims.depth, dims.width, made.repair is not None, self.vlm.size is not None)
+        self.scores: list[Score] = []  # official ones, of the last evaluation of benchmarks
 
     # -- what trains and what is saved --------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse what would train badly."""
+        """Refuse what would train badly; take the scorer that the data module names."""
         refuse_unusable(self.trainer)
         refuse_whole_averages(self.trainer)
+        self.meters.judged_by(getattr(self.trainer, "datamodule", None))
 
     def on_fit_start(self) -> None:
         """Say what trains."""
@@ -280,7 +284,7 @@ class PruneModule(LightningModule):
             unrepaired = bare.hidden
         if not count:
             return None
-        self.meters.update(student, teacher, unrepaired, batch["answers"], batch["skills"])
+        self.meters.update(student, teacher, unrepaired, batch)
         return {"student": student, "teacher": teacher}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
@@ -321,6 +325,7 @@ class PruneModule(LightningModule):
             return
         # The meters have gathered over ranks already; sync_dist only says so.
         self.log_dict(values, sync_dist=True)
-        name, accuracy = f"{stage}_accuracy", values[f"{stage}/accuracy/all"]
-        self.log(name, accuracy, prog_bar=True, logger=False, sync_dist=True)
+        if (accuracy := values.get(f"{stage}/accuracy/all")) is not None:
+            self.log(f"{stage}_accuracy", accuracy, prog_bar=True, logger=False, sync_dist=True)
+        self.scores = self.meters.scores()
         self.meters.reset()

@@ -304,6 +304,9 @@ def test_cases_agree(tmp_path, capsys):
     main(["score", "vqa", "--cases", str(path)])
     assert capsys.readouterr().out == f"{path}: 2 of 2 cases agree\n"
     main(["score", "textvqa", "--cases", str(dump(path, [normalised("cat")]))])
+    path.write_text(json.dumps({"cases": [normalised("cat")] * 9000}, indent="\t"))  # tabs, which YAML doesn't take
+    main(["score", "textvqa", "--cases", str(path)])
+    assert "9000 of 9000 cases agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lit_prune.files.yaml_files import ENDINGS, NoMapping, parse_yaml, read_yaml
 
 CONFIG = ("-c", "--config")
 CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # the name of a class, with or without its module
+LARGEST_JSON = 1 << 20  # bytes of a configuration
 LONGEST_NAME = 255  # of a file
 
 
@@ -146,7 +147,7 @@ def _option_content(value: str) -> Any:
         return {"class_path": value}
     if value.endswith(ENDINGS) and "://" not in value and len(value) < LONGEST_NAME and Path(value).exists():
         try:
-            return read_yaml(value)
+            return None if _is_large_json(Path(value)) else read_yaml(value)
         except NoMapping:  # a list of callbacks, say
             return None
         except LitPruneError as error:
@@ -155,6 +156,11 @@ def _option_content(value: str) -> Any:
             raise UsageError(str(error)) from error
     with suppress(LitPruneError):  # any other value is the parser's affair
         return parse_yaml(value, "") if value.startswith("{") else None
+
+
+def _is_large_json(path: Path) -> bool:
+    """True for instruction data, say: to parse a gigabyte as YAML takes an hour."""
+    return path.suffix == ".json" and path.is_file() and path.stat().st_size > LARGEST_JSON
 
 
 def _is_pipe(value: str) -> bool:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.scorers.answers import Answer
@@ -42,14 +42,20 @@ class Benchmark(ABC):
     Attributes:
         rule: module of `lit_prune.evaluation.scorers` with its rule; None: it can't be scored offline.
         source: where the files are had, one sentence.
+        image_source: where the images are had, if not with the files.
         splits: names of its splits, the default first.
         image_folders: folders that may hold the images, under the root.
+        submission: name of the file that the benchmark's server takes; None: it has none, or it isn't written.
+        label_suffix: what tells a reader with other options from the default one, such as "-ocr".
     """
 
     rule: ClassVar[str | None]
     source: ClassVar[str]
+    image_source: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]] = ()
     image_folders: ClassVar[tuple[str, ...]] = (".",)
+    submission: ClassVar[str | None] = None
+    label_suffix: str = ""
     question_file: ClassVar[str | None] = None  # LLaVA's, for benchmarks whose answers name nothing but its ids
 
     @abstractmethod
@@ -79,13 +85,28 @@ class Benchmark(ABC):
             raise LitPruneError(f"{answer.place}: no id of the question (`question_id`)")
         return answer.id
 
-    def image(self, root: Path, question: Question) -> Path:
-        """Find the image of a question.
+    def image(self, root: Path, question: Question, split: str | None = None) -> Path:
+        """Find the image of a question, or the file that holds it.
 
         Raises:
             LitPruneError: it is in none of the folders, with where it is had.
         """
-        return official(root, [f"{folder}/{question.image}" for folder in self.image_folders], self.source)
+        names = [f"{folder}/{question.image}" for folder in self.image_folders]
+        return official(root, names, " ".join(filter(None, (self.image_source, self.source))))
+
+    def open_image(self, root: Path, question: Question, split: str | None = None) -> BinaryIO:
+        """The encoded image of a question, as a binary file at its begin. Raises as `image` does."""
+        return self.image(root, question, split).open("rb")
+
+    def submitted(self, answers: Sequence[tuple[Question, str]], root: Path, split: str | None) -> str:
+        """The text of the file that the benchmark's server takes.
+
+        Args:
+            answers: to all questions of a split, in their order, processed as LLaVA does before a submission.
+            root: folder of the official files.
+            split: one of `splits`; None is the first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no submission file")
 
     def chosen(self, split: str | None) -> str:
         """The name of a split, after checking it."""

@@ -19,6 +19,7 @@ class GQAFiles(Benchmark):
 
     rule = "gqa"
     source = "GQA is at https://cs.stanford.edu/people/dorarad/gqa/download.html (CC BY 4.0)."
+    image_source = "The images are at https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip."
     splits = ("testdev_balanced", "val_balanced", "testdev_all", "val_all")
     image_folders = ("images", ".")
 

@@ -1,8 +1,12 @@
 """MMBench: multiple choice, every question once for each rotation of its options."""
 
 import base64
+import csv
 from collections.abc import Sequence
+from functools import lru_cache
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import BinaryIO
 
 from lit_prune.data.benchmarks.base import LETTER, Benchmark, Labels, lettered, lines
 from lit_prune.errors import LitPruneError
@@ -15,6 +19,7 @@ FILES = {
     "en": ["mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"],
     "cn": ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"],
 }
+LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category", "split")  # of a submission
 LETTERS = {"en": LETTER, "cn": "请直接回答选项字母。"}
 
 
@@ -31,6 +36,7 @@ class MMBenchFiles(Benchmark):
         "(mmbench_dev_20230712.tsv, mmbench_dev_cn_20231003.tsv; Apache-2.0)."
     )
     splits = ("en", "cn")
+    submission = "submission.tsv"
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
         split = self.chosen(split)
@@ -47,7 +53,27 @@ class MMBenchFiles(Benchmark):
             questions.append(Question(number, number, text, reference, index=index, prompt=prompt))
         return Labels(questions, [path])
 
+    def image(self, root: Path, question: Question, split: str | None = None) -> Path:
+        """The table that holds the image."""
+        return official(root, FILES[self.chosen(split)], self.source)
 
+    def open_image(self, root: Path, question: Question, split: str | None = None) -> BinaryIO:
+        return BytesIO(pictures(self.image(root, question, split))[question.image])
+
+    def submitted(self, answers: Sequence[tuple[Question, str]], root: Path, split: str | None) -> str:
+        """The columns of LLaVA's convert_mmbench_for_submission.py, tab-separated."""
+        rows = {row["index"]: row for _, row in read_table(self.image(root, answers[0][0], split))}
+        out = StringIO()
+        columns = [name for name in next(iter(rows.values())) if name not in LEFT_OUT]
+        table = csv.DictWriter(
+            out, [*columns, "prediction"], delimiter="\t", extrasaction="ignore", lineterminator="\n"
+        )
+        table.writeheader()
+        table.writerows({**rows[str(question.id)], "prediction": answer} for question, answer in answers)
+        return out.getvalue()
+
+
+@lru_cache(2)  # of a table of some hundred megabytes
 def pictures(path: Path) -> dict[str, bytes]:
     """Read the encoded images of a table by `index`. A cell may name the row whose image it shares.
 

@@ -1,5 +1,6 @@
 """MM-Vet: open questions whose answers GPT-4 grades; there is nothing to score offline."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class MMVetFiles(Benchmark):
     source = "MM-Vet is at https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip (Apache-2.0)."
     splits = ("test",)
     image_folders = ("images", "mm-vet/images", ".")
+    submission = "submission.json"
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
         self.chosen(split)
@@ -25,6 +27,10 @@ class MMVetFiles(Benchmark):
             image, text = take(record, f"{path}, {number}", "imagename", "question")
             questions.append(Question(number, image, text, index=index, prompt=text))
         return Labels(questions, [path])
+
+    def submitted(self, answers: Sequence[tuple[Question, str]], root: Path, split: str | None) -> str:
+        """An object of answers by id."""
+        return json.dumps({question.id: answer for question, answer in answers}, ensure_ascii=False, indent=1)
 
 
 BENCHMARK = MMVetFiles()

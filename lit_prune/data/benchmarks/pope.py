@@ -35,6 +35,7 @@ class PopeFiles(Benchmark):
         "POPE's labels are at https://github.com/RUCAIBox/POPE/tree/main/output/coco (MIT), those that LLaVA-1.5 was "
         "evaluated on at https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco."
     )
+    image_source = "The images are COCO's, http://images.cocodataset.org/zips/val2014.zip."
     splits = ("all", *SPLITS)
     image_folders = ("val2014", ".")
     question_file = "llava_pope_test.jsonl"

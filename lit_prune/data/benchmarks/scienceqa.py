@@ -16,12 +16,20 @@ class ScienceQAFiles(Benchmark):
     """`problems.json` and `pid_splits.json`. Images are `SPLIT/ID/image.png`; `image` is "" without one.
 
     The prompt is LLaVA's CQM-A: hint, question, options. LLaVA-1.5's figure counts questions with an image only.
+
+    Args:
+        img: read only the questions with an image (ScienceQA-IMG); `img_accuracy` is the same without it.
     """
 
     rule = "scienceqa"
     source = "ScienceQA is at https://github.com/lupantech/ScienceQA, data/scienceqa (CC BY-NC-SA 4.0)."
+    image_source = "The images are at https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip."
     splits = ("test", "val", "train", "minitest", "minival")
     image_folders = ("images", ".")
+
+    def __init__(self, img: bool = False) -> None:
+        self.img = img
+        self.label_suffix = "-img" if img else ""
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
         split = self.chosen(split)
@@ -36,6 +44,8 @@ class ScienceQAFiles(Benchmark):
             problem, place = problems[number], f"{paths[0]}, problem {number}"
             with reading(place):
                 text, choices, _, hint, image = take(problem, place, *FIELDS)
+                if self.img and image is None:
+                    continue
                 hint = hint.strip()
                 prompt = lines(f"Context: {hint}" if hint else "", text, lettered(choices), LETTER).replace("  ", " ")
                 file = f"{split.removeprefix('mini')}/{number}/{image}" if image is not None else None

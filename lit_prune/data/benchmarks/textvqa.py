@@ -24,11 +24,13 @@ class TextVQAFiles(Benchmark):
 
     rule = "textvqa"
     source = "TextVQA is at https://textvqa.org/dataset (CC BY 4.0)."
+    image_source = "The images are at https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip."
     splits = ("val", "train")
     image_folders = ("train_images", "train_val_images/train_images", ".")
 
     def __init__(self, ocr: bool = False) -> None:
         self.ocr = ocr
+        self.label_suffix = "-ocr" if ocr else ""
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
         split = self.chosen(split)

@@ -1,5 +1,6 @@
 """VizWiz: questions that blind people asked about their own photos, with ten answers each."""
 
+import json
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,8 +20,10 @@ class VizWizFiles(Benchmark):
     source = (
         "VizWiz's annotations are at https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip (CC BY 4.0)."
     )
+    image_source = "The images are at https://vizwiz.cs.colorado.edu/VizWiz_final/images/val.zip and test.zip."
     splits = ("val", "train", "test")
     image_folders = ("val", "train", "test", ".")
+    submission = "submission.json"
     question_file = "llava_test.jsonl"
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
@@ -37,6 +40,11 @@ class VizWizFiles(Benchmark):
                 prompt = lines(text, UNANSWERABLE, SHORT)
                 questions.append(Question(image, image, text, reference, index=index, prompt=prompt))
         return Labels(questions, [path])
+
+    def submitted(self, answers: Sequence[tuple[Question, str]], root: Path, split: str | None) -> str:
+        """A list of `image` and `answer`."""
+        records = [{"image": question.image, "answer": answer} for question, answer in answers]
+        return json.dumps(records, ensure_ascii=False)
 
     def keys(self, question: Question) -> Iterable[Hashable]:
         return [stem(question.image)]

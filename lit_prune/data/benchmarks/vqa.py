@@ -1,5 +1,6 @@
 """VQAv2: questions about COCO images with ten answers each."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ class VQAv2(Benchmark):
 
     rule = "vqa"
     source = "VQAv2's questions and annotations are at https://visualqa.org/download.html (CC BY 4.0)."
+    image_source = "The images are COCO's, http://images.cocodataset.org/zips/val2014.zip and http://images.cocodataset.org/zips/test2015.zip."
     splits = ("val2014", "train2014", "test-dev2015", "test2015")
     image_folders = ("val2014", "train2014", "test2015", ".")
+    submission = "submission.json"
 
     def load(self, root: Path, split: str | None = None, answers: Sequence[Answer] = ()) -> Labels:
         split = self.chosen(split)
@@ -38,6 +41,16 @@ class VQAv2(Benchmark):
                 file, prompt = f"COCO_{images}_{image:012d}.jpg", lines(text, SHORT)
                 questions.append(Question(number, file, text, references.get(number, {}), index=index, prompt=prompt))
         return Labels(questions, files)
+
+    def submitted(self, answers: Sequence[tuple[Question, str]], root: Path, split: str | None) -> str:
+        """A list of `question_id` and `answer`. The server takes all test questions: the others' answers are empty."""
+        given = {question.id: answer for question, answer in answers}
+        name = "v2_OpenEnded_mscoco_test2015_questions.json"
+        places = (root / name, root / "questions" / name)
+        if split == "test-dev2015" and (path := next((each for each in places if each.exists()), None)):
+            numbers = [take(record, place, "question_id")[0] for place, record in read_records(path, "questions")]
+            given = dict.fromkeys(numbers, "") | given
+        return json.dumps([{"question_id": number, "answer": answer} for number, answer in given.items()])
 
 
 def _references(path: Path) -> dict[int, dict]:

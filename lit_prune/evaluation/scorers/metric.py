@@ -28,6 +28,7 @@ class Scorer(Metric):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
+        self.questions = 0  # that the last `compute` judged, of all ranks
         self.add_state("records", default=[], dist_reduce_fx="cat")
 
     @property
@@ -51,8 +52,10 @@ class Scorer(Metric):
             self.records.append(torch.frombuffer(encoded, dtype=torch.uint8).to(self.device))
 
     def compute(self) -> Figures:
-        """Figures by name, as `Rule.figures` has them; None where one is undefined."""
-        return self.rule.figures(self.judged())
+        """Figures by name, as `Rule.figures` has them; None where one is undefined. None at all without an answer."""
+        judged = self.judged()
+        self.questions = len(judged)
+        return self.rule.figures(judged) if judged else {}
 
     def judged(self) -> list[Judged]:
         """Judgements of all answers in the order of the official files, each question once."""

@@ -22,6 +22,9 @@ class MME(Rule):
 
     title, headline, unit = "MME", "perception", "points"
 
+    def right(self, question: Question) -> str:
+        return question.reference["label"]
+
     def judge(self, question: Question, answer: str | None) -> Judged:
         label = question.reference["label"].lower()
         if label not in ("yes", "no"):

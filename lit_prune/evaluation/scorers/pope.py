@@ -23,6 +23,9 @@ class Pope(Rule):
         "precision or recall without anything to count is left out"
     )
 
+    def right(self, question: Question) -> str:
+        return question.reference["label"]
+
     def judge(self, question: Question, answer: str | None) -> Judged:
         label = question.reference["label"] != "no"
         yes = says_yes(answer) if answer is not None else not label

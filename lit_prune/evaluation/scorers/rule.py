@@ -63,6 +63,10 @@ class Rule(ABC):
         """Turn a model's answer into the form that is submitted."""
         return text
 
+    def right(self, question: Question) -> str:
+        """An answer that counts as right: the text whose states are compared between pruned and full model."""
+        return str(question.reference["answer"])
+
     @abstractmethod
     def judge(self, question: Question, answer: str | None) -> Judged:
         """Compare an answer with its reference; None stands for a missing answer, which is wrong.
@@ -87,6 +91,10 @@ class Rule(ABC):
         ordered = sorted(answers, key=lambda pair: pair[0].index)
         return self.figures([self.verdict(question, answer) for question, answer in ordered])
 
+    def written(self, figure: str, value: float | None) -> str:
+        """A figure's value for people: two decimals, four where its unit needs them."""
+        return "–" if value is None else f"{value:.4f}" if figure in self.fine else f"{value:.2f}"
+
     def verdict(self, question: Question, answer: str | None) -> Judged:
         """Judge an answer after the processing that it needs."""
         return self.judge(question, self.prepare(answer) if self.raw and answer is not None else answer)
@@ -104,6 +112,12 @@ def share(hits: Sequence[bool]) -> float | None:
 def total(values: Iterable[float]) -> float:
     """Sum from left to right, as the official scripts were run: since Python 3.12 `sum` compensates rounding errors."""
     return reduce(add, values, 0.0)
+
+
+def most_common(answers: Sequence[str]) -> str:
+    """The answer that most annotators gave, of several the first; blank ones count if there are no others."""
+    given = [answer for answer in answers if answer.strip()] or list(answers)
+    return max(given, key=given.count)
 
 
 def by(judged: Sequence[Judged], field: str) -> dict[Any, list[Judged]]:

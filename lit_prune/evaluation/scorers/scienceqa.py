@@ -23,6 +23,9 @@ class ScienceQA(Rule):
     title, headline, missing = "ScienceQA", "img_accuracy", "wrong"
     undefined = "no question with an image was answered, so that its accuracy divides by zero"
 
+    def right(self, question: Question) -> str:
+        return OPTIONS[question.reference["answer"]]
+
     def judge(self, question: Question, answer: str | None) -> Judged:
         reference = question.reference
         chosen = -1 if answer is None else option(parse(answer), reference["choices"])

@@ -5,7 +5,7 @@ from math import fsum
 from typing import Any
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.scorers.rule import Figures, Judged, Question, Rule
+from lit_prune.evaluation.scorers.rule import Figures, Judged, Question, Rule, most_common
 from lit_prune.evaluation.scorers.words import evalai, leave_one_out
 
 ANNOTATORS = 10
@@ -15,6 +15,9 @@ class TextVQA(Rule):
     """TextVQA accuracy in percent. References: `answers`. Both sides are always normalised by EvalAI's processor."""
 
     title, headline = "TextVQA", "accuracy"
+
+    def right(self, question: Question) -> str:
+        return most_common(question.reference["answers"])
 
     def judge(self, question: Question, answer: str | None) -> Judged:
         references = question.reference["answers"]

@@ -5,7 +5,7 @@ from math import fsum
 from typing import Any
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.scorers.rule import Figures, Judged, Question, Rule, by
+from lit_prune.evaluation.scorers.rule import Figures, Judged, Question, Rule, by, most_common
 from lit_prune.evaluation.scorers.words import evalai, leave_one_out, normalise, one_line
 
 
@@ -22,6 +22,9 @@ class VQA(Rule):
 
     def prepare(self, text: str) -> str:
         return evalai(text)
+
+    def right(self, question: Question) -> str:
+        return most_common(question.reference["answers"])
 
     def judge(self, question: Question, answer: str | None) -> Judged:
         references = [one_line(text) for text in question.reference["answers"]]

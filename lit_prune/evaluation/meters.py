@@ -1,0 +1,88 @@
+"""What an evaluation measures, whatever its data: meters, and the scorer that judges answers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from lit_prune.evaluation import measuring
+from lit_prune.evaluation.measuring import Measured
+from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy, figure_name
+from lit_prune.evaluation.scorers.several import BenchmarkScores, Score
+
+
+class ExactMatch(SkillAccuracy):
+    """The scorer of data without a rule of their own: share of answers that equal the data's, by skill and overall."""
+
+    def update(self, texts: list[str], batch: dict[str, Any]) -> None:
+        """Judge a batch of answers; of the batch, `answers` and `skills` are read."""
+        super().update(measuring.matches(texts, batch["answers"]), batch["skills"])
+
+    def compute(self) -> dict[str, float]:
+        """`accuracy/all` and `accuracy/SKILL`, in [0, 1]; nothing without an answer."""
+        return {f"accuracy/{figure_name(skill)}": value for skill, value in super().compute().items()}
+
+
+class Meters(nn.Module):
+    """What an evaluation measures, over all batches and ranks.
+
+    Args:
+        depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
+        priced: whether FLOPs and bytes of the cache are known.
+    """
+
+    def __init__(self, depth: int, width: int, repaired: bool, priced: bool = True) -> None:
+        super().__init__()
+        self.scorer: Metric = ExactMatch()  # the data module's own in its place, see `judged_by`
+        self.agreement = SkillAccuracy()
+        self.shift, self.kappa = Shift(depth, width), Consistency()
+        self.shift_unrepaired = Shift(depth, width) if repaired else None
+        self.kept = LayerTokens(depth)
+        names = ("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",)
+        self.costs = nn.ModuleDict({name: MeanMetric() for name in names})
+
+    def judged_by(self, data: Any) -> None:
+        """Take the scorer that a data module names, a metric whose `update` takes texts and batch; else exact match."""
+        make = getattr(data, "scorer", None)
+        self.scorer = ExactMatch() if make is None else make()
+
+    def update(
+        self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, batch: dict[str, Any]
+    ) -> None:
+        """Take a batch into account; `unrepaired` are the student's answer states without repair."""
+        self.scorer.update(student.texts, batch)
+        self.agreement.update(measuring.matches(student.texts, teacher.texts), batch["skills"])
+        self.shift.update(student.hidden, teacher.hidden)
+        measuring.add_consistency(self.kappa, student, teacher)
+        self.kept.update(student.per_layer)
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.update(unrepaired, teacher.hidden)
+        measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
+        for name, meter in self.costs.items():
+            meter.update(measured[name].float())
+
+    def compute(self) -> dict[str, float]:
+        """The figures by name, the same on every rank; none if no batch had a sample."""
+        agreement = self.agreement.compute()
+        if not agreement:
+            return {}
+        values = {**self.scorer.compute(), "agreement": agreement[OVERALL]}
+        values["kappa"] = self.kappa.compute().item()
+        values |= {name: meter.compute().item() for name, meter in self.costs.items()}
+        values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
+        values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
+        if self.shift_unrepaired is not None:
+            bare = self.shift_unrepaired.compute().tolist()
+            values |= {f"w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
+        return values
+
+    def scores(self) -> list[Score]:
+        """Official scores, where the scorer has some; on all ranks."""
+        return self.scorer.scores() if isinstance(self.scorer, BenchmarkScores) else []
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        for meter in (self.scorer, self.agreement, self.shift, self.kappa, self.kept, *self.costs.values()):
+            meter.reset()
+        if self.shift_unrepaired is not None:
+            self.shift_unrepaired.reset()
