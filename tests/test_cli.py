@@ -362,8 +362,8 @@ def test_fewer_epochs_than_were_trained_are_refused_in_words(run: Callable[[str]
     refused = run("fit -c base.yaml --ckpt_path last --trainer.max_epochs 1 --trainer.max_steps 20")
     assert (refused.code, refused.err.splitlines()[-1]) == (
         1,
-        "error: the checkpoint is of step 20, after 2 epochs, and trainer.max_epochs is 1; to train on, raise "
-        "--trainer.max_epochs, or set it to -1",
+        "error: the checkpoint is of step 20, past trainer.max_epochs=1; to train on, raise --trainer.max_epochs, or "
+        "set it to -1",
     )
 
 

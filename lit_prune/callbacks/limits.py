@@ -43,8 +43,8 @@ class Limits(Callback):
             return
         if epoch["processed"] > trainer.max_epochs:  # which Lightning refuses too, without a way out
             raise LitPruneError(
-                f"the checkpoint is of step {step}, after {epoch['processed']} epochs, and trainer.max_epochs is "
-                f"{trainer.max_epochs}; to train on, raise --trainer.max_epochs, or set it to -1"
+                f"the checkpoint is of step {step}, past trainer.max_epochs={trainer.max_epochs}; to train on, raise "
+                "--trainer.max_epochs, or set it to -1"
             )
         before = checkpoint.get("callbacks", {}).get(self.state_key, self.limits)
         text = (

@@ -167,6 +167,7 @@ def _accuracy(each: Row) -> str:
     return f"{100 * each['accuracy']:.1f}{spread}"
 
 
+OFFICIAL = "official scores"
 OVERVIEWS: dict[str, Callable[[Row], str]] = {
     "accuracy, %": _accuracy,
     "of full accuracy, %": lambda each: f"{100 * each['retained']:.1f}",
@@ -189,7 +190,7 @@ def _official(rows: Sequence[Row], averaged: Sequence[Row]) -> dict[str, list[li
     """The table of official scores, where the data are benchmarks."""
     if not any(each.get("headlines") for each in averaged):
         return {}
-    return {f"official scores ({caption(rows)})": scores_table(averaged)}
+    return {f"{OFFICIAL} ({caption(rows)})": scores_table(averaged)}
 
 
 def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
@@ -226,14 +227,14 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], visual: int) -> str:
-    """All tables and remarks for a document; the titles only where there are several budgets.
+    """All tables and remarks for a document; titles where there are several budgets, and for official scores.
 
     Below the tables stands what they were measured on.
     """
     found = {**overviews(rows, visual), **details(rows, visual)}
     lines = []
     for title, (columns, *body) in found.items():
-        lines += [f"**{title}**", ""] if len(found) > 2 else []
+        lines += [f"**{title}**", ""] if len(found) > 2 or title.startswith(OFFICIAL) else []
         lines += [_line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(_line, body), ""]
     lines += [f"Measured on the {caption(rows)}.", ""]
     return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))]).rstrip() + "\n"
