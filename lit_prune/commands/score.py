@@ -61,7 +61,7 @@ def run(
         if answers or root:
             raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
         count = check(scorers.rule_of(chosen.rule), cases)
-        console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False)
+        console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False, soft_wrap=True)
         return
     if not answers or root is None:
         raise LitPruneError("give --answers FILE and --root DIR, or --cases FILE")
