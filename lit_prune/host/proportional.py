@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune.host.state import Forward
+from lit_prune.host.state import Forward, Selected
 from lit_prune.ops import merging, selection
 
 
@@ -27,13 +28,9 @@ class ProportionalAttention:
         self.rule = rule
 
     @torch.no_grad()
-    def resize(
-        self, hidden: Tensor, columns: Tensor, alive: Tensor, kept: Tensor, forward: Forward, dead: Tensor | None
-    ) -> None:
-        """Add the sizes of the visual `columns` that are not kept to those that are, before they are packed.
-
-        `dead`: columns that stand for what the vision tower dropped, if this is where it arrives.
-        """
+    def resize(self, hidden: Float[Tensor, "batch columns width"], selected: Selected, forward: Forward) -> None:
+        """Add the sizes of the visual tokens that are not kept to those that are, before they are packed."""
+        columns, dead = selected.columns, selected.dead
         states = selection.gather_rows(hidden, columns)
         known = (
             torch.ones(forward.valid.shape, device=hidden.device)
@@ -47,7 +44,12 @@ class ProportionalAttention:
             before = torch.where(arrived, each[:, None], known)
         most = None if forward.session.soft else forward.most_visual
         sizes = merging.collect_sizes(
-            states, before.gather(1, columns), alive, kept, weighted=self.rule == "similarity", most=most
+            states,
+            before.gather(1, columns),
+            selected.alive,
+            selected.kept.mask,
+            weighted=self.rule == "similarity",
+            most=most,
         )
         forward.token_sizes = before.scatter(1, columns, sizes)
         gained = forward.token_sizes.log() - known.log()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedConfig
@@ -13,7 +14,7 @@ from lit_prune.host.lengths import on_device
 from lit_prune.host.parts import Tower, plain_keys, query_key
 from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import StageRecord
-from lit_prune.host.state import Forward
+from lit_prune.host.state import Forward, Selected
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
@@ -26,9 +27,20 @@ HIDDEN = -1e4  # bias of a key that nobody may see: far below any product of gat
 class Read:
     """What a stage reads off the frozen model: attention to every column, row by row too, and keys."""
 
-    attention: Tensor | None = None
-    each: Tensor | None = None
-    keys: Tensor | None = None
+    attention: Float[Tensor, "batch columns"] | None = None
+    each: Float[Tensor, "batch rows columns"] | None = None
+    keys: Float[Tensor, "batch columns inner"] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a stage finds at its layer: the visual columns (`real`: no filler; `alive`: not pruned yet), rows, reads."""
+
+    columns: Int[Tensor, "batch visual"]
+    real: Bool[Tensor, "batch visual"]
+    alive: Bool[Tensor, "batch visual"]
+    rows: tuple[Tensor, Tensor]
+    read: Read
 
 
 class Stages:
@@ -59,60 +71,36 @@ class Stages:
         """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
         stage = self.layers.index(index)
         rope = kwargs["position_embeddings"] if forward.rope is None else forward.rope
-        normed = module.input_layernorm(hidden)
+        # 1. Find the visual columns; those that the vision tower dropped arrive at the first stage as marks.
         columns, real = selection.compact(forward.visual, forward.most_visual)
-        asked = self.pruner.reads(stage)
-        rows, row_mask = self.rows(forward, stage)
         dead = None
         if stage == 0 and self.tower is not None:
             dead = forward.visual & absent(hidden, self.tower.newline)
             forward.gone = dead
         alive = forward.alive.gather(1, columns) & real
-        read = self._read(stage, module, normed, rope, rows, row_mask, forward)
-        context = Context(
-            stage=stage,
-            visual=selection.gather_rows(normed, columns),
-            alive=alive,
-            ordinal=forward.ordinal.gather(1, columns) * real,
-            text=selection.gather_rows(normed, rows),
-            text_mask=row_mask,
-            visual_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, columns),
-            text_embeds=None if forward.embeds is None else selection.gather_rows(forward.embeds, rows),
-            attention=None if read.attention is None else read.attention.gather(1, columns),
-            count=on_device(forward.counts[index], hidden.device),
-            total=forward.total,
-            seed=forward.seed,
-            hints=_per_row(forward.session.hints, columns.shape[0]),
-            images=forward.images(columns, real),
-            states=selection.gather_rows(hidden, columns) if self.pruner.needs_states else None,
-            visual_keys=None if read.keys is None else selection.gather_rows(read.keys, columns),
-            text_keys=None if read.keys is None else selection.gather_rows(read.keys, rows),
-            row_attention=None
-            if read.each is None
-            else read.each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
-        )
+        # 2. Read the frozen layer: its normed input, and the attention rows and keys that the method asked for.
+        normed = module.input_layernorm(hidden)
+        rows = self.rows(forward, stage)
+        read = self._read(stage, module, normed, rope, rows, forward)
+        # 3. Let the method decide.
+        context = self._context(stage, hidden, normed, Seen(columns, real, alive, rows, read), forward)
         kept = self.pruner.prune(context)
-        reads = None if asked is None else asked.layer
-        needs_keys, sized = self.pruner.needs_keys, self.proportional is not None
-        forward.trace_stage(index, reads, row_mask.sum(1), kept.mask.sum(1), needs_keys, sized)
+        exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
+        selected = Selected(columns, real, alive, kept, dead, exact)
+        # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
+        self._trace(index, stage, rows, kept, forward)
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
+        # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
             changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
             hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
-        exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
-        return self._apply(hidden, rope, columns, real, alive, kept, forward, dead, exact)
+        # 6. Drop, or mask.
+        return self._apply(hidden, rope, selected, forward)
 
     def _read(
-        self,
-        stage: int,
-        module: nn.Module,
-        normed: Tensor,
-        rope: tuple,
-        rows: Tensor,
-        row_mask: Tensor,
-        forward: Forward,
-    ) -> "Read":
+        self, stage: int, module: nn.Module, normed: Tensor, rope: tuple, rows: tuple[Tensor, Tensor], forward: Forward
+    ) -> Read:
         """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
         asked = self.pruner.reads(stage)
         keys = plain_keys(module, normed) if self.pruner.needs_keys else None
@@ -120,14 +108,54 @@ class Stages:
             return Read(keys=keys)
         if asked.layer == "previous":
             return Read(forward.tap.scores, keys=keys)
+        columns, real = rows
         with torch.no_grad():
             cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
-            row_rope = (selection.gather_rows(cos, rows), selection.gather_rows(sin, rows))
-            query, key = query_key(module, selection.gather_rows(normed, rows), normed, row_rope, (cos, sin))
+            row_rope = (selection.gather_rows(cos, columns), selection.gather_rows(sin, columns))
+            query, key = query_key(module, selection.gather_rows(normed, columns), normed, row_rope, (cos, sin))
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
             scaling = module.self_attn.scaling
-            each = row_attention(query, key, rows, forward.valid, scaling, forward.key_bias)
-            return Read(row_mean(each, row_mask), each if asked.each else None, keys)
+            each = row_attention(query, key, columns, forward.valid, scaling, forward.key_bias)
+            return Read(row_mean(each, real), each if asked.each else None, keys)
+
+    def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
+        """What the method may look at: rows of visual columns and of text, cut out of states, embeddings and keys."""
+        columns, (rows, row_mask), read = seen.columns, seen.rows, seen.read
+
+        def visual(values: Tensor | None) -> Tensor | None:
+            return None if values is None else selection.gather_rows(values, columns)
+
+        def text(values: Tensor | None) -> Tensor | None:
+            return None if values is None else selection.gather_rows(values, rows)
+
+        each = read.each
+        return Context(
+            stage=stage,
+            visual=visual(normed),
+            alive=seen.alive,
+            ordinal=forward.ordinal.gather(1, columns) * seen.real,
+            text=text(normed),
+            text_mask=row_mask,
+            visual_embeds=visual(forward.embeds),
+            text_embeds=text(forward.embeds),
+            attention=None if read.attention is None else read.attention.gather(1, columns),
+            count=on_device(forward.counts[self.layers[stage]], hidden.device),
+            total=forward.total,
+            seed=forward.seed,
+            hints=_per_row(forward.session.hints, columns.shape[0]),
+            images=forward.images(columns, seen.real),
+            states=visual(hidden) if self.pruner.needs_states else None,
+            visual_keys=visual(read.keys),
+            text_keys=text(read.keys),
+            row_attention=None if each is None else each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
+        )
+
+    def _trace(self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward) -> None:
+        """Note what the stage computed beside the method itself."""
+        asked = self.pruner.reads(stage)
+        needs_keys, sized = self.pruner.needs_keys, self.proportional is not None
+        reads = None if asked is None else asked.layer
+        forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized)
 
     def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
@@ -152,46 +180,40 @@ class Stages:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
         record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
 
-    def _apply(
-        self,
-        hidden: Tensor,
-        rope: tuple,
-        columns: Tensor,
-        real: Tensor,
-        alive: Tensor,
-        kept: Kept,
-        forward: Forward,
-        dead: Tensor | None,
-        exact: list[int] | None,
-    ) -> Tensor:
-        leaving = dropped = torch.zeros_like(forward.valid).scatter(1, columns, alive & ~kept.mask)
-        self._add_bias(columns, real, alive, kept, forward)
+    def _apply(self, hidden: Tensor, rope: tuple, selected: Selected, forward: Forward) -> Tensor:
+        """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
+        leaving = dropped = selected.dropped(forward.valid)
+        self._add_bias(selected, forward)
+        # In soft training nothing leaves, unless it has no chance to come back.
         if forward.session.soft:
             forward.gone = dropped if forward.gone is None else forward.gone | dropped
-            dropped = self._hopeless(columns, alive, kept, forward)
+            dropped = self._hopeless(selected, forward)
+        dead = selected.dead
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
             dropped, leaving = dead if dropped is None else dropped | dead, leaving | dead
             forward.gone = forward.gone if forward.session.soft else None
-        there = dropped is not None and forward.shorten(dropped, exact)
+        there = dropped is not None and forward.shorten(dropped, selected.exact)
         if not there and not forward.session.soft:
             return hidden
         forward.move_up(leaving)
         if self.proportional is not None:
-            self.proportional.resize(hidden, columns, alive, kept.mask, forward, dead)
-        if not there:
-            if forward.cache_state is None:
-                forward.restaged = True
-                self._hide_padding(hidden, forward)
-            return hidden
+            self.proportional.resize(hidden, selected, forward)
+        if there:
+            hidden = self._shortened(hidden, rope, dropped, forward)
+        if forward.cache_state is None:
+            forward.restaged = True
+            self._hide_padding(hidden, forward)
+        return hidden
+
+    @staticmethod
+    def _shortened(hidden: Tensor, rope: tuple, dropped: Tensor, forward: Forward) -> Tensor:
+        """States without the dropped columns; rotary embeddings and flags follow, the mask of before fits no more."""
         packed = forward.pack(dropped)
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
         forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
         forward.restaged = True
         forward.mask = None
-        hidden = selection.gather_rows(hidden, packed)
-        if forward.cache_state is None:
-            self._hide_padding(hidden, forward)
-        return hidden
+        return selection.gather_rows(hidden, packed)
 
     def _hide_padding(self, hidden: Tensor, forward: Forward) -> None:
         """Hide padding and filler from the layers that follow, by a mask, or by the bias if keys carry one anyway.
@@ -204,21 +226,23 @@ class Stages:
             forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
             forward.mask = self.mask(hidden, forward.valid, None, 0, False)
 
-    def _hopeless(self, columns: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> Tensor | None:
+    @staticmethod
+    def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
         """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
+        kept, alive = selected.kept, selected.alive
         if forward.session.contenders is None or kept.scores is None:
             return None
-        images, kept_here = forward.images(columns, alive), kept.mask.sum(1, keepdim=True)
+        images, kept_here = forward.images(selected.columns, alive), kept.mask.sum(1, keepdim=True)
         if images is not None:
             kept_here = images.spread(images.sum(kept.mask.long()))
         most = (kept_here * forward.session.contenders).ceil()
         far = alive & ~kept.mask & (selection.rank(kept.scores.detach(), alive, images) >= most)
-        return torch.zeros_like(forward.valid).scatter(1, columns, far)
+        return torch.zeros_like(forward.valid).scatter(1, selected.columns, far)
 
     @staticmethod
-    def _add_bias(columns: Tensor, real: Tensor, alive: Tensor, kept: Kept, forward: Forward) -> None:
+    def _add_bias(selected: Selected, forward: Forward) -> None:
         """Log of the gate per key: hides dropped tokens in soft mode, and carries gradients in both."""
-        soft = forward.session.soft
+        soft, kept = forward.session.soft, selected.kept
         if kept.gate is None and not soft:
             return
         if not soft and not kept.gate.requires_grad:
@@ -226,9 +250,9 @@ class Stages:
         gate = kept.mask.float() if kept.gate is None else kept.gate.float()
         if forward.session.gate_clip is not None:
             gate = selection.clip_gradient(gate, forward.session.gate_clip)
-        bias = selection.log_gate(gate, forward.session.eps) * alive
+        bias = selection.log_gate(gate, forward.session.eps) * selected.alive
         zeros = torch.zeros(forward.valid.shape, dtype=bias.dtype, device=bias.device)
-        bias = zeros.scatter_add(1, columns, bias * real)
+        bias = zeros.scatter_add(1, selected.columns, bias * selected.real)
         forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
 
     def rows(self, forward: Forward, stage: int) -> tuple[Tensor, Tensor]:

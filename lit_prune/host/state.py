@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -12,9 +13,31 @@ from lit_prune.host.cache import CacheState
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.session import Record, Session
 from lit_prune.ops import selection
+from lit_prune.pruners.base import Kept
 from lit_prune.repair import Essence
 
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The decision of one stage about the visual columns at its layer's input.
+
+    `columns`: where they stand among those present; `real`: no filler; `alive`: not pruned by an earlier stage. `dead`
+    marks, among all columns, what the vision tower dropped and arrives here. `exact`: how many stay of each sample,
+    where the method says so without a look at the device.
+    """
+
+    columns: Int[Tensor, "batch visual"]
+    real: Bool[Tensor, "batch visual"]
+    alive: Bool[Tensor, "batch visual"]
+    kept: Kept
+    dead: Bool[Tensor, "batch columns"] | None = None
+    exact: list[int] | None = None
+
+    def dropped(self, like: Bool[Tensor, "batch columns"]) -> Bool[Tensor, "batch columns"]:
+        """Columns that the method drops, among all columns present."""
+        return torch.zeros_like(like).scatter(1, self.columns, self.alive & ~self.kept.mask)
 
 
 @dataclass
