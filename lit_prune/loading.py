@@ -217,15 +217,15 @@ def shipped_config(name: str) -> PreTrainedConfig:
 
     Raises `LitPruneError` for a shape that is not shipped.
     """
-    return config_of(shipped_fields(name))
+    return config_of(shipped_fields(name), name)
 
 
-def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration from the fields of a `config.json`; raises `LitPruneError` where they describe none."""
+def config_of(fields: dict[str, Any], name: str) -> PreTrainedConfig:
+    """A configuration from the fields of a `config.json`; raises `LitPruneError` naming them where they describe none."""
     try:
         return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise LitPruneError(f"these fields describe no model of transformers: {error}") from error
+        raise LitPruneError(f"{name} describes no model of transformers: {error}") from error
 
 
 def hide_progress() -> None:

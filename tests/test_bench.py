@@ -21,6 +21,7 @@ from lit_prune.evaluation.timing.clocks import clock_for, cpu_clock, noisy, spre
 from lit_prune.evaluation.timing.prompts import decode, prefill, random_prompt
 from lit_prune.host.cut import cut_to
 from lit_prune.host.parts import find
+from lit_prune.loading import config_of
 from lit_prune.ops.budget import average
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, load, plugin_from_yaml
@@ -428,7 +429,7 @@ def test_shipped_files(here, name, sizes):
     options = yaml.safe_load((ROOT / "configs" / "bench" / f"{name}.yaml").read_text())
     assert set(options) <= set(inspect.signature(bench.run).parameters)
     model = options["model"]
-    vlm = load(bench._config(model) if isinstance(model, dict) else model, random_weights=True, device="meta")
+    vlm = load(config_of(model, "`model`") if isinstance(model, dict) else model, random_weights=True, device="meta")
     size = vlm.size
     assert (size.depth, size.width, size.mlp, size.heads) == sizes
     assert (find(vlm.model).dims.visual, options["text_tokens"]) == (576, 64)

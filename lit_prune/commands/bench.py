@@ -88,7 +88,9 @@ def run(
         entrants = [_method(spec, shared, by_file=True) for spec in methods]
     with _threads(threads):
         described = isinstance(model, dict)
-        vlm = load_model(config_of(model) if described else model, dtype, device, random_weights or described)
+        vlm = load_model(
+            config_of(model, "`model`") if described else model, dtype, device, random_weights or described
+        )
         timer = clock_for(clock, vlm.model.device)
         bench = Benchmark(vlm, entrants, batch_sizes, text_tokens, new_tokens, timer, pixels)
         header = {**_header(bench, clock), "random_weights": random_weights or described}
