@@ -221,7 +221,7 @@ def shipped_config(name: str) -> PreTrainedConfig:
 
 
 def config_of(fields: dict[str, Any], name: str) -> PreTrainedConfig:
-    """A configuration from the fields of a `config.json`; raises `LitPruneError` naming them where they describe none."""
+    """A configuration from the fields of a `config.json`; raises `LitPruneError` naming the one that describes none."""
     try:
         return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     except (KeyError, TypeError, ValueError) as error:
