@@ -53,6 +53,14 @@ def test_round_trip(pruned, tiny_model, tmp_path, pruner):
         again.detach()
 
 
+def test_folder_explains_itself_to_people(folder):
+    card = (folder / "README.md").read_text()
+    assert "[More Information Needed]" not in card
+    assert "library_name: lit_prune" in card
+    for line in ("# RCP", "- repair: RepairAdapter at layers", "- trains: ", 'lit_prune.load("tiny")'):
+        assert line in card
+
+
 def test_folder_says_what_it_is(folder):
     settings = json.loads((folder / SETTINGS).read_text())
     assert settings["lit_prune"] == __version__

@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,30 @@ from lit_prune.repair import RepairAdapter
 SETTINGS, WEIGHTS = "plugin.json", "plugin.safetensors"
 
 
-class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-token-pruning"]):
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A visual-token pruning plug-in of `lit_prune` for {{ base }}; the model's own weights are not in it.
+
+{{ summary }}
+
+Attach it, with this folder in place of FOLDER:
+
+```python
+import lit_prune
+
+vlm = lit_prune.load("{{ base }}")
+vlm.attach("FOLDER")
+```
+"""
+
+
+class Plugin(
+    nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-token-pruning"], model_card_template=CARD
+):
     """Everything beside the frozen model: pruner, repair adapter and budget.
 
     Args:
@@ -105,6 +128,16 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-t
             return ""
         repair = " + repair" if self.repair is not None and not self.pruner.repairs else ""
         return "".join([self.pruner.title, repair, *(f", {added}" for added in self.options.described())])
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The folder's README.md: the method, its budget, what is in it, how to attach it."""
+        info = self._hub_mixin_info
+        found = {
+            "title": self.title or type(self.pruner).__name__,
+            "base": self.base or "MODEL",
+            "summary": "\n".join(f"- {line}" for line in self.summary(self.settings()["schedule"])),
+        }
+        return ModelCard.from_template(info.model_card_data, template_str=info.model_card_template, **found)
 
     def settings(self) -> dict[str, Any]:
         """What `plugin.json` says: enough to build the plug-in again, and what it was made for."""
