@@ -115,7 +115,7 @@ def _samples(
     """One record per sample: what was asked, what the full model and the method answered, and what the method kept."""
     kept = {str(layer): counts.tolist() for layer, counts in measured.kept.items()}
     full_hits, visual = measuring.matches(teacher.texts, batch["answers"]), measured.visual.tolist()
-    apart = measuring.divergences(measured, teacher)
+    apart, total = measuring.divergences(measured, teacher), measured.total.tolist()
     return [
         {
             "id": batch["ids"][row],
@@ -130,6 +130,7 @@ def _samples(
             "agrees": agreeing[row],
             "kl": apart[row],
             "visual": visual[row],
+            "total": total[row],
             "kept": {layer: counts[row] for layer, counts in kept.items()},
         }
         for row in range(len(hits))
