@@ -17,8 +17,9 @@ from lit_prune.evaluation.report.figures import Table, skills, summary
 from lit_prune.evaluation.report.gallery import KINDS, cards
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.runs import Run
-from lit_prune.evaluation.tables import caption, means
+from lit_prune.evaluation.tables import Row, caption, means
 
+FEW = 20  # images; percentile intervals of fewer clusters cover clearly less than they say
 TITLES = {
     "accuracy_tokens": "Accuracy by visual tokens",
     "accuracy_flops": "Accuracy by FLOPs",
@@ -90,17 +91,26 @@ def _lines(runs: Sequence[Run], baseline: str, draws: int) -> list[str]:
             f"Intervals are 95 % bootstrap intervals ({draws} draws) over images: questions on one image stay "
             f"together. Differences to {baseline} are paired, on the same questions and draws."
         )
+    if any(run.records and len(set(run.images)) < FEW for run in runs):
+        lines.append(f"With fewer than {FEW} images such intervals are too narrow.")
     return lines
 
 
 def charts(run: Run, named: bool) -> list[Chart]:
     """The plots of a comparison as SVG; as images, so that nothing in them can act on the page."""
-    figures = draw(run.rows, run.visual)
     pruned = [each for each in means(run.rows) if each["runs"] and each["keep"] is not None]
-    if pruned and all(each.get("w2_per_layer") for each in pruned):
-        figures["shift_per_layer"] = shift_per_layer(pruned, run.visual)
+    if not pruned or not all(_drawable(each) for each in run.rows if each["status"] == "measured"):
+        return []
+    figures = {**draw(run.rows, run.visual), "shift_per_layer": shift_per_layer(pruned, run.visual)}
     first = f"{run.name}: " if named else ""
     return [Chart(first + TITLES.get(name, name), _svg(figure)) for name, figure in figures.items()]
+
+
+def _drawable(row: Row) -> bool:
+    """True if a cell has all that the plots show."""
+    numbers, lists = (row.get("w2"), row.get("kappa")), (row.get("tokens_per_layer"), row.get("w2_per_layer"))
+    known = all(isinstance(each, int | float) for each in numbers) and all(isinstance(each, list) for each in lists)
+    return known and "flops" in row
 
 
 def _svg(figure: Figure) -> str:

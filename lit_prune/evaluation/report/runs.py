@@ -135,7 +135,11 @@ def read_run(folder: Path) -> Run:
             f"{', '.join(without)}: measured before answers were kept, so intervals, differences and answers are "
             f"unknown; `{again} --fresh` with the same options measures them again"
         )
-    return Run(folder, rows, entries, remarks)
+    run = Run(folder, rows, entries, remarks)
+    asked = {record for each in entries for record in each.by_record}
+    if apart := len(asked) - len(run.records):
+        remarks.append(f"{apart} questions that not every method answered count neither in intervals nor among answers")
+    return run
 
 
 def _rows(file: Path, again: str) -> list[Row]:

@@ -35,11 +35,11 @@ script-src '{{ script_hash }}'">
 {%- endfor %}</tbody>
 </table>
 </div>
-</section>
-{% endfor %}
-{% if meanings %}<details><summary>What the columns mean</summary><dl>
+{% if loop.first %}<details><summary>What the columns mean</summary><dl>
 {% for column in meanings %}<dt>{{ column.title }}</dt><dd>{{ column.meaning }}</dd>{% endfor %}
 </dl></details>{% endif %}
+</section>
+{% endfor %}
 {% if charts %}<section><h2>Charts</h2><div class="charts">
 {% for chart in charts %}<figure><img src="{{ chart.source }}" alt="{{ chart.title }}">
 <figcaption>{{ chart.title }}</figcaption></figure>{% endfor %}
@@ -117,8 +117,9 @@ th[aria-sort=descending] button::after { content: " \\25BC"; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--back); max-width: 45vw;
   white-space: normal; }
 td small { display: block; font-size: 0.75em; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 20rem; max-width: 100%; }
-.charts img { max-width: 100%; height: auto; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 20rem; max-width: 100%; overflow-x: auto; }
+.charts img { width: 100%; max-width: 60rem; min-width: 20rem; height: auto; }
 form { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: end; }
 label { display: grid; font-size: 0.85rem; }
 select, input, form button { font: inherit; max-width: 100%; padding: 0.25rem; }
