@@ -99,7 +99,7 @@ def intervals_of(run: Run, baseline: str, draws: int, seed: int) -> Intervals:
 def _baseline_column(run: Run, baseline: str, place: int, columns: dict[int, int]) -> int | None:
     """The column of values that an entry is compared with; the full model's is 0, whether it is a row or not."""
     if baseline == FULL:
-        return None if run.entries[place].keep is None else 0
+        return None if run.entries[place].budget is None else 0
     other = baseline_entry(run, baseline, run.entries[place])
     return None if other is None else columns.get(run.entries.index(other))
 
@@ -170,11 +170,10 @@ def _summary_row(run: Run, entry: Entry, place: int, found: Intervals, benchmark
     mean, (over_all, over_parts) = entry.mean, retention(run, entry)
     accuracy = found.accuracy.get(place) or Interval(mean["accuracy"], math.nan, math.nan)
     retained = found.retained.get(place) or (Interval(over_all, math.nan, math.nan) if over_all is not None else None)
-    budget = name("all") if entry.keep is None else Figure(str(entry.keep), str(entry.keep))
     seeds = f"{mean['runs']} seeds" if mean["runs"] > 1 else ""
     return [
         Figure(entry.method, entry.method, seeds),
-        budget,
+        name("all" if entry.budget is None else entry.budget),
         ranged(accuracy),
         ranged(found.difference.get(place), "+"),
         ranged(retained),
@@ -201,7 +200,7 @@ def skills(run: Run) -> Table | None:
     rows = [
         [
             name(entry.method),
-            name("all" if entry.keep is None else entry.keep),
+            name("all" if entry.budget is None else entry.budget),
             *(number((entry.mean.get("per_skill") or {}).get(skill), 100) for skill in names),
         ]
         for entry in run.entries

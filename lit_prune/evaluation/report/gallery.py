@@ -66,7 +66,7 @@ def cards(runs: Sequence[Run], most: int) -> list[Card]:
 
 
 def _pruned(run: Run) -> list[Entry]:
-    return [entry for entry in run.entries if entry.seeds and entry.keep is not None]
+    return [entry for entry in run.entries if entry.seeds and entry.budget is not None]
 
 
 def _answer(entry: Entry, record: int) -> Answer:

@@ -23,7 +23,7 @@ Sample = dict[str, Any]
 class Entry:
     """A method at a budget: the mean of its seeds, and the records of its samples, a list a seed.
 
-    `keep` is None for the full model. `seconds` are the CPU times per question, of the seeds that have one.
+    `budget` is None for the full model. `seconds` are the CPU times per question, of the seeds that have one.
     """
 
     mean: Row
@@ -35,13 +35,13 @@ class Entry:
         return self.mean["method"]
 
     @property
-    def keep(self) -> int | str | None:
+    def budget(self) -> int | str | None:
         return self.mean["keep"]
 
     @property
     def label(self) -> str:
         """Method and budget."""
-        return self.method if self.keep is None else f"{self.method}, {self.keep}"
+        return self.method if self.budget is None else f"{self.method}, {self.budget}"
 
     @cached_property
     def by_record(self) -> dict[int, list[Sample]]:
@@ -97,7 +97,7 @@ class Run:
     @property
     def full(self) -> Entry | None:
         """The full model, where it is a row."""
-        return next((each for each in self.entries if each.keep is None), None)
+        return next((each for each in self.entries if each.budget is None), None)
 
     @property
     def visual(self) -> int:
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> Run:
     if not any(row["status"] == "measured" for row in rows):
         raise LitPruneError(f"{file}: no cell has a result: {_first_reason(rows)}run `{again}` again")
     entries, remarks = [Entry(mean) for mean in means(rows)], _unmeasured(rows)
-    places = {(each.method, each.keep): each for each in entries}
+    places = {(each.method, each.budget): each for each in entries}
     without: dict[str, None] = {}
     for row in rows:
         if row["status"] != "measured":
@@ -214,7 +214,7 @@ def _lines(file: Path, again: str) -> Iterator[Sample]:
 
 def baseline_entry(run: Run, baseline: str, entry: Entry) -> Entry | None:
     """The entry that another is compared with: the method `baseline` at the same budget, or without one."""
-    return next((each for each in run.entries if each.method == baseline and each.keep in (entry.keep, None)), None)
+    return next((each for each in run.entries if each.method == baseline and each.budget in (entry.budget, None)), None)
 
 
 def check_baseline(runs: Sequence[Run], baseline: str) -> None:
