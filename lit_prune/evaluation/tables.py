@@ -253,14 +253,15 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], visual: int) -> str:
-    """All tables and remarks for a document; the titles only where there are several budgets.
+    """All tables and remarks for a document; the titles only where there are several budgets, or official scores.
 
     Below the tables stands what they were measured on.
     """
     found = {**overviews(rows, visual), **details(rows, visual)}
+    several = len({each["keep"] for each in rows} - {None}) > 1 or any(each.get("headlines") for each in rows)
     lines = []
     for title, (columns, *body) in found.items():
-        lines += [f"**{title}**", ""] if len(found) > 3 else []
+        lines += [f"**{title}**", ""] if several else []
         lines += [_line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(_line, body), ""]
     lines += [f"Measured on the {caption(rows)}.", ""]
     return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))]).rstrip() + "\n"
