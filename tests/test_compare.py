@@ -190,6 +190,57 @@ def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
     assert images == {"accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"}
 
 
+def samples_of(out: Path, row: dict) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples" / f"{row['cell']}.jsonl").read_text().splitlines()]
+
+
+def test_every_answer_has_a_record(measured):
+    """It adds up to the cell's figures, and the cell names the questions that flip."""
+    rows = rows_of(measured)
+    for row in rows[:-1]:
+        samples = samples_of(measured, row)
+        cell = json.loads((measured / "cells" / f"{row['cell']}.json").read_text())["result"]
+        assert "".join(str(int(each["right"])) for each in samples) == cell["hits"]
+        assert np.mean([each["agrees"] for each in samples]) == pytest.approx(row["agreement"])
+        assert np.mean([each["kl"] for each in samples]) == pytest.approx(row["kl"])
+        assert np.mean([each["visual"] for each in samples]) == pytest.approx(row["avg_visual_tokens"])
+        lost = [each["id"] for each in samples if each["full_right"] and not each["right"]]
+        gained = [each["id"] for each in samples if not each["full_right"] and each["right"]]
+        assert cell["flips"] == {"lost": lost, "gained": gained}
+        assert (row["lost"], row["gained"]) == (len(lost) / QUESTIONS, len(gained) / QUESTIONS)
+        assert row["accuracy"] == pytest.approx(rows[0]["accuracy"] - row["lost"] + row["gained"])
+    full, chance = samples_of(measured, rows[0]), samples_of(measured, rows[1])
+    assert (rows[0]["agreement"], rows[0]["lost"], rows[0]["gained"], rows[0]["kl"]) == (1, 0, 0, 0)
+    assert [each["full"] for each in chance] == [each["answer"] for each in full]
+    assert rows[1]["lost"] > 0
+    assert rows[1]["kl"] > 0
+    assert chance[0]["kept"] == {"0": 16}
+    assert {each["image"] for each in chance} == {path.stem for path in (measured / "images").iterdir()}
+    assert len({each["image"] for each in chance}) == QUESTIONS // 7, "seven questions an image"
+    assert all(max(Image.open(path).size) <= 256 for path in (measured / "images").iterdir())
+    assert "flips" not in rows[0]
+    assert "right to wrong %" not in (measured / "results.csv").read_text()
+    assert "right to wrong %" in (measured / "table.md").read_text()
+
+
+def test_cells_of_before_are_read_and_their_loyalty_is_unknown(config, measured, tmp_path):
+    """Those that an earlier version measured have neither flips nor divergence."""
+    shutil.copytree(measured / "cells", tmp_path / "cells")
+    for file in (tmp_path / "cells").iterdir():
+        cell = json.loads(file.read_text())
+        for name in ("flips", "lost", "gained", "kl"):
+            del cell["result"][name]
+        file.write_text(json.dumps(cell))
+    compare.run(config, METHODS, ["16"], [0, 1], out=tmp_path, split="test")
+    rows = rows_of(tmp_path)
+    assert [row["kl"] for row in rows] == [None] * len(rows)
+    assert rows[1]["agreement"] == rows_of(measured)[1]["agreement"]
+    assert re.search(r"\| chance \| [\d.]+ \| unknown \| unknown \| unknown \|", (tmp_path / "table.md").read_text())
+    old = {**rows[1], "seed": 0}
+    (mean,) = tables.means([old, {**rows_of(measured)[2]}])
+    assert (mean["kl"], mean["runs"]) == (None, 2)
+
+
 # -- resuming -------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +500,27 @@ def test_kappa_is_that_of_the_projected_tokens_left_at_the_end(micro, batch):
 
 def only_pixels(batch: dict) -> dict:
     return {"pixel_values": batch["inputs"]["pixel_values"], "return_dict": True}
+
+
+def test_divergence_is_that_of_the_answer_tokens(micro, batch):
+    """The same prefix on both sides: by hand from the models' own logits."""
+    with torch.no_grad():
+        full = micro.detach().model(**batch["inputs"]).logits
+        micro.attach(Random([0]), keep=16)
+        pruned = micro.model(**batch["inputs"]).logits
+    teacher, found = (
+        measuring.measure(micro, batch, session, 4, keep_logits=True)
+        for session in (measuring.TEACHER, measuring.Session())
+    )
+    micro.detach()
+    by_hand = []
+    for row, labels in enumerate(batch["inputs"]["labels"]):
+        places = [place - 1 for place, label in enumerate(labels.tolist()) if label != -100]
+        p, q = (torch.softmax(logits[row, places].double(), -1) for logits in (full, pruned))
+        by_hand.append((p * (p / q).log()).sum(-1).mean().item())
+    assert max(by_hand) > 0.1
+    assert measuring.divergences(found, teacher) == pytest.approx(by_hand, rel=1e-3, abs=1e-5)
+    assert measuring.divergences(teacher, teacher) == [0.0] * len(by_hand)
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------

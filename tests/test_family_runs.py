@@ -30,6 +30,8 @@ from lit_prune.data import InstructData
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.cells import FULL, Cell
 from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.report.page import make
+from lit_prune.evaluation.report.runs import read_run
 from lit_prune.evaluation.timing import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import wall_clock
 from lit_prune.evaluation.timing.prompts import random_prompt
@@ -183,6 +185,9 @@ def test_compare(family, questions, tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["measured"] * 5
     assert {row["questions"] for row in rows} == {8}
     assert rows[0]["flops"] > rows[1]["flops"] > 0
+    assert rows[0]["kl"] == 0
+    assert all(row["kl"] > 0 for row in rows[1:])
+    assert "8 questions" in make([read_run(tmp_path / "out")], "Report")
     assert (tmp_path / "out" / "accuracy_tokens.png").is_file()
     wanted = np.mean([asked(parse_budget(KEEP), n, tiny.DEPTH) for n in visual_tokens(family, questions)])
     assert rows[1]["avg_visual_tokens"] == pytest.approx(wanted, abs=0.5)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.outputs import check_folder
+from lit_prune.commands._support.sample_images import SampleImages
 from lit_prune.commands._support.trainer_options import LARGEST_SEED
 from lit_prune.commands.trainer import PruneCLI, build
 from lit_prune.errors import LitPruneError, UsageError, check_numbers
@@ -42,7 +43,8 @@ def run(
     """Measure methods x budgets x seeds on a configuration's data, batch by batch beside the full model.
 
     That is the validation set, which may be looked at again and again; the test set is for what is chosen and reported.
-    Writes results.json (a list of cells), results.csv, table.md and plots into the output folder and prints the tables.
+    Writes results.json (a list of cells), results.csv, table.md and plots into the output folder and prints the tables;
+    samples/ has a record of each answer, from which `lit-prune report` makes a page.
     A cell that is done is kept in OUT/cells and not measured again while nothing it depends on has changed: method,
     weights, budget, seed, base model, data. Budgets are passes, so a run that is cut off loses at most one of them.
     A budget that a method can't meet is an empty cell with the reason. An error in one method leaves its cell empty,
@@ -86,6 +88,7 @@ def run(
     asked_for = [as_json(made.model.keep)] if keep is None else keep
     keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
     setting, visual = _load_data(made, split, limit), dims.visual
+    images = SampleImages(_source(data, split), out / "images")
     cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
     full, store = Cell(FULL), Store(out / "cells")
     prepare([full, *cells], vlm, {**describe(vlm), **setting})
@@ -99,8 +102,9 @@ def run(
         _loop(comparison, data, split, title, len(pending))
         if not (measured := comparison.results()):
             raise LitPruneError(f"the {split} set gave no usable sample")
+        samples = comparison.samples()
         for cell, result in measured:
-            store.write(cell, result)
+            store.write(cell, result, [{**each, "image": images.digest(each["record"])} for each in samples[cell.key]])
             results[cell.key] = json.loads(json.dumps(result))
         _write([row(cell, results.get(cell.key), results[full.key], split) for cell in cells], out, visual)
     rows = [row(cell, results.get(cell.key), results[full.key], split) for cell in cells]
@@ -155,6 +159,12 @@ def _load_data(made: PruneCLI, split: str, limit: int | None) -> dict[str, Any]:
     told = json.loads(json.dumps(made.config["data"].as_dict(), default=str))
     size = len(data.datasets[split])
     return {"data": told, "file": file, "samples": size, "max_new_tokens": made.model.max_new_tokens}
+
+
+def _source(data: Any, split: str) -> Any:
+    """The source of a split's records, whether the split was cut or not."""
+    whole = data.datasets[split]
+    return getattr(whole, "dataset", whole).source
 
 
 def _pending(cells: Sequence[Cell], keep: int | None, results: dict[str, Row]) -> list[Cell]:

@@ -264,15 +264,21 @@ def digest_of(files: Sequence[Path]) -> str:
 # Results on disk
 
 
-class Store:
-    """Finished cells as one JSON file each, written whole or not at all.
+def samples_folder(out: Path) -> Path:
+    """Where a comparison keeps the records of samples, a file per cell, named by its key."""
+    return out / "samples"
 
-    A file holds the result, its setting for people, and a digest of this package's code. That is no part of the key,
-    since most changes alter no number.
+
+class Store:
+    """Finished cells as one JSON file each, written whole or not at all, and their samples in the folder beside.
+
+    A cell's file holds the result, its setting for people, and a digest of this package's code. That is no part of the
+    key, since most changes alter no number.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._others = folder, set()
+        self.samples = samples_folder(folder.parent)
         sources = (path for path in PACKAGE.rglob("*.py") if path.parent.name != "commands")
         self.code = digest_of(sorted(sources))
 
@@ -294,9 +300,13 @@ class Store:
         """How many of the cells read were measured by other code."""
         return len(self._others)
 
-    def write(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Keep a result."""
+    def write(self, cell: Cell, result: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Keep a result and the records of its samples, one a line; these come first, so no result lacks them."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if samples:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.samples / f"{cell.key}.jsonl") as file:
+                file.write_text("".join(json.dumps(each) + "\n" for each in samples), encoding="utf-8")
         setting = {"method": cell.method, "keep": cell.keep, "seed": cell.seed}
         with written_whole(self._file(cell)) as file:
             file.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")

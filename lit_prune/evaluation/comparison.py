@@ -29,6 +29,7 @@ class Meters:
         self.kappa = Consistency()
         self.sums: dict[str, dict[Any, float]] = {}
         self.hits: list[bool] = []
+        self.samples: list[dict[str, Any]] = []
         self.seconds = 0.0
 
     def update(self, measured: Measured, teacher: Measured, batch: dict[str, Any]) -> None:
@@ -38,7 +39,9 @@ class Meters:
         if self.scorer is not None:
             self.scorer.update(measured.texts, batch)
         self.accuracy.update(hits, batch["skills"])
-        self.agreement.update(measuring.matches(measured.texts, teacher.texts), batch["skills"])
+        agreeing = measuring.matches(measured.texts, teacher.texts)
+        self.agreement.update(agreeing, batch["skills"])
+        self.samples += _samples(measured, teacher, hits, agreeing, batch)
         self.shift.update(
             {layer: states.cpu() for layer, states in measured.hidden.items()},
             {layer: states.cpu() for layer, states in teacher.hidden.items()},
@@ -62,17 +65,25 @@ class Meters:
         """What was measured, as JSON has it; FLOPs and bytes are means per sample.
 
         `accuracy_se` is the standard error over questions, as if they were independent; `hits` has one digit a question
-        in the order of the data, for paired tests. `seconds` are this thread's CPU time. Of benchmarks, `headlines` are
-        the official scores that papers report, `scores` all of them, by name.
+        in the order of the data, for paired tests. `lost` is the share of questions that the full model answers right
+        and the method wrong, `gained` the reverse, `flips` their ids. `kl` is the mean over samples of
+        `measuring.divergences`, None where it isn't known. `seconds` are this thread's CPU time. Of benchmarks,
+        `headlines` are the official scores that papers report, `scores` all of them, by name.
         """
         accuracy, costs, shift = self.accuracy.compute(), self._mean("costs"), self.shift.compute().tolist()
         right, count = accuracy[OVERALL], len(self.hits)
+        lost = [each["id"] for each in self.samples if each["full_right"] and not each["right"]]
+        gained = [each["id"] for each in self.samples if each["right"] and not each["full_right"]]
+        diverging = [each["kl"] for each in self.samples if each["kl"] is not None]
         return {
             "accuracy": right,
             "accuracy_se": math.sqrt(right * (1 - right) / count),
             "questions": count,
             "per_skill": {skill: value for skill, value in accuracy.items() if skill != OVERALL},
             "agreement": self.agreement.compute()[OVERALL],
+            "lost": len(lost) / count,
+            "gained": len(gained) / count,
+            "kl": math.fsum(diverging) / len(diverging) if diverging else None,
             "avg_visual_tokens": costs["visual"],
             "tokens_per_layer": list(self._mean("layers").values()),
             "kept": {str(layer): count for layer, count in self._mean("kept").items()},
@@ -83,6 +94,7 @@ class Meters:
             "w2": sum(shift) / len(shift),
             "w2_per_layer": shift,
             "hits": "".join(str(int(hit)) for hit in self.hits),
+            "flips": {"lost": lost, "gained": gained},
             "seconds": self.seconds,
             **self._official(),
         }
@@ -95,6 +107,34 @@ class Meters:
             found["headlines"] |= score.headline
             found["scores"] |= score.named
         return found
+
+
+def _samples(
+    measured: Measured, teacher: Measured, hits: Sequence[bool], agreeing: Sequence[bool], batch: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One record per sample: what was asked, what the full model and the method answered, and what the method kept."""
+    kept = {str(layer): counts.tolist() for layer, counts in measured.kept.items()}
+    full_hits, visual = measuring.matches(teacher.texts, batch["answers"]), measured.visual.tolist()
+    apart, total = measuring.divergences(measured, teacher), measured.total.tolist()
+    return [
+        {
+            "id": batch["ids"][row],
+            "record": batch["records"][row],
+            "skill": batch["skills"][row],
+            "question": batch["questions"][row],
+            "reference": batch["answers"][row],
+            "full": teacher.texts[row],
+            "answer": measured.texts[row],
+            "full_right": full_hits[row],
+            "right": hits[row],
+            "agrees": agreeing[row],
+            "kl": apart[row],
+            "visual": visual[row],
+            "total": total[row],
+            "kept": {layer: counts[row] for layer, counts in kept.items()},
+        }
+        for row in range(len(hits))
+    ]
 
 
 def _official(scorer: Callable[[], Metric] | None) -> BenchmarkScores | None:
@@ -154,11 +194,15 @@ class Comparison:
     def _measure(self, cell: Cell, batch: dict[str, Any], shared: dict[str, Any], session: Session) -> Measured:
         if cell.plugin is None:
             self.vlm.host = DecoderHost(self.vlm.model, None, None, self.dims.visual)
-            return measuring.measure(self.vlm, shared, measuring.TEACHER, self.max_new_tokens)
+            return measuring.measure(self.vlm, shared, measuring.TEACHER, self.max_new_tokens, keep_logits=True)
         self.vlm.attach(cell.plugin, keep=cell.keep)
         inputs = batch if cell.plugin.pruner.acts_in_tower else shared
-        return measuring.measure(self.vlm, inputs, session, self.max_new_tokens)
+        return measuring.measure(self.vlm, inputs, session, self.max_new_tokens, keep_logits=True)
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The full model's result and those of all cells that didn't fail."""
         return [(cell, meters.result()) for cell, meters in self.meters if not cell.failed and meters.hits]
+
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """The records of the samples of every cell that has a result, by the cell's key."""
+        return {cell.key: meters.samples for cell, meters in self.meters if not cell.failed and meters.hits}

@@ -13,6 +13,7 @@ from lit_prune.host import Record, Session
 from lit_prune.host.parts import INPUTS, unwrap
 from lit_prune.vlm import VLM
 
+IGNORED = -100  # the label of a position that predicts no answer token, as in PyTorch
 TEACHER = Session(prune=False, repair=False)
 
 
@@ -30,6 +31,8 @@ class Measured:
     per_layer: Tensor  # (decoder layers, batch) visual tokens at each layer's input
     total: Tensor  # visual tokens of the prompt
     embeds: Tensor  # (batch, N, width) visual tokens as they enter the decoder; where the tower dropped one, anything
+    logits: Tensor | None = None  # (answer positions, vocabulary), row by row over the batch; if asked for
+    positions: Tensor | None = None  # (batch,) how many of them each sample has
 
     @property
     def kept(self) -> dict[int, Tensor]:
@@ -69,17 +72,27 @@ def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: int, together: bool = False) -> Measured:
+def measure(
+    vlm: VLM,
+    batch: dict[str, Any],
+    session: Session,
+    max_new_tokens: int,
+    together: bool = False,
+    keep_logits: bool = False,
+) -> Measured:
     """Answer the prompts of a batch greedily and run its answers through the model, under one session.
 
     The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
-    that methods are compared on the same text. `together`: ranks answer for as long as any of them does.
+    that methods are compared on the same text. `together`: ranks answer for as long as any of them does. `keep_logits`:
+    the logits of those positions too.
     """
     states, prefill = Record(keep_hidden=True, keep_embeds=True), Record()
     with vlm.using(replace(session, record=prefill)):
         encoded = encode_images(vlm, batch["inputs"])
     with vlm.using(replace(session, record=states)):
-        vlm.model(**encoded, use_cache=False)
+        output = vlm.model(**encoded, use_cache=False)
+    logits, positions = _answer_logits(output.logits, encoded["labels"]) if keep_logits else (None, None)
+    del output
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
@@ -102,7 +115,34 @@ def measure(vlm: VLM, batch: dict[str, Any], session: Session, max_new_tokens: i
         per_layer=torch.stack(prefill.trace.visual),
         total=prefill.trace.total_visual,
         embeds=states.embeds,
+        logits=logits,
+        positions=positions,
     )
+
+
+def _answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of the positions that predict answer tokens, row by row, and how many each row has.
+
+    None of a model whose logits don't stand for the tokens of the prompt one by one.
+    """
+    if logits.shape[:2] != labels.shape:
+        return None, None
+    predicting = labels[:, 1:] != IGNORED
+    return logits[:, :-1][predicting], predicting.sum(1)
+
+
+def divergences(measured: Measured, teacher: Measured) -> list[float | None]:
+    """KL(teacher || method) of the next-token distributions, nats, averaged over each sample's answer positions.
+
+    Both see the same prefix, the prompt and the right answer. None for a sample without such positions, or where there
+    are no logits.
+    """
+    if measured.logits is None or teacher.logits is None:
+        return [None] * len(measured.texts)
+    student, full = (each.logits.float().log_softmax(-1) for each in (measured, teacher))
+    values = (full.exp() * (full - student)).sum(-1).clamp(min=0)
+    samples = values.split(teacher.positions.tolist())
+    return [each.mean().item() if len(each) else None for each in samples]
 
 
 def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) -> None:

@@ -216,3 +216,23 @@ def _in_turn(axes: Axes, y: Sequence[float], style: Style, turn: int, takers: in
     step = min(max(takers, 4), len(y))
     layers = range((turn if takers > 1 else place) % step, len(y), step)
     axes.plot(layers, [y[i] for i in layers], **style.marks(5), linestyle="none")
+
+
+def shift_per_layer(pruned: Sequence[Row], visual: int) -> Figure:
+    """W2 of the answer states behind every decoder layer, a panel a budget, a line a method."""
+    styles, keeps = styles_of([each["method"] for each in pruned]), budgets_of(pruned, visual)
+    page = Page(len(keeps), size=(3.4, 3.4), right=room(styles))
+    for axes, keep in zip(page.axes, keeps, strict=True):
+        names, drawn = [], []
+        for each in pruned:
+            if each["keep"] == keep:
+                y, style = each["w2_per_layer"], styles[each["method"]]
+                axes.plot(range(len(y)), y, color=style.colour, linestyle=style.dashes, linewidth=1.2)
+                names.append(Name(len(y) - 1, y[-1], each["method"], style.colour))
+                drawn.append(list(enumerate(y)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"{keep} on average", size=8, color=GREY)
+        axes.set(xlabel="decoder layer", ylabel="W2 of the answer states")
+        axes.grid(alpha=0.25)
+        page.name(axes, names, drawn)
+    return page.figure

@@ -14,7 +14,8 @@ from lit_prune.ops.budget import parse_budget, tokens
 
 Row = dict[str, Any]
 
-INNER = ("hits", "seconds")  # kept with the cell alone
+INNER = ("hits", "flips", "seconds")  # kept with the cell alone
+LATER = ("lost", "gained", "kl")  # not in cells that version 0.1 measured
 COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
 
 
@@ -23,7 +24,8 @@ def row(cell: Cell, result: Row | None, full: Row, split: str = "val") -> Row:
 
     Without a result all its values are null.
 
-    `status` is measured, failed, empty (there is no such result), or pending in a run that isn't over.
+    `status` is measured, failed, empty (there is no such result), or pending in a run that isn't over. `cell` names the
+    files that belong to it. What an earlier version did not measure is null.
     """
     missing = "failed" if cell.failed else "empty" if cell.reason else "pending"
     status = missing if result is None else "measured"
@@ -33,9 +35,10 @@ def row(cell: Cell, result: Row | None, full: Row, split: str = "val") -> Row:
         derived["retained"] = result["accuracy"] / full["accuracy"] if full["accuracy"] else 0.0
         known = result["flops"] is not None and full["flops"]
         derived["flops_reduction"] = 1.0 - result["flops"] / full["flops"] if known else None
-    values = {name: None if result is None else result[name] for name in full if name not in INNER}
+    names = [name for name in dict.fromkeys([*full, *LATER]) if name not in INNER]
+    values = {name: None if result is None else result.get(name) for name in names}
     said = {"note": "", "reason": cell.reason} if result is None else {"note": cell.note, "reason": ""}
-    return {**found, **derived, **values, **said}
+    return {**found, **derived, **values, **said, "cell": cell.key}
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
@@ -63,7 +66,9 @@ def _average(values: list[Any]) -> Any:
         return {key: _average([value[key] for value in values]) for key in first if all(key in v for v in values)}
     if isinstance(first, list):
         return [_average(list(items)) for items in zip(*values, strict=True)]
-    if first is None or isinstance(first, str) or all(value == first for value in values):
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, str) or all(value == first for value in values):
         return first
     return fmean(values)
 
@@ -125,6 +130,26 @@ def _known(value: float | None, scale: float, digits: int) -> str:
     return "unknown" if value is None else f"{scale * value:.{digits}f}"
 
 
+def loyalty_table(rows: Sequence[Row]) -> list[list[str]]:
+    """How far the answers of one budget's means are the full model's."""
+    head = ["method", "same answer %", "right to wrong %", "wrong to right %", "KL, nats"]
+    return [
+        head,
+        *(
+            [
+                each["method"],
+                _known(each.get("agreement"), 100, 1),
+                _known(each.get("lost"), 100, 1),
+                _known(each.get("gained"), 100, 1),
+                _known(each.get("kl"), 1, 3),
+            ]
+            if each["runs"]
+            else [each["method"], *["–"] * (len(head) - 1)]
+            for each in rows
+        ),
+    ]
+
+
 def scores_table(averaged: Sequence[Row]) -> list[list[str]]:
     """The official scores of benchmarks, a line for each method and budget."""
     names = list(dict.fromkeys(name for each in averaged for name in each.get("headlines") or {}))
@@ -167,10 +192,10 @@ def _accuracy(each: Row) -> str:
     return f"{100 * each['accuracy']:.1f}{spread}"
 
 
-OFFICIAL = "official scores"
 OVERVIEWS: dict[str, Callable[[Row], str]] = {
     "accuracy, %": _accuracy,
     "of full accuracy, %": lambda each: f"{100 * each['retained']:.1f}",
+    "same answer as the full model, %": lambda each: _known(each.get("agreement"), 100, 1),
     "kappa": lambda each: f"{each['kappa']:.3f}",
     "W2": lambda each: f"{each['w2']:.2f}",
 }
@@ -190,7 +215,7 @@ def _official(rows: Sequence[Row], averaged: Sequence[Row]) -> dict[str, list[li
     """The table of official scores, where the data are benchmarks."""
     if not any(each.get("headlines") for each in averaged):
         return {}
-    return {f"{OFFICIAL} ({caption(rows)})": scores_table(averaged)}
+    return {f"official scores ({caption(rows)})": scores_table(averaged)}
 
 
 def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
@@ -207,6 +232,7 @@ def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
         found[f"{title}; {caption(rows)}"] = methods_table(here)
         if any(each["per_skill"] for each in here if each["runs"]):
             found[f"accuracy per skill at {keep or visual}, %; {caption(rows)}"] = skills_table(here)
+        found[f"answers beside the full model's at {keep or visual}; {caption(rows)}"] = loyalty_table(here)
     return found
 
 
@@ -227,14 +253,15 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], visual: int) -> str:
-    """All tables and remarks for a document; titles where there are several budgets, and for official scores.
+    """All tables and remarks for a document; the titles only where there are several budgets, or official scores.
 
     Below the tables stands what they were measured on.
     """
     found = {**overviews(rows, visual), **details(rows, visual)}
+    several = len({each["keep"] for each in rows} - {None}) > 1 or any(each.get("headlines") for each in rows)
     lines = []
     for title, (columns, *body) in found.items():
-        lines += [f"**{title}**", ""] if len(found) > 2 or title.startswith(OFFICIAL) else []
+        lines += [f"**{title}**", ""] if several else []
         lines += [_line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(_line, body), ""]
     lines += [f"Measured on the {caption(rows)}.", ""]
     return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))]).rstrip() + "\n"

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lit_prune.ops.budget import Budget, Schedule, average
+from lit_prune.ops.budget import Budget, Schedule, asked, average
 from lit_prune.pruners.base import Pruner
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Plans:
 
     def asked(self, total: int) -> float:
         """The budget of a sample: all its `total` visual tokens where it has fewer."""
-        return average(self.keep, total, self.depth) if isinstance(self.keep, dict) else float(min(self.keep, total))
+        return asked(self.keep, total, self.depth)
 
     def check_arrived(self, counts: dict[int, list[int]], alive: Tensor, sizes: Tensor) -> None:
         """Report a sample of several images whose vision tower let too many tokens through to layer 0.

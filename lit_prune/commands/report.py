@@ -1,0 +1,59 @@
+"""Write a report of comparisons: one HTML file with tables, intervals, charts and answers."""
+
+from pathlib import Path
+
+from lit_prune.commands._support import console
+from lit_prune.commands._support.outputs import check_file
+from lit_prune.errors import LitPruneError
+
+
+def run(
+    runs: list[Path],
+    out: Path = Path("report.html"),
+    title: str = "Visual-token pruning: report",
+    baseline: str = "full",
+    samples: int = 200,
+    draws: int = 2000,
+    seed: int = 0,
+) -> None:
+    """Write a report of what `lit-prune compare` measured: one HTML file that needs no network and no other file.
+
+    It has a table of methods and budgets with accuracy, 95 % intervals, paired differences, shares of the full model's
+    accuracy, agreement with its answers and costs; accuracy per skill; charts; and samples with the full model's
+    answer and each method's, to be filtered by method, skill and kind, such as "full right, pruned wrong". Intervals
+    are bootstrapped over images: questions on one image stay together.
+
+    Args:
+        runs: Folders that `lit-prune compare` wrote, e.g. lit-prune report runs/compare.
+        out: HTML file, e.g. --out report.html.
+        title: Title of the page, e.g. --title "RCP on POPE".
+        baseline: Method that differences are taken to, e.g. --baseline random; by default the full model.
+        samples: Most samples to show, those that most methods lose first, e.g. --samples 1000; 0 shows none.
+        draws: Bootstrap samples behind an interval, e.g. --draws 10000.
+        seed: Of the bootstrap.
+
+    Examples:
+        lit-prune report runs/compare
+        lit-prune report runs/compare runs/pope --out report.html --title "Two data sets"
+        lit-prune report runs/compare --baseline random --samples 1000
+    """
+    check_file("--out", out)
+    if not runs:
+        raise LitPruneError("--runs: give a folder that `lit-prune compare --out FOLDER` wrote")
+    if samples < 0:
+        raise LitPruneError(f"--samples {samples}: it must be 0 or more")
+    if draws < 100:
+        raise LitPruneError(f"--draws {draws}: an interval needs at least 100")
+    if seed < 0:
+        raise LitPruneError(f"--seed {seed}: it must be 0 or more")
+    from lit_prune.evaluation.report.page import make  # with PyTorch and matplotlib, which --help does without
+    from lit_prune.evaluation.report.runs import check_baseline, read_run
+    from lit_prune.files.writing import written_whole
+
+    read = [read_run(folder) for folder in dict.fromkeys(runs)]
+    check_baseline(read, baseline)
+    page = make(read, title, baseline, samples, draws, seed).encode("utf-8", "replace")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as file:
+        file.write_bytes(page)
+    console.say(f"written: {out} ({len(page) / 1e6:.1f} MB)")

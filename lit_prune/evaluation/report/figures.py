@@ -1,0 +1,209 @@
+"""The tables of a report: figures with intervals, as text to show and numbers to sort by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from lit_prune.evaluation.cells import FULL
+from lit_prune.evaluation.report.intervals import Interval, interval, resampled_means
+from lit_prune.evaluation.report.runs import Entry, Run, baseline_entry
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a cell of a table shows: `text`, `more` in small print, `order` to sort by, `strong` in bold type."""
+
+    text: str
+    order: float | str | None = None
+    more: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title, and what it means in a sentence."""
+
+    title: str
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sortable table; the first `names` columns are text."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[Figure]]
+    names: int = 2
+
+
+def number(value: float | None, scale: float = 1.0, digits: int = 1) -> Figure:
+    """A figure, a dash where it is unknown."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return Figure(UNKNOWN)
+    return Figure(f"{scale * value:.{digits}f}", scale * value)
+
+
+def ranged(found: Interval | None, sign: str = "") -> Figure:
+    """A share in per cent with its interval; `sign` "+" for differences, in bold type where the interval has no 0."""
+    if found is None or not math.isfinite(found.value):
+        return Figure(UNKNOWN)
+    value, low, high = (100 * each for each in (found.value, found.low, found.high))
+    more = f"{low:{sign}.1f} to {high:{sign}.1f}" if math.isfinite(low) else ""
+    return Figure(f"{value:{sign}.1f}", value, more, bool(sign) and found.excludes_zero)
+
+
+def name(text: object) -> Figure:
+    """A cell of words."""
+    return Figure(str(text), str(text))
+
+
+# A run's intervals
+
+
+@dataclass
+class Intervals:
+    """Accuracy, difference to the baseline and share of the full model's accuracy of every entry with samples."""
+
+    accuracy: dict[int, Interval]
+    difference: dict[int, Interval]
+    retained: dict[int, Interval]
+
+
+def intervals_of(run: Run, baseline: str, draws: int, seed: int) -> Intervals:
+    """By the entry's place in `run.entries`; empty where no samples were kept."""
+    found = Intervals({}, {}, {})
+    if not run.records:
+        return found
+    known = [place for place, entry in enumerate(run.entries) if entry.seeds]
+    values = np.stack([run.full_right, *(run.right(run.entries[place]) for place in known)], axis=1)
+    images = run.images
+    drawn, exact, count = resampled_means(images, values, draws, seed), values.mean(0), len(set(images))
+    columns = {place: 1 + column for column, place in enumerate(known)}
+    for place, column in columns.items():
+        entry = run.entries[place]
+        found.accuracy[place] = interval(entry.mean["accuracy"], drawn[:, column], count)
+        if exact[0] and drawn[:, 0].all():
+            found.retained[place] = interval(exact[column] / exact[0], drawn[:, column] / drawn[:, 0], count)
+        other = _baseline_column(run, baseline, place, columns)
+        if other is not None and other != column:
+            found.difference[place] = interval(exact[column] - exact[other], drawn[:, column] - drawn[:, other], count)
+    return found
+
+
+def _baseline_column(run: Run, baseline: str, place: int, columns: dict[int, int]) -> int | None:
+    """The column of values that an entry is compared with; the full model's is 0, whether it is a row or not."""
+    if baseline == FULL:
+        return None if run.entries[place].budget is None else 0
+    other = baseline_entry(run, baseline, run.entries[place])
+    return None if other is None else columns.get(run.entries.index(other))
+
+
+# Retention
+
+
+def retention(run: Run, entry: Entry) -> tuple[float | None, float | None]:
+    """Share of the full model's accuracy over all questions, and the mean of the shares of each skill or benchmark."""
+    full = run.full.mean if run.full is not None else {}
+    whole = full.get("accuracy") or (float(run.full_right.mean()) if run.records else None)
+    over_all = entry.mean["accuracy"] / whole if whole else entry.mean.get("retained")
+    parts, of_full = entry.mean.get("headlines") or {}, full.get("headlines") or {}
+    if not parts:
+        parts, of_full = entry.mean.get("per_skill") or {}, full.get("per_skill") or full_skills(run)
+    shares = [parts[part] / of_full[part] for part in parts if of_full.get(part)]
+    return over_all, fmean(shares) if shares else None
+
+
+def full_skills(run: Run) -> dict[str, float]:
+    """The full model's accuracy per skill, from the samples."""
+    found: dict[str, list[bool]] = {}
+    for sample in run.samples.values():
+        if sample.get("skill") is not None:
+            found.setdefault(str(sample["skill"]), []).append(sample["full_right"])
+    return {skill: fmean(hits) for skill, hits in found.items()}
+
+
+# Tables
+
+
+def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
+    """A line for every method and budget of every run."""
+    benchmarks = list(dict.fromkeys(key for run in runs for e in run.entries for key in e.mean.get("headlines") or {}))
+    columns = [
+        *([Column("comparison", "The folder")] if len(runs) > 1 else []),
+        Column("method"),
+        Column("tokens kept", "The budget: visual tokens averaged over the decoder layers"),
+        Column("accuracy %", "Exact match, with its 95 % interval"),
+        Column(
+            f"minus {baseline}",
+            f"Accuracy minus that of {baseline}, on the same questions; bold: the interval has no 0",
+        ),
+        Column("of full %", "Share of the full model's accuracy, over all questions"),
+        Column("of full %, mean", "Mean over skills, or benchmarks, of the share of the full model's figure"),
+        *(Column(each, "Official score") for each in benchmarks),
+        Column("same answer %", "Questions answered as the full model answers them, right or wrong"),
+        Column("right to wrong %", "Questions that the full model answers right and the method wrong"),
+        Column("wrong to right %", "The reverse"),
+        Column("KL, nats", "Full model against method, next-token distributions on the right answer's positions"),
+        Column("tokens", "Visual tokens averaged over decoder layers, as measured"),
+        Column("GFLOP", "The decoder's prefill with everything that pruning adds"),
+        Column("FLOPs saved %"),
+        Column("KV MB", "Keys and values of the prompt"),
+        Column("W2", "Shift of the answer states, averaged over layers; lower is better"),
+        Column("CPU ms", "CPU time per question of the comparison, with the forward that measures the shift"),
+    ]
+    rows = []
+    for run in runs:
+        found = intervals_of(run, baseline, draws, seed)
+        for place, entry in enumerate(run.entries):
+            first = [name(run.name)] if len(runs) > 1 else []
+            rows.append([*first, *_summary_row(run, entry, place, found, benchmarks)])
+    return Table("Methods and budgets", columns, rows, names=3 if len(runs) > 1 else 2)
+
+
+def _summary_row(run: Run, entry: Entry, place: int, found: Intervals, benchmarks: Sequence[str]) -> list[Figure]:
+    mean, (over_all, over_parts) = entry.mean, retention(run, entry)
+    accuracy = found.accuracy.get(place) or Interval(mean["accuracy"], math.nan, math.nan)
+    retained = found.retained.get(place) or (Interval(over_all, math.nan, math.nan) if over_all is not None else None)
+    seeds = f"{mean['runs']} seeds" if mean["runs"] > 1 else ""
+    return [
+        Figure(entry.method, entry.method, seeds),
+        name("all" if entry.budget is None else entry.budget),
+        ranged(accuracy),
+        ranged(found.difference.get(place), "+"),
+        ranged(retained),
+        number(over_parts, 100),
+        *(number((mean.get("headlines") or {}).get(each), digits=2) for each in benchmarks),
+        number(mean.get("agreement"), 100),
+        number(mean.get("lost"), 100),
+        number(mean.get("gained"), 100),
+        number(mean.get("kl"), digits=3),
+        number(mean.get("avg_visual_tokens")),
+        number(mean.get("flops"), 1e-9, 3),
+        number(mean.get("flops_reduction"), 100),
+        number(mean.get("kv_bytes"), 1e-6, 2),
+        number(mean.get("w2"), digits=2),
+        number(fmean(entry.seconds) if entry.seconds else None, 1e3),
+    ]
+
+
+def skills(run: Run) -> Table | None:
+    """Accuracy per skill of every entry, in per cent; None where the data name no skills."""
+    names = list(dict.fromkeys(skill for entry in run.entries for skill in entry.mean.get("per_skill") or {}))
+    if not names:
+        return None
+    rows = [
+        [
+            name(entry.method),
+            name("all" if entry.budget is None else entry.budget),
+            *(number((entry.mean.get("per_skill") or {}).get(skill), 100) for skill in names),
+        ]
+        for entry in run.entries
+    ]
+    columns = [Column("method"), Column("tokens kept"), *map(Column, names)]
+    return Table("Accuracy per skill, %", columns, rows)

@@ -1,0 +1,440 @@
+"""`lit-prune report`: one HTML file of comparisons, on made-up results and on a real comparison."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from contextlib import chdir
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import ROOT
+
+from lit_prune import cli
+from lit_prune.evaluation.report import figures, gallery, page, template
+from lit_prune.evaluation.report.intervals import interval, resampled_means
+from lit_prune.evaluation.report.runs import read_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "<script>document.title='owned'</script>\"' onmouseover=alert(1) <img src=x onerror=alert(1)>&amp;"
+LAYERS = 4
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and the text in each kind of element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open = tag
+
+    def handle_endtag(self, tag):
+        self.open = ""
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.open, []).append(data)
+
+    def of(self, tag: str, kind: str = "") -> list[dict]:
+        return [found for name, found in self.tags if name == tag and kind in (found.get("class") or "").split(" ")[:1]]
+
+
+def sample(number: int, answer: str, full: str = "yes", reference: str = "yes", **more) -> dict:
+    """Three questions an image."""
+    return {
+        "id": f"q{number}", "record": number, "skill": ("colour", "shape")[number % 2], "question": f"Is {number} red?",
+        "reference": reference, "full": full, "answer": answer, "full_right": full == reference,
+        "right": answer == reference, "agrees": full == answer, "kl": 0.5, "visual": 8.0, "total": 64,
+        "kept": {"0": 8}, "image": f"{number // 3:016x}", **more,
+    }  # fmt: skip
+
+
+def cell(method: str, keep: int | None, samples: list[dict], seed: int | None = None, **more) -> dict:
+    right, same = [each["right"] for each in samples], [each["agrees"] for each in samples]
+    skills = {name: [each["right"] for each in samples if each["skill"] == name] for name in ("colour", "shape")}
+    return {
+        "method": method, "keep": keep, "seed": seed, "split": "val", "status": "measured", "retained": np.mean(right),
+        "flops_reduction": 0.5, "accuracy": np.mean(right), "accuracy_se": 0.1, "questions": len(samples),
+        "per_skill": {name: np.mean(hits) for name, hits in skills.items()}, "agreement": np.mean(same), "lost": 0.25,
+        "gained": 0.0, "kl": 0.5, "avg_visual_tokens": 8.0, "tokens_per_layer": [8.0] * LAYERS, "kept": {"0": 8.0},
+        "flops": 2e9, "flops_parts": {}, "kv_bytes": 1e6, "kappa": 0.1, "w2": 1.5, "w2_per_layer": [1.5] * LAYERS,
+        "note": "", "reason": "", "cell": f"{method}-{keep}-{seed}".encode().hex(), **more,
+    }  # fmt: skip
+
+
+def write(folder: Path, cells: list[tuple[dict, list[dict]]]) -> Path:
+    (folder / "samples").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps([row for row, _ in cells]))
+    for row, samples in cells:
+        if samples:
+            text = "".join(json.dumps(each) + "\n" for each in samples)
+            (folder / "samples" / f"{row['cell']}.jsonl").write_text(text)
+    return folder
+
+
+QUESTIONS = 12
+FULL = [sample(i, full, full) for i in range(QUESTIONS) for full in ["no" if i == 11 else "yes"]]
+HALF = [sample(i, "yes" if i < 6 or i == 11 else "no", FULL[i]["full"]) for i in range(QUESTIONS)]
+MOST = [sample(i, "maybe" if i == 0 else FULL[i]["full"], FULL[i]["full"]) for i in range(QUESTIONS)]
+
+
+@pytest.fixture
+def made_up(tmp_path) -> Path:
+    """The full model 11 of 12 right, `half` 7, `most` 10."""
+    rows = [(cell("full", None, FULL), FULL), (cell("half", 8, HALF), HALF), (cell("most", 8, MOST), MOST)]
+    folder = write(tmp_path / "run", rows)
+    (folder / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "images" / f"{0:016x}.jpg")
+    return folder
+
+
+def summary(*folders: Path, baseline: str = "full") -> list[dict[str, figures.Figure]]:
+    table = figures.summary([read_run(folder) for folder in folders], baseline, 500, 0)
+    titles = [column.title for column in table.columns]
+    return [dict(zip(titles, row, strict=True)) for row in table.rows]
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_figures_with_intervals_and_paired_differences(made_up):
+    full, half, most = summary(made_up)
+    assert (half["method"].text, half["tokens kept"].text) == ("half", "8")
+    assert half["accuracy %"].text == f"{700 / 12:.1f}"
+    assert half["minus full"].text == f"{-400 / 12:+.1f}"
+    assert full["minus full"].text == figures.UNKNOWN
+    assert half["of full %"].text == f"{700 / 11:.1f}"
+    assert (half["same answer %"].text, half["GFLOP"].text, half["KV MB"].text) == ("50.0", "2.000", "1.00")
+    low, high = map(float, most["minus full"].more.split(" to "))
+    assert low < float(most["minus full"].text) <= high
+    assert not most["minus full"].strong
+
+
+def test_both_retention_figures(made_up):
+    """Over all questions, and the mean of each skill's."""
+    run = read_run(made_up)
+    half = next(entry for entry in run.entries if entry.method == "half")
+    right = {skill: [HALF[i]["right"] for i in range(QUESTIONS) if i % 2 == odd] for odd, skill in enumerate("cs")}
+    full = {skill: [FULL[i]["right"] for i in range(QUESTIONS) if i % 2 == odd] for odd, skill in enumerate("cs")}
+    by_hand = np.mean([np.mean(right[skill]) / np.mean(full[skill]) for skill in "cs"])
+    assert figures.retention(run, half) == pytest.approx((7 / 11, by_hand))
+    run.full.mean["headlines"], half.mean["headlines"] = {"pope/f1": 80.0, "mme/all": 1500.0}, {"pope/f1": 40.0}
+    assert figures.retention(run, half)[1] == 0.5
+
+
+def test_the_full_model_need_be_no_row(tmp_path, made_up):
+    """Its answers are in every cell's samples."""
+    (alone,) = summary(write(tmp_path / "alone", [(cell("half", 8, HALF), HALF)]))
+    _, half, _ = summary(made_up)
+    for title in ("accuracy %", "minus full", "of full %"):
+        assert alone[title].text == half[title].text, title
+    assert alone["of full %, mean"].text == half["of full %, mean"].text
+
+
+def test_another_baseline(made_up):
+    full, half, most = summary(made_up, baseline="half")
+    assert half["minus half"].text == full["minus half"].text == figures.UNKNOWN, "the full model has another budget"
+    assert most["minus half"].text == f"{300 / 12:+.1f}"
+
+
+def test_seeds_are_averaged(tmp_path):
+    rows = [(cell("x", 8, each, seed), each) for seed, each in enumerate((HALF, MOST))]
+    (line,) = summary(write(tmp_path / "seeds", rows))
+    assert line["accuracy %"].text == f"{(7 + 10) / 2 / 12 * 100:.1f}"
+    assert line["method"].more == "2 seeds"
+    assert line["minus full"].text == f"{(8.5 - 11) / 12 * 100:+.1f}"
+
+
+# -- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_the_same_each_time():
+    images, values = [str(i // 4) for i in range(40)], np.random.default_rng(0).random((40, 3))
+    first, again, other = (resampled_means(images, values, 200, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.mean(0) == pytest.approx(values.mean(0), abs=0.02)
+
+
+def test_draws_in_blocks_are_those_of_one_block(monkeypatch):
+    images, values = [str(i // 4) for i in range(40)], np.random.default_rng(0).random((40, 3))
+    whole = resampled_means(images, values, 200)
+    monkeypatch.setattr("lit_prune.evaluation.report.intervals.AT_ONCE", 70)
+    assert np.allclose(resampled_means(images, values, 200), whole)
+
+
+def test_columns_are_paired():
+    values = np.random.default_rng(0).integers(0, 2, (60, 1)).astype(float)
+    drawn = resampled_means([str(i // 3) for i in range(60)], np.hstack([values, values]))
+    assert (drawn[:, 0] == drawn[:, 1]).all()
+
+
+def test_intervals_cover_the_truth_where_questions_on_an_image_go_together():
+    """As often as they say, and questions taken as independent would not."""
+    random, covered, naive = np.random.default_rng(0), 0, 0
+    repeats, images, each = 200, 60, 5
+    for repeat in range(repeats):
+        ease = random.beta(0.7, 0.7, images)  # truth: 0.5
+        hits = (random.random((images, each)) < ease[:, None]).astype(float).reshape(-1, 1)
+        for name, groups in (("image", np.repeat(np.arange(images), each)), ("question", np.arange(images * each))):
+            found = interval(hits.mean(), resampled_means(groups, hits, 400, repeat)[:, 0], len(set(groups)))
+            covered += name == "image" and found.low <= 0.5 <= found.high
+            naive += name == "question" and found.low <= 0.5 <= found.high
+    assert 0.90 <= covered / repeats <= 0.99
+    assert naive / repeats < 0.85
+
+
+def test_one_image_has_no_interval(tmp_path):
+    few = HALF[:3]
+    (line,) = summary(write(tmp_path / "one", [(cell("x", 8, few), few)]))
+    assert (line["accuracy %"].text, line["accuracy %"].more) == ("100.0", "")
+
+
+def test_samples_without_an_image_stand_for_themselves(tmp_path):
+    texts = [{**each, "image": ""} for each in HALF]
+    run = read_run(write(tmp_path / "texts", [(cell("x", 8, texts), texts)]))
+    assert len(set(run.images)) == QUESTIONS
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_samples_that_flip_come_first(made_up):
+    found = gallery.cards([read_run(made_up)], 7)
+    assert [card.id for card in found] == ["q0", "q6", "q7", "q8", "q9", "q10", "q11"]
+    kinds = {card.id: [answer.kind for answer in card.answers] for card in gallery.cards([read_run(made_up)], 99)}
+    assert kinds["q0"] == ["same", "lost"]
+    assert kinds["q6"] == ["lost", "same"]
+    assert kinds["q11"] == ["gained", "same"]
+    assert len(kinds) == QUESTIONS
+    pictures = {card.id: card.picture for card in gallery.cards([read_run(made_up)], 99)}
+    assert pictures["q0"].startswith("data:image/jpeg;base64,")
+    assert pictures["q3"] == ""
+
+
+def test_the_page_needs_nothing_else(made_up):
+    text = page.make([read_run(made_up)], "Title")
+    found = Elements(text)
+    sources = [given[name] for _, given in found.tags for name in ("src", "href") if name in given]
+    assert len(sources) >= 5
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert {tag for tag, _ in found.tags}.isdisjoint({"link", "iframe", "object"})
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+    assert "prefers-color-scheme: dark" in text
+    assert len(found.of("li", "answer")) == 2 * QUESTIONS
+    assert page.make([read_run(made_up)], "Title") == text, "the same page each time"
+
+
+def test_what_data_say_is_escaped(tmp_path):
+    evil = [
+        {**each, **dict.fromkeys(("id", "skill", "question", "reference", "full", "answer"), EVIL)} for each in HALF
+    ]
+    row = cell(EVIL, 8, HALF, note=EVIL, cell="evil", per_skill={EVIL: 0.5}, headlines={EVIL: 1.0}, split=EVIL)
+    folder = write(tmp_path / "run", [(row, evil)])
+    text = page.make([read_run(folder), read_run(write(tmp_path / "b", [(row, evil)]))], EVIL)
+    found = Elements(text)
+    assert found.texts["script"] == [template.SCRIPT]
+    assert len(found.of("script")) == 1
+    assert all(given.get("src", "data:").startswith("data:") for given in found.of("img"))
+    assert not [name for _, given in found.tags for name in given if name.startswith("on")]
+    assert EVIL in found.texts["h1"]
+    assert EVIL in found.texts["h3"]
+    assert EVIL in [given["data-skill"] for given in found.of("li", "card")]
+
+
+def test_the_script_is_the_only_one_that_may_run():
+    digest = base64.b64encode(hashlib.sha256(template.SCRIPT.encode()).digest()).decode()
+    assert f"'{page._hash(template.SCRIPT)}'" == f"'sha256-{digest}'"
+
+
+def test_several_comparisons(made_up, tmp_path):
+    other = write(tmp_path / "other", [(cell("half", 8, HALF), HALF)])
+    assert [line["comparison"].text for line in summary(made_up, other)] == ["run"] * 3 + ["other"]
+    found = Elements(page.make([read_run(made_up), read_run(other)], "Two"))
+    assert {given["data-run"] for given in found.of("li", "card")} == {"run", "other"}
+
+
+def test_cells_without_answers_are_shown_and_named(tmp_path):
+    """As an earlier version left them."""
+    old = {name: value for name, value in cell("old", 8, HALF).items() if name not in ("lost", "gained", "kl", "cell")}
+    folder = write(tmp_path / "run", [(old | {"cell": ""}, [])])
+    rows = json.loads((folder / "results.json").read_text())
+    rows[0].pop("cell")
+    (folder / "results.json").write_text(json.dumps(rows))
+    (line,) = summary(folder)
+    assert (line["accuracy %"].text, line["accuracy %"].more) == (f"{700 / 12:.1f}", "")
+    assert line["KL, nats"].text == line["minus full"].text == figures.UNKNOWN
+    text = page.make([read_run(folder)], "Old")
+    assert "old: measured before answers were kept" in text
+    assert "No answers were kept" in text
+
+
+def test_questions_that_not_every_method_answered_are_counted(made_up):
+    name = cell("half", 8, HALF)["cell"]
+    (made_up / "samples" / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in HALF[:9]))
+    assert "3 questions that not every method answered" in page.make([read_run(made_up)], "x")
+
+
+def test_results_without_what_the_charts_show(tmp_path):
+    """Every figure that is there is shown."""
+    bare = {
+        name: value for name, value in cell("half", 8, HALF).items() if name in ("method", "keep", "seed", "status")
+    }
+    folder = write(tmp_path / "run", [({**bare, "accuracy": 0.5}, [])])
+    found = Elements(page.make([read_run(folder)], "Bare"))
+    assert not found.of("img")
+    assert "50.0" in found.texts["td"]
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "spoiled", "says"),
+    [
+        (["nowhere"], {}, "nowhere: no such folder; `lit-prune compare --out nowhere`"),
+        (["run/samples"], {}, "run/samples has no results.json"),
+        (["run"], {"results.json": "{"}, "run/results.json can't be read"),
+        (["run"], {"results.json": "{}"}, "run/results.json is no list of cells"),
+        (["run"], {"results.json": "[]"}, "run/results.json is no list of cells"),
+        (["run"], {"results.json": '[{"a": 1}]'}, "cell 0 has no `method`"),
+        (["run"], {"results.json": json.dumps([{**cell("x", 8, HALF), "accuracy": None}])}, "accuracy is no number"),
+        (["run"], {"results.json": json.dumps([{**cell("x", 8, HALF), "keep": []}])}, "no method or budget"),
+        (["run"], {"results.json": json.dumps([{**cell("x", 8, HALF), "status": "pending"}])}, "no cell has a result"),
+        (["run"], {f"samples/{cell('half', 8, HALF)['cell']}.jsonl": "{"}, "line 1 is damaged"),
+        (["run"], {f"samples/{cell('half', 8, HALF)['cell']}.jsonl": "[]"}, "line 1 has no"),
+        (["run"], {f"samples/{cell('half', 8, HALF)['cell']}.jsonl": "3"}, "line 1 is damaged"),
+        (["run", "--baseline", "third"], {}, "--baseline third: no such method; there are full, half, most"),
+        (["run", "--samples=-1"], {}, "--samples -1"),
+        (["run", "--draws=3"], {}, "--draws 3"),
+        (["run", "--seed=-1"], {}, "--seed -1"),
+        (["run", "--out", "run"], {}, "--out: run is a folder"),
+    ],
+)
+def test_bad_input_is_one_line(made_up, monkeypatch, capsys, options, spoiled, says):
+    monkeypatch.chdir(made_up.parent)
+    for name, text in spoiled.items():
+        (made_up / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", *options])
+    assert stop.value.code == 1
+    printed = capsys.readouterr().err
+    assert says in " ".join(printed.split())
+    assert "Traceback" not in printed
+    assert not Path("report.html").exists()
+
+
+def test_odd_text_is_written(made_up, monkeypatch):
+    """Half a surrogate pair, as JSON may hold it, is no text of any file."""
+    name = cell("half", 8, HALF)["cell"]
+    odd = [{**each, "answer": "\ud800 \u2028 \0"} for each in HALF]
+    (made_up / "samples" / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in odd))
+    monkeypatch.chdir(made_up.parent)
+    cli.main(["report", "run", "--samples", "3", "-o", "new/report.html"])
+    found = Elements(Path("new/report.html").read_text(encoding="utf-8"))
+    assert len(found.of("li", "card")) == 3
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """A real comparison of a few questions."""
+    folder = tmp_path_factory.mktemp("compared")
+    sizes = {"train_samples": 7, "val_samples": 21, "test_samples": 7, "eval_batch_size": 7}
+    (folder / "small.yaml").write_text(
+        yaml.safe_dump({"data": {"init_args": {"root": str(folder / "world"), **sizes}}})
+    )
+    with chdir(ROOT):
+        options = ["-c", "configs/micro.yaml", "-c", str(folder / "small.yaml"), "--out", str(folder / "run")]
+        cli.main(["compare", *options, "--methods", "full", "random", "fastv", "--keep", "16", "2", "--seeds", "0"])
+        cli.main(["report", str(folder / "run"), "--out", str(folder / "report.html"), "--title", "Tiny"])
+    return folder
+
+
+def test_a_real_comparison(compared):
+    rows = json.loads((compared / "run" / "results.json").read_text())
+    text = (compared / "report.html").read_text(encoding="utf-8")
+    found = Elements(text)
+    assert len(found.of("li", "card")) == 21
+    assert len([given for given in found.of("img") if given["src"].startswith("data:image/jpeg")]) == 21
+    assert len([given for given in found.of("img") if given["src"].startswith("data:image/svg")]) == 5
+    chance = next(row for row in rows if row["method"] == "random" and row["keep"] == 16)
+    lost = [given for given in found.of("li", "answer") if given["data-kind"] == "lost"]
+    measured = [row for row in rows if row["status"] == "measured"]
+    assert len(lost) == round(sum(row["lost"] for row in measured) * 21)
+    lines = summary(compared / "run")
+    assert lines[1]["accuracy %"].text == f"{100 * chance['accuracy']:.1f}"
+    assert float(lines[1]["CPU ms"].text) > 0
+    assert "FastV: empty at 2 tokens" in text
+    assert "21 questions, 3 images" in text
+
+
+# -- in a browser ---------------------------------------------------------------------------------------------------
+
+CLICKS = """
+const state = () => [...document.querySelectorAll(".card")].filter((card) => card.offsetParent).map((card) =>
+  [card.querySelector(".facts").textContent.split(" ")[0],
+   [...card.querySelectorAll(".answer")].filter((each) => each.offsetParent).map((each) => each.dataset.method)]);
+const set = (name, value) => {
+  const field = document.querySelector(`[name=${name}]`);
+  field.value = value;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const found = { all: state().length };
+set("kind", "lost");
+found.lost = state();
+set("method", "most");
+found.method = state();
+found.count = document.getElementById("count").value;
+document.querySelector("[type=reset]").click();
+setTimeout(() => {
+  found.reset = state().length;
+  set("skill", "shape");
+  found.skill = state().length;
+  const head = [...document.querySelectorAll("th button")].find((each) => each.textContent === "accuracy %");
+  const order = () => [...document.querySelector("tbody").rows].map((row) => row.cells[0].textContent);
+  head.click();
+  found.up = order();
+  head.click();
+  found.down = order();
+  found.sort = head.parentNode.ariaSort;
+  found.width = [document.documentElement.scrollWidth, window.innerWidth];
+  found.title = document.title;
+  document.body.dataset.found = JSON.stringify(found);
+}, 50);
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_filters_and_sorting_in_a_browser(made_up, tmp_path):
+    """On a phone's width; a script that is none of the page's, were one to get in, is not run."""
+    text = page.make([read_run(made_up)], "Report")
+    allowed = text.replace("script-src '", f"script-src '{page._hash(CLICKS)}' '", 1)
+    intruder = "<script>document.title = 'owned'</script>"
+    (tmp_path / "page.html").write_text(allowed.replace("</body>", f"{intruder}<script>{CLICKS}</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=500,900", "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    (body,) = Elements(shown).of("body")
+    found = json.loads(body["data-found"])
+    assert found["all"] == found["reset"] == QUESTIONS
+    assert found["lost"] == [["q0", ["most"]], *[[f"q{i}", ["half"]] for i in range(6, 11)]]
+    assert found["method"] == [["q0", ["most"]]]
+    assert found["count"] == f"1 of {QUESTIONS} samples"
+    assert found["skill"] == QUESTIONS // 2
+    assert (found["up"], found["down"]) == (["half", "most", "full"], ["full", "most", "half"])
+    assert found["sort"] == "descending"
+    assert found["width"][0] <= found["width"][1], "the page itself does not scroll sideways"
+    assert found["title"] == "Report"
