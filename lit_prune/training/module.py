@@ -19,6 +19,7 @@ from lit_prune.evaluation.meters import Meters
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Positions, Proportional
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Pruner
@@ -124,7 +125,7 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)
         self.vlm = load(base, frozen, random_weights=random_weights)
-        check_numbers("model.watch", watch, least=0, below=self.vlm.size.depth, whole=True)
+        check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model)
         with torch.random.fork_rng(devices=[]):
