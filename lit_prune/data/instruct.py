@@ -219,9 +219,7 @@ class InstructData(LightningDataModule):
         return batches.state_dict(epoch, done, shift)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        trial = (
-            self.trainer is not None and self.trainer.fast_dev_run
-        )  # of the weights, on whatever data, from the start
+        trial = self.trainer is not None and self.trainer.fast_dev_run  # of the weights, on any data
         if self._train_batches is not None and state_dict and not trial:
             # Lightning looks for the state in the loader
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
