@@ -16,7 +16,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 from lit_prune.commands import LIGHTNING_VERBS
-from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.errors import LitPruneError, UsageError, one_line
 
 EXAMPLES = (
     "lit-prune sample --out sample",
@@ -162,13 +162,11 @@ def _report(error: BaseException, debug: bool) -> int | None:
     if isinstance(error, BrokenPipeError):  # `lit-prune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    from lit_prune.errors import one_line
-
-    told = _users(error)
-    if told is None:
+    known = _users(error)
+    if known is None:
         return None
-    print(f"{_rank()}error: {one_line(str(told)) or type(told).__name__}", file=sys.stderr)
-    return USAGE if isinstance(told, UsageError) else FAILURE
+    print(f"{_rank()}error: {one_line(str(known)) or type(known).__name__}", file=sys.stderr)
+    return USAGE if isinstance(known, UsageError) else FAILURE
 
 
 def _rank() -> str:
@@ -201,7 +199,7 @@ def _users(error: BaseException) -> BaseException | None:
 
 
 def _refused(error: BaseException) -> bool:
-    """Whether a library refused what a configuration asks of it: a callback's argument, a trainer's option, a device.
+    """Return whether a library refused a setting: an argument of a callback, an option of the Trainer, a device.
 
     That is so if a line of Lightning raised the exception (but for its logging, which only code calls), or if it came
     up below a part of Lightning that only a configuration brings in, or below the parser that makes a configuration's

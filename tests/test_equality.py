@@ -243,6 +243,15 @@ def dialogue_equals_one_forward(vlm, inputs, question):
     return out
 
 
+def cached_decoding_equals_recomputation(vlm, inputs):
+    """Asserts it for dynamic and static caches; returns what was generated."""
+    out = generate(vlm, inputs)
+    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
+    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
+    assert gap(static.logits, out.logits) <= TOLERANCE
+    return out
+
+
 def mixed_batch_equals_its_samples(vlm):
     """Asserts it for greedy answers and for beams; the second sample has no image."""
     prompts = samples((45, 14, 52), (True, False, True))

@@ -7,10 +7,10 @@ import tiny
 import torch
 from families import FAMILIES
 from test_equality import (
+    cached_decoding_equals_recomputation,
     dialogue_equals_one_forward,
     generate_plain,
     mixed_batch_equals_its_samples,
-    recomputed,
 )
 from tiny import DEPTH, IMAGE, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
 
@@ -97,11 +97,7 @@ def test_pruned_at_layer_0_it_is_the_plain_model_on_a_shorter_prompt(tiny_model,
 @EACH
 def test_decoding_goes_on_from_the_new_length(pruned, pruner):
     inputs = batch(samples())
-    vlm = pruned(pruner, **NEW)
-    out = generate(vlm, inputs)
-    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
-    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
-    assert gap(static.logits, out.logits) <= TOLERANCE
+    out = cached_decoding_equals_recomputation(pruned(pruner, **NEW), inputs)
     old = generate(pruned(pruner), inputs)
     assert gap(old.logits[:, 0], out.logits[:, 0]) > 0.05
 

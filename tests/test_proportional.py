@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 from test_equality import (
+    cached_decoding_equals_recomputation,
     dialogue_equals_one_forward,
     generate_plain,
     mixed_batch_equals_its_samples,
-    recomputed,
 )
 from test_syncs import looks
 from tiny import IMAGE, PRUNERS, TOLERANCE, VISUAL, Chosen, batch, forward, gap, generate, real_text, samples
@@ -124,11 +124,7 @@ def test_what_the_tower_dropped_is_spread_over_what_arrives(tiny_model, pruned):
 @HOW
 def test_cached_decoding_equals_recomputation(pruned, pruner, how):
     inputs = batch(samples())
-    vlm = pruned(pruner, proportional_attention=how)
-    out = generate(vlm, inputs)
-    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
-    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
-    assert gap(static.logits, out.logits) <= TOLERANCE
+    out = cached_decoding_equals_recomputation(pruned(pruner, proportional_attention=how), inputs)
     bare = generate(pruned(pruner), inputs)
     assert gap(bare.logits[:, 0], out.logits[:, 0]) > 0.05
 

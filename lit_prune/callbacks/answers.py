@@ -11,6 +11,11 @@ from lit_prune.data import BenchmarkData
 from lit_prune.training.debug_modes import leaves_no_trace
 
 
+def rank_file(name: str, rank: int) -> str:
+    """The file of one rank's answers: `answers.jsonl` of rank 0, `answers.rank3.jsonl` of rank 3."""
+    return f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl"
+
+
 class WriteAnswers(Callback):
     """Writes what `predict` answers as JSON lines with `id`, `answer`, `question` and `reference`, batch by batch.
 
@@ -40,8 +45,7 @@ class WriteAnswers(Callback):
             for old in (folder / f"{name}.jsonl", *folder.glob(f"{name}.rank*.jsonl")):
                 old.unlink(missing_ok=True)
         trainer.strategy.barrier("WriteAnswers")
-        rank = trainer.global_rank
-        self.file = folder / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+        self.file = folder / rank_file(name, trainer.global_rank)
         self.file.touch()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:

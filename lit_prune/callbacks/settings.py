@@ -56,7 +56,7 @@ class SaveConfig(SaveConfigCallback):
         return next(suffix for suffix in suffixes if self._may_write(folder / f"config_{verb}{suffix}.yaml"))
 
     def _may_write(self, file: Path) -> bool:
-        """Whether nothing would be lost: there is no such file, or it has the same settings and checkpoint."""
+        """Whether the file can be written without losing one of other settings or of another checkpoint."""
         if not file.is_file():
             return True
         head = file.read_bytes()[:LONGEST_HEAD].decode(errors="replace").partition("\n")[0]
@@ -93,13 +93,13 @@ def settings_of(trainer: Trainer) -> SaveConfig | None:
 
 
 def output_suffix(trainer: Trainer) -> str:
-    """What the names of a verb's files end with: the number of its settings, such as `_2`; none for the first."""
+    """Suffix of a verb's output files: the number of its settings, such as `_2`; empty for the first."""
     settings = settings_of(trainer)
     return "" if settings is None else settings.suffix
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What a file says; nothing if it can't be read."""
+    """The settings in a file; empty if it can't be read."""
     try:
         return read_yaml(file)
     except LitPruneError:
@@ -111,8 +111,8 @@ def _report_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = _flat(before), _flat(now)
     changed = [(key, f"{key} {old.get(key)} -> {new.get(key)}") for key in old | new if old.get(key) != new.get(key)]
     if changed:
-        told = "; ".join(text if len(text) < 100 else key for key, text in changed)  # a list of loggers is long
-        rank_zero_info(f"resumed with other settings than before: {told}")
+        listed = "; ".join(text if len(text) < 100 else key for key, text in changed)  # a list of loggers is long
+        rank_zero_info(f"resumed with other settings than before: {listed}")
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

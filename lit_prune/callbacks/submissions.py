@@ -1,4 +1,4 @@
-"""What `predict` answers to benchmarks: kept as it comes, taken up again after a kill, joined into submissions."""
+"""Answers of `predict` to benchmarks: written batch by batch, resumed after a kill, joined into submissions."""
 
 import json
 from collections.abc import Iterable
@@ -12,21 +12,22 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.callbacks.answers import rank_file
 from lit_prune.data import BenchmarkData
 from lit_prune.data.sources.questions import Part, key_of
 from lit_prune.evaluation.scorers import Question
 from lit_prune.files.writing import written_whole
 from lit_prune.training.debug_modes import leaves_no_trace
 
-ANSWERS, MADE_BY = "answers.jsonl", "made_by.json"
+ANSWERS, MADE_BY = rank_file("answers", 0), "made_by.json"
 
 
 class WriteSubmissions(Callback):
     """Writes a folder for each benchmark that `predict` answers: `answers.jsonl`, and the file that its server takes.
 
     Answers are written batch by batch, by rank 3 to `answers.rank3.jsonl`. A run that was cut short and is started once
-    more, on any number of ranks, answers only what is missing. At the end rank 0 joins the answers in the order of the
-    official files, and writes the submission once there is an answer to every question. Nothing is overwritten:
+    more, on any number of ranks, answers only the missing questions. At the end rank 0 joins the answers in the order
+    of the official files, and writes the submission once there is an answer to every question. Nothing is overwritten:
     `made_by.json` says which plug-in, settings and questions a folder's answers belong to, and others get a folder of
     their own, `pope_2`.
 
@@ -93,7 +94,7 @@ class WriteSubmissions(Callback):
 
 
 def _made_by(module: LightningModule) -> dict[str, Any]:
-    """What answers depend on, beside the questions: plug-in with its weights, model, longest answer."""
+    """Everything but the questions that determines the answers: plug-in and weights, model, length limit."""
     digest = sha256()
     for name, value in sorted(module.plugin.state_dict().items()):
         digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
@@ -132,8 +133,7 @@ class AnswerFiles:
 
     def add(self, rank: int, lines: Iterable[str]) -> None:
         """Add lines to a rank's file; when this returns they outlive the process."""
-        name = f"answers.rank{rank}.jsonl" if rank else ANSWERS
-        with (self.folder / name).open("a", encoding="utf-8") as file:
+        with (self.folder / rank_file("answers", rank)).open("a", encoding="utf-8") as file:
             file.writelines(lines)
 
     def finish(self) -> str:

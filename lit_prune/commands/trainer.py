@@ -50,6 +50,7 @@ from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.loading import hide_progress
 from lit_prune.training.averaging import of_plugin
 from lit_prune.training.checkpoints import SafeTrainer, newest, saving_folder, verify
+from lit_prune.training.debug_modes import DEBUG_MODES
 from lit_prune.training.strategies import refuse_foreign, refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
@@ -174,7 +175,7 @@ class PruneCLI(LightningCLI):
         self.checkpoints = trainer_options.checkpoint_folders(config)
         trainer_options.apply_switches(config)
         trainer_options.prepare_finders(config["callbacks"], self.verb, isinstance(self.datamodule, StreamedData))
-        if any(config.get(mode) for mode in ("fast_dev_run", "overfit_batches", "barebones")):
+        if any(config.get(mode) for mode in DEBUG_MODES):
             self.save_config_callback = None
         return super()._instantiate_trainer(config, callbacks)
 

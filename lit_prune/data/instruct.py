@@ -219,8 +219,7 @@ class InstructData(LightningDataModule):
         return batches.state_dict(epoch, done, shift)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        trial = self.trainer is not None and self.trainer.fast_dev_run  # of the weights, on any data
-        if self._train_batches is not None and state_dict and not trial:
+        if self._train_batches is not None and self._resumes(state_dict):
             # Lightning looks for the state in the loader
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             self._train_batches.load_state_dict(state_dict)
@@ -228,6 +227,10 @@ class InstructData(LightningDataModule):
                 self.trainer.fit_loop._combined_loader = None
                 if state_dict["global_batch"] != self._train_batches.global_batch:
                     self.trainer.reload_dataloaders_every_n_epochs = 1  # later ones have another length
+
+    def _resumes(self, state_dict: dict[str, Any]) -> bool:
+        """Whether a checkpoint's data go on; `fast_dev_run` tries its weights on any data, from their start."""
+        return bool(state_dict) and not (self.trainer is not None and self.trainer.fast_dev_run)
 
     # Parts
 

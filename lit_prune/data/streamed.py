@@ -60,8 +60,7 @@ class StreamedData(InstructData):
         return self._stream.state_dict(current.ready - current.processed + batches_since_step(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        trial = self.trainer is not None and self.trainer.fast_dev_run  # of the weights, from the stream's start
-        if self._stream is not None and state_dict and not trial:
+        if self._stream is not None and self._resumes(state_dict):
             self._stream.load_state_dict(state_dict)
 
     def _check(self, split: str) -> None:

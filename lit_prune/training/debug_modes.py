@@ -2,10 +2,12 @@
 
 from lightning import Trainer
 
+DEBUG_MODES = ("fast_dev_run", "overfit_batches", "barebones")  # options of the Trainer, and its attributes
+
 
 def leaves_no_trace(trainer: Trainer) -> bool:
-    """Whether a run is for debugging or timing: `fast_dev_run`, `overfit_batches`, `barebones`.
+    """Whether a run is for debugging or timing, in one of `DEBUG_MODES`.
 
     Such a run, started in the folder of a trained one, must not replace its plug-in, its checkpoints or its answers.
     """
-    return bool(trainer.fast_dev_run or trainer.overfit_batches or trainer.barebones)
+    return any(getattr(trainer, mode) for mode in DEBUG_MODES)

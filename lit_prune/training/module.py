@@ -114,13 +114,8 @@ class PruneModule(LightningModule):
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = (
-            lr,
-            repair_lr,
-            weight_decay,
-            warmup,
-            final_lr,
-        )
+        self.lr, self.repair_lr, self.weight_decay = lr, repair_lr, weight_decay
+        self.warmup, self.final_lr = warmup, final_lr
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
         frozen = None if dtype is None else getattr(torch, dtype)

@@ -1,1 +1,1 @@
-"""What the verbs share: options and their explanations, overlays, output, bills."""
+"""Parts shared by the verbs: options and error messages, overlays, console output, cost tables."""

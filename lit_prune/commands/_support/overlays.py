@@ -1,4 +1,4 @@
-"""A class chosen anew starts from its own defaults.
+"""Configuration files that override others: a newly chosen class starts from its own defaults.
 
 jsonargparse keeps equally named ``init_args`` of the old class when a later file or option swaps a ``class_path``: a
 budget or a list of layers meant for one method would silently serve another. So the key is set to null first.
