@@ -15,14 +15,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import lightning
 import yaml
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
 
 from lit_prune.callbacks import (
     Limits,
@@ -40,10 +40,11 @@ from lit_prune.callbacks import (
 from lit_prune.callbacks.settings import WANDB_RUN, settings_of
 from lit_prune.commands import LIGHTNING_VERBS
 from lit_prune.commands._support import trainer_options, yaml_loader
-from lit_prune.commands._support.explain import explain, explain_interpolation, explain_refused, explain_unexpected
+from lit_prune.commands._support.diagnosis import explain
 from lit_prune.commands._support.options import HelpFormatter, check_values
-from lit_prune.commands._support.overlays import check_files, config_files, with_resets, with_shipped
+from lit_prune.commands._support.suggest import in_short
 from lit_prune.commands._support.traces import Traces
+from lit_prune.commands._support.trainer_parser import ConfigFile, PruneParser
 from lit_prune.data import BenchmarkData, InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError, UsageError
@@ -110,8 +111,7 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, verb: str | None, args: list[str], reads: str | None = None) -> None:
         self.verb, self.reads = verb, reads or verb
-        self.args = args = with_shipped(args)
-        check_files(args)
+        self.refused: list[tuple[type, Exception]] = []
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         yaml_loader.install("omegaconf+")
@@ -123,6 +123,7 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
+            parser_class=PruneParser,
             trainer_defaults={
                 "callbacks": [kind() for kind in DEFAULT_CALLBACKS],
                 "enable_model_summary": False,  # it would count no FLOPs; `fit` says what trains and what is frozen
@@ -130,7 +131,7 @@ class PruneCLI(LightningCLI):
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, **main, **({verb: {**kwargs, **_help(verb)}} if verb else {})},
             auto_configure_optimizers=False,
-            args=([verb] if verb else []) + with_resets(args, {"data": DATA}),
+            args=[verb, *args] if verb else args,
             run=verb is not None,
         )
 
@@ -138,22 +139,27 @@ class PruneCLI(LightningCLI):
         """Only the verb that runs: a parser takes half a second to build."""
         return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb == self.verb}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def init_parser(self, **kwargs: Any) -> PruneParser:
+        """A parser that looks configuration files up."""
+        parser = PruneParser(dump_header=[f"lightning.pytorch=={lightning.__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="Path to a configuration file in YAML or JSON.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: PruneParser) -> None:
         """The data module prepares what the base model reads."""
+        parser.watch_options()
         parser.set_defaults({"data": {"class_path": DATA}})
         parser.link_arguments("model.base", "data.init_args.base")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: PruneParser, args: list[str]) -> None:
         """Parse; explain what cannot be read."""
         own = self._subcommand_parsers[self.verb] if self.verb else parser
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise UsageError(explain(str(error), own, config_files(self.args))) from error
-        except OmegaConfBaseException as error:
-            raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
-        except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
-            raise UsageError(explain_unexpected(error)) from error
+        except UsageError:
+            raise
+        except Exception as error:  # nothing but the user's input is read here
+            raise UsageError(explain(error, own)) from error
         chosen = self.config[self.verb] if self.verb else self.config
         check_values(chosen)
         trainer_options.restore_defaults(chosen)
@@ -162,11 +168,23 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make what the configuration names; explain what its constructors refuse."""
         try:
+            self.parser.add_instantiator(self._make, object, subclasses=True, prepend=False)
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            if (text := explain_refused(error)) is None:
+            if not self.refused:
                 raise
-            raise UsageError(text) from error
+            kind, refusal = self.refused[-1]
+            if isinstance(refusal, LitPruneError):
+                raise refusal from error
+            raise UsageError(f"`{kind.__name__}`: {in_short(refusal)}") from error
+
+    def _make(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Make a part of the model or the trainer; remember what refuses to be made."""
+        try:
+            return kind(*args, **kwargs)
+        except Exception as error:
+            self.refused.append((kind, error))
+            raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Make the Trainer with the callbacks and loggers that its options allow."""
