@@ -26,6 +26,7 @@ from lit_prune.plugin import learns
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")
+DATA_SEED = "data.init_args.data_seed"
 
 
 def run(
@@ -118,11 +119,11 @@ def run(
 
 def _build(config: list[str], data_seed: int | None, verb: str) -> PruneCLI:
     """Model, and the data that a verb reads; raises `LitPruneError` for a seed where the data have none."""
-    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
+    overrides = [] if data_seed is None else [f"--{DATA_SEED}={data_seed}"]
     try:
         return build(config, overrides, reads=verb)
     except UsageError as error:
-        if "unknown key `data" not in str(error) or "data_seed" not in str(error):
+        if error.key != DATA_SEED:
             raise
         raise LitPruneError("--data-seed: these data are not generated, so they have no seed; leave it out") from error
 

@@ -159,7 +159,7 @@ class PruneCLI(LightningCLI):
         except UsageError:
             raise
         except Exception as error:  # nothing but the user's input is read here
-            raise UsageError(explain(error, own)) from error
+            raise explain(error, own) from error
         chosen = self.config[self.verb] if self.verb else self.config
         check_values(chosen)
         trainer_options.restore_defaults(chosen)

@@ -6,7 +6,8 @@ raises text alone, and its text differs between versions.
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
@@ -24,6 +25,7 @@ from lit_prune.commands._support.classes import (
 from lit_prune.commands._support.settings import leaves, merged, specs, value_at
 from lit_prune.commands._support.suggest import closest, in_short, suggestion, wrong_value
 from lit_prune.commands._support.trainer_parser import Given, PruneParser
+from lit_prune.errors import UsageError
 from lit_prune.files.renamed import MODEL, RENAMED, names_of
 
 SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -32,7 +34,14 @@ INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 OPTIONS = "the `key: value` lines of its options"
 
 
-def explain(error: Exception, parser: PruneParser) -> str:
+class Problem(NamedTuple):
+    """Something wrong with the settings: its dotted key, and the message."""
+
+    key: str
+    text: str
+
+
+def explain(error: Exception, parser: PruneParser) -> UsageError:
     """One line for what a parser has refused; the parser's own words where nothing is found to be wrong.
 
     Args:
@@ -40,20 +49,20 @@ def explain(error: Exception, parser: PruneParser) -> str:
         parser: the verb's, with what it was given.
     """
     if parser.unknown:
-        return _unknown_option(parser)
+        return UsageError(_unknown_option(parser))
     cause: BaseException | None = error
     while cause is not None:
         if name := getattr(cause, "argument_name", None):  # argparse's own: an option without its value
-            return f"{name}: {cause.message}"
+            return UsageError(f"{name}: {cause.message}")
         error, cause = cause, cause.__cause__
     settings, found = Settings(parser), []
     for given in parser.given:
-        problem = next(settings.problems(given), None)
-        found.append(f"{given.file}: {problem}" if problem and given.file else problem)
+        if problem := next(settings.problems(given), None):
+            found.append(problem._replace(text=f"{given.file}: {problem.text}") if given.file else problem)
         settings.add(given)
-    # Values are refused as they are read, so the last one is the likeliest; unknown keys of files only at the end.
-    likeliest = [*found[-1:], *found, next(settings.missing(), None), _dangling(settings), _in_words(error)]
-    return next(problem for problem in likeliest if problem)
+    # The parser stops at a value that it refuses, so the last is the likeliest; it looks for unknown keys at the end.
+    problem = next(chain(reversed(found), settings.missing(), _dangling(settings), [Problem("", _in_words(error))]))
+    return UsageError(problem.text, key=problem.key)
 
 
 def keys_of(parser: PruneParser) -> list[str]:
@@ -95,7 +104,7 @@ class Settings:
             names |= {f"{key}.init_args.{argument}" for argument in arguments_of(find_class(spec["class_path"]))}
         return sorted(name for name in names if not name.endswith(("help", "+", "print_config")))
 
-    def problems(self, given: Given) -> Iterator[str]:
+    def problems(self, given: Given) -> Iterator[Problem]:
         """What is wrong with a file or an option, given what was read before it."""
         if not given.key:
             yield from self._problems(self.parser, given.content or {}, "", "")
@@ -104,7 +113,7 @@ class Settings:
         hint = types_of(self.parser).get(before)
         if hint is None and not isinstance(given.content, dict):
             if given.key in self._groups(self.parser):
-                yield f"`{given.key}`: expected {OPTIONS}, got {given.content}"
+                yield Problem(given.key, f"`{given.key}`: expected {OPTIONS}, got {given.content}")
             return
         content = given.content
         for part in reversed(given.key.removeprefix(before).split(".")[1:]):
@@ -114,15 +123,15 @@ class Settings:
         else:
             yield from self._wrong(before, hint, content)
 
-    def missing(self) -> Iterator[str]:
+    def missing(self) -> Iterator[Problem]:
         """Arguments that a chosen class can't do without."""
         for key, spec in specs(self.content):
             place, kind = f"{key}.init_args.", find_class(spec["class_path"])
             there = [*(spec.get("init_args") or ()), *(name.removeprefix(place) for name in self.parser.linked)]
             if absent := [f"`{name}`" for name in required_by(kind) if name not in there]:
-                yield f"`{key}`: {kind.__name__} needs {', '.join(absent)}"
+                yield Problem(key, f"`{key}`: {kind.__name__} needs {', '.join(absent)}")
 
-    def _problems(self, parser: ArgumentParser, content: dict, prefix: str, place: str) -> Iterator[str]:
+    def _problems(self, parser: ArgumentParser, content: dict, prefix: str, place: str) -> Iterator[Problem]:
         """What is wrong below one of the parser's keys; `place` is that key with what stands before it in a file."""
         hints, groups = types_of(parser), self._groups(parser)
         for key, value in content.items():
@@ -132,11 +141,13 @@ class Settings:
             elif name in groups and isinstance(value, dict):
                 yield from self._problems(parser, value, f"{name}.", f"{place}{key}.")
             elif name in groups:
-                yield f"`{place}{key}`: expected {OPTIONS}" + ("" if value is None else f", got {value}")
+                got = "" if value is None else f", got {value}"
+                yield Problem(f"{place}{key}", f"`{place}{key}`: expected {OPTIONS}{got}")
             elif name not in {action.dest for action in parser._actions}:
-                yield f"unknown key `{place}{key}`{self._renamed(f'{place}{key}') or self._meant(f'{place}{key}')}"
+                full = f"{place}{key}"
+                yield Problem(full, f"unknown key `{full}`{self._renamed(full) or self._meant(full)}")
 
-    def _wrong(self, place: str, hint: Any, value: Any) -> Iterator[str]:
+    def _wrong(self, place: str, hint: Any, value: Any) -> Iterator[Problem]:
         """What is wrong with a value: of a class, its path and its arguments; of anything else, its type."""
         kinds = classes_of(hint)
         if isinstance(value, list) and kinds:
@@ -150,44 +161,44 @@ class Settings:
             if kinds and isinstance(value, str) and NAME.fullmatch(value):
                 yield from self._wrong_spec(place, kinds, {"class_path": value})
             else:
-                yield problem
+                yield Problem(place, problem)
 
-    def _wrong_spec(self, place: str, kinds: list[type], value: dict) -> Iterator[str]:
+    def _wrong_spec(self, place: str, kinds: list[type], value: dict) -> Iterator[Problem]:
         """What is wrong with `class_path` and `init_args`."""
         plain = re.sub(r"\[\d+\]", "", place)
         if unknown := next((key for key in value if key not in SPEC), None):
             meant = closest(str(unknown), SPEC)
             if "class_path" in value or meant:
-                yield f"unknown key `{plain}.{unknown}`{suggestion(meant)}"
+                yield Problem(plain, f"unknown key `{plain}.{unknown}`{suggestion(meant)}")
             else:
-                yield f"`{plain}` wants `class_path` and `init_args`, got {value}"
+                yield Problem(plain, f"`{plain}` wants `class_path` and `init_args`, got {value}")
             return
         before = value_at(self.content, plain)
         path = value.get("class_path") or (before.get("class_path") if isinstance(before, dict) else None)
         if path is None:
-            yield f"`{plain}`: no class is chosen for these `init_args`; give its `class_path`"
+            yield Problem(plain, f"`{plain}`: no class is chosen for these `init_args`; give its `class_path`")
         elif "${" in str(path):
             return
         elif (kind := find_class(path, kinds)) is None:
-            yield f"`{plain}`: {no_class(path)}"
+            yield Problem(plain, f"`{plain}`: {no_class(path)}")
         elif not is_one_of(kind, kinds):
-            yield f"`{plain}`: {path} is not a {' or '.join(each.__name__ for each in kinds)}"
+            yield Problem(plain, f"`{plain}`: {path} is not a {' or '.join(each.__name__ for each in kinds)}")
         elif value.get("init_args") is not None:
             yield from self._wrong_arguments(plain, str(path), kind, value["init_args"])
 
-    def _wrong_arguments(self, place: str, path: str, kind: Any, arguments: Any) -> Iterator[str]:
+    def _wrong_arguments(self, place: str, path: str, kind: Any, arguments: Any) -> Iterator[Problem]:
         place = f"{place}.init_args"
         if not isinstance(arguments, dict):
-            yield f"`{place}`: expected {OPTIONS}, got {arguments}"
+            yield Problem(place, f"`{place}`: expected {OPTIONS}, got {arguments}")
             return
         known = arguments_of(kind)
         for key in arguments:
             if known and key not in known and not any(name.startswith(f"{key}.") for name in known):
-                if new := names_of(path).get(key):
-                    yield f"unknown key `{place}.{key}` of {path}; it is `{new}` now"
                 meant = closest(str(key), known) or closest(str(key), SPEC)
                 takes = "" if meant else f"; it takes {', '.join(known) or 'no arguments'}"
-                yield f"unknown key `{place}.{key}` of {path}{suggestion(meant)}{takes}"
+                new = names_of(path).get(key)
+                hint = f"; it is `{new}` now" if new else f"{suggestion(meant)}{takes}"
+                yield Problem(f"{place}.{key}", f"unknown key `{place}.{key}` of {path}{hint}")
         yield from self._problems(class_parser(kind), arguments, "", f"{place}.") if known else ()
 
     def _renamed(self, key: str, dashes: str = "") -> str:
@@ -220,16 +231,15 @@ def _unknown_option(parser: PruneParser) -> str:
     return f"unknown option `--{key}`{settings._renamed(key, '--') or settings._meant(key, '--')}"
 
 
-def _dangling(settings: Settings) -> str | None:
-    """One line for a ``${...}`` that leads nowhere."""
+def _dangling(settings: Settings) -> Iterator[Problem]:
+    """Every ``${...}`` that leads nowhere."""
     known = {*settings.keys(), *leaves(settings.content)}
     known |= {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for place, text in leaves(settings.content).items():
         for key in INTERPOLATION.findall(text) if isinstance(text, str) else ():
-            if key.lstrip(".") not in known and not key.startswith("."):
+            if key not in known and not key.startswith("."):
                 hint = settings._renamed(key) or settings._meant(key)
-                return f"`{place}`: nothing is at `${{{key}}}`{hint}"
-    return None
+                yield Problem(place, f"`{place}`: nothing is at `${{{key}}}`{hint}")
 
 
 def _in_words(error: BaseException) -> str:
