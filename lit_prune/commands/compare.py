@@ -73,12 +73,7 @@ def run(
         lit-prune compare --keep 33.3% 11.1% --seeds 0 1 2 --split test --out runs/compare
         lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
-    for each in keep or []:
-        parse_budget(each, "--keep")  # this and the next before anything is loaded
-    if limit is not None and limit < 1:
-        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
-    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
-    check_folder("--out", out)
+    _check(keep, limit, seeds, out)
     chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
     for method in chosen:
         method.check()
@@ -115,6 +110,16 @@ def run(
     if wandb:
         _log(rows, pictures, out, {**setting, "split": split})
     _judge(cells, results)
+
+
+def _check(keep: list[Any] | None, limit: int | None, seeds: list[int] | None, out: Path) -> None:
+    """Raise `LitPruneError` for options that nothing can be measured with, before a model is loaded."""
+    for each in keep or []:
+        parse_budget(each, "--keep")
+    if limit is not None and limit < 1:
+        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
+    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
+    check_folder("--out", out)
 
 
 def _build(config: list[str], data_seed: int | None, verb: str) -> PruneCLI:

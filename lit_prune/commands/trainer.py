@@ -7,12 +7,10 @@ line. A file or option that swaps a ``class_path`` starts from the defaults of t
 
 import importlib
 import logging
-import os
 import re
 import signal
 import warnings
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -21,7 +19,6 @@ from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_prune.callbacks import (
@@ -37,11 +34,12 @@ from lit_prune.callbacks import (
     WriteScores,
     WriteSubmissions,
 )
-from lit_prune.callbacks.settings import WANDB_RUN, settings_of
+from lit_prune.callbacks.settings import settings_of
 from lit_prune.commands import LIGHTNING_VERBS
 from lit_prune.commands._support import trainer_options, yaml_loader
 from lit_prune.commands._support.diagnosis import explain
 from lit_prune.commands._support.options import HelpFormatter, check_values
+from lit_prune.commands._support.resuming import choose_checkpoint, note_untrained
 from lit_prune.commands._support.suggest import in_short
 from lit_prune.commands._support.traces import Traces
 from lit_prune.commands._support.trainer_parser import ConfigFile, PruneParser
@@ -50,9 +48,9 @@ from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.loading import hide_progress
 from lit_prune.training.averaging import of_plugin
-from lit_prune.training.checkpoints import SafeTrainer, newest, saving_folder, verify
+from lit_prune.training.checkpoints import SafeTrainer
 from lit_prune.training.debug_modes import DEBUG_MODES
-from lit_prune.training.strategies import refuse_foreign, refuse_unusable
+from lit_prune.training.strategies import refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
@@ -231,23 +229,11 @@ class PruneCLI(LightningCLI):
                 if isinstance(callback, PrintResults):
                     callback.on = kwargs["verbose"]
             kwargs["verbose"] = False
-        given = kwargs.get("ckpt_path")
-        if given is None and subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            given = "last"  # a job that Slurm has put back into the queue
-        if given == "last":
-            kwargs["ckpt_path"] = self._newest(subcommand)
-        elif given is not None and given not in ("best", "hpc") and "://" not in given:
-            verify(Path(given))
-        elif given is None and subcommand == "fit":
-            self._tell_of_earlier()
-        elif given is None and getattr(self.model, "untrained", False):
-            self._note_untrained()
+        kwargs["ckpt_path"] = choose_checkpoint(self.trainer, self.checkpoints, subcommand, kwargs.get("ckpt_path"))
+        if kwargs["ckpt_path"] is None and subcommand != "fit" and getattr(self.model, "untrained", False):
+            note_untrained(self.trainer, self.checkpoints)
         if settings := settings_of(self.trainer):
-            settings.checkpoint = kwargs.get("ckpt_path")
-        if kwargs.get("ckpt_path"):
-            refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer, fit=subcommand == "fit")
-            if subcommand == "fit":
-                self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
+            settings.checkpoint = kwargs["ckpt_path"]
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -264,47 +250,6 @@ class PruneCLI(LightningCLI):
         finally:
             if settings is not None and not settings.already_saved:
                 traces.remove()
-
-    def _go_on_in_wandb(self, file: Path) -> None:
-        """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
-        own = saving_folder(self.trainer)
-        same = own is not None and file.parent.resolve() == own.resolve()  # the folder of a new run is not there yet
-        if same and file.exists() and "WANDB_RUN_ID" not in os.environ:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
-                    logger._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
-
-    def _tell_of_earlier(self) -> None:
-        """Say it where a run begins anew beside the checkpoints of another."""
-        folder = saving_folder(self.trainer)
-        if folder is not None and any(folder.glob("*.ckpt")):
-            rank_zero_info(
-                f"{folder} has checkpoints of an earlier run, and this one begins anew beside them: to go on with that "
-                "one, --ckpt_path last; to keep them apart, another --trainer.default_root_dir"
-            )
-
-    @rank_zero_only
-    def _note_untrained(self) -> None:
-        """Say it first where a method that learns is measured before it has learnt."""
-        text = "note: untrained plug-in: neither --ckpt_path nor --model.plugin is given"
-        if any(any(folder.glob("*.ckpt")) for folder in self._checkpoint_folders()):
-            text += f"; {self.trainer.default_root_dir} has a trained one: --ckpt_path last"
-        print(text, flush=True)
-
-    def _checkpoint_folders(self) -> set[Path]:
-        """Where checkpoints of this run may be, whoever saved them."""
-        root = Path(self.trainer.default_root_dir)
-        return {*self.checkpoints, root, root / "checkpoints"}
-
-    def _newest(self, subcommand: str) -> str | None:
-        """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
-        found = newest(self._checkpoint_folders())
-        if found is not None:
-            return str(found)
-        if subcommand != "fit":
-            raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet")
-        rank_zero_info("--ckpt_path last: no checkpoint has been written yet; training begins")
-        return None
 
 
 def build(config: str | list[str], overrides: list[str] | None = None, reads: str | None = None) -> PruneCLI:
