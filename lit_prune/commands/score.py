@@ -57,10 +57,9 @@ def run(
         lit-prune score gqa --cases cases/gqa.json
     """
     chosen = _benchmark(benchmark)
-    if cases is not None and (answers or root):
-        raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
     if cases is not None:
-        return _check_cases(chosen, cases)
+        _check_cases(chosen, cases, alone=not answers and not root)
+        return
     if not answers or root is None:
         raise LitPruneError("give --answers FILE and --root DIR, or --cases FILE")
     given = _named(chosen, read_answers(answers), root, questions)
@@ -79,7 +78,9 @@ def run(
         _write(out, _report(benchmark, rule, figures, joined, labels, answers) | {"remarks": remarks})
 
 
-def _check_cases(chosen: Benchmark, cases: Path) -> None:
+def _check_cases(chosen: Benchmark, cases: Path, alone: bool) -> None:
+    if not alone:
+        raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
     count = check(scorers.rule_of(chosen.rule), cases)
     console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False, soft_wrap=True)
 
