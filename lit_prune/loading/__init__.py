@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
     log, held = logging.getLogger("transformers.modeling_utils"), []
 
     def other(record: logging.LogRecord) -> bool:
-        if report := "LOAD REPORT" in record.getMessage():
+        if report := record.module == "loading_report":  # the module of the library that makes it
             held.append(record)
         return not report
 
