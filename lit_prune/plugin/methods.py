@@ -10,25 +10,27 @@ from lit_prune.files.yaml_files import NoMapping, read_yaml
 from lit_prune.host.options import HostOptions, Positions, Proportional
 from lit_prune.ops.budget import parse_budget
 from lit_prune.plugin import SETTINGS, Plugin
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
 
-def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None) -> Plugin:
+def as_plugin(
+    pruner: PruningMethod | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None
+) -> Plugin:
     """A `Plugin` from whatever names one.
 
     Args:
         pruner: an object, the name of a shipped method (`fastv`), a YAML file, a folder written by `save_pretrained`,
             or a repository of the hub (`OWNER/NAME`).
-        repair: repair adapter for a `Pruner` object.
-        keep: budget for a `Pruner` object.
+        repair: repair adapter for a pruner object.
+        keep: budget for a pruner object.
 
     Raises:
         LitPruneError: nothing of this name, with the closest names that there are, or a file that can't be read.
     """
     if isinstance(pruner, Plugin):
         return pruner
-    if isinstance(pruner, Pruner):
+    if isinstance(pruner, PruningMethod):
         return Plugin(pruner, repair, keep).eval()
     if not isinstance(pruner, str | Path) or not str(pruner):
         kind = f"the class {pruner.__name__}" if isinstance(pruner, type) else repr(pruner)
@@ -61,7 +63,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     if found := old_keys(model, "model"):
         raise LitPruneError(f"{path}: {renamed_text(found)}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--pruner", type=Pruner)
+    parser.add_argument("--pruner", type=PruningMethod)
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--positions", type=Positions, default="original")
     parser.add_argument("--proportional_attention", type=Proportional, default="none")
