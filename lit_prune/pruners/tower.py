@@ -44,6 +44,11 @@ class VisionPruner(PruningMethod):
         arrival: Pruner | None = None,
     ) -> None:
         super().__init__()
+        if hasattr(type(self), "prune"):
+            raise LitPruneError(
+                f"{type(self).__name__}.prune: what a method of the vision tower decides before decoder layer 0 is a "
+                f"pruner of its own since version 0.2, passed to VisionPruner as `arrival`"
+            )
         check_numbers("pruner.vision_layers", vision_layers, least=-1, whole=True)
         check_numbers("pruner.vision_stage_ratios", vision_stage_ratios or (), above=0)
         check_number("pruner.vision_depth", vision_depth, least=1, whole=True)
