@@ -19,7 +19,6 @@ FILES = dict.fromkeys(
         "evaluation/cells.py",
         "host/compat.py",
         "plugin/plugin.py",
-        "pruners/base.py",
         "training/module.py",
     ],
     SHRINK,
