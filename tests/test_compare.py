@@ -23,8 +23,9 @@ from lit_prune.commands import compare
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import measuring, plots, tables
-from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, prepare
-from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, describe, prepare
+from lit_prune.evaluation.comparison import TIMES, Comparison
+from lit_prune.evaluation.store import Store
 from lit_prune.ops.moments import kappa
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
@@ -248,7 +249,8 @@ def test_cells_of_before_are_read_and_their_loyalty_is_unknown(config, measured,
 KILLED = """
 import os, signal, sys
 from lit_prune import cli
-from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.comparison import TIMES, Comparison
+from lit_prune.evaluation.store import Store
 
 batches, update = [], Comparison.update
 
@@ -478,7 +480,7 @@ def test_a_cell_alone_equals_the_same_beside_others(micro, batch):
         comparison = Comparison(micro, Cell(FULL), [Cell("x", keep, 0, Plugin(Random())) for keep in keeps], 4)
         comparison.update(batch)
         results = {cell.keep: result for cell, result in comparison.results()}
-        return {key: value for key, value in results[8].items() if key != "seconds"}
+        return {key: value for key, value in results[8].items() if key not in TIMES}
 
     assert measure(16, 8) == measure(8)
 

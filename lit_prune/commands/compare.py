@@ -14,9 +14,10 @@ from lit_prune.commands._support.sample_images import SampleImages
 from lit_prune.commands._support.trainer_options import LARGEST_SEED
 from lit_prune.commands.trainer import PruneCLI, build
 from lit_prune.errors import LitPruneError, UsageError, check_numbers
-from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
+from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, describe, digest_of, prepare
 from lit_prune.evaluation.comparison import Comparison
 from lit_prune.evaluation.plots import draw
+from lit_prune.evaluation.store import Store
 from lit_prune.evaluation.tables import Row, as_csv, caption, markdown, overviews, remarks, row
 from lit_prune.files.shipped import config_names
 from lit_prune.files.writing import written_whole
@@ -104,7 +105,9 @@ def run(
             raise LitPruneError(f"the {split} set gave no usable sample")
         samples = comparison.samples()
         for cell, result in measured:
-            store.write(cell, result, [{**each, "image": images.digest(each["record"])} for each in samples[cell.key]])
+            store.write(
+                cell, result, [{**each.as_json(), "image": images.digest(each.record)} for each in samples[cell.key]]
+            )
             results[cell.key] = json.loads(json.dumps(result))
         _write([row(cell, results.get(cell.key), results[full.key], split) for cell in cells], out, visual)
     rows = [row(cell, results.get(cell.key), results[full.key], split) for cell in cells]

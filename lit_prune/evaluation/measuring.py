@@ -1,6 +1,7 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
 import inspect
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Measured:
     embeds: Tensor  # (batch, N, width) visual tokens as they enter the decoder; where the tower dropped one, anything
     logits: Tensor | None = None  # (answer positions, vocabulary), row by row over the batch; if asked for
     positions: Tensor | None = None  # (batch,) how many of them each sample has
+    seconds: float = 0.0  # wall-clock time of generating the whole batch's answers from encoded images
 
     @property
     def kept(self) -> dict[int, Tensor]:
@@ -99,7 +101,9 @@ def measure(
         prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        start = now(vlm.model.device)
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
+        seconds = now(vlm.model.device) - start
     pruned = vlm.plugin if session.prune else None
     repair = None if pruned is None or not session.repair else pruned.repair
     size = vlm.size
@@ -117,7 +121,15 @@ def measure(
         embeds=states.embeds,
         logits=logits,
         positions=positions,
+        seconds=seconds,
     )
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -10,11 +10,12 @@ import torch
 from torchmetrics.functional import spearman_corrcoef
 
 from lit_prune.evaluation.cells import FULL, Cell
+from lit_prune.evaluation.comparison import TIMES
 from lit_prune.ops.budget import parse_budget, tokens
 
 Row = dict[str, Any]
 
-INNER = ("hits", "flips", "seconds")  # kept with the cell alone
+INNER = ("hits", "flips", *TIMES)  # kept with the cell alone
 LATER = ("lost", "gained", "kl")  # not in cells that version 0.1 measured
 COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
 

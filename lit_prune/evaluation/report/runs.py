@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.cells import FULL, samples_folder
+from lit_prune.evaluation.cells import FULL
+from lit_prune.evaluation.store import samples_folder
 from lit_prune.evaluation.tables import Row, means
 
 NEEDED = ("method", "keep", "seed", "status", "accuracy")  # of a cell
