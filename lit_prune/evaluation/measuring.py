@@ -157,6 +157,21 @@ def divergences(measured: Measured, teacher: Measured) -> list[float | None]:
     return [each.mean().item() if len(each) else None for each in samples]
 
 
+def confidences(measured: Measured) -> list[float | None]:
+    """Probability of the first token that each sample's answer begins with, in [0, 1]: the most likely one, greedily.
+
+    None for a sample without answer positions, or where there are no logits.
+    """
+    if measured.logits is None:
+        return [None] * len(measured.texts)
+    counts = measured.positions.tolist()
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    known = [row for row, count in enumerate(counts) if count]
+    first = measured.logits[[starts[row] for row in known]].float().softmax(-1).amax(-1).tolist()
+    found = dict(zip(known, first, strict=True))
+    return [found.get(row) for row in range(len(counts))]
+
+
 def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) -> None:
     """Add a batch to kappa: the plain model's visual tokens, and those that the method left to the last layers.
 

@@ -19,6 +19,7 @@ class SampleRecord:
         full_right, right: whether each equals the reference, see `measuring.matches`.
         agrees: whether they equal each other.
         kl: see `measuring.divergences`; None where it isn't known.
+        confidence: see `measuring.confidences`, of the method; None where it isn't known.
         visual: visual tokens averaged over the decoder layers' inputs.
         total: visual tokens of the prompt.
         kept: {pruning layer: visual tokens left after that stage}.
@@ -35,6 +36,7 @@ class SampleRecord:
     right: bool
     agrees: bool
     kl: float | None
+    confidence: float | None
     visual: float
     total: int
     kept: dict[int, int]
@@ -56,6 +58,7 @@ def sample_records(measured: Measured, teacher: Measured, batch: dict[str, Any])
         measuring.matches(texts, batch["answers"]),
         measuring.matches(texts, full),
         measuring.divergences(measured, teacher),
+        measuring.confidences(measured),
         measured.visual.tolist(),
         measured.total.tolist(),
         strict=True,

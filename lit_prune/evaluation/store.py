@@ -59,6 +59,16 @@ class Store:
         with written_whole(self._file(cell)) as file:
             file.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")
 
+    def read_samples(self, cell: Cell) -> list[dict[str, Any]]:
+        """The records of a cell's samples; none where an earlier version measured it. Raises as `read` does."""
+        file = self.samples / f"{cell.key}.jsonl"
+        if not cell.key or not file.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        except ValueError as error:
+            raise LitPruneError(f"{file} is damaged ({error}): --fresh measures the cell again") from error
+
     def others(self, cells: Sequence[Cell]) -> int:
         """How many files belong to none of these cells: other methods, data or weights, left alone."""
         return len({file.stem for file in self.folder.glob("*.json")} - {cell.key for cell in cells})
