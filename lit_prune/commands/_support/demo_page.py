@@ -42,6 +42,11 @@ FONTS = ("system-ui", "sans-serif")
 CSS = """
 .answer textarea { font-size: 1.15rem; }
 .facts p { margin: 0; font-variant-numeric: tabular-nums; }
+#picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#stages .grid-wrap { height: auto; max-height: none; min-height: 0; padding: 0; }
+#stages .grid-container { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) !important; height: auto; }
+#stages .thumbnail-item { max-width: 20rem; }
+#stages .empty { min-height: 6rem; }
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
 """
@@ -203,19 +208,16 @@ class Demo:
                             self.keep, label="Budget", info="visual tokens, or a share", min_width=120, elem_id="keep"
                         )
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    if self.samples:
-                        gr.Examples(
-                            [list(each) for each in self.samples],
-                            [picture, question],
-                            label="Pictures to try",
-                            cache_examples=False,
-                        )
             with gr.Row():
                 columns = [self._column("Full model", "full"), self._column("Pruned", "pruned")]
-            stages = gr.Gallery(
-                label="Tokens kept at each stage", columns=3, height="auto", object_fit="contain", elem_id="stages"
-            )
             note = gr.Markdown(elem_id="note")
+            gr.Markdown("#### Tokens kept at each stage")
+            stages = gr.Gallery(
+                show_label=False, height="auto", object_fit="contain", buttons=["fullscreen"], elem_id="stages"
+            )
+            if self.samples:
+                samples = [list(each) for each in self.samples]
+                gr.Examples(samples, [picture, question], label="Pictures to try", cache_examples=False)
             outputs = [*columns[0], *columns[1], stages, note]
             inputs = [picture, question, method, keep]
             gr.on(
@@ -255,10 +257,9 @@ class Demo:
 def _facts(progress: Progress, visual: str, full: Progress | None = None) -> str:
     """One line of figures; beside the full model, how much sooner the first token came."""
     sooner = f" ({full.first / progress.first:.2g}x as fast)" if full is not None else ""
-    return (
-        f"{visual} · first token after {1e3 * progress.first:.0f} ms{sooner} · {progress.tokens} tokens, "
-        f"{progress.tokens_per_second:.1f} per second"
-    )
+    tokens = f"{progress.tokens} token{'' if progress.tokens == 1 else 's'}"
+    first = f"first token after {1e3 * progress.first:.0f} ms{sooner}"
+    return f"{visual} · {first} · {tokens}, {progress.tokens_per_second:.1f} per second"
 
 
 def _picture(seen: Pixels, kept: Mask) -> Image.Image:
