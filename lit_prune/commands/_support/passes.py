@@ -129,7 +129,7 @@ class Work:
 
     def _pending(self, cells: Sequence[Cell], keep: int | str | None) -> list[Cell]:
         """What is left to measure at a budget; a cell that was asked for twice is measured once."""
-        here = (cell for cell in cells if cell.keep == keep and cell.plugin is not None)
+        here = (cell for cell in cells if cell.keep == keep and cell.key != self.full.key)
         left = {cell.key: cell for cell in here if not cell.reason and cell.key not in self.results}
         return list(left.values())
 
