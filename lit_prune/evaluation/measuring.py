@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lit_prune.cost.flops import decoder_total, kv_bytes, price
 from lit_prune.evaluation.metrics import Consistency
 from lit_prune.host import Record, Session
+from lit_prune.host.compat import parameters
 from lit_prune.host.parts import INPUTS, unwrap
 from lit_prune.vlm import VLM
 
@@ -60,12 +62,14 @@ def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     model = unwrap(vlm.model)
     encoded, rest = {}, dict(inputs)
-    for modality, pixels in INPUTS.items():
-        if inputs.get(pixels) is None:
-            continue
-        encode = getattr(model.base_model, f"get_{modality}_features")
-        asked = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
-        asked[pixels] = rest.pop(pixels).to(model.dtype)
+    for modality, names in INPUTS.items():
+        pixels = next((name for name in names if inputs.get(name) is not None), None)
+        encode = getattr(model.base_model, f"get_{modality}_features", None)
+        taken = set() if encode is None else inspect.signature(encode).parameters.keys()
+        if pixels is None or names[0] not in taken or "mm_encoder_outputs" not in parameters(type(model).forward):
+            continue  # what can't be encoded apart, each forward encodes
+        asked = {name: inputs[name] for name in taken if inputs.get(name) is not None}
+        asked[names[0]] = rest.pop(pixels).to(model.dtype)
         with torch.no_grad():
             encoded[modality] = encode(**asked, return_dict=True)
     return {**rest, "mm_encoder_outputs": encoded} if encoded else inputs
@@ -96,7 +100,7 @@ def measure(
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
-        prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
+        prompts = {name: value for name, value in prompts.items() if name not in chain(*INPUTS.values())}
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)

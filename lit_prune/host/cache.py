@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import cache_keyword, cache_of
@@ -21,7 +22,9 @@ CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
 class CacheState:
     """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
 
-    `valid[layer]`: which cached columns of a stage's layers are real. `pictured`: samples with an image, the only ones
+    `valid[layer]`: which cached columns of a stage's layers are real; `columns[layer]`: where each stood, and `start`
+    where each sample's first token did. `counted`: the stage whose layers the library counts cached columns by, if any.
+    `pictured`: samples with an image, the only ones
     that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of `seen` (an image
     takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens are numbered
     anew, how many of each sample's have left before a stage's layers. `bias[layer]`: with proportional attention,
@@ -30,6 +33,9 @@ class CacheState:
     """
 
     valid: dict[int, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    start: Tensor | None = None
+    counted: int | None = None
     padded: dict[int, bool | None] = field(default_factory=dict)  # whether any isn't real, if known
     essence: dict[int, Essence] = field(default_factory=dict)
     pictured: Tensor | None = None
@@ -40,28 +46,45 @@ class CacheState:
     soft: bool = False
 
     @classmethod
-    def of(cls, cache: Cache, real: Tensor | None, rows: Tensor, stages: Sequence[int]) -> "CacheState":
+    def of(
+        cls, cache: Cache, real: Tensor | None, rows: Tensor, stages: Sequence[int], counted: int | None
+    ) -> "CacheState":
         """The state of a cache that no stage has touched: empty, or filled by text or by the plain model.
 
         `real`: see `real_columns`; `rows`: any tensor with a row for each sample.
         """
-        state = cls(seen=int(cache.get_seq_length()))
+        state = cls(seen=int(cache.get_seq_length()), counted=counted)
         if state.seen:
             earlier = rows.new_ones(rows.shape[0], state.seen, dtype=torch.bool)
             earlier = earlier if real is None else real[:, : state.seen].bool()
             padded = False if real is None else None  # None: only the device knows
             state.valid, state.padded = dict.fromkeys(stages, earlier), dict.fromkeys(stages, padded)
+            columns = torch.arange(state.seen, device=rows.device).expand_as(earlier)
+            state.columns = dict.fromkeys(stages, columns)
+            state.start = None if real is None else padding(real)
         return state
 
     def follow(self, cache) -> None:
         """Forget the columns that were cropped from the cache, such as rejected candidates of assisted decoding."""
         cropped = 0
         for layer, valid in self.valid.items():
-            cropped = valid.shape[1] - int(cache.get_seq_length(layer))
+            cropped = valid.shape[1] - cached(cache, layer)
             self.valid[layer] = valid[:, : valid.shape[1] - cropped]
+            self.columns[layer] = self.columns[layer][:, : valid.shape[1] - cropped]
             if layer in self.bias:
                 self.bias[layer] = self.bias[layer][:, : valid.shape[1] - cropped]
         self.seen -= cropped
+
+
+def cached(cache: Cache, layer: int) -> int:
+    """Columns that a layer's cache holds; of a layer without attention those of the next one that has it."""
+    found = (place for place in range(layer, len(cache.layers)) if isinstance(cache.layers[place], CacheLayerMixin))
+    return int(cache.get_seq_length(next(found, layer)))
+
+
+def padding(real: Tensor) -> Tensor:
+    """Columns of padding to the left of each sample (batch,)."""
+    return (real.long().cumsum(1) == 0).sum(1)
 
 
 def chosen_cache(module: nn.Module, session: Session, kwargs: dict) -> Cache | None:
@@ -86,12 +109,12 @@ def refuse_chunks(config: Any) -> None:
 
 
 def only_new(kwargs: dict, state: CacheState, real: Tensor | None) -> dict:
-    """Inputs without the columns that the cache has seen: `generate()` counts those by layer 0, which may be pruned.
+    """Inputs without the columns that the cache has seen: `generate()` counts those by one layer, which may be pruned.
 
     `real`: see `real_columns`.
     """
     ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
-    if 0 not in state.valid or ids is None or ids.shape[1] == 1 or (real is None and positions is None):
+    if state.counted not in state.valid or ids is None or ids.shape[1] == 1 or (real is None and positions is None):
         return kwargs
     new = (_columns(positions, state) if real is None else real.shape[1]) - state.seen
     if not 0 < new < ids.shape[1]:

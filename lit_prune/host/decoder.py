@@ -22,6 +22,7 @@ from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real
 from lit_prune.host.compat import cache_of
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
+from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
@@ -75,10 +76,12 @@ class DecoderHost:
         self.renumbering = Renumbering(self.parts.decoder) if options.positions == "renumbered" else None
         rule = options.proportional_attention
         self.proportional = None if rule == "none" else ProportionalAttention(rule)
+        self.masks = Masks(self.parts.decoder.config, self.parts.kinds)
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         runner = None
         if pruner is not None:
             parts.check_stages(model.config, self.stages)
+            self._check_kinds()
             self.schedule = pruner.nominal_schedule(keep, dims)
             self.plans = Plans(pruner, keep, dims.depth)
             if pruner.acts_in_tower:
@@ -86,9 +89,11 @@ class DecoderHost:
                     raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
                 self.tower = TowerHost(parts.tower(model), pruner, keep, self._session)
             tower = self.tower and self.tower.tower
-            runner = Stages(pruner, repair, self.stages, self.parts.decoder.config, tower, self.proportional)
+            runner = Stages(pruner, repair, self.stages, tower, self.proportional)
         plans = None if self.tower is None else self.plans
-        self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.proportional)
+        self.layers = Layers(
+            self.stages, runner, self.masks, plans, repair, self.feeds, self.renumbering, self.proportional
+        )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
         try:
@@ -109,6 +114,23 @@ class DecoderHost:
         if host_of(self.model) is not replaces:
             raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
 
+    def _check_kinds(self) -> None:
+        """Raise `LitPruneError` where this attention function's masks can't be cut down."""
+        limited = [i for i, kind in enumerate(self.parts.kinds) if kind.attends and not kind.plain]
+        implementation = self.parts.decoder.config._attn_implementation
+        if limited and limited[-1] >= self.stages[0] and implementation not in ("sdpa", "eager"):
+            raise LitPruneError(
+                f"layers {limited} of this model attend to a window or to images in both directions, which "
+                f"{implementation} can't follow once tokens are dropped; load it with attn_implementation='sdpa', or, "
+                f"where prompts are shorter than the window, with sliding_window=None in its text_config"
+            )
+
+    @property
+    def counted(self) -> int | None:
+        """The stage whose layers the library counts cached columns by: those of the first layer with attention."""
+        first = self.layers.attention(0, 1)
+        return max((stage for stage in self.stages if stage <= first), default=None)
+
     def _check_attention(self) -> None:
         """Raise `LitPruneError` where attention can't be read, or biased, as the method asks."""
         wrap_attention()
@@ -118,6 +140,7 @@ class DecoderHost:
             for layer, rows in zip(self.stages, asked, strict=True)
             if self.pruner.needs_keys or (rows is not None and rows.layer == "own")
         ]
+        own = [self.layers.attention(layer, 1) for layer in own]
         compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in zip(self.stages, asked, strict=True) if rows and rows.layer == "previous"]
         if 0 in previous:
@@ -217,7 +240,7 @@ class DecoderHost:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
-            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
+            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages, self.counted))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         if forward is not None and session.answers_only:
@@ -235,7 +258,7 @@ class DecoderHost:
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
-                setattr(cache, CACHE, CacheState())
+                setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
         if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
             forward.embeds = kwargs["inputs_embeds"]
@@ -254,14 +277,14 @@ class DecoderHost:
         forward.cache_state = state
         if not forward.counts:
             forward.essence, forward.pictured = state.essence, state.pictured
-        if state.seen and 0 in state.valid:
+        if state.seen and state.counted in state.valid:
             if kwargs.get("position_ids") is None:
                 new = torch.arange(forward.length, device=forward.valid.device) + state.seen
                 kwargs["position_ids"] = new[None]
-            kwargs["attention_mask"] = torch.cat([state.valid[0], forward.valid], dim=1)
+            kwargs["attention_mask"] = torch.cat([state.valid[state.counted], forward.valid], dim=1)
         state.seen += forward.length
         positions = kwargs.get("position_ids")
-        if 0 in self.stages and positions is not None and positions.ndim == 3:
+        if self.counted is not None and positions is not None and positions.ndim == 3:
             state.lag = positions[-1, 0, -1] + 1 - state.seen
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):

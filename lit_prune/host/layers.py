@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
-from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output
+from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output, parameters
 from lit_prune.host.idle import one_column, stretched
+from lit_prune.host.masks import Masks, Span
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
+from lit_prune.host.reading import Handed
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
 from lit_prune.ops import selection
@@ -28,6 +31,7 @@ class Layers:
     Args:
         stages: pruning layers, none without a method.
         runner: runs one stage, None without a method.
+        masks: the masks of layers that follow a stage.
         plans: is shown what a vision tower let through to layer 0; None where the method has no stages inside one.
         repair: adapter on late layers.
         feeds: {layer: (adapter, stage that feeds it)}.
@@ -39,17 +43,30 @@ class Layers:
         self,
         stages: tuple[int, ...],
         runner: Stages | None,
+        masks: Masks,
         plans: Plans | None,
         repair: RepairAdapter | None,
         feeds: dict[int, tuple[int, int]],
         renumbering: Renumbering | None,
         proportional: ProportionalAttention | None,
     ) -> None:
-        self.stages, self.runner, self.plans = stages, runner, plans
+        self.stages, self.runner, self.masks, self.plans = stages, runner, masks, plans
         self.repair, self.feeds, self.renumbering, self.proportional = repair, feeds, renumbering, proportional
+        self.tapped = {self.attention(layer - 1, -1): i for i, layer in enumerate(stages) if self.reads_previous(i)}
+        # Flash attention would read ids with gaps as packed sequences; positions are in the rotary embeddings.
+        self.reads_positions = "flash" not in masks.config._attn_implementation
+        self.modules: list[nn.Module] = []
+
+    def attention(self, index: int, step: int) -> int:
+        """The nearest layer with attention, from one on, upwards or downwards; that one itself if there is none."""
+        kinds, place = self.masks.kinds, index
+        while 0 <= place < len(kinds) and not kinds[place].attends:
+            place += step
+        return place if 0 <= place < len(kinds) else index
 
     def hook(self, layers: nn.ModuleList) -> Iterator[RemovableHandle]:
         """Add the hooks, and give their handles."""
+        self.modules = list(layers)
         for index, layer in enumerate(layers):
             yield layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
             yield layer.register_forward_hook(partial(self._after, index), with_kwargs=True)
@@ -60,17 +77,18 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
-        check_layer_call(module, args, kwargs, forward.columns.shape[1], rope=forward.rope is None)
+        check_layer_call(module, args, kwargs, forward.columns.shape[1], forward.length, rope=forward.rope is None)
         forward.reached = True
         if forward.session.idle(index):
             forward.trace_layer(None)
-            return one_column(args, kwargs)
-        hidden, kwargs = self._at_prefix(index, args[0], forward), dict(kwargs)
+            return one_column(args, kwargs, forward.length)
+        hidden = self._at_prefix(index, args[0], forward)
         if index in self.stages:
-            hidden = self._stage(index, module, hidden, forward, kwargs)
-        self._pass_on(index, forward, kwargs)
+            hidden = self._stage(index, module, hidden, forward, args[1:], kwargs)
+        rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
+        self._ask(index, forward, kwargs)
         forward.trace_layer(hidden)
-        return (hidden, *args[1:]), kwargs
+        return (hidden, *rest), kwargs
 
     @staticmethod
     def _at_prefix(index: int, hidden: Tensor, forward: Forward) -> Tensor:
@@ -82,27 +100,44 @@ class Layers:
             prefix.states = hidden
         return prefix.states
 
-    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
+    def _stage(
+        self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
+    ) -> Tensor:
         """Drop tokens, where this forward carries images, and note what later forwards have to know."""
         if self.renumbering is not None:
             self.renumbering.enter(forward, kwargs)
         if forward.counts:
-            hidden = self.runner.run(index, module, hidden, forward, kwargs)
+            reader = self.attention(index, 1)  # a recurrence has no attention: the next layer's stands for it
+            rest, given = self._cut(reader, hidden, forward, rest, kwargs)
+            handed = self._handed(self.modules[reader], rest, given)
+            hidden = self.runner.run(index, module, hidden, forward, handed)
             if self.plans is not None and index == 0 and forward.sizes is not None:
                 self.plans.check_arrived(forward.counts, forward.alive, forward.sizes)
         if self.renumbering is not None:
             self.renumbering.leave(index, hidden, forward)
         if forward.cache_state is not None:
-            self._remember(index, hidden, forward, kwargs)
+            self._remember(index, forward)
         return hidden
 
-    def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
-        """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
-        state, cache = forward.cache_state, cache_of(kwargs)
+    @staticmethod
+    def _handed(layer: nn.Module, rest: tuple, kwargs: dict) -> Handed:
+        """What a layer is handed beside its states, by name."""
+        names = list(parameters(type(layer).forward))[2 : 2 + len(rest)]
+        own = {name: value for name, value in kwargs.items() if name not in (FORWARD, REQUEST)}
+        return Handed(layer, {**dict(zip(names, rest, strict=True)), **own})
+
+    def _remember(self, index: int, forward: Forward) -> None:
+        """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
+        state = forward.cache_state
         past = state.valid.get(index)
         if self.proportional is not None:
             self.proportional.remember(index, forward, 0 if past is None else past.shape[1])
-        state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
+        columns = forward.columns + (state.seen - forward.length)
+        if past is None:
+            state.valid[index], state.columns[index] = forward.valid, columns
+        else:
+            state.valid[index] = torch.cat([past, forward.valid], dim=1)
+            state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
@@ -112,28 +147,54 @@ class Layers:
             state.soft = forward.session.soft
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
-        if forward.restaged or past is not None:
+        if state.start is None:
+            state.start = forward.start
+        if forward.slices is not None or past is not None:
             # The decoder's own mask fits the columns of layer 0, so these layers take theirs, also where it is None.
-            forward.restaged = True
-            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)
+            whole = past is None and forward.slices is None
+            forward.enter_span(Span(state.valid[index], state.columns[index], state.start, padded, whole))
 
-    def _pass_on(self, index: int, forward: Forward, kwargs: dict) -> None:
-        """Give a layer the mask, rotary embeddings, bias and tap of this forward."""
-        if forward.restaged:
-            # Positions are in the rotary embeddings; ids with gaps would be read as packed sequences.
-            kwargs.update(attention_mask=forward.mask, position_ids=None)
-        elif forward.mask is not None:
-            kwargs["attention_mask"] = forward.mask
+    def _cut(
+        self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
+    ) -> tuple[tuple, dict[str, Any]]:
+        """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
+        kwargs = dict(kwargs)
+        if forward.slices is not None:
+            kept = (FORWARD, "attention_mask")
+            rest = forward.slices.of(tuple(rest))
+            kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
+        if forward.span is not None:
+            kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
+            if not self.reads_positions:
+                kwargs["position_ids"] = None
+            if kwargs.get("conv_mask", forward) is None and forward.span.padded is not False:
+                kwargs["conv_mask"] = forward.valid.long()
         if forward.rope is not None:
             kwargs["position_embeddings"] = forward.rope
+        return rest, kwargs
+
+    def _mask(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> Any:
+        """The mask of a layer, built once for all layers of its kind between two stages."""
+        kind = self.masks.kinds[index]
+        if kind not in forward.masks:
+            by_bias = forward.cache_state is None and forward.key_bias is not None
+            forward.masks[kind] = self.masks.of(
+                index, hidden, forward.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
+            )
+        return forward.masks[kind]
+
+    def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
+        """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
         forward.tap = None
-        if forward.counts and index + 1 in self.stages and self.reads_previous(self.stages.index(index + 1)):
-            rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
+        limited = not self.masks.kinds[index].plain
+        if forward.counts and (stage := self.tapped.get(index)) is not None:
+            rows, mask = self.runner.rows(forward, stage)
             cache = cache_of(kwargs)
-            forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
+            past = 0 if cache is None else int(cache.get_seq_length(index))
+            forward.tap = forward.taps[stage] = Tap(rows, mask, forward.valid, past, limited)
         if index in forward.session.watch and forward.record is not None and forward.grid:
-            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
-        if forward.key_bias is not None and self.runner.config._attn_implementation == "eager":
+            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid, limited=limited)
+        if forward.key_bias is not None and self.masks.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
         if forward.tap is not None or forward.key_bias is not None or forward.past_bias is not None:
             kwargs[REQUEST] = Request(forward.key_bias, forward.tap, forward.past_bias)

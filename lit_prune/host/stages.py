@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import Cache, PreTrainedConfig
 
-from lit_prune.host.attention import row_attention, row_mean
-from lit_prune.host.compat import causal_mask
+from lit_prune.host.attention import mask_rows, row_attention, row_mean
+from lit_prune.host.compat import pre_norm, projects
 from lit_prune.host.lengths import on_device
-from lit_prune.host.parts import Tower, plain_keys, query_key
+from lit_prune.host.masks import Span
+from lit_prune.host.parts import Tower
 from lit_prune.host.proportional import ProportionalAttention
+from lit_prune.host.reading import Handed, own_keys, own_rows
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
 from lit_prune.host.vision import absent
@@ -50,7 +50,6 @@ class Stages:
         pruner: the method.
         repair: adapter that is fed by the stages, if any.
         layers: pruning layers in this decoder.
-        config: the decoder's, for its masks.
         tower: the vision tower, if the pruner has stages inside it.
         proportional: proportional attention, if it is on.
     """
@@ -60,17 +59,18 @@ class Stages:
         pruner: Pruner,
         repair: RepairAdapter | None,
         layers: tuple[int, ...],
-        config: PreTrainedConfig,
         tower: Tower | None = None,
         proportional: ProportionalAttention | None = None,
     ) -> None:
         self.proportional = proportional
-        self.pruner, self.repair, self.layers, self.config, self.tower = pruner, repair, layers, config, tower
+        self.pruner, self.repair, self.layers, self.tower = pruner, repair, layers, tower
 
-    def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
-        """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
+    def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, handed: Handed) -> Tensor:
+        """Score, select, and drop (or mask) the visual tokens at the input of one layer.
+
+        `handed`: the layer whose attention is read, the stage's own if it has any.
+        """
         stage = self.layers.index(index)
-        rope = kwargs["position_embeddings"] if forward.rope is None else forward.rope
         # 1. Find the visual columns; those that the vision tower dropped arrive at the first stage as marks.
         columns, real = selection.compact(forward.visual, forward.most_visual)
         dead = None
@@ -79,43 +79,52 @@ class Stages:
             forward.gone = dead
         alive = forward.alive.gather(1, columns) & real
         # 2. Read the frozen layer: its normed input, and the attention rows and keys that the method asked for.
-        normed = module.input_layernorm(hidden)
+        norm, states = pre_norm(module), merged_streams(hidden)
+        normed = states if norm is None else norm(states)
         rows = self.rows(forward, stage)
-        read = self._read(stage, module, normed, rope, rows, forward)
+        read = self._read(stage, hidden, normed, handed, rows, forward)
         # 3. Let the method decide.
-        context = self._context(stage, hidden, normed, Seen(columns, real, alive, rows, read), forward)
+        context = self._context(stage, states, normed, Seen(columns, real, alive, rows, read), forward)
         kept = self.pruner.prune(context)
         exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
         selected = Selected(columns, real, alive, kept, dead, exact)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
-        self._trace(index, stage, rows, kept, forward)
+        self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
         # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
             changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
-            hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
+            if hidden.ndim == 4:  # what a token gains is gained by each of its streams
+                gained = torch.zeros_like(states).scatter(1, _wide(columns, changed), changed - context.states)
+                hidden = hidden + gained[:, :, None]
+            else:
+                hidden = hidden.scatter(1, _wide(columns, changed), changed)
         # 6. Drop, or mask.
-        return self._apply(hidden, rope, selected, forward)
+        return self._apply(hidden, selected, forward)
 
     def _read(
-        self, stage: int, module: nn.Module, normed: Tensor, rope: tuple, rows: tuple[Tensor, Tensor], forward: Forward
+        self,
+        stage: int,
+        hidden: Tensor,
+        normed: Tensor,
+        handed: Handed,
+        rows: tuple[Tensor, Tensor],
+        forward: Forward,
     ) -> Read:
         """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
         asked = self.pruner.reads(stage)
-        keys = plain_keys(module, normed) if self.pruner.needs_keys else None
+        keys = own_keys(handed, hidden, normed) if self.pruner.needs_keys else None
         if asked is None:
             return Read(keys=keys)
         if asked.layer == "previous":
-            return Read(forward.tap.scores, keys=keys)
+            return Read(forward.taps[stage].scores, keys=keys)
         columns, real = rows
         with torch.no_grad():
-            cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
-            row_rope = (selection.gather_rows(cos, columns), selection.gather_rows(sin, columns))
-            query, key = query_key(module, selection.gather_rows(normed, columns), normed, row_rope, (cos, sin))
+            own = own_rows(handed, hidden, normed, columns)
+            limits = mask_rows(own.mask, columns, 0, own.key.shape[2])
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
-            scaling = module.self_attn.scaling
-            each = row_attention(query, key, columns, forward.valid, scaling, forward.key_bias)
+            each = row_attention(own.query, own.key, columns, forward.valid, own.scaling, forward.key_bias, limits)
             return Read(row_mean(each, real), each if asked.each else None, keys)
 
     def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
@@ -150,12 +159,14 @@ class Stages:
             row_attention=None if each is None else each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
         )
 
-    def _trace(self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward) -> None:
+    def _trace(
+        self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward, whole: bool
+    ) -> None:
         """Note what the stage computed beside the method itself."""
         asked = self.pruner.reads(stage)
         needs_keys, sized = self.pruner.needs_keys, self.proportional is not None
         reads = None if asked is None else asked.layer
-        forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized)
+        forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized, whole)
 
     def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
@@ -180,7 +191,7 @@ class Stages:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
         record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
 
-    def _apply(self, hidden: Tensor, rope: tuple, selected: Selected, forward: Forward) -> Tensor:
+    def _apply(self, hidden: Tensor, selected: Selected, forward: Forward) -> Tensor:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
         leaving = dropped = selected.dropped(forward.valid)
         self._add_bias(selected, forward)
@@ -199,32 +210,21 @@ class Stages:
         if self.proportional is not None:
             self.proportional.resize(hidden, selected, forward)
         if there:
-            hidden = self._shortened(hidden, rope, dropped, forward)
+            hidden = rows_at(hidden, forward.pack(dropped))
         if forward.cache_state is None:
-            forward.restaged = True
-            self._hide_padding(hidden, forward)
+            self._hide_padding(forward)
         return hidden
 
     @staticmethod
-    def _shortened(hidden: Tensor, rope: tuple, dropped: Tensor, forward: Forward) -> Tensor:
-        """States without the dropped columns; rotary embeddings and flags follow, the mask of before fits no more."""
-        packed = forward.pack(dropped)
-        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
-        forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
-        forward.restaged = True
-        forward.mask = None
-        return selection.gather_rows(hidden, packed)
-
-    def _hide_padding(self, hidden: Tensor, forward: Forward) -> None:
+    def _hide_padding(forward: Forward) -> None:
         """Hide padding and filler from the layers that follow, by a mask, or by the bias if keys carry one anyway.
 
         A mask of booleans, where there is one, becomes a float mask of seq x seq in every layer, which autograd keeps.
         """
-        if forward.key_bias is None:
-            forward.mask = self.mask(hidden, forward.valid, None, 0, forward.padded)
-        else:
+        if forward.key_bias is not None:
             forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
-            forward.mask = self.mask(hidden, forward.valid, None, 0, False)
+        whole = forward.slices is None
+        forward.enter_span(Span(forward.valid, forward.columns, forward.start, forward.padded, whole))
 
     @staticmethod
     def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
@@ -263,14 +263,21 @@ class Stages:
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
         return selection.compact(forward.text & last, None if forward.most_text is None else min(1, forward.most_text))
 
-    def mask(
-        self, hidden: Tensor, valid: Tensor, cache: Cache | None, index: int, padded: bool | None
-    ) -> Tensor | BlockMask | None:
-        """Attention mask of the layers from `index` on, sized by that layer's own cache; None where none is needed.
 
-        `padded` says whether some columns are filler; None: nobody knows, so the device is asked.
-        """
-        return causal_mask(self.config, hidden, None if padded is False else valid, cache, index, skip=not padded)
+def merged_streams(hidden: Tensor) -> Float[Tensor, "batch columns width"]:
+    """States of each token; where a model carries several streams of them (batch, columns, streams, width), their mean."""
+    return hidden if hidden.ndim == 3 else hidden.mean(2)
+
+
+def rows_at(hidden: Tensor, columns: Int[Tensor, "batch some"]) -> Tensor:
+    """States at some columns, with all their streams."""
+    if hidden.ndim == 3:
+        return selection.gather_rows(hidden, columns)
+    return selection.gather_rows(hidden.flatten(2), columns).unflatten(2, hidden.shape[2:])
+
+
+def _wide(columns: Tensor, like: Tensor) -> Tensor:
+    return columns[..., None].expand_as(like)
 
 
 def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _marker(config: Any, which: str) -> list[Tensor]:
     names = (
         f"vision_{which}_token_id",
         f"image_{which}_token_id",
-        f"boi_token_id" if which == "start" else "eoi_token_id",
+        "boi_token_id" if which == "start" else "eoi_token_id",
     )
     found = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
     return [] if found is None else [torch.tensor([found])]
