@@ -1,4 +1,4 @@
-"""What pruning does on a tiny random model of each class of transformers' image-text-to-text list: its laws, measured."""
+"""Laws of pruning, measured on a tiny random model of each class of transformers' image-text-to-text list."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def repair() -> RepairAdapter:
 
 METHODS: dict[str, Callable[[], Pruner]] = {
     "uniform": lambda: Uniform([2, 5]),
-    "fastv": lambda: FastV([3]),
+    "fastv": lambda: FastV([5]),
     "text attention": lambda: TextAttention([2, 5]),
 }
 
@@ -118,7 +118,7 @@ def _laws(vlm: VLM, given: Prompts) -> Iterator[tuple[str, Any]]:
     yield "keep-all", _keep_all(vlm, batch, plain)
     for name, method in METHODS.items():
         try:
-            vlm.attach(method(), keep=SHARE)
+            vlm.attach(method(), keep="80%")
         except LitPruneError as error:
             yield name, str(error)
             continue

@@ -56,6 +56,12 @@ def parameters(function: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
+@memoize
+def all_parameters(kind: type[nn.Module]) -> set[str]:
+    """Parameters of a class's forward and of those that it overrides."""
+    return {name for base in kind.__mro__ if "forward" in vars(base) for name in parameters(vars(base)["forward"])}
+
+
 # -- what a class does, by what its code names ----------------------------------------------------------------------
 
 # Attention whose queries and keys are projections of their own, rotated in every layer: cheaper to read row by row.
@@ -77,24 +83,27 @@ def pre_norm(layer: nn.Module) -> nn.Module | None:
     Raises:
         LitPruneError: its code names one that isn't there.
     """
-    name = next((name for name in _names(type(layer)) if "norm" in name and _is_norm(layer, name)), None)
-    if name is None or name.startswith("post"):
-        return None
-    if not hasattr(layer, name):
-        raise unsupported(f"{type(layer).__name__} has no {name}")
-    return getattr(layer, name)
+    for name in _norms(type(layer)):
+        found = layer._modules.get(name)
+        if found is not None or name == "input_layernorm":
+            if found is None:
+                raise unsupported(f"{type(layer).__name__} has no {name}")
+            return None if name.startswith("post") else found
+    return None
 
 
-def _is_norm(layer: nn.Module, name: str) -> bool:
-    """Whether a name is a norm's: a module, or one that should be there; flags and functions may be named so too."""
-    found = getattr(layer, name, None)
-    return isinstance(found, nn.Module) or (found is None and name == "input_layernorm")
+@memoize
+def _norms(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names in a class's code that may be norms': flags and functions may be named so too."""
+    return tuple(name for name in _names(kind) if "norm" in name)
 
 
 def projects(layer: nn.Module) -> bool:
     """Whether a layer's own queries and keys can be had by its projections, row by row."""
     own = getattr(layer, "self_attn", None)
-    return own is None or any(base.__name__ in PROJECTED for base in type(own).__mro__)
+    if own is None:
+        return "self_attn" in _names(type(layer))
+    return any(base.__name__ in PROJECTED for base in type(own).__mro__)
 
 
 def builds_masks(model: nn.Module) -> bool:
@@ -240,6 +249,11 @@ def check_decoder(model: nn.Module, decoder: nn.Module, layers: Iterable[nn.Modu
         own: layers whose attention, or keys, a method computes itself from the layer's projections.
     """
     _check_library()
+    if not any(name in all_parameters(type(model)) for name in CACHE_NAMES):
+        raise LitPruneError(
+            f"{type(model).__name__} takes no KV cache: its generate() runs the language model alone, on embeddings "
+            f"that don't say which tokens are visual, so that no answer would be pruned"
+        )
     _check_forward(type(model), ("input_ids", "attention_mask"))
     _check_forward(type(decoder), ("attention_mask", "position_ids", "inputs_embeds"))
     layers = list(layers)
@@ -287,9 +301,16 @@ def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, 
 
 
 def check_layer_output(layer: nn.Module, output: Any) -> None:
-    """Raise `LitPruneError` unless a decoder layer returns its states alone."""
-    if not isinstance(output, Tensor):
-        raise unsupported(f"{type(layer).__name__} returns {type(output).__name__} in place of a tensor")
+    """Raise `LitPruneError` unless a decoder layer returns its states, alone or, where it says so, first of several."""
+    if isinstance(output, Tensor) or (returns_several(type(layer)) and isinstance(output[0], Tensor)):
+        return
+    raise unsupported(f"{type(layer).__name__} returns {type(output).__name__} in place of a tensor")
+
+
+@memoize
+def returns_several(kind: type[nn.Module]) -> bool:
+    """Whether a layer's class says that its forward returns a tuple."""
+    return "tuple" in str(inspect.signature(kind.forward).return_annotation)
 
 
 def check_reached(model: nn.Module, reached: bool) -> None:

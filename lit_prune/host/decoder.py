@@ -89,10 +89,18 @@ class DecoderHost:
                     raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
                 self.tower = TowerHost(parts.tower(model), pruner, keep, self._session)
             tower = self.tower and self.tower.tower
-            runner = Stages(pruner, repair, self.stages, tower, self.proportional)
+            runner = Stages(pruner, repair, self.stages, dims.width, tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(
-            self.stages, runner, self.masks, plans, repair, self.feeds, self.renumbering, self.proportional
+            self.stages,
+            runner,
+            self.masks,
+            getattr(self.parts.decoder, "rotary_emb", None),
+            plans,
+            repair,
+            self.feeds,
+            self.renumbering,
+            self.proportional,
         )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
@@ -146,14 +154,32 @@ class DecoderHost:
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
         implementation = self.parts.decoder.config._attn_implementation
-        if previous and not wrapped(implementation):
+        for layer in previous:
+            self._check_previous(layer)
+        captured = [layer for layer in own if not compat.projects(self.parts.layers[layer])]
+        if (previous or captured) and not wrapped(implementation):
             raise LitPruneError(
-                f"{implementation} attention can't be read; load the model with attn_implementation='sdpa'"
+                f"{implementation} attention can't be read; load the model with attn_implementation='sdpa', if its "
+                f"class has it, or use a method that reads no attention, such as RCP"
             )
         if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(
                 f"proportional_attention: {implementation} attention takes no bias per key; load with "
                 f"attn_implementation='sdpa'"
+            )
+
+    def _check_previous(self, stage: int) -> None:
+        """Raise `LitPruneError` if no attention reaches a stage that reads that of the layer before it."""
+        layer = self.layers.attention(stage - 1, -1)
+        if not self.parts.kinds[layer].attends:
+            raise LitPruneError(
+                f"no layer before {stage} has attention that could be read: layers 0 to {stage - 1} of this model are "
+                f"recurrent or convolutional; prune later, or use a method that reads its own layer's attention"
+            )
+        if between := [other for other in self.stages if layer < other < stage]:
+            raise LitPruneError(
+                f"pruning before layer {stage} would read the attention of layer {layer}, the last before it that has "
+                f"any, but layer {between[-1]} has dropped tokens since; leave out one of the two stages"
             )
 
     def _hook(self) -> None:
@@ -239,6 +265,8 @@ class DecoderHost:
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
+        if forward is not None:
+            self._check_soft(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages, self.counted))
         if forward is not None and forward.record is not None:
@@ -266,6 +294,16 @@ class DecoderHost:
             columns, _ = selection.compact(forward.visual, forward.most_visual)
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
+
+    def _check_soft(self, forward: Forward) -> None:
+        """Raise `LitPruneError` where a token that attention doesn't see would still move a recurrent state."""
+        kinds = self.parts.kinds
+        if forward.session.soft and forward.counts and any(kind.recurrent for kind in kinds[self.stages[0] :]):
+            layers = [layer for layer, kind in enumerate(kinds) if kind.recurrent]
+            raise LitPruneError(
+                f"soft masks hide tokens from attention alone, and layers {layers} of this model are recurrent or "
+                f"convolutional, which they would still move: train it with model.train_mode: drop"
+            )
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""

@@ -8,6 +8,7 @@ WITHOUT_ATTENTION = ("linear", "conv", "mamba", "recurrent", "moe", "mlp")
 RECURRENT = ("linear", "conv", "mamba", "recurrent")
 CHUNKED = ("chunked",)
 WINDOWED = ("sliding", "window")
+INDEXED = ("indexed",)  # each token chooses its keys among those that a mask shows it
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class Kind:
         attends: it has attention; else tokens are mixed by a recurrence or a convolution, or not at all.
         recurrent: it carries a state from token to token.
         window: how many positions back a token sees, itself included. None: all.
+        prompt: the window is one of the answer's tokens; the whole prompt is seen by all.
         chunk: tokens see their own chunk of so many positions only.
-        given: its mask is more than causal, so that the model's own is cut down instead of being built again.
+        given: it needs the model's own mask, which is more than causal, or asked for more than attention.
     """
 
     attends: bool = True
     recurrent: bool = False
     window: int | None = None
+    prompt: bool = False
     chunk: int | None = None
     given: bool = False
 
@@ -55,7 +58,8 @@ def _kind(name: str, window: int | None, chunk: int | None, given: bool) -> Kind
         return Kind(attends=False, recurrent=_has(name, RECURRENT))
     if _has(name, CHUNKED):
         return Kind(chunk=chunk, given=given)
-    return Kind(window=window if _has(name, WINDOWED) else None, given=given)
+    given = given or _has(name, INDEXED)
+    return Kind(window=window if _has(name, WINDOWED) else None, prompt="reference" in name, given=given)
 
 
 def _has(name: str, parts: tuple[str, ...]) -> bool:

@@ -19,6 +19,7 @@ from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.reading import Handed
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
+from lit_prune.host.streams import gained, merged
 from lit_prune.ops import selection
 from lit_prune.repair import RepairAdapter
 
@@ -32,6 +33,7 @@ class Layers:
         stages: pruning layers, none without a method.
         runner: runs one stage, None without a method.
         masks: the masks of layers that follow a stage.
+        rotary: the decoder's rotary embeddings.
         plans: is shown what a vision tower let through to layer 0; None where the method has no stages inside one.
         repair: adapter on late layers.
         feeds: {layer: (adapter, stage that feeds it)}.
@@ -44,6 +46,7 @@ class Layers:
         stages: tuple[int, ...],
         runner: Stages | None,
         masks: Masks,
+        rotary: nn.Module | None,
         plans: Plans | None,
         repair: RepairAdapter | None,
         feeds: dict[int, tuple[int, int]],
@@ -56,6 +59,7 @@ class Layers:
         # Flash attention would read ids with gaps as packed sequences; positions are in the rotary embeddings.
         self.reads_positions = "flash" not in masks.config._attn_implementation
         self.modules: list[nn.Module] = []
+        self.rotary, self.width = rotary, masks.config.hidden_size
 
     def attention(self, index: int, step: int) -> int:
         """The nearest layer with attention, from one on, upwards or downwards; that one itself if there is none."""
@@ -107,9 +111,8 @@ class Layers:
         if self.renumbering is not None:
             self.renumbering.enter(forward, kwargs)
         if forward.counts:
-            reader = self.attention(index, 1)  # a recurrence has no attention: the next layer's stands for it
-            rest, given = self._cut(reader, hidden, forward, rest, kwargs)
-            handed = self._handed(self.modules[reader], rest, given)
+            reader = self.modules[self.attention(index, 1)]
+            handed = Handed(reader, partial(self._arguments, index, hidden, forward, rest, kwargs))
             hidden = self.runner.run(index, module, hidden, forward, handed)
             if self.plans is not None and index == 0 and forward.sizes is not None:
                 self.plans.check_arrived(forward.counts, forward.alive, forward.sizes)
@@ -119,12 +122,32 @@ class Layers:
             self._remember(index, forward)
         return hidden
 
-    @staticmethod
-    def _handed(layer: nn.Module, rest: tuple, kwargs: dict) -> Handed:
-        """What a layer is handed beside its states, by name."""
-        names = list(parameters(type(layer).forward))[2 : 2 + len(rest)]
+    def _arguments(self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict) -> dict[str, Any]:
+        """What the layer that a stage reads is handed beside its states, by name, over this forward's columns alone.
+
+        A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
+        """
+        reader = self.attention(index, 1)
+        mask = kwargs.get("attention_mask") if reader == index else None
+        if forward.cache_state is not None and forward.cache_state.seen > forward.length:
+            mask = None  # of cached columns too
+        if reader != index and kwargs.get("position_embeddings") is None and self.rotary is not None:
+            kwargs = {**kwargs, "position_embeddings": self._rope(reader, hidden, kwargs)}
+        rest, kwargs = self._sliced(forward, rest, kwargs)
+        names = list(parameters(type(self.modules[reader]).forward))[2 : 2 + len(rest)]
         own = {name: value for name, value in kwargs.items() if name not in (FORWARD, REQUEST)}
-        return Handed(layer, {**dict(zip(names, rest, strict=True)), **own})
+        own["attention_mask"] = None  # causal over the real columns: rows are read so anyway
+        if not self.masks.kinds[reader].plain:
+            count, whole = forward.columns.shape[1], forward.slices is None and mask is not None
+            span = Span(forward.valid, forward.columns, count, forward.start, None, whole)
+            own["attention_mask"] = self.masks.of(reader, hidden, span, mask, None)
+        return {**dict(zip(names, rest, strict=True)), **own}
+
+    def _rope(self, reader: int, hidden: Tensor, kwargs: dict) -> Any:
+        """The rotary embeddings that a decoder would give a layer, where it gives them to that layer's kind alone."""
+        kinds = {"layer_type": self.masks.config.layer_types[reader]}
+        given = {name: value for name, value in kinds.items() if name in parameters(type(self.rotary).forward)}
+        return self.rotary(hidden, kwargs["position_ids"], **given)
 
     def _remember(self, index: int, forward: Forward) -> None:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
@@ -134,7 +157,7 @@ class Layers:
             self.proportional.remember(index, forward, 0 if past is None else past.shape[1])
         columns = forward.columns + (state.seen - forward.length)
         if past is None:
-            state.valid[index], state.columns[index] = forward.valid, columns
+            state.valid[index], state.columns[index], state.first[index] = forward.valid, columns, columns.shape[1]
         else:
             state.valid[index] = torch.cat([past, forward.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
@@ -152,23 +175,30 @@ class Layers:
         if forward.slices is not None or past is not None:
             # The decoder's own mask fits the columns of layer 0, so these layers take theirs, also where it is None.
             whole = past is None and forward.slices is None
-            forward.enter_span(Span(state.valid[index], state.columns[index], state.start, padded, whole))
+            keys = (state.valid[index], state.columns[index], state.first[index])
+            forward.enter_span(Span(*keys, state.start, padded, whole))
 
     def _cut(
         self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict[str, Any]]:
         """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
-        kwargs = dict(kwargs)
-        if forward.slices is not None:
-            kept = (FORWARD, "attention_mask")
-            rest = forward.slices.of(tuple(rest))
-            kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
+        rest, kwargs = self._sliced(forward, rest, kwargs)
         if forward.span is not None:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
             if not self.reads_positions:
                 kwargs["position_ids"] = None
             if kwargs.get("conv_mask", forward) is None and forward.span.padded is not False:
                 kwargs["conv_mask"] = forward.valid.long()
+        return rest, kwargs
+
+    @staticmethod
+    def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
+        """What has a row per token, at the columns that are left."""
+        kwargs = dict(kwargs)
+        if forward.slices is not None:
+            kept = (FORWARD, "attention_mask")
+            rest = forward.slices.of(tuple(rest))
+            kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
         if forward.rope is not None:
             kwargs["position_embeddings"] = forward.rope
         return rest, kwargs
@@ -211,16 +241,26 @@ class Layers:
         if forward is None:
             return None
         check_layer_output(module, output)
+        if isinstance(output, tuple):
+            states = self._leave(index, output[0], forward)
+            return None if states is output[0] else (states, *output[1:])
+        states = self._leave(index, output, forward)
+        return None if states is output else states
+
+    def _leave(self, index: int, output: Tensor, forward: Forward) -> Tensor:
+        """A layer's states, repaired, and what a caller wants to know of them."""
         if forward.session.idle(index):
             return stretched(output, forward.columns.shape[1])
-        repaired = self._repair(index, output, forward)
+        before = merged(output, self.width)
+        after = self._repair(index, before, forward)
+        repaired = output if after is before else gained(output, before, after)
         record = forward.record
         if record is not None and record.keeps(index):
-            record.hidden[index] = forward.at_answers(repaired)
+            record.hidden[index] = forward.at_answers(after)
         if record is not None and index in forward.session.watch and forward.tap is not None:
             columns, real = selection.compact(forward.visual, forward.most_visual)
             record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
-        return None if repaired is output else repaired
+        return repaired
 
     def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:
         if index not in self.feeds or not forward.session.repair:

@@ -23,13 +23,14 @@ from lit_prune.host.kinds import Kind
 class Span:
     """The keys of the layers from one stage to the next: cached ones, then those of this forward.
 
-    `columns`: where each stood in the prompt or behind it; `start`: where each sample's first token stands, padding
-    being to its left. `padded`: whether any isn't real; None: only the device knows. `whole`: this forward's are all
-    that it began with.
+    `columns`: where each stood in the prompt or behind it. `first`: keys of the first forward. `start`: where each
+    sample's first token stands, padding being to its left. `padded`: whether any isn't real; None: only the device
+    knows. `whole`: this forward's are all that it began with.
     """
 
     valid: Bool[Tensor, "batch keys"]
     columns: Int[Tensor, "batch keys"]
+    first: int
     start: Int[Tensor, " batch"] | None
     padded: bool | None
     whole: bool = False
@@ -61,6 +62,8 @@ class Masks:
             )
         if not kind.attends:
             return self._filler(hidden, span, handed)
+        if isinstance(handed, Tensor) and handed.ndim == 2:
+            return span.valid.to(handed.dtype)
         past = span.valid.shape[1] - hidden.shape[1]
         if past == 0 and span.whole:
             return handed
@@ -69,7 +72,10 @@ class Masks:
             allowed = self._sliced(handed, span)
         if allowed is None:
             allowed = self._by_position(kind, hidden.shape[1], span)
-        return self._in_form(allowed, hidden, index, cache, handed)
+        if cache is not None:
+            keys = cache.get_mask_sizes(hidden.shape[1], index)[0]
+            allowed = _presented(allowed, keys, span.first if kind.prompt else 0)
+        return self._in_form(allowed, hidden)
 
     @staticmethod
     def _filler(hidden: Tensor, span: Span, handed: Any) -> Any:
@@ -97,20 +103,25 @@ class Masks:
         query = span.columns[:, -queries:][:, None, :, None]
         allowed = (key <= query) & span.valid[:, None, None]
         if kind.window is not None:
-            allowed = allowed & (query - key < kind.window)
+            near = query - key < kind.window
+            if kind.prompt:
+                near = near | (torch.arange(key.shape[3], device=key.device) < span.first)
+            allowed = allowed & near
         if kind.chunk is not None:
             start = 0 if span.start is None else span.start[:, None, None, None]
             allowed = allowed & ((query - start) // kind.chunk == (key - start) // kind.chunk)
         return allowed
 
-    def _in_form(self, allowed: Tensor, hidden: Tensor, index: int, cache: Cache | None, handed: Any) -> Tensor:
-        """At the keys that the layer's cache will present, as booleans or as what is added to logits."""
-        if cache is not None:
-            keys = cache.get_mask_sizes(hidden.shape[1], index)[0]
-            # A window's cache has forgotten what is further back; a static one presents what isn't filled yet.
-            allowed = allowed[..., -keys:] if keys < allowed.shape[3] else pad(allowed, (0, keys - allowed.shape[3]))
-        if self.config._attn_implementation == "eager":
-            return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
-                ~allowed, torch.finfo(hidden.dtype).min
-            )
-        return allowed
+    def _in_form(self, allowed: Tensor, hidden: Tensor) -> Tensor:
+        """As booleans, or as what eager attention adds to its logits."""
+        if self.config._attn_implementation != "eager":
+            return allowed
+        added = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        return added.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+
+
+def _presented(allowed: Tensor, keys: int, prompt: int) -> Tensor:
+    """A mask at the keys that a cache presents: a window's has forgotten some, a static one isn't filled yet."""
+    if keys >= allowed.shape[3]:
+        return pad(allowed, (0, keys - allowed.shape[3]))
+    return torch.cat([allowed[..., :prompt], allowed[..., prompt - keys :]], 3) if prompt else allowed[..., -keys:]

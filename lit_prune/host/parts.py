@@ -1,5 +1,6 @@
 """Where things are in a transformers vision-language model: the only table of names per family."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import builds_masks, need, parameters, pre_norm
+from lit_prune.host.compat import all_parameters, builds_masks, need, parameters, pre_norm
 from lit_prune.host.kinds import Kind, kinds
 from lit_prune.pruners.base import Dims
 
-# A forward has images (or videos) if it carries one of these inputs; one of these ids in a configuration stands for them.
+# A forward has images (or videos) if it carries one of these inputs; one of these ids stands for them in a prompt.
 INPUTS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")  # inputs of models without visual tokens
@@ -104,26 +105,25 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 def placeholders(config: Config) -> dict[str, int]:
     """Ids of the tokens that stand for an image's or a video's, as far as a configuration has them."""
-    found = {
-        m: next((i for n in names if isinstance(i := getattr(config, n, None), int)), None)
-        for m, names in TOKENS.items()
-    }
+    found = {modality: _first_id(config, names) for modality, names in TOKENS.items()}
     if found["image"] is None:  # image tokens that are words of the vocabulary
         found["image"] = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
     return {modality: token for modality, token in found.items() if token is not None}
 
 
+def _first_id(config: Config, names: Sequence[str]) -> int | None:
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+
+
 def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int]) -> str | None:
     """Why a model has no visual tokens in a decoder, in words that follow its name."""
     inputs = parameters(type(model).forward)
-    if not any(name in inputs for names in INPUTS.values() for name in names):
-        return "takes no images"
     if getattr(model.config, "is_encoder_decoder", False):
-        return (
-            "is an encoder with a decoder, which reads the image by cross-attention: it has no visual tokens to prune"
-        )
+        return "is an encoder with a decoder that reads the image by cross-attention: it has no visual tokens to prune"
     if any(name in inputs for name in CROSS_ATTENTION):
         return "reads the image by cross-attention in its decoder's layers: it has no visual tokens to prune"
+    if not any(name in all_parameters(type(model)) for names in INPUTS.values() for name in names):
+        return "takes no images"
     if decoder is None or not tokens:
         return "is no vision-language model with a decoder and an image token, so nothing says which tokens are visual"
     return None

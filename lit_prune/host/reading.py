@@ -5,7 +5,9 @@ gated, fused, normed in its own way, without rotation in some layers) is called 
 function that takes what it is given and stops there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +22,15 @@ from lit_prune.ops import selection
 
 @dataclass(frozen=True)
 class Handed:
-    """A layer that is read, and what it is handed beside its states, at the columns that are left."""
+    """A layer that is read, and what gives what it is handed beside its states, at the columns that are left."""
 
     layer: nn.Module
-    arguments: dict[str, Any]
+    make: Callable[[], dict[str, Any]]
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        return self.make()
 
     @property
     def rope(self) -> Any:

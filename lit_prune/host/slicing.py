@@ -1,7 +1,7 @@
 """Whatever a layer is handed with a row per original token, at the columns that are left.
 
-Rotary embeddings, position ids, types of tokens, inputs of each layer: a decoder gives them to every layer at the length
-of the prompt. A tensor's shape says where its tokens are, so that no name is needed.
+Rotary embeddings, position ids, types of tokens, inputs of each layer: a decoder gives them to every layer at the
+length of the prompt. A tensor's shape says where its tokens are, so that no name is needed.
 """
 
 from collections.abc import Mapping

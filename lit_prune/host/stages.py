@@ -15,6 +15,7 @@ from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.reading import Handed, own_keys, own_rows
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
+from lit_prune.host.streams import gained, merged, rows_at
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
@@ -49,7 +50,7 @@ class Stages:
     Args:
         pruner: the method.
         repair: adapter that is fed by the stages, if any.
-        layers: pruning layers in this decoder.
+        layers: pruning layers in this decoder. width: of its states.
         tower: the vision tower, if the pruner has stages inside it.
         proportional: proportional attention, if it is on.
     """
@@ -59,11 +60,12 @@ class Stages:
         pruner: Pruner,
         repair: RepairAdapter | None,
         layers: tuple[int, ...],
+        width: int,
         tower: Tower | None = None,
         proportional: ProportionalAttention | None = None,
     ) -> None:
         self.proportional = proportional
-        self.pruner, self.repair, self.layers, self.tower = pruner, repair, layers, tower
+        self.pruner, self.repair, self.layers, self.width, self.tower = pruner, repair, layers, width, tower
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, handed: Handed) -> Tensor:
         """Score, select, and drop (or mask) the visual tokens at the input of one layer.
@@ -79,7 +81,7 @@ class Stages:
             forward.gone = dead
         alive = forward.alive.gather(1, columns) & real
         # 2. Read the frozen layer: its normed input, and the attention rows and keys that the method asked for.
-        norm, states = pre_norm(module), merged_streams(hidden)
+        norm, states = pre_norm(module), merged(hidden, self.width)
         normed = states if norm is None else norm(states)
         rows = self.rows(forward, stage)
         read = self._read(stage, hidden, normed, handed, rows, forward)
@@ -95,11 +97,7 @@ class Stages:
         # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
             changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
-            if hidden.ndim == 4:  # what a token gains is gained by each of its streams
-                gained = torch.zeros_like(states).scatter(1, _wide(columns, changed), changed - context.states)
-                hidden = hidden + gained[:, :, None]
-            else:
-                hidden = hidden.scatter(1, _wide(columns, changed), changed)
+            hidden = gained(hidden, states, states.scatter(1, columns[..., None].expand_as(changed), changed))
         # 6. Drop, or mask.
         return self._apply(hidden, selected, forward)
 
@@ -224,7 +222,8 @@ class Stages:
         if forward.key_bias is not None:
             forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
         whole = forward.slices is None
-        forward.enter_span(Span(forward.valid, forward.columns, forward.start, forward.padded, whole))
+        count = forward.columns.shape[1]
+        forward.enter_span(Span(forward.valid, forward.columns, count, forward.start, forward.padded, whole))
 
     @staticmethod
     def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
@@ -262,22 +261,6 @@ class Stages:
             return selection.compact(forward.text, forward.most_text)
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
         return selection.compact(forward.text & last, None if forward.most_text is None else min(1, forward.most_text))
-
-
-def merged_streams(hidden: Tensor) -> Float[Tensor, "batch columns width"]:
-    """States of each token; where a model carries several streams of them (batch, columns, streams, width), their mean."""
-    return hidden if hidden.ndim == 3 else hidden.mean(2)
-
-
-def rows_at(hidden: Tensor, columns: Int[Tensor, "batch some"]) -> Tensor:
-    """States at some columns, with all their streams."""
-    if hidden.ndim == 3:
-        return selection.gather_rows(hidden, columns)
-    return selection.gather_rows(hidden.flatten(2), columns).unflatten(2, hidden.shape[2:])
-
-
-def _wide(columns: Tensor, like: Tensor) -> Tensor:
-    return columns[..., None].expand_as(like)
 
 
 def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -74,17 +74,17 @@ FIELDS: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": [32, 32],
     },
     "aria": {"max_value_projector_patch_to_query_dict": 8, "projector_patch_to_query_dict": {16: 8}},
-    **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"),
-        {
+    **{
+        kind: {
             "image_token_id": 250,
             "image_token_index": 250,
             "video_token_id": 250,
             "video_token_index": 250,
             "text_config.word_embed_proj_dim": 64,
             "text_config.ffn_dim": 96,
-        },
-    ),
+        }
+        for kind in ("blip-2", "instructblip", "instructblipvideo")
+    },
     "nemotron_h_omni": {
         "vision_hidden_size": 32,
         "image_token_id": 250,
@@ -131,7 +131,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "inkling_mm_model": {"vision_config.patch_size": 8, "vision_config.n_layers": 3},
     "inkling2": {"vision_config.projection_hidden_dim": 64, "vision_config.posemb_grid_size": 8},
-    "inkling2_loop": {"vision_config.projection_hidden_dim": 64, "vision_config.posemb_grid_size": 8},
+    **{kind: {"image_token_id": 250, "video_token_id": 249} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    **{kind: {"vision_config.image_size": 128} for kind in ("got_ocr2", "pp_chart2table")},
+    "inkling2_loop": {
+        "text_config.loop_layer_index_start": 2,
+        "text_config.loop_layer_index_end": 5,
+        "vision_config.projection_hidden_dim": 64,
+        "vision_config.posemb_grid_size": 8,
+    },
     "janus": {"vq_config": {**_VQ, "num_embeddings": 64, "num_patches": 4, "projection_dim": 64}},
     "llama4": {
         "vision_config.intermediate_size": 128,
@@ -157,13 +164,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         "text_config.indexer_n_heads": 2,
         "text_config.indexer_kv_heads": 1,
         "text_config.indexer_head_dim": 32,
-        "text_config.indexer_budget": 16,
+        "text_config.indexer_budget": 512,
         "text_config.indexer_compress_ratio": 4,
         "text_config.hc_lowrank": 8,
     },
     "kimi_k25": {"projection_hidden_size": 32},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 240},
-    "step3p7": {"text_config.sliding_window": 24},
+    "step3p7": {"text_config.sliding_window": 24, "vision_config.image_size": 128},
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "video_llama_3": {},
     "unlimited_ocr": {"vision_config.sam_config": {**_SAM, "downsample_channels": [24, 32]}},

@@ -67,7 +67,7 @@ TEXT: Fields = {
     "ssm_state_size": 16,
     "n_groups": 2,
     "chunk_size": 16,
-    "index_topk": 16,
+    "index_topk": 512,
     "index_n_heads": 2,
     "index_head_dim": 32,
     "hidden_size_per_layer_input": 16,
@@ -223,7 +223,7 @@ def _part(fields: Fields, is_text: bool, ids: _Ids, text: str | None = None) -> 
 
 
 def _per_layer(fields: Fields, before: int, depth: int) -> Fields:
-    """Settings of each layer for fewer layers: the first ones, and of each kind that is not among them one at the end."""
+    """Settings of each layer for fewer layers: the first ones, and last one of each kind that isn't among them."""
     kinds = fields.get("layer_types") or fields.get("layers_block_type") or [""] * before
     chosen = list(range(min(depth, before)))
     missing = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in kinds[:depth]]
