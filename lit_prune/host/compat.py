@@ -275,12 +275,14 @@ def check_tower(layers: Iterable[nn.Module]) -> None:
         need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
 
 
-def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, length: int, rope: bool) -> None:
+def check_layer_call(
+    layer: nn.Module, args: tuple, kwargs: dict, columns: int, lengths: tuple[int, ...], rope: bool
+) -> None:
     """Raise `LitPruneError` unless a decoder layer is called as the hooks expect.
 
     Args:
         layer: the layer. args, kwargs: its arguments.
-        columns: of the hidden states. length: of the prompt.
+        columns: of the hidden states. lengths: that its rotary embeddings may have.
         rope: whether its rotary embeddings count; where tokens are renumbered they are replaced.
     """
     name = type(layer).__name__
@@ -296,8 +298,8 @@ def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, 
     found = kwargs.get("position_embeddings", 0)  # None is for a layer that rotates nothing
     pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)
     parts = found if pair else (found,) if isinstance(found, Tensor) and found.is_complex() else ()
-    if found is not None and (not parts or any(part.ndim != 3 or part.shape[1] != length for part in parts)):
-        raise unsupported(f"{name} isn't given position_embeddings, a pair (batch, {length} columns, head width)")
+    if found is not None and (not parts or any(part.ndim != 3 or part.shape[1] not in lengths for part in parts)):
+        raise unsupported(f"{name} isn't given position_embeddings, a pair (batch, {lengths[0]} columns, head width)")
 
 
 def check_layer_output(layer: nn.Module, output: Any) -> None:

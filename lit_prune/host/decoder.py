@@ -76,7 +76,7 @@ class DecoderHost:
         self.renumbering = Renumbering(self.parts.decoder) if options.positions == "renumbered" else None
         rule = options.proportional_attention
         self.proportional = None if rule == "none" else ProportionalAttention(rule)
-        self.masks = Masks(self.parts.decoder.config, self.parts.kinds)
+        self.masks = Masks(self.parts.decoder.config, self.parts.kinds, compat.builds_masks(model))
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
         runner = None
         if pruner is not None:
@@ -160,7 +160,7 @@ class DecoderHost:
         if (previous or captured) and not wrapped(implementation):
             raise LitPruneError(
                 f"{implementation} attention can't be read; load the model with attn_implementation='sdpa', if its "
-                f"class has it, or use a method that reads no attention, such as RCP"
+                f"class has it, or use a method that reads no attention, such as DivPrune"
             )
         if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(

@@ -17,11 +17,14 @@ from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.reading import Handed
+from lit_prune.host.slicing import Slices
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
 from lit_prune.host.streams import gained, merged
 from lit_prune.ops import selection
 from lit_prune.repair import RepairAdapter
+
+PADDING = "conv_mask"  # keyword under which layers take which columns are real, beside an attention mask
 
 
 class Layers:
@@ -81,7 +84,7 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
-        check_layer_call(module, args, kwargs, forward.columns.shape[1], forward.length, rope=forward.rope is None)
+        check_layer_call(module, args, kwargs, forward.columns.shape[1], self._lengths(forward), forward.rope is None)
         forward.reached = True
         if forward.session.idle(index):
             forward.trace_layer(None)
@@ -93,6 +96,12 @@ class Layers:
         self._ask(index, forward, kwargs)
         forward.trace_layer(hidden)
         return (hidden, *rest), kwargs
+
+    @staticmethod
+    def _lengths(forward: Forward) -> tuple[int, ...]:
+        """Columns that a decoder may give rotary embeddings for: this forward's, or those of all keys."""
+        state = forward.cache_state
+        return (forward.length,) if state is None else (forward.length, state.seen)
 
     @staticmethod
     def _at_prefix(index: int, hidden: Tensor, forward: Forward) -> Tensor:
@@ -128,7 +137,9 @@ class Layers:
         A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
         """
         reader = self.attention(index, 1)
-        mask = kwargs.get("attention_mask") if reader == index else None
+        mask = kwargs.get("attention_mask")
+        if reader != index and not (self.masks.own and isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = None  # made for another kind of layer
         if forward.cache_state is not None and forward.cache_state.seen > forward.length:
             mask = None  # of cached columns too
         if reader != index and kwargs.get("position_embeddings") is None and self.rotary is not None:
@@ -161,6 +172,7 @@ class Layers:
         else:
             state.valid[index] = torch.cat([past, forward.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
+            forward.key_slices = Slices(state.columns[index], state.seen)
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
@@ -187,18 +199,19 @@ class Layers:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
             if not self.reads_positions:
                 kwargs["position_ids"] = None
-            if kwargs.get("conv_mask", forward) is None and forward.span.padded is not False:
-                kwargs["conv_mask"] = forward.valid.long()
+            if PADDING in kwargs and forward.length > 1 and forward.span.padded is not False:
+                kwargs[PADDING] = forward.valid.long()
         return rest, kwargs
 
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
         """What has a row per token, at the columns that are left."""
-        kwargs = dict(kwargs)
+        kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
         if forward.slices is not None:
-            kept = (FORWARD, "attention_mask")
             rest = forward.slices.of(tuple(rest))
             kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
+        if forward.key_slices is not None:
+            kwargs = {name: value if name in kept else forward.key_slices.of(value) for name, value in kwargs.items()}
         if forward.rope is not None:
             kwargs["position_embeddings"] = forward.rope
         return rest, kwargs

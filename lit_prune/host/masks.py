@@ -42,10 +42,11 @@ class Masks:
     Args:
         config: the decoder's.
         kinds: of its layers.
+        own: whether the model builds masks of its own.
     """
 
-    def __init__(self, config: PreTrainedConfig, kinds: tuple[Kind, ...]) -> None:
-        self.config, self.kinds = config, kinds
+    def __init__(self, config: PreTrainedConfig, kinds: tuple[Kind, ...], own: bool = False) -> None:
+        self.config, self.kinds, self.own = config, kinds, own
 
     def of(
         self, index: int, hidden: Tensor, span: Span, handed: Any, cache: Cache | None, hidden_by_bias: bool = False
@@ -63,7 +64,7 @@ class Masks:
         if not kind.attends:
             return self._filler(hidden, span, handed)
         if isinstance(handed, Tensor) and handed.ndim == 2:
-            return span.valid.to(handed.dtype)
+            return span.valid[:, -hidden.shape[1] :].to(handed.dtype)
         past = span.valid.shape[1] - hidden.shape[1]
         if past == 0 and span.whole:
             return handed

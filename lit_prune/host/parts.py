@@ -120,6 +120,11 @@ def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int
     inputs = parameters(type(model).forward)
     if getattr(model.config, "is_encoder_decoder", False):
         return "is an encoder with a decoder that reads the image by cross-attention: it has no visual tokens to prune"
+    if hasattr(model.config.get_text_config(), "rel_extent"):
+        return (
+            "adds a bias to its attention for each distance between two tokens, which it counts in the sequence that "
+            "is left: tokens that stay would seem to move together"
+        )
     if any(name in inputs for name in CROSS_ATTENTION):
         return "reads the image by cross-attention in its decoder's layers: it has no visual tokens to prune"
     if not any(name in all_parameters(type(model)) for names in INPUTS.values() for name in names):
@@ -129,11 +134,16 @@ def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int
     return None
 
 
-def check_stages(config: Config, stages: tuple[int, ...], given: bool = False) -> None:
+def allowed_stages(config: Config) -> list[int]:
+    """Decoder layers before which visual tokens may be dropped."""
+    depth, first, taken = config.get_text_config().num_hidden_layers, _deepstack(config), reused(config)
+    return [s for s in range(first, depth) if not any(source < s <= layer for layer, source in taken.items())]
+
+
+def check_stages(config: Config, stages: tuple[int, ...]) -> None:
     """Raise `LitPruneError` where a model can't drop visual tokens before these decoder layers.
 
     Its first layers may need all visual tokens behind them (deepstack), later ones may reuse what earlier ones made.
-    `given`: see `kinds`.
     """
     if not stages:
         return
@@ -143,12 +153,12 @@ def check_stages(config: Config, stages: tuple[int, ...], given: bool = False) -
             f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to {full_until - 1} this "
             f"model adds vision features to all of them (deepstack); prune before layer {full_until} or later"
         )
-    text = config.get_text_config()
-    for layer, source in reused(text).items():
+    for layer, source in reused(config).items():
         if between := [stage for stage in stages if source < stage <= layer]:
+            allowed = ", ".join(map(str, allowed_stages(config)))
             raise LitPruneError(
                 f"no visual token may be dropped before layer {between[-1]}: layer {layer} of this model reuses what "
-                f"layer {source} has made of all of them; prune before layer {source} or earlier"
+                f"layer {source} has made of all of them; it can be pruned before layers {allowed}"
             )
 
 
@@ -159,8 +169,9 @@ def _deepstack(config: Config) -> int:
     return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
-def reused(text: Config) -> dict[int, int]:
+def reused(config: Config) -> dict[int, int]:
     """{layer: the earlier one whose keys, or choice of keys, it takes over}."""
+    text = config.get_text_config()
     depth, found = text.num_hidden_layers, {}
     names = getattr(text, "layer_types", None) or ["full_attention"] * depth
     first = depth - (getattr(text, "num_kv_shared_layers", None) or 0)

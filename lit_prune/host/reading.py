@@ -106,7 +106,7 @@ def capture(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Capt
         return found
     raise LitPruneError(
         f"the attention of {type(layer).__name__} can't be read: it hands its keywords to no attention function that "
-        f"is registered in transformers; use a method that reads no attention, such as RCP"
+        f"is registered in transformers; use a method that reads no attention, such as DivPrune"
     )
 
 

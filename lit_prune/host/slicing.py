@@ -45,7 +45,8 @@ class Slices:
         batch, shape = self.columns.shape[0], value.shape
         if value.ndim >= 2 and shape[1] == self.length and shape[0] in (1, batch):
             return _gather(value.expand(batch, *shape[1:]), self.columns)
-        if value.ndim >= 3 and shape[2] == self.length and shape[1] in (1, batch):  # a position of several parts
+        positions = not value.is_floating_point() and not value.is_complex()  # of several parts each
+        if positions and value.ndim == 3 and shape[2] == self.length and shape[1] in (1, batch):
             parts = value.expand(shape[0], batch, *shape[2:])
             return torch.stack([_gather(part, self.columns) for part in parts])
         if value.ndim == 1 and shape[0] == self.length and batch == 1:

@@ -73,6 +73,7 @@ class Forward:
     start: Tensor | None = None  # padding to the left of each sample; None: there is none
     rope: tuple[Tensor, Tensor] | None = None  # where tokens are numbered anew
     slices: Slices | None = None  # cuts what layers are handed, once columns have left
+    key_slices: Slices | None = None  # cuts what has a row per key, cached ones included
     span: Span | None = None  # keys of the layers from the last stage on; None: as the decoder thinks
     masks: dict[Kind, Any] = field(default_factory=dict)  # those of this span, by kind of layer
     positions: Tensor | None = None  # where tokens are numbered anew: position ids, less those that left in front

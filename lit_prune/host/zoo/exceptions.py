@@ -56,6 +56,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "high_res_vision_config.output_channels": 32,
     },
     "dots3_note": {"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 64},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
     "emu3": {
         "vocabulary_map": {
             "<image>": 250,
@@ -115,8 +120,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config.qk_rope_head_dim": 0, "text_config.qk_nope_head_dim": 32, "text_config.head_dim": 0},
     "granite4_vision": {
         "downsample_rate": "1/2",
-        "deepstack_layer_map": [[-1, 0], [-2, 2]],
-        "spatial_target_layers": [3, 4, 5, 6],
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [0, 1, 2, 2],
         "vision_config.hidden_size": 64,
         "qformer_config.hidden_size": 64,
         "qformer_config.num_attention_heads": 2,
@@ -133,6 +138,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "inkling2": {"vision_config.projection_hidden_dim": 64, "vision_config.posemb_grid_size": 8},
     **{kind: {"image_token_id": 250, "video_token_id": 249} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     **{kind: {"vision_config.image_size": 128} for kind in ("got_ocr2", "pp_chart2table")},
+    "granite_docling": {"vision_config.image_size": 128},
     "inkling2_loop": {
         "text_config.loop_layer_index_start": 2,
         "text_config.loop_layer_index_end": 5,

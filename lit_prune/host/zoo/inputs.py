@@ -26,7 +26,7 @@ class Prompts:
     images: list[range]  # which of all images each sample has
     pixels: Callable[[Sequence[int], Sequence[int]], Inputs]
     image_token: int
-    extra: Callable[[Tensor, Tensor], Inputs]
+    extra: Callable[..., Inputs]
 
     def batch(self, rows: Sequence[int] = (0, 1, 2), side: str = "left", answers: int = 0) -> Inputs:
         """Model inputs of some samples, padded on one side; the last `answers` tokens of each are labelled."""
@@ -67,9 +67,12 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
         owned.append(range(first, first + images))
         first += images
 
-    def extra(ids: Tensor, mask: Tensor) -> Inputs:
+    def extra(ids: Tensor, mask: Tensor, start: int | None = None) -> Inputs:
         types = (ids == token).long()
-        return {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
+        found = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
+        if kind == "paligemma":  # there they say what is the answer's
+            found["token_type_ids"] = (torch.arange(ids.shape[1]) >= (start or ids.shape[1])).long().expand_as(ids)
+        return found
 
     return Prompts(samples, owned, pixels, token, extra)
 
