@@ -49,14 +49,15 @@ class Captured(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What one layer's attention call is asked: a bias per key of this forward, a tap, a bias per cached key.
+    """What one layer's attention call is asked: a bias per key of this forward, a stage's tap, a bias per cached key.
 
-    With `capture` the layer stops there.
+    `watch` is the tap of a caller. With `capture` the layer stops there.
     """
 
     key_bias: Float[Tensor, "batch seq"] | None = None
     tap: Tap | None = None
     past_bias: Float[Tensor, "batch past"] | None = None
+    watch: Tap | None = None
     capture: Capture | None = None
 
     def bias(self, keys: int) -> Tensor | None:
@@ -131,8 +132,9 @@ def _wrap(name: str, function: Callable) -> Callable:
         if (capture := request.capture) is not None:
             capture.query, capture.key, capture.mask, capture.scaling = query, key, attention_mask, scaling
             raise Captured
-        if request.tap is not None:
-            _read(request, query, key, scaling, attention_mask)
+        for tap in (request.tap, request.watch):
+            if tap is not None:
+                _read(tap, request.key_bias, query, key, scaling, attention_mask)
         bias = request.bias(key.shape[2])
         if bias is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -148,14 +150,13 @@ def _wrap(name: str, function: Callable) -> Callable:
     return attention
 
 
-def _read(request: Request, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
-    """Fill the tap from this forward's own keys."""
-    tap = request.tap
+def _read(tap: Tap, key_bias: Tensor | None, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
+    """Fill a tap from this forward's own keys."""
     limits = mask_rows(mask, tap.rows, tap.past, query.shape[2]) if tap.limited else None
     with torch.no_grad():
         index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
-        each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, request.key_bias, limits)
+        each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, key_bias, limits)
         tap.scores = row_mean(each, tap.row_mask)
 
 

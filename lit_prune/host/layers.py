@@ -15,12 +15,12 @@ from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
-from lit_prune.host.proportional import ProportionalAttention
+from lit_prune.host.proportional import ProportionalAttention, remember
 from lit_prune.host.reading import Handed
 from lit_prune.host.slicing import Slices
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
-from lit_prune.host.streams import gained, merged
+from lit_prune.host.streams import gained, mean_stream
 from lit_prune.ops import selection
 from lit_prune.repair import RepairAdapter
 
@@ -34,7 +34,7 @@ class Layers:
 
     Args:
         stages: pruning layers, none without a method.
-        runner: runs one stage, None without a method.
+        runner: runs one stage.
         masks: the masks of layers that follow a stage.
         rotary: the decoder's rotary embeddings.
         plans: is shown what a vision tower let through to layer 0; None where the method has no stages inside one.
@@ -47,7 +47,7 @@ class Layers:
     def __init__(
         self,
         stages: tuple[int, ...],
-        runner: Stages | None,
+        runner: Stages,
         masks: Masks,
         rotary: nn.Module | None,
         plans: Plans | None,
@@ -164,8 +164,7 @@ class Layers:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
         state = forward.cache_state
         past = state.valid.get(index)
-        if self.proportional is not None:
-            self.proportional.remember(index, forward, 0 if past is None else past.shape[1])
+        remember(index, forward, 0 if past is None else past.shape[1])
         columns = forward.columns + (state.seen - forward.length)
         if past is None:
             state.valid[index], state.columns[index], state.first[index] = forward.valid, columns, columns.shape[1]
@@ -228,23 +227,24 @@ class Layers:
 
     def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
         """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
-        forward.tap = None
+        forward.watched, tap = None, None
         limited = not self.masks.kinds[index].plain
         if forward.counts and (stage := self.tapped.get(index)) is not None:
             rows, mask = self.runner.rows(forward, stage)
             cache = cache_of(kwargs)
             past = 0 if cache is None else int(cache.get_seq_length(index))
-            forward.tap = forward.taps[stage] = Tap(rows, mask, forward.valid, past, limited)
+            tap = forward.taps[stage] = Tap(rows, mask, forward.valid, past, limited)
         if index in forward.session.watch and forward.record is not None and forward.grid:
-            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid, limited=limited)
+            forward.watched = Tap(*selection.compact(forward.text, forward.most_text), forward.valid, limited=limited)
         if forward.key_bias is not None and self.masks.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
-        if forward.tap is not None or forward.key_bias is not None or forward.past_bias is not None:
-            kwargs[REQUEST] = Request(forward.key_bias, forward.tap, forward.past_bias)
+        asked = (forward.key_bias, tap, forward.past_bias, forward.watched)
+        if any(part is not None for part in asked):
+            kwargs[REQUEST] = Request(*asked)
 
     def reads_previous(self, stage: int) -> bool:
         """Whether a stage reads the attention of the layer before its own."""
-        asked = self.runner.pruner.reads(stage)
+        asked = self.runner.reads(stage)
         return asked is not None and asked.layer == "previous"
 
     # -- the output -------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ class Layers:
         """A layer's states, repaired, and what a caller wants to know of them."""
         if forward.session.idle(index):
             return stretched(output, forward.columns.shape[1])
-        before = merged(output, self.width)
+        before = mean_stream(output, self.width)
         after = self._repair(index, before, forward)
         repaired = output if after is before else gained(output, before, after)
         record = forward.record
         if record is not None and record.keeps(index):
             record.hidden[index] = forward.at_answers(after)
-        if record is not None and index in forward.session.watch and forward.tap is not None:
+        if record is not None and index in forward.session.watch and forward.watched is not None:
             columns, real = selection.compact(forward.visual, forward.most_visual)
-            record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
+            record.attention[index] = forward.on_grid(forward.watched.scores.gather(1, columns), columns, real, 0.0)
         return repaired
 
     def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:

@@ -82,7 +82,7 @@ class Forward:
     past_bias: Tensor | None = None  # that of the cached keys
     token_sizes: Tensor | None = None  # with proportional attention: tokens that each column stands for
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
-    tap: Tap | None = None
+    watched: Tap | None = None  # of the layer that runs now
     taps: dict[int, Tap] = field(default_factory=dict)  # by the stage that reads it
     essence: dict[int, Essence] = field(default_factory=dict)
     cumulative: Tensor | None = None  # (batch, N) gate on the image's grid

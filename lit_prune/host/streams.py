@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.ops import selection
 
 
-def merged(hidden: Tensor, width: int) -> Float[Tensor, "batch columns width"]:
+def mean_stream(hidden: Tensor, width: int) -> Float[Tensor, "batch columns width"]:
     """One state per token, of (batch, columns, width), (batch, columns, streams x width) or (..., streams, width)."""
     if hidden.ndim == 3 and hidden.shape[2] == width:
         return hidden
