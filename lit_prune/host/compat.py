@@ -7,11 +7,12 @@ class. What only a forward can show is checked by `check_layer_call`, before any
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache as memoize
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -44,14 +45,14 @@ def cache_keyword(module: nn.Module) -> str:
 
 @memoize
 def _cache_keyword(function: Any, owner: str) -> str:
-    found = next((name for name in CACHE_NAMES if name in _parameters(function)), None)
+    found = next((name for name in CACHE_NAMES if name in parameters(function)), None)
     if found is None:
         raise unsupported(f"{owner} takes no KV cache as {' or '.join(map(repr, CACHE_NAMES))}")
     return found
 
 
 @memoize
-def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
     """Parameters of a function by name, seen through decorators."""
     return dict(inspect.signature(function).parameters)
 
@@ -90,6 +91,13 @@ def bidirectional_mask(config: Any, hidden: Tensor, valid: Tensor) -> Tensor | B
     from transformers.masking_utils import create_bidirectional_mask  # slow to import
 
     return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid)
+
+
+def window_order(grids: Sequence[Sequence[int]], merge: int, window: int, patch: int) -> Tensor:
+    """The order of blocks of `merge` x `merge` patches in which towers with attention inside windows put them."""
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(torch.tensor(grids), merge, window, patch)[0]
 
 
 def enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
@@ -197,14 +205,9 @@ def check_decoder(model: nn.Module, decoder: nn.Module, layers: Iterable[nn.Modu
         _check_attention(layers[index])
 
 
-def check_tower(layers: Iterable[nn.Module]) -> None:
-    """Raise `LitPruneError` unless the layers of a vision tower have what stages inside it rely on."""
+def check_tower() -> None:
+    """Raise `LitPruneError` unless the library has what stages inside a vision tower rely on."""
     _check_bidirectional()
-    for layer in layers:
-        kind, own = type(layer).__name__, getattr(layer, "self_attn", None)
-        if not isinstance(getattr(layer, "layer_norm1", None), nn.Module):
-            raise unsupported(f"{kind} has no layer_norm1")
-        need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
 
 
 def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, rope: bool) -> None:
@@ -264,7 +267,7 @@ def _check_bidirectional() -> None:
 @memoize
 def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
     """Check that a module's forward has these parameters, takes the KV cache, and hands down unknown keywords."""
-    kinds = {part.kind for part in _parameters(kind.forward).values()}
+    kinds = {part.kind for part in parameters(kind.forward).values()}
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise unsupported(f"{kind.__name__} takes no further keywords (**kwargs) to hand down")
     if inspect.Parameter.VAR_POSITIONAL not in kinds:  # else it passes on whatever it is given, and tells nothing
@@ -292,7 +295,7 @@ def need(part: Any, name: str, attributes: tuple[str, ...]) -> None:
 
 
 def _takes(function: Any, owner: str, names: tuple[str, ...]) -> None:
-    found = {} if function is None else _parameters(function)
+    found = {} if function is None else parameters(function)
     if missing := [name for name in names if name not in found]:
         raise unsupported(f"{owner} takes no {' and no '.join(map(repr, missing))}")
 

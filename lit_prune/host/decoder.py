@@ -29,6 +29,7 @@ from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import Session
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
+from lit_prune.host.towers.find import tower
 from lit_prune.host.vision import TowerHost
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
@@ -79,8 +80,8 @@ class DecoderHost:
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
-        tower = self.tower and self.tower.tower
-        runner = Stages(self.walk, repair, self.parts.decoder.config, tower, self.proportional)
+        parts_of_tower = self.tower and self.tower.tower
+        runner = Stages(self.walk, repair, self.parts.decoder.config, parts_of_tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.proportional)
         self._check_attention()
@@ -109,7 +110,8 @@ class DecoderHost:
             return None
         if self.stages[0] != 0:
             raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
-        return TowerHost(parts.tower(self.model), self.pruner, self.keep, self._session)
+        found = tower(parts.unwrap(self.model), self.parts.decoder)
+        return TowerHost(found, self.pruner, self.keep, self._session)
 
     def _check_attention(self) -> None:
         """Raise `LitPruneError` where attention can't be read, or biased, as the method asks."""

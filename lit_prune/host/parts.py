@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
+from lit_prune.cost.sizes import TOWERS, USUAL, crop_load
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import need, rotation
+from lit_prune.host.compat import rotation
 from lit_prune.pruners.base import Dims
 
 # A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
@@ -19,17 +19,6 @@ FIXED_GRID = ("llava",)
 NOMINAL = 576  # visual tokens of an image about which a configuration says nothing [ours]
 # Families whose image tokens attend to each other in both directions.
 BIDIRECTIONAL = ("paligemma", "gemma3", "gemma4", "gemma4_unified", "molmo2")
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The parts of a model that pruning inside its vision tower touches."""
-
-    size: TowerSize
-    module: nn.Module
-    layers: nn.ModuleList
-    projector: nn.Module
-    newline: Tensor | None  # embedding put behind each row of crops
 
 
 @dataclass(frozen=True)
@@ -121,17 +110,6 @@ def check_stages(config: Config, stages: tuple[int, ...]) -> None:
             f"context, which counts cached columns, and these are not positions once tokens are dropped; where "
             f"prompts are shorter than the window, load the model with sliding_window=None in its text_config"
         )
-
-
-def tower(model: nn.Module) -> Tower:
-    """The vision tower of a model; raises `LitPruneError` for families whose tower can't be pruned inside."""
-    size, inner = tower_size(model.config), model.model
-    need(inner, type(inner).__name__, ("vision_tower", "multi_modal_projector"))
-    need(
-        getattr(inner.vision_tower, "encoder", None), f"the encoder of {type(inner.vision_tower).__name__}", ("layers",)
-    )
-    newline = getattr(inner, "image_newline", None)
-    return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
 
 def nominal_tokens(config: Config) -> int:

@@ -11,10 +11,11 @@ from transformers import Cache, PreTrainedConfig
 from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.compat import causal_mask
 from lit_prune.host.lengths import on_device
-from lit_prune.host.parts import Tower, plain_keys, query_key
+from lit_prune.host.parts import plain_keys, query_key
 from lit_prune.host.proportional import ProportionalAttention, merged
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
+from lit_prune.host.towers.find import Tower
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Stage
