@@ -46,7 +46,6 @@ class TowerHost:
         size = tower.size
         self.schedule = self._schedule(size.side**2)
         self.side = self.pruner.image_side(pruner.leaving(size.share(keep), size.side**2), size.side)
-        self.late = size.features < size.layers  # features are the recorded states of a layer before the last
         self.current: TowerPass | None = None  # the pass whose features are still on their way to the decoder
         self.orders: dict[str, bool] = {}  # in which order this tower has its patches, once a pass has shown it
         self._check()
@@ -100,6 +99,7 @@ class TowerHost:
         scale = self.side < self.tower.size.side
         self.current = TowerPass(
             inputs=[*args, *kwargs.values()],
+            late=self.tower.picks and kwargs.get("output_hidden_states") not in (None, False),
             scaled=scale,
         )
         if scale:
@@ -239,7 +239,7 @@ class TowerHost:
         if state is None or state.left:
             return None
         state.past.append(None if state.columns is None else (state.columns, state.there))
-        if index + 1 < len(self.tower.layers) or self.late:
+        if index + 1 < len(self.tower.layers) or state.late:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         if self.tower.size.features in self.schedule:
@@ -258,7 +258,7 @@ class TowerHost:
         if state is None or state.rows is None or recorded is None:
             return None
         at, states = self.tower.size.features, list(recorded)
-        if self.late:
+        if state.late:
             if at in self.schedule:
                 states[at] = self._stage(at, states[at], state)
             self._note(state)
@@ -267,7 +267,7 @@ class TowerHost:
             state.left, state.final = True, state.back(states[at])
         if state.columns is None:
             return None
-        if states[at] is not output.last_hidden_state or self.late:
+        if state.late or states[at] is not output.last_hidden_state:
             states[at] = state.final
         for index in range(1, at):
             if isinstance(states[index], Tensor):

@@ -20,7 +20,8 @@ class Tower:
 
     `between` takes features from between two layers, `tail` what follows the last, row by row. `packed`: images stand
     one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
-    attention inside windows. `masked`: layers take a mask for their keys. `newline`: put behind each row of crops.
+    attention inside windows. `masked`: layers take a mask for their keys. `picks`: the model reads features off a layer's
+    recorded states. `newline`: put behind each row of crops.
     """
 
     size: TowerSize
@@ -34,6 +35,7 @@ class Tower:
     masked: bool
     clip_like: bool
     convolves: bool
+    picks: bool
     windows: Callable[[Sequence, int], Tensor] | None
     newline: Tensor | None
 
@@ -70,6 +72,7 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         masked="attention_mask" in taken and not packed,
         clip_like=not packed and all(map(clip_like, layers)),
         convolves=any(isinstance(part, nn.Conv2d) and part.stride == (size.merge,) * 2 for part in tail),
+        picks=hasattr(model.config, "vision_feature_layer"),
         windows=None if window is None else partial(window_order, window=window, patch=first_side(vision.patch_size)),
         newline=getattr(base, "image_newline", None),
     )

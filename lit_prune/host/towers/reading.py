@@ -97,10 +97,15 @@ def read_again(layer: nn.Module, state: TowerPass, prefix: int, values: bool) ->
     attention = logits.masked_fill(~there[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
     return Read(
         keys=_side_by_side(keys.flatten(0, 1).unflatten(1, (own.num_heads, -1)), state),
-        values=_side_by_side(own.v_proj(normed).flatten(0, 1)[:, None], state) if values else None,
+        values=_values(own.v_proj(normed[:, prefix:]), prefix, state) if values else None,
         attention=state.units(attention.flatten()).sum(2),
         heads=own.num_heads,
     )
+
+
+def _values(values: Tensor, prefix: int, state: TowerPass) -> Tensor:
+    """Values (samples, patches, inner) of each unit."""
+    return _side_by_side(torch.nn.functional.pad(values, (0, 0, prefix, 0)).flatten(0, 1)[:, None], state)
 
 
 def read_seen(layer: nn.Module, state: TowerPass) -> Read:

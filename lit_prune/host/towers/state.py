@@ -20,6 +20,7 @@ class TowerPass:
     """
 
     inputs: list[Any] = field(default_factory=list)  # what the tower was called with
+    late: bool = False  # whether features are read off recorded states, not off what the tower returns
     scaled: bool = False  # whether the image was scaled down
     shape: tuple[int, int] = (0, 0)
     rows: Int[Tensor, "tiles units members"] | None = None
