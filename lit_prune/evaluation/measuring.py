@@ -1,6 +1,7 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def measure(
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
-        prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
+        prompts = {name: value for name, value in prompts.items() if name not in chain(*INPUTS.values())}
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)

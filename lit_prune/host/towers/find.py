@@ -20,8 +20,8 @@ class Tower:
 
     `between` takes features from between two layers, `tail` what follows the last, row by row. `packed`: images stand
     one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
-    attention inside windows. `masked`: layers take a mask for their keys. `picks`: the model reads features off a layer's
-    recorded states. `newline`: put behind each row of crops.
+    attention inside windows. `masked`: layers take a mask for their keys. `picks`: features are a layer's recorded
+    states. `newline`: put behind each row of crops.
     """
 
     size: TowerSize
