@@ -20,6 +20,7 @@ from lit_prune.host import compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
+from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
 from lit_prune.host.masks import Masks
@@ -294,6 +295,8 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
+        if forward.counts:
+            forward.deepstack = Deepstack.taken(kwargs)
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:

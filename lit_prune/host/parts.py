@@ -155,7 +155,7 @@ def _deepstack(config: Config) -> int:
     """The first layer that no vision features are added behind."""
     if mapped := getattr(config, "deepstack_layer_map", None):  # pairs of a vision layer and a decoder's
         return 1 + max([layer for _, layer in mapped] + list(getattr(config, "spatial_target_layers", ())))
-    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    return 0
 
 
 def reused(config: Config) -> dict[int, int]:

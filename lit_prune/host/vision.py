@@ -99,7 +99,8 @@ class TowerHost:
         scale = self.side < self.tower.size.side
         self.current = TowerPass(
             inputs=[*args, *kwargs.values()],
-            late=self.tower.picks and kwargs.get("output_hidden_states") not in (None, False),
+            late=(self.tower.picks or self.tower.size.features < self.tower.size.layers)
+            and kwargs.get("output_hidden_states") not in (None, False),
             scaled=scale,
         )
         if scale:
@@ -327,6 +328,7 @@ class TowerHost:
 
 def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:
     """Which embeddings stand for patches that the tower dropped, and, in their samples, line breaks of rows."""
+    embeds = embeds.flatten(2)  # of a decoder with several streams
     gone = (embeds == 0).all(-1)
     if newline is None:
         return gone

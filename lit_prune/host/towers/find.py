@@ -55,6 +55,7 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         )
     check_tower()
     base, inside = getattr(model, "model", model), set(layers.modules())
+    _check_tail(model, decoder, module, layers)
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and part not in inside]
     apart = {decoder, layers, model.get_output_embeddings()}
     apart |= {part for part in model.modules() if _another(part, module)}
@@ -72,7 +73,7 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         masked="attention_mask" in taken and not packed,
         clip_like=not packed and all(map(clip_like, layers)),
         convolves=any(isinstance(part, nn.Conv2d) and part.stride == (size.merge,) * 2 for part in tail),
-        picks=hasattr(model.config, "vision_feature_layer"),
+        picks=hasattr(model.config, "vision_feature_layer") and size.merge == 1,
         windows=None if window is None else partial(window_order, window=window, patch=first_side(vision.patch_size)),
         newline=getattr(base, "image_newline", None),
     )
@@ -106,6 +107,24 @@ def _towers(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[str, tuple[n
         inside |= set(module.modules())
         if stacks:
             yield name, (module, stacks)
+
+
+def _check_tail(model: nn.Module, decoder: nn.Module, module: nn.Module, layers: nn.ModuleList) -> None:
+    """Raise `LitPruneError` where what makes visual tokens of a tower's features mixes patches of different places."""
+    pixels = [name for name in parameters(type(model).forward) if name.endswith("pixel_values")]
+    if len(pixels) > 1:
+        raise _refused(model, "makes its visual tokens of images in two resolutions")
+    inputs = {part for part in model.modules() if _another(part, module) and part.main_input_name != "input_ids"}
+    for part in _outside(model, {decoder, layers, *inputs}):
+        if attention_of(part) is not None:
+            raise _refused(model, f"mixes patches behind the tower's layers, in {type(part).__name__}")
+
+
+def _outside(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
+    if module not in apart:
+        yield module
+        for child in module.children():
+            yield from _outside(child, apart)
 
 
 def _same(own: object, vision: object) -> bool:
