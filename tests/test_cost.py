@@ -9,7 +9,8 @@ from transformers import LlavaForConditionalGeneration
 
 from lit_prune import load
 from lit_prune.cost.flops import decode, decoder_layer, decoder_total, kv_bytes, price
-from lit_prune.cost.sizes import model_size, tower_trace
+from lit_prune.cost.sizes import model_size
+from lit_prune.cost.towers import tower_trace
 from lit_prune.cost.trace import Trace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session

@@ -106,7 +106,6 @@ def test_a_plugins_own_budget(tmp_path, micro_folder):
         (["--pruner", RCP], "give budgets"),
         (["--pruner", RCP, "--keep", "many"], "write a number of visual tokens"),
         (["--keep", "64"], "needs a method"),
-        (["--model", "Qwen/Qwen3-VL-8B-Instruct", "--pruner", RCP, "--keep", "64"], "deepstack"),
         (["--model", "some/model"], "llava-hf/llava-1.5-7b-hf"),
         (["--model", "./nowhere"], "no config.json"),
         (["--text-tokens", "0"], "must be at least 1"),

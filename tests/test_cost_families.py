@@ -14,7 +14,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from lit_prune.cost.flops import decoder_total, kv_bytes, price
 from lit_prune.cost.shapes import Config, names, shipped_shape
-from lit_prune.cost.sizes import _canvas, image_load, model_size, tower_trace, vision_trace
+from lit_prune.cost.sizes import _canvas, image_load, model_size, vision_trace
+from lit_prune.cost.towers import tower_trace
 from lit_prune.cost.trace import Trace, VisionTrace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session

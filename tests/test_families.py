@@ -525,11 +525,21 @@ def test_chunks_are_refused_by_whichever_method_is_attached(attach):
     assert not chunks_are_refused(twin.detach().model, inputs)
 
 
-def test_stages_before_deepstack_is_done_are_refused():
-    model = built("qwen3-vl")
-    with pytest.raises(LitPruneError, match="prune before layer 2 or later"):
-        VLM(model, None).attach(Uniform([1]), keep=KEEP)
-    VLM(model, None).attach(Uniform([2]), keep=KEEP).detach()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_stages_before_deepstack_is_done(layer):
+    """Vision features that belong behind the first layers reach the tokens that are left: dropping = masking."""
+    family, vlm = FAMILIES["qwen3-vl"], VLM(built("qwen3-vl"), None).attach(Uniform([layer]), keep=KEEP)
+    samples = prompts(family)
+    inputs = collate(family, samples)
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    dropped, masked = (forward(vlm, inputs, soft=soft)[0] for soft in (False, True))
+    assert gap(dropped[text], masked[text]) < 5e-4
+    with torch.no_grad(), vlm.using(Session(prune=False)):
+        assert gap(vlm.model(**inputs).logits[text], dropped[text]) > 0.01
+    for row, sample in enumerate(samples):
+        alone = forward(vlm, collate(family, [sample]))[0][0]
+        assert gap(alone[-4:], dropped[row, -4:]) < 5e-4
+    vlm.detach()
 
 
 WINDOW = pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import (
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
-from lit_prune.host.parts import tower
+from lit_prune.host.towers.find import tower
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 from lit_prune.vlm import VLM
 
@@ -221,10 +221,11 @@ def test_keep_all_of_llava_next_is_the_plain_model():
     assert torch.equal(tiny.forward(vlm, inputs)[0], plain)
 
 
-def test_towers_that_merge_patches_are_refused(tiny_model, monkeypatch):
-    monkeypatch.setattr(tiny_model.config, "model_type", "another")
+def test_a_tower_without_attention_is_refused():
+    model = tiny.build_model()
+    model.model.vision_tower.encoder.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32)) for _ in range(2)])
     with pytest.raises(LitPruneError, match="inside the tower"):
-        tower(tiny_model)
+        tower(model, model.get_decoder())
 
 
 def test_a_decision_of_the_decoder_is_not_ignored():

@@ -140,7 +140,8 @@ def price(
     parts["pruner"] = sum(costs, zero)
     if trace.tower is not None and pruner.tower is not None:
         for found, kept in trace.tower.stages:
-            inside = pruner.tower.vision_flops(found, kept, size.vision_width, size.vision_heads)
+            width = size.vision_width * trace.tower.unit
+            inside = pruner.tower.vision_flops(found, kept, width, size.vision_heads)
             parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
     if repair is not None and trace.repaired is not None:
         for index in trace.repair_stages:

@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.trace import ImageLoad, TowerTrace, VisionTrace
+from lit_prune.cost.trace import ImageLoad, VisionTrace
 from lit_prune.errors import LitPruneError
-from lit_prune.ops.budget import Budget, tokens
-from lit_prune.pruners.base import PruningMethod
 
 # Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
 TOWERS = {
@@ -225,87 +222,6 @@ def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
 def _squares(length: int, side: int) -> int:
     """Sum of squares of the pieces when `length` is cut into pieces of `side`."""
     return length // side * side**2 + (length % side) ** 2
-
-
-@dataclass(frozen=True)
-class TowerSize:
-    """A CLIP-like vision tower, one visual token per patch, as far as stages inside it need to know.
-
-    `features` layers of `layers` lead to what the projector gets; `prefix` tokens (the class token) precede the patches
-    of a tile of `side` x `side`; an image has nominally `tiles` tiles: that of LLaVA-NeXT and four crops.
-    """
-
-    layers: int
-    features: int
-    prefix: int
-    side: int
-    tiles: int
-
-    def share(self, keep: Budget) -> int:
-        """Patches of each tile for a budget of visual tokens, or for what a schedule lets into layer 0; rounded up.
-
-        A share is one of each tile's patches.
-        """
-        keep = tokens(keep, self.tiles * self.side**2)
-        arriving = keep[0] if isinstance(keep, dict) else keep
-        return min(self.side**2, -(-arriving // self.tiles))
-
-    def read(self, patches: int, values: bool) -> int:
-        """Tokens projected once more for a stage that finds so many patches: to keys, values, and queries.
-
-        The class token's query, or that of every patch where there is none.
-        """
-        return (patches + self.prefix) + patches * values + (1 if self.prefix else patches)
-
-
-def tower_size(config: Config) -> TowerSize:
-    """Sizes of the tower of LLaVA-1.5 and LLaVA-NeXT.
-
-    Raises `LitPruneError` for models that merge or resample patches: which visual token a patch is can't be told there.
-    """
-    if config.model_type not in ("llava", "llava_next"):
-        raise LitPruneError(
-            f"models of type {config.model_type} merge or resample patches behind their vision tower, so stages inside "
-            f"the tower can't say which visual tokens go; use a method of the decoder, or LLaVA-1.5 or LLaVA-NeXT"
-        )
-    vision, chosen = config.vision_config, config.vision_feature_layer
-    if not isinstance(chosen, int):
-        raise LitPruneError(f"vision_feature_layer {chosen}: stages inside the tower need features of one layer")
-    layers = vision.num_hidden_layers
-    return TowerSize(
-        layers=layers,
-        features=chosen if chosen >= 0 else layers + 1 + chosen,
-        prefix=_tower(config)[0],
-        side=vision.image_size // vision.patch_size,
-        tiles=5 if hasattr(config, "image_grid_pinpoints") else 1,
-    )
-
-
-def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: int) -> TowerTrace | None:
-    """What an image of `patches` patches would ask of the tower; None where the method has no stages inside.
-
-    Nothing runs.
-    """
-    method = pruner.tower
-    if method is None:
-        return None
-    size = tower_size(config)
-    tiles, leaving = max(1, patches // size.side**2), pruner.leaving(size.share(keep), size.side**2)
-    schedule = method.vision_schedule(leaving, size.side**2, size.features)
-    now, tokens, scored, rated, stages = method.image_side(leaving, size.side) ** 2, [], 0, 0, []
-    entered, one = now, torch.ones(tiles, dtype=torch.long)
-    for layer in range(size.features + 1):
-        if layer == size.features:  # the layers behind the features run too, before the stage there
-            tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
-        if schedule.get(layer, now) < now:
-            if layer > 0:
-                scored += size.read(now, method.needs_values)
-                rated += now + size.prefix
-            stages.append((one * now, one * schedule[layer]))
-            now = schedule[layer]
-        if layer < size.features:
-            tokens.append(torch.full((tiles,), now + size.prefix))
-    return TowerTrace(one * entered, tokens, one * now, one * scored, one * rated, stages)
 
 
 def _tower(config: Config) -> tuple[int, int]:

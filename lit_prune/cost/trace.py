@@ -66,8 +66,9 @@ class TowerTrace:
     """One forward of a tower with stages, tile by tile: a tile is an image or one of its crops.
 
     `patches` entered, `tokens` at each layer's input, class token included, `projected` left; `scored` tokens were
-    projected once more for a stage, to keys, values or a query, `rated` ones got attention there. `stages`: patches
-    that each stage found and kept.
+    projected once more for a stage, to keys, values or a query, `rated` ones got attention there. `stages`: visual
+    tokens to be that each stage found and kept, `unit` patches each. `pairs`: (query, key) pairs of each layer's
+    attention, where that is not over the whole tile.
     """
 
     patches: Int[Tensor, " tiles"]
@@ -76,6 +77,8 @@ class TowerTrace:
     scored: Int[Tensor, " tiles"]
     rated: Int[Tensor, " tiles"]
     stages: list[tuple[Int[Tensor, " tiles"], Int[Tensor, " tiles"]]] = field(default_factory=list)
+    unit: int = 1
+    pairs: list[Int[Tensor, " tiles"]] | None = None
 
     def share(self, values: Num[Tensor, " tiles"], visual: Num[Tensor, " batch"]) -> Num[Tensor, " batch"]:
         """Tiles handed to samples: one each where the numbers agree, else in proportion to their visual tokens."""
@@ -87,7 +90,8 @@ class TowerTrace:
     def per_sample(self, visual: Num[Tensor, " batch"]) -> VisionTrace:
         """What each sample's tiles ran."""
         tokens = [self.share(layer, visual) for layer in self.tokens]
-        pairs = [self.share(layer.square(), visual) for layer in self.tokens]
+        whole = [layer.square() for layer in self.tokens] if self.pairs is None else self.pairs
+        pairs = [self.share(layer, visual) for layer in whole]
         ends = (self.patches, self.projected, self.scored, self.rated)
         patches, projected, scored, rated = (self.share(values, visual) for values in ends)
         return VisionTrace(patches, tokens, pairs, projected, scored, rated)

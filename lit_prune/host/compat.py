@@ -7,11 +7,12 @@ class. What only a forward can show is checked by `check_layer_call`, before any
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache as memoize
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -156,6 +157,13 @@ def bidirectional_mask(config: Any, hidden: Tensor, valid: Tensor) -> Tensor | B
     return create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid)
 
 
+def window_order(grids: Sequence[Sequence[int]], merge: int, window: int, patch: int) -> Tensor:
+    """The order of blocks of `merge` x `merge` patches in which towers with attention inside windows put them."""
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(torch.tensor(grids), merge, window, patch)[0]
+
+
 def enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
     """Prepare activation checkpointing, `options` for `torch.utils.checkpoint`; its name is new since 5.23.
 
@@ -265,14 +273,9 @@ def check_decoder(model: nn.Module, decoder: nn.Module, layers: Iterable[nn.Modu
         _check_attention(layers[index])
 
 
-def check_tower(layers: Iterable[nn.Module]) -> None:
-    """Raise `LitPruneError` unless the layers of a vision tower have what stages inside it rely on."""
+def check_tower() -> None:
+    """Raise `LitPruneError` unless the library has what stages inside a vision tower rely on."""
     _check_bidirectional()
-    for layer in layers:
-        kind, own = type(layer).__name__, getattr(layer, "self_attn", None)
-        if not isinstance(getattr(layer, "layer_norm1", None), nn.Module):
-            raise unsupported(f"{kind} has no layer_norm1")
-        need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
 
 
 def check_layer_call(

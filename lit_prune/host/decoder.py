@@ -21,6 +21,7 @@ from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
+from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
 from lit_prune.host.masks import Masks
@@ -31,6 +32,7 @@ from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import Session
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
+from lit_prune.host.towers.find import tower
 from lit_prune.host.vision import TowerHost
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
@@ -83,8 +85,8 @@ class DecoderHost:
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
-        tower = self.tower and self.tower.tower
-        runner = Stages(self.walk, repair, dims.width, tower, self.proportional)
+        parts_of_tower = self.tower and self.tower.tower
+        runner = Stages(self.walk, repair, dims.width, parts_of_tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(
             self.stages,
@@ -140,7 +142,8 @@ class DecoderHost:
             return None
         if self.stages[0] != 0:
             raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
-        return TowerHost(parts.tower(self.model), self.pruner, self.keep, self._session)
+        found = tower(parts.unwrap(self.model), self.parts.decoder)
+        return TowerHost(found, self.pruner, self.keep, self._session)
 
     def _check_attention(self) -> None:
         """Raise `LitPruneError` where attention can't be read, or biased, as the method asks."""
@@ -314,6 +317,8 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
+        if forward.counts:
+            forward.deepstack = Deepstack.taken(kwargs)
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:

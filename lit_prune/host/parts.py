@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
+from lit_prune.cost.sizes import TOWERS, USUAL, crop_load
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import all_parameters, builds_masks, need, parameters, pre_norm
+from lit_prune.host.compat import all_parameters, builds_masks, parameters, pre_norm
 from lit_prune.host.kinds import Kind, kinds
 from lit_prune.pruners.base import Dims
 
@@ -21,17 +21,6 @@ INNER = ("model", "decoder", "language_model")  # where a language model keeps w
 # Model types whose images all have the same number of tokens. In the others it depends on the image's size.
 FIXED_GRID = ("llava",)
 NOMINAL = 576  # visual tokens of an image about which a configuration says nothing [ours]
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The parts of a model that pruning inside its vision tower touches."""
-
-    size: TowerSize
-    module: nn.Module
-    layers: nn.ModuleList
-    projector: nn.Module
-    newline: Tensor | None  # embedding put behind each row of crops
 
 
 @dataclass(frozen=True)
@@ -166,7 +155,7 @@ def _deepstack(config: Config) -> int:
     """The first layer that no vision features are added behind."""
     if mapped := getattr(config, "deepstack_layer_map", None):  # pairs of a vision layer and a decoder's
         return 1 + max([layer for _, layer in mapped] + list(getattr(config, "spatial_target_layers", ())))
-    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    return 0
 
 
 def reused(config: Config) -> dict[int, int]:
@@ -186,17 +175,6 @@ def reused(config: Config) -> dict[int, int]:
         if last < layer:
             found[layer] = min(last, found.get(layer, last))
     return found
-
-
-def tower(model: nn.Module) -> Tower:
-    """The vision tower of a model; raises `LitPruneError` for families whose tower can't be pruned inside."""
-    size, inner = tower_size(model.config), model.model
-    need(inner, type(inner).__name__, ("vision_tower", "multi_modal_projector"))
-    need(
-        getattr(inner.vision_tower, "encoder", None), f"the encoder of {type(inner.vision_tower).__name__}", ("layers",)
-    )
-    newline = getattr(inner, "image_newline", None)
-    return Tower(size, inner.vision_tower, inner.vision_tower.encoder.layers, inner.multi_modal_projector, newline)
 
 
 def nominal_tokens(config: Config) -> int:

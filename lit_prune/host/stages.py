@@ -10,12 +10,12 @@ from lit_prune.host.attention import mask_rows, row_attention, row_mean
 from lit_prune.host.compat import pre_norm, projects
 from lit_prune.host.lengths import on_device
 from lit_prune.host.masks import Span
-from lit_prune.host.parts import Tower
 from lit_prune.host.proportional import ProportionalAttention, merged
 from lit_prune.host.reading import Handed, own_keys, own_rows
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
 from lit_prune.host.streams import gained, mean_stream, rows_at
+from lit_prune.host.towers.find import Tower
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Stage

@@ -11,6 +11,7 @@ from lit_prune.cost.trace import StageTrace
 from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
 from lit_prune.host.counting import Counter
+from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.kinds import Kind
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
@@ -72,6 +73,7 @@ class Forward:
     most_text: int | None = None
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
+    deepstack: Deepstack | None = None  # features that belong to visual tokens behind the first layers
     start: Tensor | None = None  # padding to the left of each sample; None: there is none
     rope: tuple[Tensor, Tensor] | None = None  # where tokens are numbered anew
     slices: Slices | None = None  # cuts what layers are handed, once columns have left

@@ -1,13 +1,14 @@
 """Stages inside the vision tower, by hooks: patches that leave are never computed again.
 
-The rest of the model expects a feature per patch, so the places of dropped patches come back behind the tower as rows
-of zeros. That is all that tells later parts what was dropped, and it survives whatever happens to features on their way
-(beams, crops, caching): the projector runs on the other rows only, and the decoder drops rows of zeros at its layer 0.
+What is scored, dropped and merged are units: the patches that the model makes one visual token of. The rest of the
+model expects a feature per patch, so the places of dropped patches come back behind the tower as rows of zeros. That is
+all that tells later parts what was dropped, and it survives whatever happens to features on their way (beams, crops,
+caching): mergers and projector run on the other rows only, and the decoder drops rows of zeros at its layer 0.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import bidirectional_mask, check_tower, keep_hooks_out_of_checkpoints
-from lit_prune.host.parts import Tower
+from lit_prune.host.compat import bidirectional_mask, keep_hooks_out_of_checkpoints, parameters
 from lit_prune.host.session import Session
-from lit_prune.ops import selection
-from lit_prune.ops.budget import Budget
+from lit_prune.host.towers import tail
+from lit_prune.host.towers.cutting import cut, pairs
+from lit_prune.host.towers.find import Tower
+from lit_prune.host.towers.opening import begin, smaller
+from lit_prune.host.towers.reading import Read, attention_of, read_again, read_seen
+from lit_prune.host.towers.state import TowerPass
+from lit_prune.ops.budget import Budget, Schedule
 from lit_prune.pruners.base import PruningMethod, VisionContext
-
-PASS = "lit_prune_tower"  # keyword under which a TowerPass travels to the tower's layers
-PACKED = "lit_prune_packed"  # attribute of features on their way through the projector
-
-
-@dataclass
-class TowerPass:
-    """One forward of the tower; (tiles, patches now), packed along with the states, class token apart."""
-
-    ordinal: Tensor | None = None
-    real: Tensor | None = None
-    mask: Tensor | None = None
-    sizes: Tensor | None = None  # patches that each one stands for, where a stage merged and said so
-    before: Tensor | None = None  # input of the layer before the next stage
-    side: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    lengths: list[Tensor] = field(default_factory=list)
-    scored: int = 0  # tokens projected once more for the stages so far
-    rated: int = 0  # tokens whose attention they read
-    stages: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # patches that each stage found and kept
 
 
 class TowerHost:
@@ -49,210 +34,302 @@ class TowerHost:
     Args:
         tower: where its parts are.
         pruner: the method, whose `tower` acts inside.
-        keep: budget of a sample; its tiles share evenly what reaches the decoder.
+        keep: budget of a sample; its tiles share evenly what reaches the decoder. Images of their own size get it each.
         session: gives the session that a forward runs under.
+
+    Raises:
+        LitPruneError: the method does what this tower's layers don't allow.
     """
 
     def __init__(self, tower: Tower, pruner: PruningMethod, keep: Budget, session: Callable[[], Session]) -> None:
-        self.tower, self.pruner, self.session = tower, pruner.tower, session
+        self.tower, self.method, self.pruner, self.keep, self.session = tower, pruner, pruner.tower, keep, session
         size = tower.size
-        leaving = pruner.leaving(size.share(keep), size.side**2)
-        self.schedule = self.pruner.vision_schedule(leaving, size.side**2, size.features)
-        self.side = self.pruner.image_side(leaving, size.side)
-        check_tower(tower.layers)
+        self.schedule = self._schedule(size.side**2)
+        self.side = self.pruner.image_side(pruner.leaving(size.share(keep), size.side**2), size.side)
+        self.current: TowerPass | None = None  # the pass whose features are still on their way to the decoder
+        self.orders: dict[str, bool] = {}  # in which order this tower has its patches, once a pass has shown it
+        self._check()
+
+    def _schedule(self, units: int) -> Schedule:
+        """{layer: units kept} of a tile of so many."""
+        leaving = self.method.leaving(self.tower.size.share(self.keep, units), units)
+        return self.pruner.vision_schedule(leaving, units, self.tower.size.features)
+
+    def _check(self) -> None:
+        """Raise `LitPruneError` where the method needs what the tower doesn't do."""
+        name, module = type(self.pruner).__name__, self.tower.module
+        if self.pruner.sized and not self.tower.masked:
+            raise LitPruneError(
+                f"{name} adds log(size) to attention inside the vision tower, and the layers of "
+                f"{type(module).__name__} take no mask that could carry it; use a method that returns no sizes, such "
+                f"as VisionZip or DCP-Prune"
+            )
+        if self.side < self.tower.size.side and "interpolate_pos_encoding" not in parameters(type(module).forward):
+            raise LitPruneError(
+                f"{name} scales images down for the vision tower, and {type(module).__name__} doesn't interpolate its "
+                f"position embeddings; use a method that drops patches inside the tower"
+            )
 
     def hook(self) -> Iterator[RemovableHandle]:
         """Add the hooks, and give their handles."""
-        yield self.tower.module.register_forward_pre_hook(self._enter, with_kwargs=True)
-        yield self.tower.module.register_forward_hook(self._leave, with_kwargs=True)
-        yield self.tower.projector.register_forward_pre_hook(self._enter_projector)
-        yield self.tower.projector.register_forward_hook(self._leave_projector)
-        for index, layer in enumerate(self.tower.layers):
+        tower = self.tower
+        yield tower.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        yield tower.module.register_forward_hook(self._leave, with_kwargs=True)
+        for index, layer in enumerate(tower.layers):
             yield layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
+            yield layer.register_forward_hook(partial(self._after, index))
+            if index + 1 in self.schedule and not tower.clip_like:
+                for kind, part in attention_of(layer)[1].items():
+                    yield part.register_forward_hook(partial(self._see, kind))
+        for module in tower.between:
+            yield module.register_forward_pre_hook(self._enter_between)
+            yield module.register_forward_hook(self._leave_between)
+        for module in tower.tail:
+            yield module.register_forward_pre_hook(self._enter_tail)
+            yield module.register_forward_hook(self._leave_tail)
+        yield tower.decoder.register_forward_pre_hook(self._arrive, with_kwargs=True)
+
+    # -- the tower ----------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict):
+        self.current = None
         if not self.session().prune:
             return None
         keep_hooks_out_of_checkpoints(self.tower.layers)
-        kwargs, state = dict(kwargs), TowerPass(side=self.side)
-        if self.side < self.tower.size.side:
-            args, kwargs = _smaller(args, kwargs, self.side * module.config.patch_size)
-        return args, {**kwargs, PASS: state}
+        scale = self.side < self.tower.size.side
+        self.current = TowerPass(
+            inputs=[*args, *kwargs.values()],
+            late=(self.tower.picks or self.tower.size.features < self.tower.size.layers)
+            and kwargs.get("output_hidden_states") not in (None, False),
+            scaled=scale,
+        )
+        if scale:
+            return smaller(args, kwargs, self.side * self.tower.size.merge * self.tower.patch)
+        return None
 
     def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
-        state: TowerPass | None = kwargs.get(PASS)
-        if state is None:
+        state = self.current
+        if state is None or state.left:
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name != PASS}
-        hidden, *rest = args
+        name = next(iter(parameters(type(module).forward).keys() - {"self"}), None) if not args else None
+        hidden, rest = (args[0], args[1:]) if args else (kwargs[name], ())
+        if index == 0:
+            rope = kwargs.get("position_embeddings")
+            begin(state, self.tower, hidden, rope, self.orders, self.side)
+            self._plan(state)
         if index < self.tower.size.features:  # layers behind the features run too, but no stage is theirs
             hidden = self._stage(index, hidden, state) if index in self.schedule else hidden
-            state.before = hidden if index + 1 in self.schedule else None
-        state.lengths.append(self._present(hidden, state))
-        if state.mask is not None:
-            rest = [state.mask, *rest[1:]]
+            state.before = hidden if index + 1 in self.schedule and self.tower.clip_like else None
+        state.seen = {}
+        state.lengths.append(state.present())
+        rest, kwargs = self._cut(module, hidden, rest, dict(kwargs), state)
+        if self.session().record is not None:
+            state.pairs.append(pairs((*rest, *kwargs.values()), state))
+        if not args:
+            return (), {**kwargs, name: hidden}
         return (hidden, *rest), kwargs
 
-    def _present(self, hidden: Tensor, state: TowerPass) -> Tensor:
-        if state.real is None:
-            return torch.full(hidden.shape[:1], hidden.shape[1], device=hidden.device)
-        return state.real.sum(1) + self.tower.size.prefix
-
-    def _begin(self, state: TowerPass, patches: Tensor) -> None:
-        """Note where the patches are, unless an earlier place of the tower has."""
-        if state.ordinal is None:
-            state.ordinal = _grid(patches.shape[0], state.side, self.tower.size.side, patches.device)
-            state.real = torch.ones_like(state.ordinal, dtype=torch.bool)
+    def _plan(self, state: TowerPass) -> None:
+        """How many units each tile keeps at each stage; the frames of one video share its budget."""
+        plans: dict[tuple[int, int], Schedule] = {}
+        counts: dict[int, list[int]] = {layer: [] for layer in self.schedule}
+        frames = state.images.bincount()[state.images].tolist()
+        for units, parts in zip(state.total.tolist(), frames, strict=True):
+            if (units, parts) not in plans:
+                whole = self.tower.size.share(self.keep, units * parts)
+                leaving = self.method.leaving(min(units, -(-whole // parts)), units)
+                plans[units, parts] = self.pruner.vision_schedule(leaving, units, self.tower.size.features)
+            for layer, count in plans[units, parts].items():
+                counts[layer].append(count)
+        device = state.rows.device
+        state.counts = {layer: torch.tensor(numbers, device=device) for layer, numbers in counts.items()}
 
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
-        """Score, select, merge and pack the patches at one place of the tower."""
-        head, patches = hidden[:, : self.tower.size.prefix], hidden[:, self.tower.size.prefix :]
-        self._begin(state, patches)
-        if self.schedule[index] >= patches.shape[1]:
+        """Score, select, merge and pack the units at one place of the tower."""
+        count = state.counts[index]
+        if bool((count >= state.real.sum(1)).all()):
             return hidden
-        kept = self.pruner.prune_vision(self._context(index, patches, state))
+        shape = hidden.shape
+        hidden = hidden.view(1, *shape) if hidden.ndim == 2 else hidden
+        units = state.units(hidden.reshape(-1, shape[-1])).flatten(2)
+        kept = self.pruner.prune_vision(self._context(index, units, state))
         if kept.states is not None:
-            patches = torch.where(kept.mask[..., None], kept.states.to(patches.dtype), patches)
+            hidden = state.merge(hidden, units, kept)
         state.stages.append((state.real.sum(1), kept.mask.sum(1)))
-        columns, state.real = selection.compact(kept.mask)
-        state.ordinal = state.ordinal.gather(1, columns)
-        sizes = state.sizes if kept.sizes is None else kept.sizes
-        state.sizes = None if sizes is None else sizes.gather(1, columns)
-        hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
-        state.mask = self._mask(hidden, state) if index < self.tower.size.features else None
-        return hidden
+        hidden = state.pack(hidden, kept)
+        return hidden[0] if len(shape) == 2 else hidden
 
-    def _mask(self, hidden: Tensor, state: TowerPass) -> Tensor | None:
-        """Mask of the tower's later layers: hides filler, and adds log(size) where patches stand for several."""
-        prefix, full = self.tower.size.prefix, bool(state.real.all())
-        if state.sizes is not None:
-            if self.tower.module.config._attn_implementation not in ("sdpa", "eager"):
-                raise LitPruneError(
-                    f"{type(self.pruner).__name__} adds log(size) to attention inside the vision tower, which "
-                    f"{self.tower.module.config._attn_implementation} attention can't: load with "
-                    f"attn_implementation='sdpa'"
-                )
-            bias = state.sizes.log().to(hidden).masked_fill(~state.real, torch.finfo(hidden.dtype).min)
-            return torch.nn.functional.pad(bias, (prefix, 0))[:, None, None].expand(-1, 1, hidden.shape[1], -1)
-        if full:
-            return None
-        return bidirectional_mask(
-            self.tower.module.config, hidden, torch.nn.functional.pad(state.real, (prefix, 0), value=True)
-        )
-
-    def _context(self, index: int, patches: Tensor, state: TowerPass) -> VisionContext:
-        keys = values = attention = None
-        if state.before is not None:
-            keys, values, attention = self._read(self.tower.layers[index - 1], state)
+    def _context(self, index: int, units: Tensor, state: TowerPass) -> VisionContext:
+        read, heads = Read(), 1
+        if index > 0:
+            layer = self.tower.layers[index - 1]
+            if self.tower.clip_like:
+                read = read_again(layer, state, self.tower.size.prefix, self.pruner.needs_values)
+                state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
+            else:
+                read = read_seen(layer, state)
+            heads = read.heads
+            state.rated += state.before.shape[1] if self.tower.clip_like else state.present()
         return VisionContext(
             stage=list(self.schedule).index(index),
-            states=patches,
-            keys=keys,
-            values=values,
-            attention=attention,
+            states=units,
+            keys=read.keys,
+            values=read.values if self.pruner.needs_values else None,
+            attention=read.attention,
             alive=state.real,
             ordinal=state.ordinal,
-            count=torch.full(patches.shape[:1], self.schedule[index], device=patches.device),
-            side=self.tower.size.side,
-            heads=self.tower.layers[0].self_attn.num_heads,
+            count=state.counts[index],
+            side=state.side,
+            heads=heads,
             sizes=state.sizes,
             memory=state.memory,
         )
 
-    def _read(self, layer: nn.Module, state: TowerPass) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Keys and values of the patches in the layer just run, and its attention to them, projected once more.
+    def _cut(self, layer: nn.Module, hidden: Tensor, rest: tuple, kwargs: dict, state: TowerPass) -> tuple[tuple, dict]:
+        """What a layer is handed beside its states, at the rows that are left, with a mask of filler and sizes."""
+        if state.columns is None or state.scaled:
+            return rest, kwargs
+        rest = tuple(cut(value, state.columns, state.there, state.shape) for value in rest)
+        kwargs = {name: cut(value, state.columns, state.there, state.shape) for name, value in kwargs.items()}
+        if state.sizes is None and not state.filled:
+            return rest, kwargs
+        taken = list(parameters(type(layer).forward))[2:]
+        if "attention_mask" not in taken:
+            raise LitPruneError(
+                f"{type(self.pruner).__name__} keeps different numbers of patches of images of one batch, and the "
+                f"layers of {type(self.tower.module).__name__} take no mask for that: give it one image at a time"
+            )
+        place = taken.index("attention_mask")
+        given = rest[place] if place < len(rest) else kwargs.get("attention_mask")
+        mask = self._mask(hidden, state, given)
+        if place < len(rest):
+            return (*rest[:place], mask, *rest[place + 1 :]), kwargs
+        return rest, {**kwargs, "attention_mask": mask}
 
-        Not every family hands keywords down to its attention function, where queries and keys could be read for free.
-        """
-        own, prefix, normed = layer.self_attn, self.tower.size.prefix, layer.layer_norm1(state.before)
-        state.scored += self.tower.size.read(normed.shape[1] - prefix, self.pruner.needs_values)
-        state.rated += normed.shape[1]
-        keys = own.k_proj(normed)
-        values = own.v_proj(normed[:, prefix:]) if self.pruner.needs_values else None
-        query = own.q_proj(normed[:, :1] if prefix else normed).mean(1)
-        split = keys.unflatten(2, (own.num_heads, -1))
-        logits = torch.einsum("bhd,bnhd->bhn", query.unflatten(1, (own.num_heads, -1)), split).float() * own.scale
+    def _mask(self, hidden: Tensor, state: TowerPass, given: Tensor | None = None) -> Tensor | None:
+        """Mask of the tower's later layers: hides filler, and adds log(size) where patches stand for several."""
+        config = self.tower.module.config
         if state.sizes is not None:
-            logits = logits + torch.nn.functional.pad(state.sizes.log(), (prefix, 0))[:, None]
-        valid = torch.nn.functional.pad(state.real, (prefix, 0), value=True)
-        attention = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
-        return keys[:, prefix:], values, attention[:, prefix:]
+            if config._attn_implementation not in ("sdpa", "eager"):
+                raise LitPruneError(
+                    f"{type(self.pruner).__name__} adds log(size) to attention inside the vision tower, which "
+                    f"{config._attn_implementation} attention can't: load with attn_implementation='sdpa'"
+                )
+            bias = torch.zeros(hidden.shape[:2], device=hidden.device).flatten()
+            own, logs = state.rows[state.real], state.sizes.log()[state.real]
+            bias = bias.index_copy(0, own.flatten(), logs[:, None].expand(own.shape).flatten()).view(hidden.shape[:2])
+            lowest = torch.finfo(hidden.dtype).min
+            bias = bias.to(hidden).masked_fill(~state.there, lowest)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+            if given is None:
+                return bias
+            return bias.masked_fill(~given, lowest) if given.dtype == torch.bool else bias + given
+        if given is not None:
+            there = state.there[:, None, None]
+            lowest = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+            return given.masked_fill(~there, lowest)
+        return bidirectional_mask(config, hidden, state.there)
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        """The last stage, behind the layer that gives the features, and their places back."""
-        state: TowerPass | None = kwargs.get(PASS)
-        if state is None:
+    def _see(self, kind: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Keep what a projection gives, for the stage behind its layer."""
+        if self.current is not None and not self.current.left:
+            self.current.seen[kind] = output
+
+    def _after(self, index: int, module: nn.Module, args: tuple, output: Any):
+        """Behind the last layer: the last stage, and all rows back."""
+        state = self.current
+        if state is None or state.left:
             return None
-        features = output.hidden_states[self.tower.size.features]
+        state.past.append(None if state.columns is None else (state.columns, state.there))
+        if index + 1 < len(self.tower.layers) or state.late:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
         if self.tower.size.features in self.schedule:
-            features = self._stage(self.tower.size.features, features, state)
-        if state.side < self.tower.size.side:
-            self._begin(state, features)
-        self._note(features, state)
-        if state.ordinal is None or features.shape[1] == self.tower.size.prefix + self.tower.size.side**2:
+            hidden = self._stage(self.tower.size.features, hidden, state)
+        self._note(state)
+        if state.columns is None:
             return None
-        states = list(output.hidden_states)
-        states[self.tower.size.features] = self._places_back(features, state)
+        state.left, flat = True, hidden.ndim == 2
+        hidden = state.back(hidden[None] if flat else hidden)
+        state.final = hidden[0] if flat else hidden
+        return (state.final, *output[1:]) if isinstance(output, tuple) else state.final
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
+        """Where features are recorded states of layers: the last stage, and all rows back in each of them."""
+        state, recorded = self.current, getattr(output, "hidden_states", None)
+        if state is None or state.rows is None or recorded is None:
+            return None
+        at, states = self.tower.size.features, list(recorded)
+        if state.late:
+            if at in self.schedule:
+                states[at] = self._stage(at, states[at], state)
+            self._note(state)
+            if state.columns is None:
+                return None
+            state.left, state.final = True, state.back(states[at])
+        if state.columns is None:
+            return None
+        if state.late or states[at] is not output.last_hidden_state:
+            states[at] = state.final
+        for index in range(1, at):
+            if isinstance(states[index], Tensor):
+                states[index] = state.back(states[index], *(state.past[index - 1] or state.everything()))
         output.hidden_states = tuple(states)
         return output
 
-    def _note(self, features: Tensor, state: TowerPass) -> None:
+    def _note(self, state: TowerPass) -> None:
         record = self.session().record
         if record is None or record.trace.tower is not None:
             return
-        tiles = torch.ones(features.shape[:1], dtype=torch.long, device=features.device)
+        tiles = torch.ones_like(state.present())
         # transformers runs the layers behind the features too; they see no fewer tokens than the features have.
         record.trace.tower = TowerTrace(
-            patches=tiles * state.side**2,
+            patches=state.entered.to(tiles),
             tokens=state.lengths,
-            projected=self._present(features, state) - self.tower.size.prefix,
+            projected=state.real.sum(1),
             scored=tiles * state.scored,
             rated=tiles * state.rated,
             stages=state.stages,
+            unit=state.members,
+            pairs=None if any(layer is None for layer in state.pairs) else state.pairs,
         )
 
-    def _places_back(self, features: Tensor, state: TowerPass) -> Tensor:
-        head, patches = features[:, : self.tower.size.prefix], features[:, self.tower.size.prefix :]
-        patches = patches * state.real[..., None].to(patches.dtype)
-        return torch.cat([head, selection.put_rows(patches, state.ordinal, self.tower.size.side**2)], 1)
+    # -- what follows -------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _enter_projector(module: nn.Module, args: tuple):
+    def _enter_between(self, module: nn.Module, args: tuple):
+        """Features that a merger takes from between two layers get all rows too."""
+        state = self.current
+        if state is None or state.left or state.columns is None:
+            return None
         features = args[0]
-        there = (features != 0).any(-1)
-        if bool(there.all()):
-            return None
-        columns, real = selection.compact(there)
-        packed = selection.gather_rows(features, columns)
-        # The hook behind the projector gets this very tensor again: what it needs rides along.
-        setattr(packed, PACKED, (columns, real, features.shape[1]))
-        return (packed, *args[1:])
+        state.left = True
+        whole = state.back(features[None] if features.ndim == 2 else features)
+        return (whole[0] if features.ndim == 2 else whole, *args[1:])
 
-    @staticmethod
-    def _leave_projector(module: nn.Module, args: tuple, output: Tensor):
-        if not hasattr(args[0], PACKED):
-            return None
-        columns, real, length = getattr(args[0], PACKED)
-        return selection.put_rows(output * real[..., None].to(output.dtype), columns, length)
+    def _leave_between(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.current is not None and len(self.current.past) < len(self.tower.layers):
+            self.current.left = False
+
+    def _enter_tail(self, module: nn.Module, args: tuple):
+        return tail.enter(module, args) if self.current is not None and self.current.left else None
+
+    def _leave_tail(self, module: nn.Module, args: tuple, output: Tensor):
+        return tail.leave(module, args, output) if self.current is not None and self.current.left else None
+
+    def _arrive(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The features are in the decoder's input: raise `LitPruneError` if none of those dropped is marked there."""
+        state, self.current = self.current, None
+        embeds = kwargs.get("inputs_embeds")
+        if state is not None and state.left and embeds is not None and not bool((embeds == 0).all(-1).any()):
+            raise LitPruneError(
+                f"what follows the layers of {type(self.tower.module).__name__} mixes patches, so that none of the "
+                f"dropped ones leaves the decoder's input; use a method of the decoder"
+            )
 
 
 def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:
     """Which embeddings stand for patches that the tower dropped, and, in their samples, line breaks of rows."""
+    embeds = embeds.flatten(2)  # of a decoder with several streams
     gone = (embeds == 0).all(-1)
     if newline is None:
         return gone
     return gone | ((embeds == newline.to(embeds)).all(-1) & gone.any(1, keepdim=True))
-
-
-def _grid(tiles: int, side: int, full: int, device: torch.device) -> Tensor:
-    """Place of each patch of a `side` x `side` grid on the grid of `full` x `full`: the nearest."""
-    steps = ((torch.arange(side, device=device) + 0.5) * full / side).long()
-    return (steps[:, None] * full + steps).flatten().expand(tiles, -1).contiguous()
-
-
-def _smaller(args: tuple, kwargs: dict, size: int) -> tuple[tuple, dict]:
-    """The tower's arguments with images scaled down and position embeddings that follow."""
-    pixels = kwargs.pop("pixel_values", None)
-    pixels = args[0] if pixels is None else pixels
-    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    return (pixels, *args[1:]), {**kwargs, "interpolate_pos_encoding": True}

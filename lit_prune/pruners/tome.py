@@ -23,6 +23,7 @@ class ToMe(VisionPruner):
     """
 
     title = "ToMe"
+    sized = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class VisionPruner(PruningMethod):
     """
 
     needs_values: bool = False
+    sized: bool = False  # whether stages return `Kept.sizes`, which enter the attention of later layers
 
     def __init__(
         self,

@@ -8,7 +8,8 @@ import torch
 from lit_prune.commands._support.inputs import image_pixels
 from lit_prune.cost.flops import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.cost.shapes import Config, names
-from lit_prune.cost.sizes import USUAL, decoder_size, known_size, tower_trace
+from lit_prune.cost.sizes import USUAL, decoder_size, known_size
+from lit_prune.cost.towers import tower_trace
 from lit_prune.cost.trace import TowerTrace, Trace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import check_stages

@@ -1,0 +1,154 @@
+"""Where a model's vision tower is and how its layers work, found by structure."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_prune.cost.towers import TowerSize, first_side, tower_size
+from lit_prune.errors import LitPruneError
+from lit_prune.host.compat import check_tower, parameters, window_order
+from lit_prune.host.towers.reading import attention_of, clip_like
+from lit_prune.host.towers.tail import leaves
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The parts of a model that pruning inside its vision tower touches.
+
+    `between` takes features from between two layers, `tail` what follows the last, row by row. `packed`: images stand
+    one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
+    attention inside windows. `masked`: layers take a mask for their keys. `picks`: features are a layer's recorded
+    states. `newline`: put behind each row of crops.
+    """
+
+    size: TowerSize
+    module: nn.Module
+    layers: nn.ModuleList
+    decoder: nn.Module
+    between: tuple[nn.Module, ...]
+    tail: tuple[nn.Module, ...]
+    patch: int
+    packed: bool
+    masked: bool
+    clip_like: bool
+    convolves: bool
+    picks: bool
+    windows: Callable[[Sequence, int], Tensor] | None
+    newline: Tensor | None
+
+
+def tower(model: nn.Module, decoder: nn.Module) -> Tower:
+    """The vision tower of a model.
+
+    Raises:
+        LitPruneError: it has none whose layers are attention over patches, or several.
+    """
+    module, layers = _stack(model, decoder)
+    vision, taken = model.config.vision_config, parameters(type(layers[0]).forward)
+    size, packed = tower_size(model.config), "cu_seqlens" in taken
+    if len(layers) != size.layers:
+        raise _refused(
+            model, f"has {len(layers)} layers in its vision tower, where its configuration says {size.layers}"
+        )
+    check_tower()
+    base, inside = getattr(model, "model", model), set(layers.modules())
+    _check_tail(model, decoder, module, layers)
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and part not in inside]
+    apart = {decoder, layers, model.get_output_embeddings()}
+    apart |= {part for part in model.modules() if _another(part, module)}
+    tail = tuple(leaves(model, apart))
+    window = getattr(vision, "window_size", None)
+    return Tower(
+        size=size,
+        module=module,
+        layers=layers,
+        decoder=decoder,
+        between=tuple(item for part in lists for item in part),
+        tail=tail,
+        patch=first_side(vision.patch_size),
+        packed=packed,
+        masked="attention_mask" in taken and not packed,
+        clip_like=not packed and all(map(clip_like, layers)),
+        convolves=any(isinstance(part, nn.Conv2d) and part.stride == (size.merge,) * 2 for part in tail),
+        picks=hasattr(model.config, "vision_feature_layer") and size.merge == 1,
+        windows=None if window is None else partial(window_order, window=window, patch=first_side(vision.patch_size)),
+        newline=getattr(base, "image_newline", None),
+    )
+
+
+def _stack(model: nn.Module, decoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that encodes images, and its layers."""
+    found = dict(_towers(model, decoder))
+    if len(found) > 1:
+        found = {name: pair for name, pair in found.items() if "image" in name}
+        if len(found) != 1:
+            raise _refused(model, "has several vision towers")
+    if not found:
+        raise _refused(model, "has no vision tower whose layers are attention over rows of patches")
+    module, stacks = next(iter(found.values()))
+    if len(stacks) > 1:
+        raise _refused(model, "has several stacks of layers in its vision tower")
+    return module, stacks[0]
+
+
+def _towers(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, list[nn.ModuleList]]]]:
+    """Outermost modules whose configuration is of the vision configuration's class, with their stacks of layers."""
+    vision, inside = getattr(model.config, "vision_config", None), set(decoder.modules())
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if module in inside or vision is None or own is None or own is model.config or not _same(own, vision):
+            continue
+        if not isinstance(module, PreTrainedModel):
+            continue
+        stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and _layers(part)]
+        inside |= set(module.modules())
+        if stacks:
+            yield name, (module, stacks)
+
+
+def _check_tail(model: nn.Module, decoder: nn.Module, module: nn.Module, layers: nn.ModuleList) -> None:
+    """Raise `LitPruneError` where what makes visual tokens of a tower's features mixes patches of different places."""
+    pixels = [name for name in parameters(type(model).forward) if name.endswith("pixel_values")]
+    if len(pixels) > 1:
+        raise _refused(model, "makes its visual tokens of images in two resolutions")
+    inputs = {part for part in model.modules() if _another(part, module) and part.main_input_name != "input_ids"}
+    for part in _outside(model, {decoder, layers, *inputs}):
+        if attention_of(part) is not None:
+            raise _refused(model, f"mixes patches behind the tower's layers, in {type(part).__name__}")
+
+
+def _outside(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
+    if module not in apart:
+        yield module
+        for child in module.children():
+            yield from _outside(child, apart)
+
+
+def _same(own: object, vision: object) -> bool:
+    return own is vision or type(own) is type(vision)
+
+
+def _layers(stack: nn.ModuleList) -> bool:
+    """True for layers of one kind that attend over rows of patches."""
+    kinds = {type(layer) for layer in stack}
+    if len(kinds) != 1 or any(hasattr(next(iter(kinds)), name) for name in ("window_partition",)):
+        return False
+    return all(attention_of(layer) is not None for layer in stack)
+
+
+def _another(part: nn.Module, module: nn.Module) -> bool:
+    """True for a model inside the model that has nothing to do with the tower: of sounds, of other images."""
+    return isinstance(part, PreTrainedModel) and not _holds(part, module) and not _holds(module, part)
+
+
+def _holds(whole: nn.Module, part: nn.Module) -> bool:
+    return any(part is inner for inner in whole.modules())
+
+
+def _refused(model: nn.Module, reason: str) -> LitPruneError:
+    return LitPruneError(
+        f"{type(model).__name__} {reason}, so nothing can be pruned inside the tower; use a method of the decoder"
+    )
