@@ -37,6 +37,7 @@ from lit_prune.vlm import VLM
 # Parameters of the published checkpoints, in billions.
 PUBLISHED = {
     "OpenGVLab/InternVL3-8B-hf": 7.94,
+    "OpenGVLab/InternVL3_5-8B-HF": 8.53,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
     "Qwen/Qwen3-VL-8B-Instruct": 8.77,
     "llava-hf/llava-1.5-13b-hf": 13.35,
