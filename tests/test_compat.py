@@ -83,17 +83,16 @@ def test_keywords_that_go_nowhere(model, part):
     refused(r"Recast takes no further keywords \(\*\*kwargs\)", model)
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "position_embeddings"])
-def test_a_keyword_that_a_layer_lacks(model, name):
+def test_a_keyword_that_a_layer_lacks(model):
     def forward(self, hidden_states, cache=None, **kwargs):
         raise AssertionError
 
-    names = {"attention_mask", "position_ids", "position_embeddings"} - {name}
+    names = {"position_ids", "position_embeddings"}
     parameters = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in sorted(names)]
     known = list(inspect.signature(forward).parameters.values())
     forward.__signature__ = inspect.Signature([*known[:-1], *parameters, known[-1]])
     recast(model.get_decoder().layers[2], forward)
-    refused(f"Recast takes no '{name}'", model)
+    refused("Recast takes no 'attention_mask'", model)
 
 
 def test_a_wrapper_that_passes_everything_on(model):

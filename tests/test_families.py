@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, IMAGE, KEEP, METHODS, VIDEO, Family, Picture, collate, modalities, prompt, prompts
 from tiny import DEPTH, PAD, forward, gap
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticCache
+from transformers import StaticCache
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Record, Session
@@ -532,7 +532,7 @@ def test_stages_before_deepstack_is_done_are_refused():
     VLM(model, None).attach(Uniform([2]), keep=KEEP).detach()
 
 
-@pytest.mark.parametrize(
+WINDOW = pytest.mark.parametrize(
     ("name", "window"),
     [
         ("llava-next-mistral", {"sliding_window": 32}),
@@ -540,8 +540,32 @@ def test_stages_before_deepstack_is_done_are_refused():
         ("internvl", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}),
     ],
 )
-def test_windows_of_attention_behind_a_stage_are_refused(name, window):
+
+
+@WINDOW
+def test_windows_of_attention_behind_a_stage_go_by_position(attach, name, window):
+    """A window reaches as far back as it does in the plain model, whatever has left: in prefill and in decoding."""
+    family = FAMILIES[name]
+    inputs = collate(family, prompts(family))
+    model = family.build(**window)
+    vlm = attach(name, model=model)
+    dropped, masked = forward(vlm, inputs)[0], forward(vlm, inputs, soft=True)[0]
+    assert gap(dropped[text(inputs)], masked[text(inputs)]) <= TOLERANCE
+    wide = forward(attach(name), inputs)[0]
+    assert gap(dropped[text(inputs)], wide[text(inputs)]) > 0.1, "the window hid nothing"
+    vlm = attach(name, model=model)
+    out, start = generate(vlm, inputs), inputs["input_ids"].shape[1]
+    whole = longer(inputs, out.sequences, start)
+    assert gap(forward(vlm, whole)[0][:, start - 1 : -1], out.logits) <= TOLERANCE
+    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
+    assert gap(static.logits, out.logits) <= TOLERANCE
+    assert_alone_equals_batch(vlm, family, prompts(family))
+
+
+@WINDOW
+def test_windows_are_refused_where_masks_cannot_be_cut(name, window):
     model = FAMILIES[name].build(**window)
+    model.config._attn_implementation = model.get_decoder().config._attn_implementation = "flash_attention_2"
     with pytest.raises(LitPruneError, match=r"sliding_window=None"):
         VLM(model, None).attach(Uniform([2]), keep=KEEP)
 
@@ -585,17 +609,3 @@ def test_two_hosts_on_one_model_are_refused():
     with pytest.raises(LitPruneError, match="detach it first"):
         DecoderHost(model, Full(), None, 0)
     host.detach()
-
-
-@pytest.mark.parametrize("family", ["paligemma", "gemma3"])
-def test_image_tokens_that_see_both_ways_are_refused(family):
-    """Their masks would become causal behind a stage."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64}
-    vision = {**sizes, "image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"}
-    text_type = "gemma" if family == "paligemma" else "gemma3_text"
-    config = CONFIG_MAPPING[family](text_config={**text, "model_type": text_type}, vision_config=vision)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(LitPruneError, match="both directions"):
-        VLM(model, None).attach(Uniform([2]), keep=8)

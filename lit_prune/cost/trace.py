@@ -99,7 +99,8 @@ class StageTrace:
 
     `reads`: whose attention rows it used; those of its `own` layer were projected ahead, those of the `previous` one
     were read where they are computed anyway. `keys`: it also had the layer's keys projected, for themselves.
-    `proportional`: the nearest kept token of each dropped one was looked for.
+    `proportional`: the nearest kept token of each dropped one was looked for. `whole`: own rows and keys come from a
+    run of the layer up to its attention, where they aren't projections of their own.
     """
 
     layer: int
@@ -110,6 +111,7 @@ class StageTrace:
     kept: Int[Tensor, " batch"]
     keys: bool = False
     proportional: bool = False
+    whole: bool = False
 
 
 @dataclass

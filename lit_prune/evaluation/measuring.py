@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def measure(
     prompts = {**encoded, **batch["prompts"]}
     prompts = {k: v for k, v in prompts.items() if k in batch["prompts"] or k == "mm_encoder_outputs"}
     if "mm_encoder_outputs" in prompts:
-        prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
+        prompts = {name: value for name, value in prompts.items() if name not in chain(*INPUTS.values())}
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
         start = now(vlm.model.device)

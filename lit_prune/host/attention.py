@@ -8,6 +8,7 @@ arrives by keyword, so a layer replayed by activation checkpointing sees the sam
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,22 +20,45 @@ BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 @dataclass
 class Tap:
-    """Ask a layer for attention rows: columns of the querying tokens, which keys are real, cached columns before."""
+    """Ask a layer for attention rows: columns of the querying tokens, which keys are real, cached columns before.
+
+    `limited`: the layer's mask hides more than padding and what comes later, so that it counts.
+    """
 
     rows: Int[Tensor, "batch rows"]
     row_mask: Bool[Tensor, "batch rows"]
     valid: Bool[Tensor, "batch seq"]
     past: int = 0
+    limited: bool = False
     scores: Float[Tensor, "batch seq"] | None = None
+
+
+@dataclass
+class Capture:
+    """What a layer handed its attention function: rotated queries and keys, a mask, the factor of its logits."""
+
+    query: Float[Tensor, "batch heads rows head"] | None = None
+    key: Float[Tensor, "batch key_heads seq head"] | None = None
+    mask: Any = None
+    scaling: float = 1.0
+
+
+class Captured(Exception):
+    """Ends the run of a layer whose queries and keys are all that is wanted."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one layer's attention call is asked: a bias per key of this forward, a tap, a bias per cached key."""
+    """What one layer's attention call is asked: a bias per key of this forward, a stage's tap, a bias per cached key.
+
+    `watch` is the tap of a caller. With `capture` the layer stops there.
+    """
 
     key_bias: Float[Tensor, "batch seq"] | None = None
     tap: Tap | None = None
     past_bias: Float[Tensor, "batch past"] | None = None
+    watch: Tap | None = None
+    capture: Capture | None = None
 
     def bias(self, keys: int) -> Tensor | None:
         """Bias of all `keys`: cached ones in front, zeros for what follows those that have one."""
@@ -52,15 +76,19 @@ def row_attention(
     valid: Bool[Tensor, "batch seq"],
     scaling: float,
     key_bias: Float[Tensor, "batch seq"] | None = None,
+    limits: Bool[Tensor, "batch rows seq"] | None = None,
 ) -> Float[Tensor, "batch rows seq"]:
-    """Causal softmax attention of a few rows, averaged over heads: O(rows x seq), never seq x seq."""
+    """Causal softmax attention of a few rows, averaged over heads: O(rows x seq), never seq x seq.
+
+    `limits`: what each row may see, by a mask that is more than causal.
+    """
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1] * count, dim)
     logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).float().mul_(scaling)
     if key_bias is not None:
         logits = logits + key_bias[:, None, None].float()
     columns = torch.arange(key.shape[2], device=key.device)
-    allowed = (columns <= rows[..., None]) & valid[:, None]
+    allowed = ((columns <= rows[..., None]) if limits is None else limits) & valid[:, None]
     # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.
     return logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
 
@@ -101,8 +129,12 @@ def _wrap(name: str, function: Callable) -> Callable:
         if request is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if request.tap is not None:
-            _read(request, query, key, scaling)
+        if (capture := request.capture) is not None:
+            capture.query, capture.key, capture.mask, capture.scaling = query, key, attention_mask, scaling
+            raise Captured
+        for tap in (request.tap, request.watch):
+            if tap is not None:
+                _read(tap, request.key_bias, query, key, scaling, attention_mask)
         bias = request.bias(key.shape[2])
         if bias is None:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -118,14 +150,23 @@ def _wrap(name: str, function: Callable) -> Callable:
     return attention
 
 
-def _read(request: Request, query: Tensor, key: Tensor, scaling: float) -> None:
-    """Fill the tap from this forward's own keys."""
-    tap = request.tap
+def _read(tap: Tap, key_bias: Tensor | None, query: Tensor, key: Tensor, scaling: float, mask: Any) -> None:
+    """Fill a tap from this forward's own keys."""
+    limits = mask_rows(mask, tap.rows, tap.past, query.shape[2]) if tap.limited else None
     with torch.no_grad():
         index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
-        each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, request.key_bias)
+        each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, key_bias, limits)
         tap.scores = row_mean(each, tap.row_mask)
+
+
+def mask_rows(mask: Any, rows: Tensor, past: int, keys: int) -> Tensor | None:
+    """What some rows may see of `keys` keys behind `past` (batch, rows, keys), by a mask of four dimensions."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    allowed = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]
+    allowed = allowed[..., past : past + keys].expand(rows.shape[0], -1, -1)
+    return allowed.gather(1, rows[..., None].expand(-1, -1, allowed.shape[2]))
 
 
 def _added(mask: Tensor | None, bias: Tensor) -> Tensor:

@@ -44,16 +44,80 @@ def cache_keyword(module: nn.Module) -> str:
 
 @memoize
 def _cache_keyword(function: Any, owner: str) -> str:
-    found = next((name for name in CACHE_NAMES if name in _parameters(function)), None)
+    found = next((name for name in CACHE_NAMES if name in parameters(function)), None)
     if found is None:
         raise unsupported(f"{owner} takes no KV cache as {' or '.join(map(repr, CACHE_NAMES))}")
     return found
 
 
 @memoize
-def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
     """Parameters of a function by name, seen through decorators."""
     return dict(inspect.signature(function).parameters)
+
+
+@memoize
+def all_parameters(kind: type[nn.Module]) -> set[str]:
+    """Parameters of a class's forward and of those that it overrides."""
+    return {name for base in kind.__mro__ if "forward" in vars(base) for name in parameters(vars(base)["forward"])}
+
+
+# -- what a class does, by what its code names ----------------------------------------------------------------------
+
+# Attention whose queries and keys are projections of their own, rotated in every layer: cheaper to read row by row.
+PROJECTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+PROJECTED += ("Qwen2_5_VLAttention", "Qwen3VLTextAttention")
+
+
+@memoize
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names in the code of a class's forward and of those that it overrides, in the order of their first use."""
+    forwards = (vars(base).get("forward") for base in kind.__mro__)
+    codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards if forward is not None)
+    return tuple(name for code in codes if code is not None for name in code.co_names)
+
+
+def pre_norm(layer: nn.Module) -> nn.Module | None:
+    """The norm at a layer's input; None: it has none there.
+
+    Raises:
+        LitPruneError: its code names one that isn't there.
+    """
+    for name in _norms(type(layer)):
+        found = layer._modules.get(name)
+        if found is not None or name == "input_layernorm":
+            if found is None:
+                raise unsupported(f"{type(layer).__name__} has no {name}")
+            return None if name.startswith("post") else found
+    return None
+
+
+@memoize
+def _norms(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names in a class's code that may be norms': flags and functions may be named so too."""
+    return tuple(name for name in _names(kind) if "norm" in name)
+
+
+def projects(layer: nn.Module) -> bool:
+    """Whether a layer's own queries and keys can be had by its projections, row by row."""
+    own = getattr(layer, "self_attn", None)
+    if own is None:
+        return "self_attn" in _names(type(layer))
+    return any(base.__name__ in PROJECTED for base in type(own).__mro__)
+
+
+def builds_masks(model: nn.Module) -> bool:
+    """Whether a model builds masks of its own, such as those of images whose tokens see each other both ways."""
+    kinds = (kind for kind in type(model).__mro__ if kind.__name__ != "GenerationMixin")
+    return any("create_masks_for_generate" in vars(kind) for kind in kinds)
+
+
+def plain_forward(layer: nn.Module) -> Callable:
+    """A layer's forward without hooks of its own, and not compiled."""
+    own = vars(layer).get("forward")
+    if own is None:
+        return type(layer).forward.__get__(layer)
+    return getattr(own, "replaced", own) or type(layer).forward.__get__(layer)
 
 
 # -- masks and activation checkpointing -----------------------------------------------------------------------------
@@ -185,14 +249,18 @@ def check_decoder(model: nn.Module, decoder: nn.Module, layers: Iterable[nn.Modu
         own: layers whose attention, or keys, a method computes itself from the layer's projections.
     """
     _check_library()
+    if not any(name in all_parameters(type(model)) for name in CACHE_NAMES):
+        raise LitPruneError(
+            f"{type(model).__name__} takes no KV cache: its generate() runs the language model alone, on embeddings "
+            f"that don't say which tokens are visual, so that no answer would be pruned"
+        )
     _check_forward(type(model), ("input_ids", "attention_mask"))
     _check_forward(type(decoder), ("attention_mask", "position_ids", "inputs_embeds"))
     layers = list(layers)
     for kind in {type(layer) for layer in layers}:
-        _check_forward(kind, ("attention_mask", "position_ids", "position_embeddings"))
+        _check_forward(kind, ("attention_mask",))
     for layer in layers:
-        if not isinstance(getattr(layer, "input_layernorm", None), nn.Module):
-            raise unsupported(f"{type(layer).__name__} has no input_layernorm")
+        pre_norm(layer)
     for index in own:
         _check_attention(layers[index])
 
@@ -207,29 +275,44 @@ def check_tower(layers: Iterable[nn.Module]) -> None:
         need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "v_proj", "num_heads", "scale"))
 
 
-def check_layer_call(layer: nn.Module, args: tuple, kwargs: dict, columns: int, rope: bool) -> None:
+def check_layer_call(
+    layer: nn.Module, args: tuple, kwargs: dict, columns: int, lengths: tuple[int, ...], rope: bool
+) -> None:
     """Raise `LitPruneError` unless a decoder layer is called as the hooks expect.
 
     Args:
         layer: the layer. args, kwargs: its arguments.
-        columns: of the hidden states.
-        rope: whether its rotary embeddings are those of all columns still; after a stage they are replaced.
+        columns: of the hidden states. lengths: that its rotary embeddings may have.
+        rope: whether its rotary embeddings count; where tokens are renumbered they are replaced.
     """
     name = type(layer).__name__
-    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+    taken = parameters(type(layer).forward)
+    named = list(taken)[1 : len(args) + 1]  # without self
+    states = args[0] if args else None
+    if not isinstance(states, Tensor) or states.ndim not in (3, 4) or "attention_mask" in named:
         raise unsupported(f"{name} isn't given hidden states (batch, columns, width), and them alone, by position")
-    if args[0].shape[1] != columns:
-        raise unsupported(f"{name} is given {args[0].shape[1]} columns of hidden states in place of {columns}")
-    found = kwargs.get("position_embeddings")
+    if states.shape[1] != columns:
+        raise unsupported(f"{name} is given {states.shape[1]} columns of hidden states in place of {columns}")
+    if not rope or ("position_embeddings" not in taken and "position_embeddings" not in kwargs):
+        return
+    found = kwargs.get("position_embeddings", 0)  # None is for a layer that rotates nothing
     pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)
-    if not pair or (rope and any(part.ndim != 3 or part.shape[1] != columns for part in found)):
-        raise unsupported(f"{name} isn't given position_embeddings, a pair (batch, {columns} columns, head width)")
+    parts = found if pair else (found,) if isinstance(found, Tensor) and found.is_complex() else ()
+    if found is not None and (not parts or any(part.ndim != 3 or part.shape[1] not in lengths for part in parts)):
+        raise unsupported(f"{name} isn't given position_embeddings, a pair (batch, {lengths[0]} columns, head width)")
 
 
 def check_layer_output(layer: nn.Module, output: Any) -> None:
-    """Raise `LitPruneError` unless a decoder layer returns its states alone."""
-    if not isinstance(output, Tensor):
-        raise unsupported(f"{type(layer).__name__} returns {type(output).__name__} in place of a tensor")
+    """Raise `LitPruneError` unless a decoder layer returns its states, alone or, where it says so, first of several."""
+    if isinstance(output, Tensor) or (returns_several(type(layer)) and isinstance(output[0], Tensor)):
+        return
+    raise unsupported(f"{type(layer).__name__} returns {type(output).__name__} in place of a tensor")
+
+
+@memoize
+def returns_several(kind: type[nn.Module]) -> bool:
+    """Whether a layer's class says that its forward returns a tuple."""
+    return "tuple" in str(inspect.signature(kind.forward).return_annotation)
 
 
 def check_reached(model: nn.Module, reached: bool) -> None:
@@ -264,7 +347,7 @@ def _check_bidirectional() -> None:
 @memoize
 def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
     """Check that a module's forward has these parameters, takes the KV cache, and hands down unknown keywords."""
-    kinds = {part.kind for part in _parameters(kind.forward).values()}
+    kinds = {part.kind for part in parameters(kind.forward).values()}
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise unsupported(f"{kind.__name__} takes no further keywords (**kwargs) to hand down")
     if inspect.Parameter.VAR_POSITIONAL not in kinds:  # else it passes on whatever it is given, and tells nothing
@@ -273,7 +356,9 @@ def _check_forward(kind: type[nn.Module], names: tuple[str, ...]) -> None:
 
 
 def _check_attention(layer: nn.Module) -> None:
-    """Check what computes a layer's own queries and keys: see `parts.query_key` and `parts.plain_keys`."""
+    """Check what computes a layer's own queries and keys: see `reading.own_rows` and `reading.own_keys`."""
+    if not projects(layer):
+        return
     own, kind = getattr(layer, "self_attn", None), type(layer).__name__
     need(own, f"the self_attn of {kind}", ("q_proj", "k_proj", "head_dim", "scaling"))
     if rotation(own) is None:
@@ -292,7 +377,7 @@ def need(part: Any, name: str, attributes: tuple[str, ...]) -> None:
 
 
 def _takes(function: Any, owner: str, names: tuple[str, ...]) -> None:
-    found = {} if function is None else _parameters(function)
+    found = {} if function is None else parameters(function)
     if missing := [name for name in names if name not in found]:
         raise unsupported(f"{owner} takes no {' and no '.join(map(repr, missing))}")
 

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lit_prune.host import parts
+from lit_prune.host.slicing import Slices
 
 
 @contextmanager
@@ -18,10 +20,12 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
 
     def cut(length: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict):
-            cos, sin = kwargs["position_embeddings"]
-            rope = (cos[..., -length:, :], sin[..., -length:, :])
-            kwargs = {**kwargs, "attention_mask": None, "position_ids": None, "position_embeddings": rope}
-            return (args[0][:, -length:], *args[1:]), kwargs
+            hidden, *rest = args
+            last = torch.arange(full - length, full, device=hidden.device).expand(hidden.shape[0], -1)
+            slices = Slices(last, full)
+            kwargs = {name: slices.of(value) for name, value in kwargs.items()}
+            kwargs |= {"attention_mask": None, "position_ids": None}
+            return (hidden[:, -length:], *slices.of(tuple(rest))), kwargs
 
         return hook
 

@@ -22,6 +22,7 @@ from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real
 from lit_prune.host.compat import cache_of
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
+from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
@@ -74,15 +75,27 @@ class DecoderHost:
         self.renumbering = Renumbering(self.parts.decoder) if options.positions == "renumbered" else None
         rule = options.proportional_attention
         self.proportional = None if rule == "none" else ProportionalAttention(rule)
+        self.masks = Masks(self.parts.decoder.config, self.parts.kinds, compat.builds_masks(model))
         self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None else {}
         parts.check_stages(model.config, self.stages)
+        self._check_kinds()
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
         tower = self.tower and self.tower.tower
-        runner = Stages(self.walk, repair, self.parts.decoder.config, tower, self.proportional)
+        runner = Stages(self.walk, repair, dims.width, tower, self.proportional)
         plans = None if self.tower is None else self.plans
-        self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.proportional)
+        self.layers = Layers(
+            self.stages,
+            runner,
+            self.masks,
+            getattr(self.parts.decoder, "rotary_emb", None),
+            plans,
+            repair,
+            self.feeds,
+            self.renumbering,
+            self.proportional,
+        )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
         try:
@@ -103,6 +116,23 @@ class DecoderHost:
         if host_of(self.model) is not replaces:
             raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
 
+    def _check_kinds(self) -> None:
+        """Raise `LitPruneError` where this attention function's masks can't be cut down."""
+        limited = [i for i, kind in enumerate(self.parts.kinds) if kind.attends and not kind.plain]
+        implementation = self.parts.decoder.config._attn_implementation
+        if self.stages and limited and limited[-1] >= self.stages[0] and implementation not in ("sdpa", "eager"):
+            raise LitPruneError(
+                f"layers {limited} of this model attend to a window or to images in both directions, which "
+                f"{implementation} can't follow once tokens are dropped; load it with attn_implementation='sdpa', or, "
+                f"where prompts are shorter than the window, with sliding_window=None in its text_config"
+            )
+
+    @property
+    def counted(self) -> int | None:
+        """The stage whose layers the library counts cached columns by: those of the first layer with attention."""
+        first = self.layers.attention(0, 1)
+        return max((stage for stage in self.stages if stage <= first), default=None)
+
     def _tower_host(self) -> TowerHost | None:
         """Host of the stages inside the vision tower, where the method has some."""
         if self.pruner.tower is None:
@@ -117,19 +147,38 @@ class DecoderHost:
         asked = {stage.layer: stage.pruner.reads(stage.index) for stage in self.walk}
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
+        own = [self.layers.attention(layer, 1) for layer in own]
         compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
         implementation = self.parts.decoder.config._attn_implementation
-        if previous and not wrapped(implementation):
+        for layer in previous:
+            self._check_previous(layer)
+        captured = [layer for layer in own if not compat.projects(self.parts.layers[layer])]
+        if (previous or captured) and not wrapped(implementation):
             raise LitPruneError(
-                f"{implementation} attention can't be read; load the model with attn_implementation='sdpa'"
+                f"{implementation} attention can't be read; load the model with attn_implementation='sdpa', if its "
+                f"class has it, or use a method that reads no attention, such as DivPrune"
             )
         if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(
                 f"proportional_attention: {implementation} attention takes no bias per key; load with "
                 f"attn_implementation='sdpa'"
+            )
+
+    def _check_previous(self, stage: int) -> None:
+        """Raise `LitPruneError` if no attention reaches a stage that reads that of the layer before it."""
+        layer = self.layers.attention(stage - 1, -1)
+        if not self.parts.kinds[layer].attends:
+            raise LitPruneError(
+                f"no layer before {stage} has attention that could be read: layers 0 to {stage - 1} of this model are "
+                f"recurrent or convolutional; prune later, or use a method that reads its own layer's attention"
+            )
+        if between := [other for other in self.stages if layer < other < stage]:
+            raise LitPruneError(
+                f"pruning before layer {stage} would read the attention of layer {layer}, the last before it that has "
+                f"any, but layer {between[-1]} has dropped tokens since; leave out one of the two stages"
             )
 
     def _hook(self) -> None:
@@ -176,7 +225,7 @@ class DecoderHost:
         """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
         if not self.stages:
             return 0
-        return self.stages[0] - self.layers.reads_previous(0)
+        return self.layers.attention(self.stages[0] - 1, -1) if self.layers.reads_previous(0) else self.stages[0]
 
     @property
     def prunes_tower(self) -> bool:
@@ -220,8 +269,10 @@ class DecoderHost:
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
+        if forward is not None:
+            self._check_soft(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
-            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages))
+            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages, self.counted))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
         if forward is not None and session.answers_only:
@@ -239,7 +290,7 @@ class DecoderHost:
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
-                setattr(cache, CACHE, CacheState())
+                setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.embeds = kwargs["inputs_embeds"]
@@ -247,6 +298,16 @@ class DecoderHost:
             columns, _ = selection.compact(forward.visual, forward.most_visual)
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
+
+    def _check_soft(self, forward: Forward) -> None:
+        """Raise `LitPruneError` where a token that attention doesn't see would still move a recurrent state."""
+        kinds = self.parts.kinds
+        if forward.session.soft and forward.counts and any(kind.recurrent for kind in kinds[self.stages[0] :]):
+            layers = [layer for layer, kind in enumerate(kinds) if kind.recurrent]
+            raise LitPruneError(
+                f"soft masks hide tokens from attention alone, and layers {layers} of this model are recurrent or "
+                f"convolutional, which they would still move: train it with model.train_mode: drop"
+            )
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
@@ -258,14 +319,14 @@ class DecoderHost:
         forward.cache_state = state
         if not forward.counts:
             forward.essence, forward.pictured = state.essence, state.pictured
-        if state.seen and 0 in state.valid:
+        if state.seen and state.counted in state.valid:
             if kwargs.get("position_ids") is None:
                 new = torch.arange(forward.length, device=forward.valid.device) + state.seen
                 kwargs["position_ids"] = new[None]
-            kwargs["attention_mask"] = torch.cat([state.valid[0], forward.valid], dim=1)
+            kwargs["attention_mask"] = torch.cat([state.valid[state.counted], forward.valid], dim=1)
         state.seen += forward.length
         positions = kwargs.get("position_ids")
-        if 0 in self.stages and positions is not None and positions.ndim == 3:
+        if self.counted is not None and positions is not None and positions.ndim == 3:
             state.lag = positions[-1, 0, -1] + 1 - state.seen
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):

@@ -5,18 +5,20 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.host.compat import ENCODED
+from lit_prune.host.compat import ENCODED, parameters
 from lit_prune.host.parts import INPUTS
 
 
 def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs of a model with what vision tower and projector make of their pixels in place of these."""
     encoded, rest = {}, dict(inputs)
-    for modality, pixels in INPUTS.items():
-        if inputs.get(pixels) is None:
-            continue
-        encode = getattr(model.base_model, f"get_{modality}_features")
-        asked = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
-        asked[pixels] = rest.pop(pixels).to(model.dtype)
+    for modality, names in INPUTS.items():
+        pixels = next((name for name in names if inputs.get(name) is not None), None)
+        encode = getattr(model.base_model, f"get_{modality}_features", None)
+        taken = () if encode is None else tuple(inspect.signature(encode).parameters)
+        if pixels is None or names[0] not in taken or ENCODED not in parameters(type(model).forward):
+            continue  # what can't be encoded apart, each forward encodes
+        asked = {name: inputs[name] for name in taken if inputs.get(name) is not None}
+        asked[names[0]] = rest.pop(pixels).to(model.dtype)
         encoded[modality] = encode(**asked, return_dict=True)
     return {**rest, ENCODED: encoded} if encoded else inputs

@@ -7,7 +7,10 @@ list or class is touched. A layer over one column costs about what it costs in d
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from lit_prune.host.slicing import Slices
 
 
 @dataclass
@@ -21,12 +24,13 @@ class Prefix:
     states: Tensor | None = None
 
 
-def one_column(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A layer's arguments with the first column alone."""
-    cos, sin = kwargs["position_embeddings"]
-    rope = (cos[..., :1, :], sin[..., :1, :])
-    kwargs = {**kwargs, "attention_mask": None, "position_ids": None, "position_embeddings": rope}
-    return (args[0][:, :1], *args[1:]), kwargs
+def one_column(args: tuple, kwargs: dict, length: int) -> tuple[tuple, dict]:
+    """A layer's arguments with the first column alone, of the `length` that they were made for."""
+    hidden, *rest = args
+    first = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+    slices = Slices(first, length)
+    kwargs = {name: slices.of(value) for name, value in kwargs.items()}
+    return (hidden[:, :1], *slices.of(tuple(rest))), {**kwargs, "attention_mask": None, "position_ids": None}
 
 
 def stretched(output: Tensor, length: int) -> Tensor:

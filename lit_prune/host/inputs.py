@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune.host.cache import CACHE
+from lit_prune.host.cache import CACHE, padding
 from lit_prune.host.compat import ENCODED
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.parts import INPUTS, ModelParts
@@ -53,6 +53,7 @@ def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real:
         total=total,
         pictured=total > 0,
         length=ids.shape[1],
+        start=None if real is None else padding(real),
         counts=plans.counts(totals, separate) if session.prune and any(totals) else {},
     )
     if pictured:
@@ -93,7 +94,8 @@ def _visual(kwargs: dict, ids: Tensor, valid: Tensor, parts: ModelParts) -> tupl
 def passed_modalities(kwargs: dict, parts: ModelParts) -> list[str]:
     """Modalities among `parts.tokens` of which keyword arguments carry pixels, or what the tower made of them."""
     encoded = kwargs.get(ENCODED) or {}
-    return [m for m in parts.tokens if kwargs.get(INPUTS[m]) is not None or encoded.get(m) is not None]
+    given = {m for m, names in INPUTS.items() if any(kwargs.get(name) is not None for name in names)}
+    return [m for m in parts.tokens if m in given or encoded.get(m) is not None]
 
 
 def _prompt_length(kwargs: dict, ids: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +10,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
-from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output
+from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output, parameters
 from lit_prune.host.idle import one_column, stretched
+from lit_prune.host.masks import Masks, Span
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention, remember
+from lit_prune.host.reading import Handed
+from lit_prune.host.slicing import Slices
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
+from lit_prune.host.streams import gained, mean_stream
 from lit_prune.ops import selection
 from lit_prune.repair import RepairAdapter
+
+PADDING = "conv_mask"  # keyword under which layers take which columns are real, beside an attention mask
 
 
 class Layers:
@@ -28,6 +35,8 @@ class Layers:
     Args:
         stages: pruning layers, none without a method.
         runner: runs one stage.
+        masks: the masks of layers that follow a stage.
+        rotary: the decoder's rotary embeddings.
         plans: is shown what a vision tower let through to layer 0; None where the method has no stages inside one.
         repair: adapter on late layers.
         feeds: {layer: (adapter, stage that feeds it)}.
@@ -39,17 +48,32 @@ class Layers:
         self,
         stages: tuple[int, ...],
         runner: Stages,
+        masks: Masks,
+        rotary: nn.Module | None,
         plans: Plans | None,
         repair: RepairAdapter | None,
         feeds: dict[int, tuple[int, int]],
         renumbering: Renumbering | None,
         proportional: ProportionalAttention | None,
     ) -> None:
-        self.stages, self.runner, self.plans = stages, runner, plans
+        self.stages, self.runner, self.masks, self.plans = stages, runner, masks, plans
         self.repair, self.feeds, self.renumbering, self.proportional = repair, feeds, renumbering, proportional
+        self.tapped = {self.attention(layer - 1, -1): i for i, layer in enumerate(stages) if self.reads_previous(i)}
+        # Flash attention would read ids with gaps as packed sequences; positions are in the rotary embeddings.
+        self.reads_positions = "flash" not in masks.config._attn_implementation
+        self.modules: list[nn.Module] = []
+        self.rotary, self.width = rotary, masks.config.hidden_size
+
+    def attention(self, index: int, step: int) -> int:
+        """The nearest layer with attention, from one on, upwards or downwards; that one itself if there is none."""
+        kinds, place = self.masks.kinds, index
+        while 0 <= place < len(kinds) and not kinds[place].attends:
+            place += step
+        return place if 0 <= place < len(kinds) else index
 
     def hook(self, layers: nn.ModuleList) -> Iterator[RemovableHandle]:
         """Add the hooks, and give their handles."""
+        self.modules = list(layers)
         for index, layer in enumerate(layers):
             yield layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
             yield layer.register_forward_hook(partial(self._after, index), with_kwargs=True)
@@ -60,17 +84,24 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
-        check_layer_call(module, args, kwargs, forward.columns.shape[1], rope=forward.rope is None)
+        check_layer_call(module, args, kwargs, forward.columns.shape[1], self._lengths(forward), forward.rope is None)
         forward.reached = True
         if forward.session.idle(index):
             forward.trace_layer(None)
-            return one_column(args, kwargs)
-        hidden, kwargs = self._at_prefix(index, args[0], forward), dict(kwargs)
+            return one_column(args, kwargs, forward.length)
+        hidden = self._at_prefix(index, args[0], forward)
         if index in self.stages:
-            hidden = self._stage(index, module, hidden, forward, kwargs)
-        self._pass_on(index, forward, kwargs)
+            hidden = self._stage(index, module, hidden, forward, args[1:], kwargs)
+        rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
+        self._ask(index, forward, kwargs)
         forward.trace_layer(hidden)
-        return (hidden, *args[1:]), kwargs
+        return (hidden, *rest), kwargs
+
+    @staticmethod
+    def _lengths(forward: Forward) -> tuple[int, ...]:
+        """Columns that a decoder may give rotary embeddings for: this forward's, or those of all keys."""
+        state = forward.cache_state
+        return (forward.length,) if state is None else (forward.length, state.seen)
 
     @staticmethod
     def _at_prefix(index: int, hidden: Tensor, forward: Forward) -> Tensor:
@@ -82,26 +113,65 @@ class Layers:
             prefix.states = hidden
         return prefix.states
 
-    def _stage(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
+    def _stage(
+        self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
+    ) -> Tensor:
         """Drop tokens, where this forward carries images, and note what later forwards have to know."""
         if self.renumbering is not None:
             self.renumbering.enter(forward, kwargs)
         if forward.counts:
-            hidden = self.runner.run(index, module, hidden, forward, kwargs)
+            reader = self.modules[self.attention(index, 1)]
+            handed = Handed(reader, partial(self._arguments, index, hidden, forward, rest, kwargs))
+            hidden = self.runner.run(index, module, hidden, forward, handed)
             if self.plans is not None and index == 0 and forward.sizes is not None:
                 self.plans.check_arrived(forward.counts, forward.alive, forward.sizes)
         if self.renumbering is not None:
             self.renumbering.leave(index, hidden, forward)
         if forward.cache_state is not None:
-            self._remember(index, hidden, forward, kwargs)
+            self._remember(index, forward)
         return hidden
 
-    def _remember(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> None:
-        """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
-        state, cache = forward.cache_state, cache_of(kwargs)
+    def _arguments(self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict) -> dict[str, Any]:
+        """What the layer that a stage reads is handed beside its states, by name, over this forward's columns alone.
+
+        A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
+        """
+        reader = self.attention(index, 1)
+        mask = kwargs.get("attention_mask")
+        if reader != index and not (self.masks.own and isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = None  # made for another kind of layer
+        if forward.cache_state is not None and forward.cache_state.seen > forward.length:
+            mask = None  # of cached columns too
+        if reader != index and kwargs.get("position_embeddings") is None and self.rotary is not None:
+            kwargs = {**kwargs, "position_embeddings": self._rope(reader, hidden, kwargs)}
+        rest, kwargs = self._sliced(forward, rest, kwargs)
+        names = list(parameters(type(self.modules[reader]).forward))[2 : 2 + len(rest)]
+        own = {name: value for name, value in kwargs.items() if name not in (FORWARD, REQUEST)}
+        own["attention_mask"] = None  # causal over the real columns: rows are read so anyway
+        if not self.masks.kinds[reader].plain:
+            count, whole = forward.columns.shape[1], forward.slices is None and mask is not None
+            span = Span(forward.valid, forward.columns, count, forward.start, None, whole)
+            own["attention_mask"] = self.masks.of(reader, hidden, span, mask, None)
+        return {**dict(zip(names, rest, strict=True)), **own}
+
+    def _rope(self, reader: int, hidden: Tensor, kwargs: dict) -> Any:
+        """The rotary embeddings that a decoder would give a layer, where it gives them to that layer's kind alone."""
+        kinds = {"layer_type": self.masks.config.layer_types[reader]}
+        given = {name: value for name, value in kinds.items() if name in parameters(type(self.rotary).forward)}
+        return self.rotary(hidden, kwargs["position_ids"], **given)
+
+    def _remember(self, index: int, forward: Forward) -> None:
+        """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
+        state = forward.cache_state
         past = state.valid.get(index)
         remember(index, forward, 0 if past is None else past.shape[1])
-        state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
+        columns = forward.columns + (state.seen - forward.length)
+        if past is None:
+            state.valid[index], state.columns[index], state.first[index] = forward.valid, columns, columns.shape[1]
+        else:
+            state.valid[index] = torch.cat([past, forward.valid], dim=1)
+            state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
+            forward.key_slices = Slices(state.columns[index], state.seen)
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
@@ -111,31 +181,66 @@ class Layers:
             state.soft = forward.session.soft
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
-        if forward.restaged or past is not None:
+        if state.start is None:
+            state.start = forward.start
+        if forward.slices is not None or past is not None:
             # The decoder's own mask fits the columns of layer 0, so these layers take theirs, also where it is None.
-            forward.restaged = True
-            forward.mask = self.runner.mask(hidden, state.valid[index], cache, index, padded)
+            whole = past is None and forward.slices is None
+            keys = (state.valid[index], state.columns[index], state.first[index])
+            forward.enter_span(Span(*keys, state.start, padded, whole))
 
-    def _pass_on(self, index: int, forward: Forward, kwargs: dict) -> None:
-        """Give a layer the mask, rotary embeddings, bias and tap of this forward."""
-        if forward.restaged:
-            # Positions are in the rotary embeddings; ids with gaps would be read as packed sequences.
-            kwargs.update(attention_mask=forward.mask, position_ids=None)
-        elif forward.mask is not None:
-            kwargs["attention_mask"] = forward.mask
+    def _cut(
+        self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
+    ) -> tuple[tuple, dict[str, Any]]:
+        """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
+        rest, kwargs = self._sliced(forward, rest, kwargs)
+        if forward.span is not None:
+            kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
+            if not self.reads_positions:
+                kwargs["position_ids"] = None
+            if PADDING in kwargs and forward.length > 1 and forward.span.padded is not False:
+                kwargs[PADDING] = forward.valid.long()
+        return rest, kwargs
+
+    @staticmethod
+    def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
+        """What has a row per token, at the columns that are left."""
+        kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
+        if forward.slices is not None:
+            rest = forward.slices.of(tuple(rest))
+            kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
+        if forward.key_slices is not None:
+            kwargs = {name: value if name in kept else forward.key_slices.of(value) for name, value in kwargs.items()}
         if forward.rope is not None:
             kwargs["position_embeddings"] = forward.rope
-        forward.tap = None
-        if forward.counts and index + 1 in self.stages and self.reads_previous(self.stages.index(index + 1)):
-            rows, mask = self.runner.rows(forward, self.stages.index(index + 1))
+        return rest, kwargs
+
+    def _mask(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> Any:
+        """The mask of a layer, built once for all layers of its kind between two stages."""
+        kind = self.masks.kinds[index]
+        if kind not in forward.masks:
+            by_bias = forward.cache_state is None and forward.key_bias is not None
+            forward.masks[kind] = self.masks.of(
+                index, hidden, forward.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
+            )
+        return forward.masks[kind]
+
+    def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
+        """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
+        forward.watched, tap = None, None
+        limited = not self.masks.kinds[index].plain
+        if forward.counts and (stage := self.tapped.get(index)) is not None:
+            rows, mask = self.runner.rows(forward, stage)
             cache = cache_of(kwargs)
-            forward.tap = Tap(rows, mask, forward.valid, 0 if cache is None else int(cache.get_seq_length(index)))
+            past = 0 if cache is None else int(cache.get_seq_length(index))
+            tap = forward.taps[stage] = Tap(rows, mask, forward.valid, past, limited)
         if index in forward.session.watch and forward.record is not None and forward.grid:
-            forward.tap = Tap(*selection.compact(forward.text, forward.most_text), forward.valid)
-        if forward.key_bias is not None and self.runner.config._attn_implementation == "eager":
+            forward.watched = Tap(*selection.compact(forward.text, forward.most_text), forward.valid, limited=limited)
+        if forward.key_bias is not None and self.masks.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
-        if forward.tap is not None or forward.key_bias is not None or forward.past_bias is not None:
-            kwargs[REQUEST] = Request(forward.key_bias, forward.tap, forward.past_bias)
+        asked = (forward.key_bias, tap, forward.past_bias, forward.watched)
+        if any(part is not None for part in asked):
+            kwargs[REQUEST] = Request(*asked)
 
     def reads_previous(self, stage: int) -> bool:
         """Whether a stage reads the attention of the layer before its own."""
@@ -149,16 +254,26 @@ class Layers:
         if forward is None:
             return None
         check_layer_output(module, output)
+        if isinstance(output, tuple):
+            states = self._leave(index, output[0], forward)
+            return None if states is output[0] else (states, *output[1:])
+        states = self._leave(index, output, forward)
+        return None if states is output else states
+
+    def _leave(self, index: int, output: Tensor, forward: Forward) -> Tensor:
+        """A layer's states, repaired, and what a caller wants to know of them."""
         if forward.session.idle(index):
             return stretched(output, forward.columns.shape[1])
-        repaired = self._repair(index, output, forward)
+        before = mean_stream(output, self.width)
+        after = self._repair(index, before, forward)
+        repaired = output if after is before else gained(output, before, after)
         record = forward.record
         if record is not None and record.keeps(index):
-            record.hidden[index] = forward.at_answers(repaired)
-        if record is not None and index in forward.session.watch and forward.tap is not None:
+            record.hidden[index] = forward.at_answers(after)
+        if record is not None and index in forward.session.watch and forward.watched is not None:
             columns, real = selection.compact(forward.visual, forward.most_visual)
-            record.attention[index] = forward.on_grid(forward.tap.scores.gather(1, columns), columns, real, 0.0)
-        return None if repaired is output else repaired
+            record.attention[index] = forward.on_grid(forward.watched.scores.gather(1, columns), columns, real, 0.0)
+        return repaired
 
     def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:
         if index not in self.feeds or not forward.session.repair:

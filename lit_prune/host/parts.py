@@ -1,5 +1,6 @@
 """Where things are in a transformers vision-language model: the only table of names per family."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +9,18 @@ from torch import Tensor, nn
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import TOWERS, USUAL, TowerSize, crop_load, tower_size
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import need, rotation
+from lit_prune.host.compat import all_parameters, builds_masks, need, parameters, pre_norm
+from lit_prune.host.kinds import Kind, kinds
 from lit_prune.pruners.base import Dims
 
-# A forward has images (or videos) if it carries this input; these ids, where a configuration has them, stand for them.
-INPUTS = {"image": "pixel_values", "video": "pixel_values_videos"}
-TOKENS = {"image": "image_token_id", "video": "video_token_id"}
+# A forward has images (or videos) if it carries one of these inputs; one of these ids stands for them in a prompt.
+INPUTS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")  # inputs of models without visual tokens
+INNER = ("model", "decoder", "language_model")  # where a language model keeps what runs its layers
 # Model types whose images all have the same number of tokens. In the others it depends on the image's size.
 FIXED_GRID = ("llava",)
 NOMINAL = 576  # visual tokens of an image about which a configuration says nothing [ours]
-# Families whose image tokens attend to each other in both directions.
-BIDIRECTIONAL = ("paligemma", "gemma3", "gemma4", "gemma4_unified", "molmo2")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ModelParts:
     """The parts of a model that pruning touches.
 
     `tokens`: id of each modality's placeholder. `image_length`: visual tokens of every image, `None` where images
-    differ.
+    differ. `kinds`: what each layer does with tokens.
     """
 
     decoder: nn.Module
@@ -45,6 +47,7 @@ class ModelParts:
     tokens: dict[str, int]
     dims: Dims
     image_length: int | None
+    kinds: tuple[Kind, ...]
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +55,7 @@ class ModelParts:
 
         Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
         """
-        devices = {_device(getattr(layer, "input_layernorm", layer)) for layer in self.layers}
+        devices = {_device(pre_norm(layer) or layer) for layer in self.layers}
         if len(devices) > 1:
             raise LitPruneError(
                 f"the decoder is spread over {', '.join(sorted(map(str, devices)))}, and pruning needs its layers on "
@@ -74,53 +77,115 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find(model: nn.Module) -> ModelParts:
-    """Parts of a `*ForConditionalGeneration`; raises `LitPruneError` for a model that isn't one."""
+    """Parts of a `*ForConditionalGeneration`; raises `LitPruneError` for a model that has no visual tokens to prune."""
     model = unwrap(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
-    ids = {modality: getattr(model.config, name, None) for modality, name in TOKENS.items()}
-    if layers is None or ids["image"] is None:
-        raise LitPruneError(
-            f"{type(model).__name__} is no vision-language model with a decoder and an image token; "
-            f"load a *ForConditionalGeneration, such as LLaVA"
-        )
+    decoder, tokens = _decoder(model), placeholders(model.config)
+    if (reason := _unsuited(model, decoder, tokens)) is not None:
+        raise LitPruneError(f"{type(model).__name__} {reason}; load a *ForConditionalGeneration, such as LLaVA")
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
     fixed = model.config.model_type in FIXED_GRID and getattr(vision, "model_type", None) in TOWERS
     visual = crop_load(model.config, 1).visual if fixed else nominal_tokens(model.config)
     return ModelParts(
         decoder=decoder,
-        layers=layers,
-        tokens={modality: token for modality, token in ids.items() if token is not None},
-        dims=Dims(width=text.hidden_size, depth=len(layers), visual=visual, varies=not fixed),
+        layers=decoder.layers,
+        tokens=tokens,
+        dims=Dims(width=text.hidden_size, depth=len(decoder.layers), visual=visual, varies=not fixed),
         image_length=visual if fixed else None,
+        kinds=kinds(text, given=builds_masks(model)),
     )
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """The module that runs the decoder's layers, out of a language model with its head around it."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    while found is not None and not isinstance(getattr(found, "layers", None), nn.ModuleList):
+        found = next((part for name in INNER if isinstance(part := getattr(found, name, None), nn.Module)), None)
+    return found
+
+
+def placeholders(config: Config) -> dict[str, int]:
+    """Ids of the tokens that stand for an image's or a video's, as far as a configuration has them."""
+    found = {modality: _first_id(config, names) for modality, names in TOKENS.items()}
+    if found["image"] is None:  # image tokens that are words of the vocabulary
+        found["image"] = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
+    return {modality: token for modality, token in found.items() if token is not None}
+
+
+def _first_id(config: Config, names: Sequence[str]) -> int | None:
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+
+
+def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int]) -> str | None:
+    """Why a model has no visual tokens in a decoder, in words that follow its name."""
+    inputs = parameters(type(model).forward)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "is an encoder with a decoder that reads the image by cross-attention: it has no visual tokens to prune"
+    if hasattr(model.config.get_text_config(), "rel_extent"):
+        return (
+            "adds a bias to its attention for each distance between two tokens, which it counts in the sequence that "
+            "is left: tokens that stay would seem to move together"
+        )
+    if any(name in inputs for name in CROSS_ATTENTION):
+        return "reads the image by cross-attention in its decoder's layers: it has no visual tokens to prune"
+    if not any(name in all_parameters(type(model)) for names in INPUTS.values() for name in names):
+        return "takes no images"
+    if decoder is None or not tokens:
+        return "is no vision-language model with a decoder and an image token, so nothing says which tokens are visual"
+    return None
+
+
+def allowed_stages(config: Config) -> list[int]:
+    """Decoder layers before which visual tokens may be dropped."""
+    depth, first, taken = config.get_text_config().num_hidden_layers, _deepstack(config), reused(config)
+    return [s for s in range(first, depth) if not any(source < s <= layer for layer, source in taken.items())]
 
 
 def check_stages(config: Config, stages: tuple[int, ...]) -> None:
     """Raise `LitPruneError` where a model can't drop visual tokens before these decoder layers.
 
-    Its first layers may need all visual tokens behind them (deepstack), later ones may see a window of the context.
+    Its first layers may need all visual tokens behind them (deepstack), later ones may reuse what earlier ones made.
     """
     if not stages:
         return
-    if config.model_type in BIDIRECTIONAL:
-        raise LitPruneError(
-            f"models of the family {config.model_type} can't be pruned: their image tokens attend to each other in "
-            f"both directions, and the masks behind a stage are causal"
-        )
-    full_until = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    full_until = _deepstack(config)
     if stages[0] < full_until:
         raise LitPruneError(
             f"no visual token may be dropped before layer {stages[0]}: behind its layers 0 to {full_until - 1} this "
             f"model adds vision features to all of them (deepstack); prune before layer {full_until} or later"
         )
-    windowed = [layer for layer in _windowed(config.get_text_config()) if layer >= stages[0]]
-    if windowed:
-        raise LitPruneError(
-            f"pruning before layer {stages[0]} is not possible: layers {windowed} attend to a window of the "
-            f"context, which counts cached columns, and these are not positions once tokens are dropped; where "
-            f"prompts are shorter than the window, load the model with sliding_window=None in its text_config"
-        )
+    for layer, source in reused(config).items():
+        if between := [stage for stage in stages if source < stage <= layer]:
+            allowed = ", ".join(map(str, allowed_stages(config)))
+            raise LitPruneError(
+                f"no visual token may be dropped before layer {between[-1]}: layer {layer} of this model reuses what "
+                f"layer {source} has made of all of them; it can be pruned before layers {allowed}"
+            )
+
+
+def _deepstack(config: Config) -> int:
+    """The first layer that no vision features are added behind."""
+    if mapped := getattr(config, "deepstack_layer_map", None):  # pairs of a vision layer and a decoder's
+        return 1 + max([layer for _, layer in mapped] + list(getattr(config, "spatial_target_layers", ())))
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def reused(config: Config) -> dict[int, int]:
+    """{layer: the earlier one whose keys, or choice of keys, it takes over}."""
+    text = config.get_text_config()
+    depth, found = text.num_hidden_layers, {}
+    names = getattr(text, "layer_types", None) or ["full_attention"] * depth
+    first = depth - (getattr(text, "num_kv_shared_layers", None) or 0)
+    for layer in range(first, depth):
+        found[layer] = max(source for source in range(first) if names[source] == names[layer])
+    for layer, source in enumerate(getattr(text, "kv_source_layers", None) or ()):
+        if source < layer:
+            found[layer] = source
+    last = 0
+    for layer, kind in enumerate(getattr(text, "indexer_types", None) or ()):
+        last = last if kind == "shared" else layer
+        if last < layer:
+            found[layer] = min(last, found.get(layer, last))
+    return found
 
 
 def tower(model: nn.Module) -> Tower:
@@ -154,40 +219,3 @@ def _height_width(size: object) -> tuple[int, int] | None:
     """Both sides of what may be given as one number, two, or not at all."""
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     return sides if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides) else None
-
-
-def _windowed(text) -> tuple[int, ...]:
-    """Decoder layers whose attention does not reach over the whole context."""
-    window = getattr(text, "sliding_window", None)
-    default = "full_attention" if window is None else "sliding_attention"
-    kinds = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
-    if window is not None and window >= text.max_position_embeddings:
-        kinds = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
-    return tuple(layer for layer, kind in enumerate(kinds) if kind != "full_attention")
-
-
-@torch.no_grad()
-def plain_keys(layer: nn.Module, states: Tensor) -> Tensor:
-    """The layer's own keys of normed `states` (batch, seq, width), before their rotation: (batch, seq, inner)."""
-    attention = layer.self_attn
-    keys = attention.k_proj(states)
-    norm = getattr(attention, "k_norm", None)
-    return keys if norm is None else norm(keys.unflatten(2, (-1, attention.head_dim))).flatten(2)
-
-
-def query_key(
-    layer: nn.Module, queries: Tensor, keys: Tensor, query_rope: tuple[Tensor, Tensor], key_rope: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The layer's own rotated queries and keys of normed states, as its attention will compute them.
-
-    `queries` (batch, rows, width) and `keys` (batch, seq, width); returns (batch, heads, rows, head) and
-    (batch, key heads, seq, head). Projections are called as modules, so sharded weights are gathered by their hooks.
-    """
-    attention = layer.self_attn
-    rotate, out = rotation(attention), []
-    for states, (cos, sin), name in ((queries, query_rope, "q"), (keys, key_rope, "k")):
-        heads = getattr(attention, f"{name}_proj")(states).unflatten(2, (-1, attention.head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
-        heads = (heads if norm is None else norm(heads)).transpose(1, 2)
-        out.append(rotate(heads, heads[:, :0], cos, sin)[0])  # the library rotates two at once; here one is empty
-    return out[0], out[1]

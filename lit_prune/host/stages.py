@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import Cache, PreTrainedConfig
 
-from lit_prune.host.attention import row_attention, row_mean
-from lit_prune.host.compat import causal_mask
+from lit_prune.host.attention import mask_rows, row_attention, row_mean
+from lit_prune.host.compat import pre_norm, projects
 from lit_prune.host.lengths import on_device
-from lit_prune.host.parts import Tower, plain_keys, query_key
+from lit_prune.host.masks import Span
+from lit_prune.host.parts import Tower
 from lit_prune.host.proportional import ProportionalAttention, merged
+from lit_prune.host.reading import Handed, own_keys, own_rows
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
+from lit_prune.host.streams import gained, mean_stream, rows_at
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Stage
@@ -49,7 +50,7 @@ class Stages:
     Args:
         walk: the stages, each with the pruner that decides there.
         repair: adapter that is fed by the stages, if any.
-        config: the decoder's, for its masks.
+        width: of the decoder's states.
         tower: the vision tower, if the pruner has stages inside it.
         proportional: proportional attention, if it is on.
     """
@@ -58,18 +59,20 @@ class Stages:
         self,
         walk: tuple[Stage, ...],
         repair: RepairAdapter | None,
-        config: PreTrainedConfig,
+        width: int,
         tower: Tower | None = None,
         proportional: ProportionalAttention | None = None,
     ) -> None:
-        self.walk, self.repair, self.config, self.tower = walk, repair, config, tower
+        self.walk, self.repair, self.width, self.tower = walk, repair, width, tower
         self.layers = tuple(stage.layer for stage in walk)
         self.proportional = proportional
 
-    def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
-        """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
+    def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, handed: Handed) -> Tensor:
+        """Score, select, and drop (or mask) the visual tokens at the input of one layer.
+
+        `handed`: the layer whose attention is read, the stage's own if it has any.
+        """
         stage = self.layers.index(index)
-        rope = kwargs["position_embeddings"] if forward.rope is None else forward.rope
         # 1. Find the visual columns; those that the vision tower dropped arrive at the first stage as marks.
         columns, real = selection.compact(forward.visual, forward.most_visual)
         dead = None
@@ -78,44 +81,49 @@ class Stages:
             forward.gone = dead
         alive = forward.alive.gather(1, columns) & real
         # 2. Read the frozen layer: its normed input, and the attention rows and keys that the method asked for.
-        normed = module.input_layernorm(hidden)
+        norm, states = pre_norm(module), mean_stream(hidden, self.width)
+        normed = states if norm is None else norm(states)
         rows = self.rows(forward, stage)
-        read = self._read(stage, module, normed, rope, rows, forward)
+        read = self._read(stage, hidden, normed, handed, rows, forward)
         # 3. Let the method decide.
-        context = self._context(stage, hidden, normed, Seen(columns, real, alive, rows, read), forward)
+        context = self._context(stage, states, normed, Seen(columns, real, alive, rows, read), forward)
         here = self.walk[stage]
         kept = here.pruner.prune(context)
         exact = forward.counts[index] if here.pruner.exact(here.index) and not forward.session.soft else None
         selected = Selected(columns, real, alive, kept, dead, exact)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
-        self._trace(index, stage, rows, kept, forward)
+        self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
         self._leave_essence(stage, context, kept, forward)
         self._note(index, columns, context, kept, forward)
         # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
             changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
-            hidden = hidden.scatter(1, columns[..., None].expand_as(changed), changed)
+            hidden = gained(hidden, states, states.scatter(1, columns[..., None].expand_as(changed), changed))
         # 6. Drop, or mask.
-        return self._apply(hidden, rope, selected, forward)
+        return self._apply(hidden, selected, forward)
 
     def _read(
-        self, stage: int, module: nn.Module, normed: Tensor, rope: tuple, rows: tuple[Tensor, Tensor], forward: Forward
+        self,
+        stage: int,
+        hidden: Tensor,
+        normed: Tensor,
+        handed: Handed,
+        rows: tuple[Tensor, Tensor],
+        forward: Forward,
     ) -> Read:
         """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
         asked = self.reads(stage)
-        keys = plain_keys(module, normed) if self.walk[stage].pruner.needs_keys else None
+        keys = own_keys(handed, hidden, normed) if self.walk[stage].pruner.needs_keys else None
         if asked is None:
             return Read(keys=keys)
         if asked.layer == "previous":
-            return Read(forward.tap.scores, keys=keys)
+            return Read(forward.taps[stage].scores, keys=keys)
         columns, real = rows
         with torch.no_grad():
-            cos, sin = (part.expand(normed.shape[0], -1, -1) for part in rope)
-            row_rope = (selection.gather_rows(cos, columns), selection.gather_rows(sin, columns))
-            query, key = query_key(module, selection.gather_rows(normed, columns), normed, row_rope, (cos, sin))
+            own = own_rows(handed, hidden, normed, columns)
+            limits = mask_rows(own.mask, columns, 0, own.key.shape[2])
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
-            scaling = module.self_attn.scaling
-            each = row_attention(query, key, columns, forward.valid, scaling, forward.key_bias)
+            each = row_attention(own.query, own.key, columns, forward.valid, own.scaling, forward.key_bias, limits)
             return Read(row_mean(each, real), each if asked.each else None, keys)
 
     def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
@@ -150,12 +158,14 @@ class Stages:
             row_attention=None if each is None else each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
         )
 
-    def _trace(self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward) -> None:
+    def _trace(
+        self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward, whole: bool
+    ) -> None:
         """Note what the stage computed beside the method itself."""
         asked = self.reads(stage)
         needs_keys, sized = self.walk[stage].pruner.needs_keys, self.proportional is not None
         reads = None if asked is None else asked.layer
-        forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized)
+        forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized, whole)
 
     def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
         if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
@@ -180,7 +190,7 @@ class Stages:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
         record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
 
-    def _apply(self, hidden: Tensor, rope: tuple, selected: Selected, forward: Forward) -> Tensor:
+    def _apply(self, hidden: Tensor, selected: Selected, forward: Forward) -> Tensor:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
         leaving = dropped = selected.dropped(forward.valid)
         self._add_bias(selected, forward)
@@ -199,34 +209,24 @@ class Stages:
         if selected.kept.sizes is not None:
             merged(selected, forward)
         elif self.proportional is not None:
-            self.proportional.resize(hidden, selected, forward)
+            self.proportional.resize(mean_stream(hidden, self.width), selected, forward)
         if there:
-            hidden = self._shortened(hidden, rope, dropped, forward)
+            hidden = rows_at(hidden, forward.pack(dropped))
         if forward.cache_state is None:
-            forward.restaged = True
-            self._hide_padding(hidden, forward)
+            self._hide_padding(forward)
         return hidden
 
     @staticmethod
-    def _shortened(hidden: Tensor, rope: tuple, dropped: Tensor, forward: Forward) -> Tensor:
-        """States without the dropped columns; rotary embeddings and flags follow, the mask of before fits no more."""
-        packed = forward.pack(dropped)
-        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rope)
-        forward.rope = (selection.gather_rows(cos, packed), selection.gather_rows(sin, packed))
-        forward.restaged = True
-        forward.mask = None
-        return selection.gather_rows(hidden, packed)
-
-    def _hide_padding(self, hidden: Tensor, forward: Forward) -> None:
+    def _hide_padding(forward: Forward) -> None:
         """Hide padding and filler from the layers that follow, by a mask, or by the bias if keys carry one anyway.
 
         A mask of booleans, where there is one, becomes a float mask of seq x seq in every layer, which autograd keeps.
         """
-        if forward.key_bias is None:
-            forward.mask = self.mask(hidden, forward.valid, None, 0, forward.padded)
-        else:
+        if forward.key_bias is not None:
             forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
-            forward.mask = self.mask(hidden, forward.valid, None, 0, False)
+        whole = forward.slices is None
+        count = forward.columns.shape[1]
+        forward.enter_span(Span(forward.valid, forward.columns, count, forward.start, forward.padded, whole))
 
     @staticmethod
     def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
@@ -268,15 +268,6 @@ class Stages:
             return selection.compact(forward.text, forward.most_text)
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
         return selection.compact(forward.text & last, None if forward.most_text is None else min(1, forward.most_text))
-
-    def mask(
-        self, hidden: Tensor, valid: Tensor, cache: Cache | None, index: int, padded: bool | None
-    ) -> Tensor | BlockMask | None:
-        """Attention mask of the layers from `index` on, sized by that layer's own cache; None where none is needed.
-
-        `padded` says whether some columns are filler; None: nobody knows, so the device is asked.
-        """
-        return causal_mask(self.config, hidden, None if padded is False else valid, cache, index, skip=not padded)
 
 
 def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

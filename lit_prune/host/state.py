@@ -1,17 +1,20 @@
 """What travels with one forward, by keyword from hook to hook. Nothing here is ever stored on a module."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from lit_prune.cost.trace import StageTrace
 from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
+from lit_prune.host.kinds import Kind
 from lit_prune.host.lengths import Lengths
+from lit_prune.host.masks import Span
 from lit_prune.host.session import Record, Session
+from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
 from lit_prune.repair import Essence
@@ -67,16 +70,20 @@ class Forward:
     most_text: int | None = None
     cache_state: CacheState | None = None
     embeds: Tensor | None = None
-    rope: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | BlockMask | None = None
-    restaged: bool = False  # some stage has passed: later layers get this forward's mask and rope
+    start: Tensor | None = None  # padding to the left of each sample; None: there is none
+    rope: tuple[Tensor, Tensor] | None = None  # where tokens are numbered anew
+    slices: Slices | None = None  # cuts what layers are handed, once columns have left
+    key_slices: Slices | None = None  # cuts what has a row per key, cached ones included
+    span: Span | None = None  # keys of the layers from the last stage on; None: as the decoder thinks
+    masks: dict[Kind, Any] = field(default_factory=dict)  # those of this span, by kind of layer
     positions: Tensor | None = None  # where tokens are numbered anew: position ids, less those that left in front
     removed: Tensor | None = None  # and how many have left of each sample
     key_bias: Tensor | None = None
     past_bias: Tensor | None = None  # that of the cached keys
     token_sizes: Tensor | None = None  # with proportional attention: tokens that each column stands for
     gone: Tensor | None = None  # soft mode: visual columns pruned so far
-    tap: Tap | None = None
+    watched: Tap | None = None  # of the layer that runs now
+    taps: dict[int, Tap] = field(default_factory=dict)  # by the stage that reads it
     essence: dict[int, Essence] = field(default_factory=dict)
     cumulative: Tensor | None = None  # (batch, N) gate on the image's grid
 
@@ -145,7 +152,12 @@ class Forward:
             setattr(self, name, None if flags is None else flags.gather(1, columns))
         if self.embeds is not None:
             self.embeds = selection.gather_rows(self.embeds, columns)
+        self.slices = Slices(self.columns, self.length)
         return columns
+
+    def enter_span(self, span: Span) -> None:
+        """Layers from here on attend to these keys."""
+        self.span, self.masks = span, {}
 
     def trace_layer(self, hidden: Tensor | None) -> None:
         """Note the lengths at a layer's input, and what it will compute; nothing without `hidden`: it idles."""
@@ -160,11 +172,11 @@ class Forward:
         trace.learns.append(any(part.requires_grad for part in learning))
 
     def trace_stage(
-        self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, proportional: bool
+        self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, proportional: bool, whole: bool
     ) -> None:
         """Note what a stage looked at; `reads` names the layer whose attention rows it used, if any."""
         if self.record is not None:
-            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys, proportional)
+            stage = StageTrace(layer, reads, rows, self._present(), self.alive.sum(1), kept, keys, proportional, whole)
             self.record.trace.stages.append(stage)
 
     def _present(self) -> Tensor:
