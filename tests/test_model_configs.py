@@ -27,6 +27,7 @@ VISUAL = {
     "llava-onevision-7b": 3699,
     "qwen2.5-vl-7b": 576,
     "qwen3-vl-8b": 441,
+    "qwen3.5-9b": 441,
 }
 UNKNOWN = set()  # whose rule the price does not know yet
 
