@@ -41,7 +41,7 @@ UNPRICED = (
     "Qwen/Qwen3.5-9B",
     "zai-org/GLM-4.6V-Flash",
 )
-HEAVY = ()
+HEAVY = ("google/gemma-3-4b-it",)
 MISSING = pytest.mark.xfail(strict=True, raises=LitPruneError, reason="the tower has no line in TOWERS")
 SHAPES = [pytest.param(name, marks=MISSING if name in UNPRICED else ()) for name in names()]
 
