@@ -29,8 +29,9 @@ VISUAL = {
     "qwen2.5-vl-7b": 576,
     "qwen3-vl-8b": 441,
     "qwen3.5-9b": 441,
+    "smolvlm2-2.2b": 1377,
 }
-UNKNOWN = {"gemma3-4b"}  # whose rule the price does not know yet
+UNKNOWN = {"gemma3-4b", "smolvlm2-2.2b"}  # whose rule the price does not know yet
 
 
 @cache
