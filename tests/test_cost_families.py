@@ -40,6 +40,7 @@ FAMILIES = [FIXED, *CROPPED, TILED, *GRIDS]
 UNPRICED = (
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     "Qwen/Qwen3.5-9B",
+    "allenai/Molmo2-8B",
     "zai-org/GLM-4.6V-Flash",
 )
 HEAVY = ("google/gemma-3-4b-it", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")

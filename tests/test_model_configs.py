@@ -26,12 +26,13 @@ VISUAL = {
     "llava-next-mistral-7b": 2928,
     "llava-next-vicuna-7b": 2928,
     "llava-onevision-7b": 3699,
+    "molmo2-8b": 725,
     "qwen2.5-vl-7b": 576,
     "qwen3-vl-8b": 441,
     "qwen3.5-9b": 441,
     "smolvlm2-2.2b": 1377,
 }
-UNKNOWN = {"gemma3-4b", "smolvlm2-2.2b"}  # whose rule the price does not know yet
+UNKNOWN = {"gemma3-4b", "molmo2-8b", "smolvlm2-2.2b"}  # whose rule the price does not know yet
 
 
 @cache
