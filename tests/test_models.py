@@ -1,9 +1,17 @@
 """Laws of pruning on tiny random models of the classes in transformers' image-text-to-text list."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from lit_prune.cost.flops import price
+from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.laws import measure
-from lit_prune.host.zoo.shrink import listed
+from lit_prune.host import Record, Session
+from lit_prune.host.zoo.inputs import prompts
+from lit_prune.host.zoo.shrink import listed, tiny_model
+from lit_prune.pruners.uniform import Uniform
+from lit_prune.vlm import VLM
 
 # One class for each thing that a decoder may do with its tokens.
 SAMPLE = {
@@ -38,3 +46,64 @@ def test_every_class_works_or_is_refused_in_a_sentence(kind):
     assert found.verdict in ("works", "refused", "library"), (found.error, found.broken)
     if found.refused is not None:
         assert "\n" not in found.refused
+
+
+# -- towers without a known price -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """A class whose decoder has a price and whose tower has none, and its prompts."""
+    model = tiny_model("qwen2_vl")
+    vlm = VLM(model, None).attach(Uniform([2]), keep="50%")
+    assert vlm.size is not None
+    assert not vlm.size.tower_known
+    yield vlm, prompts("qwen2_vl", model)
+    vlm.detach()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in the forward", "encoded before"])
+def test_what_a_tower_takes_is_counted_where_it_runs(counted, ahead):
+    vlm, given = counted
+    batch, record = given.batch(), Record()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vlm.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    inputs = vlm.encode_images(batch) if ahead else batch
+    with torch.no_grad(), vlm.using(Session(record=record)):
+        vlm.model(**inputs)
+    parts = price(record.trace, vlm.size, vlm.plugin.pruner)
+    assert parts["vision"].sum().item() == pytest.approx(counter.get_total_flops())
+    share = record.trace.total_visual / record.trace.total_visual.sum()
+    assert torch.allclose(parts["vision"] / parts["vision"].sum(), share.double())
+
+
+def test_nothing_is_counted_on_after_a_tower_that_fails(counted):
+    vlm, given = counted
+    batch = given.batch()
+    with vlm.using(Session(record=Record())), pytest.raises(RuntimeError):
+        vlm.model(**{**batch, "pixel_values": batch["pixel_values"][:, :-1]})
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_classes_and_writes_the_table(tmp_path, capsys):
+    from lit_prune.commands import models
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- classes -->\nold\n<!-- end of classes -->\nafter\n", encoding="utf-8")
+    models.run(["llava", "mistral4"], out=page)
+    shown = capsys.readouterr().out
+    assert "llava" in shown
+    assert "takes no pixels" in shown
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| mistral4 | `Mistral4ForCausalLM` | no |" in text
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(LitPruneError, match="has no marks"):
+        models.run(["llava"], out=page)
+    with pytest.raises(LitPruneError, match="seashell is not in"):
+        models.run(["seashell"])

@@ -110,7 +110,8 @@ def price(
 ) -> dict[str, Tensor]:
     """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
-    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out. `pruner` and
+    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out, or what was counted
+    as both ran stands for them, as `vision`. `pruner` and
     `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
@@ -123,7 +124,7 @@ def price(
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
     }
     parts = {
-        **(tower if size.tower_known else {}),
+        **(tower if size.tower_known else {} if trace.counted is None else {"vision": trace.counted.to(zero)}),
         "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
         + _size_channels(size, trace),
         "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),

@@ -120,6 +120,7 @@ class Trace:
 
     Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
     idled, and `learns` says which layers gradients go back through.
+    `counted` are the FLOPs of a vision tower with its projector, where their arithmetic isn't known.
     `budget` is what was asked of each sample: `keep`, or all its visual tokens if it has fewer.
     `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
     `total_visual`: right for models whose crops all give the same number of tokens.
@@ -132,6 +133,7 @@ class Trace:
     total_visual: Int[Tensor, " batch"] | None = None
     vision: VisionTrace | None = None
     tower: TowerTrace | None = None
+    counted: Float[Tensor, " batch"] | None = None
     repaired: Int[Tensor, " batch"] | None = None
     repair_stages: tuple[int, ...] = ()
     ran: list[Int[Tensor, " batch"]] = field(default_factory=list)

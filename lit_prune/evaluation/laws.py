@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,10 +15,6 @@ from lit_prune.host.parts import allowed_stages
 from lit_prune.host.zoo.inputs import Inputs, Prompts, prompts
 from lit_prune.host.zoo.shrink import tiny_model
 from lit_prune.pruners.base import Pruner
-from lit_prune.pruners.fastv import FastV
-from lit_prune.pruners.rcp import RCP
-from lit_prune.pruners.text_attention import TextAttention
-from lit_prune.pruners.uniform import Uniform
 from lit_prune.repair import RepairAdapter
 from lit_prune.vlm import VLM
 
@@ -68,10 +65,16 @@ class Findings:
 def methods(layers: Sequence[int]) -> dict[str, Callable[[], Pruner]]:
     """Methods that read nothing, the attention of the layer before, and that of their own, at some stages."""
     return {
-        "uniform": lambda: Uniform([layers[0], layers[-1]]),
-        "fastv": lambda: FastV([layers[-1]]),
-        "text attention": lambda: TextAttention([layers[0], layers[-1]]),
+        "uniform": lambda: method("uniform.Uniform", layers=[layers[0], layers[-1]]),
+        "fastv": lambda: method("fastv.FastV", layers=[layers[-1]]),
+        "text attention": lambda: method("text_attention.TextAttention", layers=[layers[0], layers[-1]]),
     }
+
+
+def method(path: str, **arguments: Any) -> Pruner:
+    """A method by its class path, as in a YAML file."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"lit_prune.pruners.{module}"), name)(**arguments)
 
 
 def stages(model: nn.Module) -> list[int]:
@@ -82,14 +85,16 @@ def stages(model: nn.Module) -> list[int]:
     return sorted({allowed[round(part * (len(allowed) - 1))] for part in (0.17, 0.5, 0.83)})
 
 
-def measure(kind: str, seed: int = 0) -> Findings:
-    """Every law on one class."""
+def measure(kind: str, seed: int = 0, laws: bool = True) -> Findings:
+    """Every law on one class; without `laws` whether a method can be attached, and why not."""
     found = Findings(kind)
     law = "build"
     try:
         model = tiny_model(kind, seed)
         law = "attach"
         vlm = attached(VLM(model, None, kind), ALL).detach()
+        if not laws:
+            return found
         law = "plain"
         given = prompts(kind, model)
         _plain(vlm, given)
@@ -104,7 +109,7 @@ def measure(kind: str, seed: int = 0) -> Findings:
         if law in ("build", "plain"):
             found.laws["plain"] = False
         found.error, found.place = (
-            f"after {law}: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            f"after {law}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
             _place(error),
         )
     return found
@@ -127,9 +132,9 @@ def _laws(vlm: VLM, given: Prompts) -> Iterator[tuple[str, Any]]:
             yield f"{law}, plain", f"the plain model's own differ by {gap:.0e}"
     yield "scale", f"{plain[text].std():.2f}"
     yield "keep-all", _keep_all(vlm, batch, plain)
-    for name, method in methods(stages(model)).items():
+    for name, make in methods(stages(model)).items():
         try:
-            vlm.attach(method(), keep="80%")
+            vlm.attach(make(), keep="80%")
         except LitPruneError as error:
             yield name, str(error)
             continue
@@ -177,11 +182,11 @@ def attached(vlm: VLM, keep: str) -> VLM:
         return RepairAdapter([6, 7], [0, len(layers) - 1], bottleneck=16, condition=8, code=4)
 
     try:
-        vlm.attach(RCP(**ratios, select="topk", inner=16), repair(), keep=budget)
+        vlm.attach(method("rcp.RCP", **ratios, select="topk", inner=16), repair(), keep=budget)
     except LitPruneError as error:
         if UNREAD not in str(error):
             raise
-        vlm.attach(Uniform(**ratios), repair(), keep=budget)
+        vlm.attach(method("uniform.Uniform", **ratios), repair(), keep=budget)
     draw = torch.Generator().manual_seed(2)
     for parameter in vlm.plugin.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)

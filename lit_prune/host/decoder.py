@@ -20,6 +20,7 @@ from lit_prune.host import compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
+from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
 from lit_prune.host.masks import Masks
@@ -185,6 +186,8 @@ class DecoderHost:
         decoder = self.parts.decoder
         self.handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(self._leave_model, with_kwargs=True))
+        # Also where the tower fails: what is counted from then on is nobody's.
+        self.handles.append(self.model.register_forward_hook(self._end_count, with_kwargs=True, always_call=True))
         self.handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         self.handles.append(decoder.register_forward_hook(self._leave_decoder, with_kwargs=True))
         self.handles.extend(self.layers.hook(self.parts.layers))
@@ -275,16 +278,35 @@ class DecoderHost:
             setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages, self.counted))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
+            self._count_tower(module, kwargs, forward)
         if forward is not None and session.answers_only:
             labels = kwargs.pop("labels", None)
             if forward.record is not None and labels is not None:
                 forward.record.targets = forward.at_answers(labels.roll(-1, 1))
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
+    @staticmethod
+    def _count_tower(module: nn.Module, kwargs: dict, forward: Forward) -> None:
+        """Count what a tower of unknown arithmetic takes: until the decoder begins, or where it was encoded before."""
+        if not forward.grid or not unknown(module.config):
+            return
+        if encoded := kwargs.get(compat.ENCODED):
+            forward.record.trace.counted = shared(counted(encoded), forward.total)
+        else:
+            forward.counter = Counter()
+
+    @staticmethod
+    def _end_count(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> None:
+        forward: Forward | None = kwargs.get(FORWARD)
+        if forward is not None and forward.counter is not None:
+            forward.record.trace.counted = shared(forward.counter.end(), forward.total)
+            forward.counter = None
+
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        self._end_count(module, args, kwargs)
         compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
         cache = chosen_cache(module, forward.session, kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lit_prune.host.compat import ENCODED, parameters
+from lit_prune.host.counting import COUNTED, Counter, unknown
 from lit_prune.host.parts import INPUTS
 
 
@@ -20,5 +21,11 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
             continue  # what can't be encoded apart, each forward encodes
         asked = {name: inputs[name] for name in taken if inputs.get(name) is not None}
         asked[names[0]] = rest.pop(pixels).to(model.dtype)
-        encoded[modality] = encode(**asked, return_dict=True)
+        counter = Counter() if unknown(model.config) else None
+        try:
+            encoded[modality] = encode(**asked, return_dict=True)
+        finally:
+            flops = None if counter is None else counter.end()
+        if flops is not None:
+            setattr(encoded[modality], COUNTED, flops)
     return {**rest, ENCODED: encoded} if encoded else inputs

@@ -128,7 +128,7 @@ def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int
     if any(name in inputs for name in CROSS_ATTENTION):
         return "reads the image by cross-attention in its decoder's layers: it has no visual tokens to prune"
     if not any(name in all_parameters(type(model)) for names in INPUTS.values() for name in names):
-        return "takes no images"
+        return "takes no pixels (pixel_values): nothing says when a prompt has an image"
     if decoder is None or not tokens:
         return "is no vision-language model with a decoder and an image token, so nothing says which tokens are visual"
     return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_prune.cost.trace import StageTrace
 from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
+from lit_prune.host.counting import Counter
 from lit_prune.host.kinds import Kind
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
@@ -62,6 +63,7 @@ class Forward:
     sizes: Tensor | None = None  # (batch, images) visual tokens of each image at the start
     record: Record | None = None
     counts: dict[int, list[int]] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
+    counter: Counter | None = None  # of a tower's FLOPs, while that runs
     reached: bool = False  # it has come down to the decoder's layers
     grid: int = 0  # visual tokens of the sample that has most, at the start
     lengths: Lengths | None = None  # None: only the device knows

@@ -125,8 +125,8 @@ def _visual(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
 # -- pixels ---------------------------------------------------------------------------------------------------------
 
 
-def _draw(image: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(image + 1))
+def _draw(image: int, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(image + 1))
 
 
 def _pixels(kind: str, model: nn.Module) -> Callable[[Sequence[int], Sequence[int]], Inputs]:

@@ -1,0 +1,43 @@
+"""FLOPs of vision towers whose arithmetic isn't known: counted while they run, whatever their structure."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_prune.cost.shapes import Config
+from lit_prune.cost.sizes import TOWERS
+
+COUNTED = "lit_prune_flops"  # attribute of an encoded image: what encoding it took
+
+
+def unknown(config: Config) -> bool:
+    """Whether the price of a model's tower can't be read off its configuration."""
+    return getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS
+
+
+class Counter:
+    """Counts from its start to its end, which may come more than once."""
+
+    def __init__(self) -> None:
+        self.mode: FlopCounterMode | None = FlopCounterMode(display=False)
+        self.mode.__enter__()
+        self.total = 0
+
+    def end(self) -> int:
+        """Stop, if it still counts; the FLOPs so far."""
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.total, self.mode = self.mode.get_total_flops(), None
+        return self.total
+
+
+def counted(encoded: dict[str, Any]) -> int | None:
+    """What encoding some images took; None where that was not counted."""
+    each = [getattr(output, COUNTED, None) for output in encoded.values()]
+    return None if None in each else sum(each)
+
+
+def shared(flops: int | None, total: Tensor) -> Tensor | None:
+    """A batch's FLOPs by sample, in proportion to their visual tokens (batch,); None where they aren't known."""
+    return None if flops is None else flops * total.double() / total.sum().clamp(min=1)
