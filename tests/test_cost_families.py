@@ -36,6 +36,17 @@ CROPPED = ["llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-onevision-qwen2-
 TILED = "OpenGVLab/InternVL3-8B-hf"
 GRIDS = ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
 FAMILIES = [FIXED, *CROPPED, TILED, *GRIDS]
+# Shapes whose vision tower has no price yet, and those whose tower works more than the decoder: 4,096 patches for 256
+# visual tokens, and 17 crops.
+UNPRICED = (
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "Qwen/Qwen3.5-9B",
+    "allenai/Molmo2-8B",
+    "zai-org/GLM-4.6V-Flash",
+)
+HEAVY = ("google/gemma-3-4b-it", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
+MISSING = pytest.mark.xfail(strict=True, raises=LitPruneError, reason="the tower has no line in TOWERS")
+SHAPES = [pytest.param(name, marks=MISSING if name in UNPRICED else ()) for name in names()]
 
 
 def shrunk(name: str) -> Any:
@@ -199,14 +210,15 @@ def test_several_images_of_a_sample_stay_whole():
     assert as_counted(price(trace, model_size(model.config))) == found
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SHAPES)
 def test_shipped_shapes_have_a_price(name):
     size = model_size(shipped_config(name))
     parts = price(plan({}, size.image.visual, 64, size.depth), size)
-    assert parts["decoder"] > parts["vision"] > parts["projector"] > parts["lm_head"] > 0
+    assert parts["decoder"] > parts["vision"] or name in HEAVY
+    assert parts["vision"] > parts["projector"] > parts["lm_head"] > 0
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_says_what_its_configuration_says(name):
     """Fields as they stand are enough: nothing that is asked of them rests on a default of the library."""
 

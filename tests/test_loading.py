@@ -36,14 +36,20 @@ from lit_prune.vlm import VLM
 
 # Parameters of the published checkpoints, in billions.
 PUBLISHED = {
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2.25,
     "OpenGVLab/InternVL3-8B-hf": 7.94,
+    "OpenGVLab/InternVL3_5-8B-HF": 8.53,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
     "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "Qwen/Qwen3.5-9B": 9.41,  # and 0.24 for multi-token prediction, which the class leaves out
+    "allenai/Molmo2-8B": 8.66,
+    "google/gemma-3-4b-it": 4.30,
     "llava-hf/llava-1.5-13b-hf": 13.35,
     "llava-hf/llava-1.5-7b-hf": 7.06,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03,
     "llava-hf/llava-v1.6-mistral-7b-hf": 7.57,
     "llava-hf/llava-v1.6-vicuna-7b-hf": 7.06,
+    "zai-org/GLM-4.6V-Flash": 10.29,
 }
 SHAPES = pytest.mark.parametrize("name", names())
 
@@ -62,7 +68,8 @@ def test_a_shipped_shape_has_the_size_of_its_checkpoint(name):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     assert type(model).__name__ == config.architectures[0]
     assert round(count(model) / 1e9, 2) == PUBLISHED[name]
-    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name == "google/gemma-3-4b-it")
 
 
 @SHAPES
@@ -83,7 +90,7 @@ def test_a_shipped_shape_says_what_it_means(name):
 
 def test_every_family_is_shipped_once():
     assert set(names()) == set(PUBLISHED)
-    assert len({shipped_config(name).model_type for name in names()}) == 6
+    assert len({shipped_config(name).model_type for name in names()}) == 11
 
 
 def test_two_calls_share_no_configuration():
@@ -109,7 +116,11 @@ def shrunk(name: str) -> PreTrainedConfig:
     vision.num_hidden_layers = 2
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = 64
-        text.rope_parameters["mrope_section"] = [2, 3, 3]
+        pairs = int(8 * text.rope_parameters.get("partial_rotary_factor", 1))
+        text.rope_parameters["mrope_section"] = [pairs - 2 * (3 * pairs // 8)] + [3 * pairs // 8] * 2
+    if hasattr(config, "adapter_config"):
+        config.adapter_config.update({"hidden_size": 32, "intermediate_size": 48, "text_hidden_size": 64})
+        config.adapter_config.vision_feature_layer = [1, 0]
     if hasattr(vision, "fullatt_block_indexes"):
         vision.fullatt_block_indexes = [1]
     if hasattr(vision, "deepstack_visual_indexes"):
@@ -127,7 +138,7 @@ def test_random_weights_of_every_family(name):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in weights.items())
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
     with torch.no_grad():
-        logits = model(input_ids=torch.arange(2, 12)[None]).logits
+        logits = model.eval()(input_ids=torch.arange(2, 12)[None]).logits
     assert bool(logits.isfinite().all())
     assert logits.std() > 0
 
