@@ -245,7 +245,6 @@ class Parsed(trainer_verbs.PruneCLI):
         pass
 
     def read(self, line: list[str]) -> None:
-        self._subcommand_parsers[self.verb].given.clear()
         self.parse_arguments(self.parser, [self.verb, *line])
 
 
