@@ -641,6 +641,58 @@ def test_options_of_a_verb(
         options.run_verb("ask", [*line.split(), "--kep", "3"])
 
 
+def write(name: str, content: dict) -> str:
+    Path(name).write_text(yaml.safe_dump(content))
+    return name
+
+
+def test_a_verbs_files_and_options_are_merged_and_the_later_ones_win(folder: Path) -> None:
+    one = write("one.yaml", {"text_tokens": 8, "keep": [64], "train": {"gpus": 2, "mode": "drop"}})
+    two = write("two.yaml", {"text_tokens": 9, "train": {"batch_size": 3}})
+    line = ["micro", "--train.gpus", "4", "-c", one, "--config", two, "--keep", "2:64", "11.1%", "--train"]
+    _, found = options.parse_verb("cost", line)
+    train = found["train"]
+    assert (found["model"], found["text_tokens"], found["keep"]) == ("micro", 9, ["2:64", "11.1%"])
+    assert (train.gpus, train.mode, train.batch_size) == (4, "drop", 3)
+    _, found = options.parse_verb("cost", ["--train={gpus: 5}", "--train.mode=drop", "--keep", "16", "--keep=4"])
+    assert (found["train"].gpus, found["train"].mode, found["keep"]) == (5, "drop", [16, 4])
+    assert options.parse_verb("cost", [])[1]["train"] is None
+
+
+def test_a_verbs_file_may_be_a_pipe(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"text_tokens: 7")
+    os.close(writer)
+    assert options.parse_verb("cost", ["-c", f"/dev/fd/{reader}"])[1]["text_tokens"] == 7
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        ({"tran": 1}, "", "error: x.yaml: unknown key `tran`; did you mean `train`?"),
+        ({"train": {"gpu": 1}}, "", "error: x.yaml: unknown key `train.gpu`; did you mean `train.gpus`?"),
+        ({"train": {"gpus": "many"}}, "", "error: x.yaml: `train.gpus`: expected int, got many"),
+        ({"text_tokens": "many"}, "", "error: x.yaml: `text_tokens`: expected int, got many"),
+        ({"text_tokens": "many"}, "--text-tokens 3 --dtype f", "`text_tokens`: expected int, got many"),
+        ({}, "--dtype float", "error: `dtype`: expected one of ['float32', 'bfloat16', 'float16', 'int8'], got float"),
+        ({}, "--keep", "error: --keep: expected at least one argument"),
+        ({}, "--json", "error: --json: expected one argument"),
+        ({}, "--train.gpus=x", "error: `train.gpus`: expected int, got x"),
+        ({}, "--train=3", "error: `train`: expected Training, got 3"),
+        ({}, "--tokens=3", "error: unknown option `--tokens`; did you mean `--text_tokens`?"),
+        ({}, "--dtype int8 more", "error: unexpected argument `more`"),
+    ],
+)
+def test_what_a_verb_cannot_take_is_one_clear_message(
+    run: Callable[[str], Result], content: dict, line: str, says: str
+) -> None:
+    file = f"-c {write('x.yaml', content)}" if content else ""
+    result = run(f"cost {file} {line}")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert says in result.err
+
+
 @pytest.mark.parametrize("verb", sorted(cli.verbs()))
 def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> None:
     assert cli.verbs()[verb], "the module's docstring has no first line"
@@ -660,3 +712,14 @@ def test_shipped_configurations_parse(config: Path, capsys: pytest.CaptureFixtur
         cli.main(["fit", "-c", str(config), "--print_config"])
     assert not exit_.value.code
     assert yaml.safe_load(capsys.readouterr().out)["model"]
+
+
+@pytest.mark.parametrize("folder_", ["loggers", "models", "pruners", "strategies"])
+def test_what_is_right_is_not_blamed(folder_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One value is wrong beside a shipped configuration and its overlays, and the message is about that one."""
+    overlays = sorted((ROOT / "configs" / folder_).glob("*.yaml"))
+    files = [word for file in (ROOT / "configs" / "micro.yaml", *overlays) for word in ("-c", str(file))]
+    appended = "--trainer.callbacks+=lightning.pytorch.callbacks.DeviceStatsMonitor"
+    with pytest.raises(SystemExit):
+        cli.main(["fit", *files, "--trainer.logger=false", appended, "--model.lr=fast"])
+    assert capsys.readouterr().err == "error: `model.lr`: expected float, got fast\n"

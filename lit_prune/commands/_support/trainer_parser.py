@@ -40,6 +40,7 @@ class PruneParser(LightningArgumentParser):
         super().link_arguments(source, target, **kwargs)
 
     def _parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Namespace, list[str]]:
+        self.given, self.unknown = [], []
         namespace, self.unknown = super()._parse_known_args(*args, **kwargs)
         return namespace, self.unknown
 
