@@ -417,7 +417,7 @@ def test_a_failing_method_loses_no_other(config, tmp_path):
     [
         ({"methods": ["x=nowhere.yaml"]}, "nowhere.yaml: No such file"),
         ({"methods": ["x=nowhere/{seed}"]}, "x: plug-in nowhere/0"),
-        ({"methods": ["x="]}, "write full, PATH, or NAME=PATH"),
+        ({"methods": ["x="]}, "write PATH or NAME=PATH"),
         ({"methods": [RANDOM], "keep": ["0.1%"]}, "--keep 0.1%: 0 visual tokens"),
         ({"methods": [RANDOM], "keep": ["few"]}, "--keep few"),
         ({"methods": [RANDOM], "limit": 0}, "--limit 0"),

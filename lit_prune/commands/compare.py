@@ -32,6 +32,7 @@ from lit_prune.plugin import learns
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")
+DATA_SEED = "data.init_args.data_seed"
 
 
 def run(
@@ -84,13 +85,7 @@ def run(
         lit-prune compare --methods full fastv divprune --keep 16 --groups 4
         lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
-    for each in keep or []:
-        parse_budget(each, "--keep")  # this and the next before anything is loaded
-    if limit is not None and limit < 1:
-        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
-    check_number("--groups", groups, least=2, whole=True)
-    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
-    check_folder("--out", out)
+    _check(keep, limit, groups, seeds, out)
     chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
     for method in chosen:
         method.check()
@@ -118,13 +113,24 @@ def run(
     _judge(cells, work.results)
 
 
+def _check(keep: list[Any] | None, limit: int | None, groups: int | None, seeds: list[int] | None, out: Path) -> None:
+    """Raise `LitPruneError` for options that nothing can be measured with, before a model is loaded."""
+    for each in keep or []:
+        parse_budget(each, "--keep")
+    if limit is not None and limit < 1:
+        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
+    check_number("--groups", groups, least=2, whole=True)
+    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
+    check_folder("--out", out)
+
+
 def _build(config: list[str], data_seed: int | None, verb: str) -> PruneCLI:
     """Model, and the data that a verb reads; raises `LitPruneError` for a seed where the data have none."""
-    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
+    overrides = [] if data_seed is None else [f"--{DATA_SEED}={data_seed}"]
     try:
         return build(config, overrides, reads=verb)
     except UsageError as error:
-        if "unknown key `data" not in str(error) or "data_seed" not in str(error):
+        if error.key != DATA_SEED:
             raise
         raise LitPruneError("--data-seed: these data are not generated, so they have no seed; leave it out") from error
 

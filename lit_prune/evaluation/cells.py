@@ -16,9 +16,8 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint, unpruned
+from lit_prune.plugin.methods import FULL, MethodText
 from lit_prune.vlm import VLM, as_plugin
-
-FULL = "full"
 
 
 @dataclass
@@ -67,11 +66,10 @@ def budget(text: Any, visual: int, varies: bool = False) -> int | str:
 
 @dataclass(frozen=True)
 class Method:
-    """A row as it was asked for: `full`, PATH or NAME=PATH; `!` behind it leaves the repair adapter out.
+    """A row as it was asked for, in the grammar of `MethodText` without a budget.
 
-    PATH is a pruner's YAML or a plug-in folder. Several with commas between are trained runs of one method, which count
-    as its seeds. `{keep}` and `{seed}` in a path stand for each budget and seed, so that one pattern names many runs.
-    Without a name, "", the method's own stands for it.
+    Several paths are trained runs of one method, which count as its seeds. `{keep}` and `{seed}` in a path stand for
+    each budget and seed, so that one pattern names many runs. Without a name, "", the method's own stands for it.
     """
 
     name: str
@@ -81,12 +79,10 @@ class Method:
     @classmethod
     def parse(cls, text: str) -> "Method":
         """Raises `LitPruneError` where a path is missing."""
-        name, _, path = text.rpartition("=")
-        repair, path = not path.endswith("!"), path.removesuffix("!")
-        paths = tuple(path.split(","))
-        if not all(paths):
-            raise LitPruneError(f"--methods {text}: write full, PATH, or NAME=PATH, several paths as NAME=A,B,C")
-        return cls(name or (FULL if path == FULL else ""), paths, repair)
+        line = MethodText.parse(text, "--methods")
+        if line.keep is not None:
+            raise LitPruneError(f"--methods {text}: the budgets of a comparison are given with --keep, for all methods")
+        return cls(line.name or (FULL if line.path == FULL else ""), line.paths, line.repair)
 
     def check(self) -> None:
         """Raises `LitPruneError` for a path that can't be read; patterns stand for several and wait."""
