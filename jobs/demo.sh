@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install gradio beside this project into an environment of its own and test the demo in headless Chromium.
-#   bash jobs/demo.sh                     2 GB and 5 minutes; Debian: apt-get install chromium chromium-driver first
+#   bash jobs/demo.sh                     2 GB and 5 minutes; needs Chromium: apt-get install chromium
 #   VENV=/elsewhere bash jobs/demo.sh
 # The environment stays in runs/integrations/demo. An extra of its own, since gradio holds Pillow below 13.
 set -euo pipefail
@@ -17,5 +17,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE
 # PyTorch first, as jobs/install.sh has it: everything else takes the build that is there.
 torch=$(sed -n 's/^torch==/torch==/p' constraints.txt)
 "$VENV/bin/python" -m pip install --quiet "$torch"
-"$VENV/bin/python" -m pip install --quiet -e '.[demo]' selenium pytest pytest-timeout hypothesis beartype
+"$VENV/bin/python" -m pip install --quiet -e '.[demo]' playwright pytest pytest-timeout hypothesis beartype
 "$VENV/bin/python" -m pytest -m integrations tests/test_demo.py -q "$@"

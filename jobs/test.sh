@@ -15,10 +15,10 @@ export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 note "ruff"
 ruff check .
 
-marks="not slow and not gpu and not versions"
+marks="not slow and not gpu and not versions and not integrations"
 spread=(-n logical --maxprocesses=4 --dist=loadfile)
 if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    marks="not slow and not versions"
+    marks="not slow and not versions and not integrations"
     spread=() # the memory of one GPU is for one process
 fi
 if (($#)); then

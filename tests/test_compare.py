@@ -233,6 +233,9 @@ def test_every_answer_has_a_record(measured):
     assert rows[1]["lost"] > 0
     assert rows[1]["kl"] > 0
     assert chance[0]["kept"] == {"0": 16}
+    assert [bin(int(each["masks"]["0"], 16)).count("1") for each in chance] == [16] * QUESTIONS
+    assert all(0 < each["confidence"] <= 1 for each in chance)
+    assert full[0]["masks"] == {}
     assert {each["image"] for each in chance} == {path.stem for path in (measured / "images").iterdir()}
     assert len({each["image"] for each in chance}) == QUESTIONS // 7, "seven questions an image"
     assert all(max(Image.open(path).size) <= 256 for path in (measured / "images").iterdir())

@@ -58,7 +58,7 @@ def sample(number: int, answer: str, full: str = "yes", reference: str = "yes", 
         "reference": reference, "full": full, "answer": answer, "full_right": full == reference,
         "right": answer == reference, "agrees": full == answer, "kl": 0.5, "confidence": 0.9 if number < 4 else 0.4,
         "visual": 8.0, "total": 64,
-        "kept": {"0": 8}, "image": f"{number // 3:016x}", **more,
+        "kept": {"0": 8}, "masks": {"0": "ff" + 14 * "0"}, "image": f"{number // 3:016x}", **more,
     }  # fmt: skip
 
 
@@ -282,6 +282,19 @@ def test_samples_that_flip_come_first(made_up):
     pictures = {card.id: card.picture for card in gallery.cards([read_run(made_up)], 99)}
     assert pictures["q0"].startswith("data:image/jpeg;base64,")
     assert pictures["q3"] == ""
+
+
+def test_kept_tokens_are_drawn_stage_by_stage(made_up):
+    """A rectangle for each run of kept patches; what is no mask is left out."""
+    mask = np.zeros((4, 4), bool)
+    mask[0, 1:3], mask[2, 0], mask[2, 2:], mask[3, 3] = True, True, True, True
+    text = np.packbits(mask).tobytes().hex()
+    (stage,) = gallery._stages({"total": 16, "masks": {"2": text, "4": "zz", "5": "f"}})
+    assert stage == gallery.Stage("layer 2: 6 tokens", 4, "M1 0h2v1H1zM0 2h1v1H0zM2 2h2v1H2zM3 3h1v1H3z")
+    assert gallery._stages({"total": 16}) == gallery._stages({"masks": {"2": text}}) == []
+    found = Elements(page.make([read_run(made_up)], "Masks"))
+    assert len(found.of("svg", "kept")) == 2 * QUESTIONS
+    assert {given["d"] for given in found.of("path")} == {"M0 0h8v1H0z"}
 
 
 def test_the_page_needs_nothing_else(made_up):

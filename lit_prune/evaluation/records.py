@@ -1,7 +1,10 @@
 """One record per measured sample: what tables, reports, W&B and CSV are made of."""
 
 from dataclasses import asdict, dataclass
+from math import isqrt
 from typing import Any
+
+import numpy as np
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.measuring import Measured
@@ -23,6 +26,8 @@ class SampleRecord:
         visual: visual tokens averaged over the decoder layers' inputs.
         total: visual tokens of the prompt.
         kept: {pruning layer: visual tokens left after that stage}.
+        masks: {pruning layer: which tokens these are}, a bit each, packed row by row into hexadecimal text; empty for
+            prompts whose visual tokens are no square grid, such as several images or tiles.
     """
 
     id: str | int
@@ -40,16 +45,21 @@ class SampleRecord:
     visual: float
     total: int
     kept: dict[int, int]
+    masks: dict[int, str]
 
     def as_json(self) -> dict[str, Any]:
-        """The record as a line of `samples/` has it: keys of `kept` are text."""
-        return {**asdict(self), "kept": {str(layer): count for layer, count in self.kept.items()}}
+        """The record as a line of `samples/` has it: layers are text there."""
+        by_layer = {
+            name: {str(layer): each for layer, each in getattr(self, name).items()} for name in ("kept", "masks")
+        }
+        return {**asdict(self), **by_layer}
 
 
 def sample_records(measured: Measured, teacher: Measured, batch: dict[str, Any]) -> list[SampleRecord]:
     """The records of a batch, in its order; `teacher` is the full model on the same batch."""
     texts, full = measured.texts, teacher.texts
     kept = {layer: counts.tolist() for layer, counts in measured.kept.items()}
+    there = {layer: mask.bool().cpu().numpy() for layer, mask in measured.stages.items()}
     columns = zip(
         *(batch[name] for name in ("ids", "records", "skills", "questions", "answers")),
         full,
@@ -63,7 +73,10 @@ def sample_records(measured: Measured, teacher: Measured, batch: dict[str, Any])
         measured.total.tolist(),
         strict=True,
     )
-    return [
-        SampleRecord(*values, kept={layer: counts[row] for layer, counts in kept.items()})
-        for row, values in enumerate(columns)
-    ]
+    found = []
+    for row, values in enumerate(columns):
+        total = values[-1]
+        grids = there if isqrt(total) ** 2 == total else {}
+        masks = {layer: np.packbits(mask[row, :total]).tobytes().hex() for layer, mask in grids.items()}
+        found.append(SampleRecord(*values, {layer: counts[row] for layer, counts in kept.items()}, masks))
+    return found

@@ -82,7 +82,7 @@ class LitPrune(lmms):
         self,
         pretrained: str | None = None,
         pruner: str | None = None,
-        keep: int | float | str | None = None,
+        keep: Any = None,
         batch_size: int | str | None = 1,
         device: str | None = None,
         dtype: str = "auto",

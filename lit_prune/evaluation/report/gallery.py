@@ -4,8 +4,11 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lit_prune.evaluation.report.runs import Entry, Run, Sample
 
@@ -16,6 +19,16 @@ KINDS = {
     "same": "the same answer",
 }
 DIGEST = re.compile(r"[0-9a-f]{16}")
+MASK = re.compile(r"([0-9a-f]{2})+")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The tokens kept at a stage as an SVG path over a grid of `side` x `side` patches."""
+
+    title: str
+    side: int
+    path: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Answer:
     kl: float | None
     confidence: float | None
     kept: str
+    stages: list[Stage]
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,26 @@ def _answer(entry: Entry, record: int) -> Answer:
         sample.get("kl"),
         sample.get("confidence"),
         kept and f"{kept}, of {sample['total']}" if sample.get("total") else kept,
+        _stages(sample),
     )
+
+
+def _stages(sample: Sample) -> list[Stage]:
+    """None where an earlier version measured the sample, or its tokens are no square grid."""
+    side, found = isqrt(int(sample.get("total") or 0)), []
+    for layer, text in (sample.get("masks") or {}).items():
+        if not side or not MASK.fullmatch(str(text)) or len(text) * 4 < side * side:
+            continue
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: side * side]
+        found.append(Stage(f"layer {layer}: {int(bits.sum())} tokens", side, _path(bits.reshape(side, side))))
+    return found
+
+
+def _path(grid: np.ndarray) -> str:
+    """A rectangle for each run of patches in a row."""
+    edges = np.diff(np.pad(grid.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
+    return "".join(f"M{x} {y}h{end - x}v1H{x}z" for (y, x), (_, end) in zip(starts, ends, strict=True))
 
 
 def _card(run: Run, record: int) -> Card:

@@ -86,7 +86,10 @@ script-src '{{ script_hash }}'">
 <small>{{ kinds[answer.kind] }}
 {%- if answer.confidence is not none %}; confidence {{ '%.0f' | format(100 * answer.confidence) }} %{% endif %}
 {%- if answer.kl is not none %}; KL {{ '%.3f' | format(answer.kl) }}{% endif %}
-{%- if answer.kept %}; {{ answer.kept }}{% endif %}</small></li>
+{%- if answer.kept %}; {{ answer.kept }}{% endif %}</small>
+{%- for stage in answer.stages %}<svg class="kept" viewBox="0 0 {{ stage.side }} {{ stage.side }}" role="img" \
+aria-label="tokens kept from {{ stage.title }}"><title>{{ stage.title }}</title><path d="{{ stage.path }}"/></svg>
+{%- endfor %}</li>
 {%- endfor %}</ul>
 </div>
 </li>
@@ -139,6 +142,10 @@ ul { padding-left: 1.2rem; margin: 0.3rem 0 0; }
   border: 1px solid var(--line); border-radius: 0.5rem; }
 .card > img { flex: 0 1 8rem; min-width: 5rem; max-width: 8rem; height: auto; border-radius: 0.3rem; }
 .card > div { flex: 1 1 12rem; min-width: 0; } .card p { margin: 0.15rem 0; }
+.kept { width: 3.2rem; height: 3.2rem; margin: 0.2rem 0.4rem 0.2rem 0; border: 1px solid var(--line);
+  background: var(--back); vertical-align: top; }
+.kept path { fill: var(--text); }
+.answer small { display: block; }
 .right b { color: var(--good); } .wrong b { color: var(--bad); }
 .right b::after { content: " \\2713"; } .wrong b::after { content: " \\2717"; }
 """
