@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import shapes  # noqa: F401  (before what it checks)
 import tiny
 import torch
 from torch import nn

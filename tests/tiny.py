@@ -4,6 +4,8 @@
 """
 
 import os
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -127,6 +129,9 @@ def shake(module: nn.Module, scale: float = 0.2, seed: int = 2) -> None:
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
+described = cache(plugin_from_yaml)
+
+
 def attach(
     model: nn.Module,
     pruner: Path | Pruner,
@@ -136,7 +141,7 @@ def attach(
     **options,
 ) -> VLM:
     """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start."""
-    plugin = None if isinstance(pruner, Pruner) else plugin_from_yaml(pruner)
+    plugin = None if isinstance(pruner, Pruner) else deepcopy(described(pruner))
     if plugin is not None:
         pruner, repair = plugin.pruner, plugin.repair or repair
     repair = repair or RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)
