@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tiny import DEPTH, IMAGE, PAD, VOCABULARY, WIDTH
+from tiny import DEPTH, IMAGE, PAD, VIDEO, VOCABULARY, WIDTH
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -38,7 +38,6 @@ from lit_prune.pruners.sparsevlm import SparseVLM
 from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.repair import RepairAdapter
 
-VIDEO = 58
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 TEXT = {
     "hidden_size": WIDTH,
