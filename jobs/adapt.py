@@ -13,7 +13,6 @@ import torch
 
 from lit_prune.commands.trainer import build
 from lit_prune.data.dataset import move_batch
-from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
 from lit_prune.vlm import VLM, as_plugin
 
@@ -25,7 +24,7 @@ def average(vlm: VLM, batches: list[dict], mass: float) -> float:
     for batch in batches:
         record = Record()
         with torch.no_grad(), vlm.using(Session(record=record)):
-            vlm.model(**measuring.encode_images(vlm, batch["inputs"]), use_cache=False)
+            vlm.model(**vlm.encode_images(batch["inputs"]), use_cache=False)
         found.append(record.trace.average_visual())
     return torch.cat(found).mean().item()
 

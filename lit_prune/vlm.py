@@ -18,12 +18,13 @@ from lit_prune.files.inputs import Picture, check_prompts, is_image, pair
 from lit_prune.host import DecoderHost, Session, host_of
 from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
 from lit_prune.host.compiled import CompiledForward
+from lit_prune.host.encoding import encode_images
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find, unwrap
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
 __all__ = ["VLM", "as_plugin", "load", "plugin_from_yaml"]
@@ -128,7 +129,7 @@ class VLM:
 
     def attach(
         self,
-        pruner: Pruner | Plugin | str | Path,
+        pruner: PruningMethod | Plugin | str | Path,
         repair: RepairAdapter | None = None,
         keep: Any = None,
         *,
@@ -139,8 +140,9 @@ class VLM:
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
-                `model.keep` and so on), a folder or hub id written by `save_pretrained`, a `Pruner`, or a `Plugin`.
-            repair: repair adapter for a `Pruner` object.
+                `model.keep` and so on), a folder or hub id written by `save_pretrained`, a pruner object, or a
+                `Plugin`.
+            repair: repair adapter for a pruner object.
             keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
                 {pruning layer: count} or "2:192,4:64"; overrides the file's.
@@ -154,7 +156,8 @@ class VLM:
         plugin = as_plugin(pruner, repair)
         parts = find(self.model)
         device, visual = parts.device, None if parts.dims.varies else parts.dims.visual
-        budget = plugin.keep if keep is None else parse_budget(keep, visual=visual)
+        given = plugin.pruner.default_keep if plugin.keep is None else plugin.keep
+        budget = given if keep is None else parse_budget(keep, visual=visual)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
@@ -193,6 +196,20 @@ class VLM:
         if self.host is None or not self.host.handles:
             raise LitPruneError("attach a pruner first")
         return self.host.using(session)
+
+    @torch.no_grad()
+    def encode_images(self, inputs: dict[str, Any], plain: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Inputs with the images already through vision tower and projector, so that several forwards share that work.
+
+        Pruned there, if what is attached prunes inside the tower and the current `Session` lets it.
+
+        Args:
+            inputs: of the model, with pixels.
+            plain: the same inputs as the plain model encodes them; returned where nothing prunes inside the tower.
+        """
+        if plain is not None and not (self.host is not None and self.host.prunes_tower):
+            return dict(plain)
+        return encode_images(unwrap(self.model), inputs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what is attached as a plug-in folder: safetensors and JSON."""

@@ -1,23 +1,19 @@
 """A method of the tower, then one of the decoder."""
 
-import importlib
-import inspect
-import pkgutil
-import typing
 from dataclasses import fields
 
 import pytest
 import tiny
 import torch
 
-from lit_prune import pruners
 from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.ops.budget import average
 from lit_prune.plugin import Plugin
 from lit_prune.pruners import by_image
-from lit_prune.pruners.base import Context, Dims, Pruner
+from lit_prune.pruners.base import Context, Dims, Pruner, PruningMethod, VisionPruner
 from lit_prune.pruners.chain import Chain
+from lit_prune.pruners.dcp import DCPPrune, TextAwareClusters
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.uniform import Uniform
@@ -86,100 +82,58 @@ def test_what_does_not_chain(first, then, words):
         Chain(first, then)
 
 
-# -- nothing of the contract is forgotten ---------------------------------------------------------------------------
-
-CONTRACT = {name for name in vars(Pruner) if not name.startswith("_")}
-OWN = {  # what the base's own way is right for, since it asks the chain's other methods
-    "attention": "`reads` stands in front of it",
-    "plan": "asks `schedule`",
-    "nominal_schedule": "asks `schedule` and `plan`",
-    "score": "only the base's `prune` asks it",
-    "flops": "only the base's `stage_flops` asks it",
-    "config": "the chain's own arguments",
-}
-BATCH = torch.tensor([9.0])
-CALLS = {  # how each method is called, and which part has to answer
-    "random": [((), "first"), ((), "then")],
-    "redraw": [((1,), "first"), ((1,), "then")],
-    "title": [((), "first"), ((), "then")],
-    "repairs": [((), "then")],
-    "free": [((), "then")],
-    "acts_in_tower": [],
-    "needs_embeds": [],
-    "needs_states": [],
-    "needs_keys": [],
-    "needs_values": [],
-    "stages": [((8,), "then")],
-    "schedule": [((4, 36, 8), "then")],
-    "exact": [((0,), "first"), ((1,), "then")],
-    "anneal": [((0.5, 0.1), "first"), ((0.5, 0.1), "then")],
-    "reads": [((0,), "first"), ((1,), "then")],
-    "vision_schedule": [((4, 36, 2), "first")],
-    "prune_vision": [],  # `test_both_methods_run`
-    "image_side": [((4, 6), "first")],
-    "build": [((Dims(64, 8, 36),), "first"), ((Dims(64, 8, 36),), "then")],
-    "prune": [],  # likewise
-    "stage_flops": [((0, BATCH, BATCH, 64, BATCH), "first"), ((1, BATCH, BATCH, 64, BATCH), "then")],
-    "vision_flops": [((BATCH, BATCH, 64), "first")],
-}
+# -- a chain is a list of stages, and nothing that a part does is lost ------------------------------------------------
 
 
-def wrappers() -> list[type]:
-    """Every class of the package that is made of other pruners."""
-    modules = [importlib.import_module(f"{pruners.__name__}.{m.name}") for m in pkgutil.iter_modules(pruners.__path__)]
-    kinds = {k for m in modules for k in vars(m).values() if inspect.isclass(k) and issubclass(k, Pruner)}
-    return [k for k in kinds if Pruner in typing.get_type_hints(k.__init__).values()]
-
-
-@pytest.mark.parametrize("wrapper", wrappers())
-def test_a_wrapper_answers_for_everything_in_the_contract(wrapper):
-    """A method that is added to the contract has to be forwarded, or to stand in `OWN` with a reason."""
-    made = wrapper(VisionZip(), rcp())
-    missing = [name for name in CONTRACT - OWN.keys() if name not in vars(wrapper) and name not in vars(made)]
-    assert missing == []
-
-
-def test_the_list_of_calls_is_the_contract():
-    assert wrappers() == [Chain]
-    assert CALLS.keys() | OWN.keys() == CONTRACT
-
-
-@pytest.mark.parametrize("name", [name for name, calls in CALLS.items() if calls])
-def test_every_method_reaches_its_part(name, monkeypatch):
-    class First(VisionZip):
-        pass
-
-    class Then(RCP):
-        pass
-
-    chain = Chain(First(), Then(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=16))
-    asked: list[str] = []
-    for part, kind in (("first", First), ("then", Then)):
-        original = inspect.getattr_static(kind, name)
-        plain = original.fget if isinstance(original, property) else original if callable(original) else None
-
-        def spy(self, *args, part=part, plain=plain, original=original):
-            asked.append(part)
-            return plain(self, *args) if plain else original
-
-        wrap = property(spy) if plain is None or isinstance(original, property) else spy
-        monkeypatch.setattr(kind, name, wrap)
-    for args, part in CALLS[name]:
-        asked.clear()
-        own = inspect.getattr_static(Chain, name)
-        getattr(chain, name) if isinstance(own, property) else getattr(chain, name)(*args)
-        assert part in asked
-
-
-def test_flags_are_those_of_both_parts():
+def test_the_host_walks_the_stages_of_both():
     chain = Chain(VisionZip(), rcp())
-    for flag in ("needs_embeds", "needs_states", "needs_keys"):
-        chain.then.__class__ = type("Needing", (RCP,), {flag: True})
-        assert getattr(Chain(VisionZip(), chain.then), flag)
-    needing = type("Needing", (VisionZip,), {"needs_values": True, "needs_embeds": True})()
-    assert Chain(needing, rcp()).needs_values
-    assert Chain(needing, rcp()).needs_embeds
-    assert Chain(VisionZip(), rcp()).acts_in_tower
+    walk = chain.walk(8)
+    assert [(stage.layer, stage.index) for stage in walk] == [(0, 0), (1, 0), (3, 1), (5, 2)]
+    assert [stage.pruner for stage in walk] == [chain.first.arrival, *[chain.then] * 3]
+    assert chain.tower is chain.first
+    assert chain.repairs is chain.then.repairs
+
+
+def test_nothing_is_forwarded():
+    """What the host asks of a stage it asks of the pruner in `walk`, so a chain has no code for it."""
+    of_a_stage = {name for name in vars(Pruner) if not name.startswith("_")} - set(vars(PruningMethod))
+    of_a_tower = {name for name in vars(VisionPruner) if not name.startswith("_")} - set(vars(PruningMethod))
+    assert of_a_stage >= {"reads", "exact", "score", "prune", "flops", "needs_embeds", "needs_states", "needs_keys"}
+    assert of_a_tower >= {"vision_schedule", "prune_vision", "image_side", "vision_flops", "needs_values"}
+    assert not hasattr(Chain, "prune")
+    assert not (of_a_stage | of_a_tower) & set(dir(Chain))
+
+
+def test_every_part_is_built_annealed_and_asked():
+    class Counting(RCP):
+        def anneal(self, tau, noise):
+            super().anneal(tau, noise)
+            calls.append("anneal")
+
+    calls: list[str] = []
+    chain = Chain(VisionZip(), Counting([1, 3], [2.0, 1.0], select="threshold", inner=16))
+    chain.build(Dims(64, 8, 36))
+    assert len(chain.then.scorers) == 2
+    chain.anneal(0.5, 0.1)
+    assert (chain.then.tau, chain.then.noise, calls) == (0.5, 0.1, ["anneal"])
+    assert chain.free
+    assert not Chain(VisionZip(), rcp()).free
+
+
+def test_embeddings_are_kept_for_the_part_that_wants_them(pruned):
+    """DCP-Prune's clusters look at embeddings, RCP doesn't; alone or in a chain the arrival gets them."""
+    seen = []
+
+    class Watched(TextAwareClusters):
+        def prune(self, context):
+            seen.append(context)
+            return super().prune(context)
+
+    method = DCPPrune((1, -1), (2.0, 1.0), 2)
+    method.arrival = Watched()
+    tiny.forward(pruned(Chain(method, rcp()), keep=4), tiny.batch(tiny.samples()))
+    assert seen[0].visual_embeds is not None
+    assert seen[0].stage == 0
 
 
 def test_a_drawing_part_is_drawn():
@@ -196,9 +150,9 @@ def test_its_price_has_the_towers_method(pruned):
     for pruner, keep in ((Chain(VisionZip(), rcp(), middle=3.0), 4), (VisionZip(), 12)):
         vlm = pruned(pruner, keep=keep, repair=tiny.RepairAdapter([6], [0], bottleneck=16, condition=8, code=4))
         _, record = tiny.forward(vlm, tiny.batch(tiny.samples()))
-        bare = price(record.trace, vlm.size, None)["total"]
+        bare = price(record.trace, vlm.size)["total"]
         costs.append(price(record.trace, vlm.size, vlm.plugin.pruner)["total"] - bare)
-    scorers = price(record.trace, vlm.size, None)["pruner"]
+    scorers = price(record.trace, vlm.size)["pruner"]
     assert (costs[0] > costs[1]).all(), "that and the decoder's"
     assert (costs[1] > scorers).all()
 

@@ -458,7 +458,7 @@ def test_images_are_encoded_once_for_all_cells(micro, batch, monkeypatch):
 
 def test_methods_of_the_tower_encode_their_own_images(micro, batch):
     """A cell beside them still gets the plain features: it equals itself alone."""
-    towers = [plugin for path in PRUNERS if (plugin := as_plugin(path)).pruner.acts_in_tower]
+    towers = [plugin for path in PRUNERS if (plugin := as_plugin(path)).pruner.tower]
     assert towers
     found = {}
     for plugins in ([], towers[:1]):

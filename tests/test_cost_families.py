@@ -269,7 +269,7 @@ def test_pruned_tower(name):
     full = price(plan({}, total, TEXT, 4), vlm.size)
     assert as_counted(parts) == found
     ran = record.trace.tower
-    planned = tower_trace(config, vlm.plugin.pruner, 20, len(ran.patches))
+    planned = tower_trace(config, vlm.plugin.pruner, 20, int(ran.patches.sum()))
     assert torch.equal(torch.stack(ran.tokens), torch.stack(planned.tokens))
     assert torch.equal(ran.projected, planned.projected)
     assert parts["scoring"] > 0

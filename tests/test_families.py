@@ -26,6 +26,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host import DecoderHost, Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.ops.budget import average
+from lit_prune.pruners.full import Full
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.uniform import Uniform
 from lit_prune.vlm import VLM
@@ -504,9 +505,9 @@ def test_embeddings_in_place_of_ids_are_refused(attach):
 
 def test_two_hosts_on_one_model_are_refused():
     model = built("llava-1.5")
-    host = DecoderHost(model, None, None, 0)
+    host = DecoderHost(model, Full(), None, 0)
     with pytest.raises(LitPruneError, match="detach it first"):
-        DecoderHost(model, None, None, 0)
+        DecoderHost(model, Full(), None, 0)
     host.detach()
 
 

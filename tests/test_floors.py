@@ -33,6 +33,7 @@ ROOMS = [
 ]
 ORDER = {room: place for place, room in enumerate(ROOMS)}
 ENTRIES = 20  # at most so many modules, folders and files in the package itself
+CONTRACT = ("__init__", "base", "contexts", "method", "tower", "full")  # of pruners; `Full` is the null method
 FRAMEWORKS = {"transformers", "lightning", "wandb", "deepspeed", "torchmetrics", "jsonargparse", "omegaconf"}
 KNOWS_TRANSFORMERS = {"host", "loading", "micro/model"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -69,10 +70,10 @@ def part_of(path: Path) -> str:
 
 @cache
 def pruner_classes() -> set[str]:
-    """The concrete pruners: public classes of the files beside `base.py` that descend from one of `base.py`'s."""
-    files = [p for p in (PACKAGE / "pruners").glob("*.py") if p.stem not in ("base", "__init__")]
-    base = PACKAGE / "pruners" / "base.py"
-    ancestors = {n.name for n in tree(base).body if isinstance(n, ast.ClassDef)} if base.exists() else set()
+    """The concrete pruners: public classes of the files beside the contract's that descend from one of those."""
+    files = [p for p in (PACKAGE / "pruners").glob("*.py") if p.stem not in CONTRACT]
+    contract = [PACKAGE / "pruners" / f"{name}.py" for name in CONTRACT]
+    ancestors = {n.name for p in contract for n in tree(p).body if isinstance(n, ast.ClassDef)}
     classes = [n for p in files for n in tree(p).body if isinstance(n, ast.ClassDef)]
     found: set[str] = set()
     for _ in classes:  # as often as a chain of classes may be long

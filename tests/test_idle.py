@@ -8,7 +8,6 @@ from tiny import batch, forward, samples
 from transformers import DynamicCache
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.measuring import encode_images
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.pruners.rcp import RCP
@@ -51,7 +50,7 @@ def test_images_encoded_ahead_give_the_same_and_the_tower_runs_once(name):
     plain, _ = forward(vlm, inputs)
     calls, tower = [], vlm.model.model.visual if hasattr(vlm.model.model, "visual") else vlm.model.model.vision_tower
     handle = tower.register_forward_hook(lambda *_: calls.append(1))
-    encoded = encode_images(vlm, inputs)
+    encoded = vlm.encode_images(inputs)
     for _ in range(2):
         logits, _ = forward(vlm, encoded)
     handle.remove()

@@ -217,7 +217,7 @@ def test_given_schedule_runs_and_comes_back(pruned, tiny_model, tmp_path):
 )
 def test_class_that_is_no_pruner(folder, path):
     edit(folder, pruner={"class_path": path, "init_args": {}})
-    with pytest.raises(LitPruneError, match=rf"names {path}, which is no Pruner that is imported here"):
+    with pytest.raises(LitPruneError, match=rf"names {path}, which is no PruningMethod that is imported here"):
         Plugin.from_pretrained(folder)
 
 

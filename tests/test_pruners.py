@@ -13,7 +13,7 @@ from tiny import DEPTH, KEEP, PRUNERS, VISUAL, WIDTH, batch, forward, samples
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.ops.selection import Images, share, top_k
-from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, VisionContext, init_args
+from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner, PruningMethod, VisionContext, init_args
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.oracle import Oracle
 from lit_prune.pruners.random import Random
@@ -23,7 +23,7 @@ from lit_prune.pruners.uniform import Uniform, _closeness
 from lit_prune.vlm import plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)
-IN_TOWER = [path for path in PRUNERS if plugin_from_yaml(path).pruner.acts_in_tower]
+IN_TOWER = [path for path in PRUNERS if plugin_from_yaml(path).pruner.tower]
 TOWER = pytest.mark.parametrize("path", IN_TOWER, ids=lambda path: path.stem)
 DECODER = pytest.mark.parametrize("path", [p for p in PRUNERS if p not in IN_TOWER], ids=lambda path: path.stem)
 DIMS = Dims(WIDTH, DEPTH, VISUAL)
@@ -71,10 +71,15 @@ def vision_context(size: int = 3) -> VisionContext:
     )
 
 
-def built(path) -> Pruner:
+def built(path) -> PruningMethod:
     plugin = plugin_from_yaml(path)
     plugin.build(DIMS, [])
     return plugin.pruner
+
+
+def decider(path) -> Pruner:
+    """The pruner of a method's first stage in the decoder: of a method of the tower that which sees what arrived."""
+    return built(path).walk(DEPTH)[0].pruner
 
 
 # -- the battery ----------------------------------------------------------------------------------------------------
@@ -96,7 +101,7 @@ def test_file_writes_every_argument(path):
 def test_configuration_is_what_the_file_says(path):
     plugin = plugin_from_yaml(path)
     model = yaml.safe_load(path.read_text())["model"]
-    assert plugin.pruner.config() == model["pruner"]["init_args"]
+    assert plugin.pruner.config() == model["pruner"].get("init_args", {})
     if model["repair"]:
         assert plugin.repair.config() == model["repair"]["init_args"]
 
@@ -118,7 +123,7 @@ def test_scores_are_finite_where_alive(path):
 
 @TOWER
 def test_tower_keeps_at_most_the_count_among_the_alive(path):
-    kept = built(path).prune_vision(vision_context())
+    kept = built(path).tower.prune_vision(vision_context())
     assert kept.mask.any(1).all()
     assert not (kept.mask & ~vision_context().alive).any()
     if kept.states is not None:
@@ -128,7 +133,7 @@ def test_tower_keeps_at_most_the_count_among_the_alive(path):
 @TOWER
 def test_towers_decision_is_the_tiles_own(path):
     """The same alone as in a batch, each time anew."""
-    pruner, full = built(path), vision_context()
+    pruner, full = built(path).tower, vision_context()
     together = pruner.prune_vision(full)
     for row in range(3):
         one = {k: value[row : row + 1] if isinstance(value, torch.Tensor) else value for k, value in vars(full).items()}
@@ -140,14 +145,14 @@ def test_towers_decision_is_the_tiles_own(path):
 
 @EVERY
 def test_deciding_twice_is_deciding_the_same(path):
-    pruner = built(path)
+    pruner = decider(path)
     assert torch.equal(pruner.prune(context()).mask, pruner.prune(context()).mask)
 
 
 @EVERY
 def test_decision_is_the_samples_own(path):
     """The same alone as in a batch."""
-    pruner, full = built(path), context()
+    pruner, full = decider(path), context()
     together = pruner.prune(full).mask
     for row in range(3):
         one = {
@@ -163,13 +168,13 @@ def test_layers_fit_any_depth(path):
     pruner = plugin_from_yaml(path).pruner
     for depth in (8, 16, 32, 40):
         stages = pruner.stages(depth)
-        assert len(stages) == len(pruner.layers)
+        assert len(stages) == len(pruner.walk(8))
         assert stages[-1] < depth
 
 
 @EVERY
 def test_price_is_not_negative(path):
-    flops = built(path).flops(torch.tensor([VISUAL, 0]), torch.tensor([5, 3]), WIDTH, torch.tensor([6, 0]))
+    flops = decider(path).flops(torch.tensor([VISUAL, 0]), torch.tensor([5, 3]), WIDTH, torch.tensor([6, 0]))
     assert flops.dtype == torch.float64
     assert (flops >= 0).all()
 
@@ -444,10 +449,10 @@ def test_uniform_spreads_over_each_image_by_itself():
 def test_images_of_a_sample_share_the_count(path):
     """Whatever the method: 16 and 20 tokens, those alive in proportion."""
     seen = several()
-    pruner = built(path)
+    pruner = decider(path)
     kept = pruner.prune(seen).mask
     assert torch.equal(kept, kept & seen.alive)
-    if getattr(pruner, "select", "topk") == "topk" and not pruner.acts_in_tower:
+    if getattr(pruner, "select", "topk") == "topk" and built(path).tower is None:
         assert torch.equal(seen.images.sum(kept.long()), share(seen.count, seen.images.sum(seen.alive.long())))
 
 

@@ -225,3 +225,9 @@ def test_towers_that_merge_patches_are_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model.config, "model_type", "another")
     with pytest.raises(LitPruneError, match="inside the tower"):
         tower(tiny_model)
+
+
+def test_a_decision_of_the_decoder_is_not_ignored():
+    """In version 0.1 a method of the tower could override `prune`; today that is its `arrival`."""
+    with pytest.raises(LitPruneError, match=r"Old\.prune.*`arrival`"):
+        type("Old", (VisionPruner,), {"prune": lambda self, context: Kept(context.alive)})()

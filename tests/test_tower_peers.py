@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_prune.errors import LitPruneError
 from lit_prune.ops import graphs
 from lit_prune.pruners.base import Context, Kept, VisionContext
-from lit_prune.pruners.dcp import DCPPrune
+from lit_prune.pruners.dcp import DCPPrune, TextAwareClusters
 from lit_prune.pruners.downsample import Downsample
 from lit_prune.pruners.prumerge import PruMergePlus
 from lit_prune.pruners.scope import Scope
@@ -247,7 +247,7 @@ def decoder_context(count: int) -> Context:
 def test_tatcs(weight):
     """Facility location gives centres, text-aware likeness clusters, and each cluster one token."""
     found, count = decoder_context(5), 5
-    kept = DCPPrune(text=weight).prune(found)
+    kept = DCPPrune(text=weight).arrival.prune(found)
     assert kept.mask[2].tolist() == found.alive[2].tolist(), "what arrived within the budget stays"
     for row in (0, 1):
         tokens = found.alive[row].nonzero()[:, 0].tolist()
@@ -278,11 +278,11 @@ def test_clusters_without_a_question():
     """No word at all, and a question of some samples only: those without one choose by the tokens alone."""
     found = decoder_context(5)
     nothing = replace(found, text=found.text[:, :0], text_embeds=found.text[:, :0], text_mask=found.text_mask[:, :0])
-    plain = DCPPrune(text=0.0).prune(found).mask
-    kept = DCPPrune(text=0.5).prune(nothing).mask
+    plain = DCPPrune(text=0.0).arrival.prune(found).mask
+    kept = DCPPrune(text=0.5).arrival.prune(nothing).mask
     assert kept.sum(1).tolist() == plain.sum(1).tolist() == [5, 5, 5]
     blank = replace(found, text_mask=torch.zeros_like(found.text_mask))
-    assert torch.equal(DCPPrune(text=0.5).prune(blank).mask, kept)
+    assert torch.equal(DCPPrune(text=0.5).arrival.prune(blank).mask, kept)
     assert torch.equal(kept, plain)
 
 
@@ -326,7 +326,7 @@ def test_triggered_and_other_samples_share_a_batch(tiny_model, pruned):
     """Some samples bring more than the budget to layer 0: filler there, the budget behind, each as if alone."""
     found: list[Tensor] = []
 
-    class Watched(DCPPrune):
+    class Watched(TextAwareClusters):
         def prune(self, context: Context) -> Kept:
             found.append(context.alive.sum(1))
             return super().prune(context)
@@ -335,7 +335,9 @@ def test_triggered_and_other_samples_share_a_batch(tiny_model, pruned):
     thresholds = [0.02 * 1.15**step for step in range(40)]
     for threshold in thresholds:
         found.clear()
-        vlm = pruned(Watched(threshold=threshold, **options), keep=6)
+        method = DCPPrune(threshold=threshold, **options)
+        method.arrival = Watched()
+        vlm = pruned(method, keep=6)
         together, record = tiny.forward(vlm, tiny.batch(tiny.samples()))
         if len(set(found[0].tolist())) == 2:
             break

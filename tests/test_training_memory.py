@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.measuring import encode_images
 from lit_prune.evaluation.timing import peak_bytes
 from lit_prune.host import Prefix, Record, Session
 from lit_prune.host.checkpointing import checkpointed, prepare
@@ -56,7 +55,7 @@ def attach(model=None):
 
 def teach(vlm) -> tuple[dict, Prefix]:
     """A batch with its images encoded, and what the teacher leaves."""
-    encoded, prefix = encode_images(vlm, inputs()), Prefix(vlm.host.shared)
+    encoded, prefix = vlm.encode_images(inputs()), Prefix(vlm.host.shared)
     with torch.no_grad(), vlm.using(Session(False, False, prefix=prefix)):
         vlm.model(**encoded, use_cache=False)
     return encoded, prefix

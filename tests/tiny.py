@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lit_prune.host import Record, Session
-from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.pruners.base import Context, Kept, Pruner, PruningMethod
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
 from lit_prune.vlm import VLM, plugin_from_yaml
@@ -135,14 +135,14 @@ described = cache(plugin_from_yaml)
 
 def attach(
     model: nn.Module,
-    pruner: Path | Pruner,
+    pruner: Path | PruningMethod,
     keep: int = KEEP,
     repair: RepairAdapter | None = None,
     shaken: bool = True,
     **options,
 ) -> VLM:
     """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start."""
-    plugin = None if isinstance(pruner, Pruner) else deepcopy(described(pruner))
+    plugin = None if isinstance(pruner, PruningMethod) else deepcopy(described(pruner))
     if plugin is not None:
         pruner, repair = plugin.pruner, plugin.repair or repair
     repair = repair or RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lit_prune.cost.trace import ImageLoad, StageTrace, Trace, VisionTrace, step
+from lit_prune.pruners.base import UNPRUNED, PruningMethod
+from lit_prune.repair import RepairAdapter
 
 CARRIER = 8  # channels that a bias per key adds to each head of queries, keys and values
 
@@ -34,6 +36,7 @@ class ModelSize:
     mlp: int
     vocab: int
     vision_width: int = 0
+    vision_heads: int = 1
     vision_mlp: int = 0
     vision_matrices: int = 2
     patch_values: int = 0
@@ -98,7 +101,13 @@ def _size_channels(size: ModelSize, trace: Trace) -> Tensor | float:
     return sum((4 * queries.double() * keys.double() * size.heads * CARRIER for queries, keys in layers), 0.0)
 
 
-def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int = 1) -> dict[str, Tensor]:
+def price(
+    trace: Trace,
+    size: ModelSize,
+    pruner: PruningMethod = UNPRUNED,
+    repair: RepairAdapter | None = None,
+    lm_rows: int = 1,
+) -> dict[str, Tensor]:
     """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
     Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out. `pruner` and
@@ -125,14 +134,13 @@ def price(trace: Trace, size: ModelSize, pruner=None, repair=None, lm_rows: int 
     if vision is not None and vision.scored is not None:
         looked_at = vision.scored * size.vision_width + vision.rated
         parts["scoring"] = parts["scoring"] + 2 * looked_at * size.vision_width
-    if pruner is not None:
-        stages = enumerate(trace.stages)
-        costs = (pruner.stage_flops(i, s.visual, s.rows, size.width, s.kept) for i, s in stages)
-        parts["pruner"] = sum(costs, zero)
-        if trace.tower is not None:
-            for found, kept in trace.tower.stages:
-                inside = pruner.vision_flops(found, kept, size.vision_width)
-                parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
+    deciding = zip(trace.stages, pruner.walk(len(trace.queries)), strict=False)  # no stages ran in a decoding step
+    costs = (stage.pruner.flops(s.visual, s.rows, size.width, s.kept) for s, stage in deciding)
+    parts["pruner"] = sum(costs, zero)
+    if trace.tower is not None and pruner.tower is not None:
+        for found, kept in trace.tower.stages:
+            inside = pruner.tower.vision_flops(found, kept, size.vision_width, size.vision_heads)
+            parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
     if repair is not None and trace.repaired is not None:
         for index in trace.repair_stages:
             parts["repair"] = parts["repair"] + repair.context_flops(trace.stages[index].visual, visual, size.width)

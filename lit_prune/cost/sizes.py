@@ -14,7 +14,7 @@ from lit_prune.cost.shapes import Config
 from lit_prune.cost.trace import ImageLoad, TowerTrace, VisionTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.ops.budget import Budget, tokens
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 
 # Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
 TOWERS = {
@@ -65,6 +65,7 @@ def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
         decoder,
         tower_known=True,
         vision_width=vision.hidden_size,
+        vision_heads=getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", 1),
         vision_mlp=vision.intermediate_size,
         vision_matrices=matrices,
         patch_values=patch_values(vision),
@@ -280,19 +281,25 @@ def tower_size(config: Config) -> TowerSize:
     )
 
 
-def tower_trace(config: Config, pruner: Pruner, keep: Budget, tiles: int) -> TowerTrace:
-    """What `tiles` tiles would ask of the tower under a pruner's stages; nothing runs."""
+def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: int) -> TowerTrace | None:
+    """What an image of `patches` patches would ask of the tower; None where the method has no stages inside.
+
+    Nothing runs.
+    """
+    method = pruner.tower
+    if method is None:
+        return None
     size = tower_size(config)
-    share, patches = size.share(keep), size.side**2
-    schedule = pruner.vision_schedule(share, patches, size.features)
-    now, tokens, scored, rated, stages = pruner.image_side(share, size.side) ** 2, [], 0, 0, []
+    tiles, leaving = max(1, patches // size.side**2), pruner.leaving(size.share(keep), size.side**2)
+    schedule = method.vision_schedule(leaving, size.side**2, size.features)
+    now, tokens, scored, rated, stages = method.image_side(leaving, size.side) ** 2, [], 0, 0, []
     entered, one = now, torch.ones(tiles, dtype=torch.long)
     for layer in range(size.features + 1):
         if layer == size.features:  # the layers behind the features run too, before the stage there
             tokens += [torch.full((tiles,), now + size.prefix)] * (size.layers - layer)
         if schedule.get(layer, now) < now:
             if layer > 0:
-                scored += size.read(now, pruner.needs_values)
+                scored += size.read(now, method.needs_values)
                 rated += now + size.prefix
             stages.append((one * now, one * schedule[layer]))
             now = schedule[layer]

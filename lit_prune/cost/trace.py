@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from lit_prune.pruners.base import UNPRUNED, PruningMethod
+from lit_prune.repair import RepairAdapter
+
 
 @dataclass(frozen=True)
 class ImageLoad:
@@ -155,8 +158,8 @@ def plan(
     visual: int,
     text: int,
     depth: int,
-    pruner=None,
-    repair=None,
+    pruner: PruningMethod = UNPRUNED,
+    repair: RepairAdapter | None = None,
     question: int | None = None,
 ) -> Trace:
     """The trace that one prompt would leave under a schedule; nothing runs.
@@ -166,16 +169,14 @@ def plan(
     `pruner` and `repair` are asked what they read and which stages feed the repair; one position is repaired. What a
     method does inside the vision tower is the caller's to add, as `Trace.tower`.
     """
-    trace, now = Trace(total_visual=_one(visual)), visual
+    trace, now = Trace(total_visual=_one(visual)), pruner.arriving(schedule, visual)
+    asked = {stage.layer: (stage.pruner.reads(stage.index), stage.pruner.needs_keys) for stage in pruner.walk(depth)}
     for layer in range(depth):
         if layer in schedule:
             kept = min(now, schedule[layer])
-            if layer == 0 and getattr(pruner, "acts_in_tower", False):
-                now = kept  # no more than these leave the tower
-            reads = None if pruner is None else pruner.reads(len(trace.stages))
+            reads, keys = asked.get(layer, (None, False))
             rows = 1 if reads is not None and reads.rows == "last" else text if question is None else question
             sizes = (_one(size) for size in (rows, now + text, now, kept))
-            keys = getattr(pruner, "needs_keys", False)
             trace.stages.append(StageTrace(layer, None if reads is None else reads.layer, *sizes, keys))
             now = kept
         trace.queries.append(_one(now + text))

@@ -62,17 +62,17 @@ def plan_step(
     The student starts where the first stage is, from the teacher's states; the teacher stops behind the last repaired
     layer. `text` tokens stand before the answer of `answers`, which train.
     """
-    inside = schedule.get(0) if getattr(pruner, "acts_in_tower", False) else None
     teacher = plan({}, visual, text + answers, depth)
     student = plan(schedule, visual, text + answers, depth, pruner, repair, question=text)
     feeds = {} if repair is None else repair.feeds(sorted(schedule), depth)
     if feeds:
         student.repaired = torch.tensor([answers])
-    reads = pruner.reads(0)
-    first = 0 if inside else min(schedule) - int(reads is not None and reads.layer == "previous")
+    start = pruner.walk(depth)[0]
+    reads = start.pruner.reads(start.index)
+    first = min(schedule) - int(reads is not None and reads.layer == "previous")
     learned = min(schedule) if any(True for _ in pruner.parameters()) else min(feeds, default=depth) + 1
     stop = max(feeds, default=depth - 1) + 1
-    full = (visual if inside is None else min(visual, inside)) + text + answers
+    full = pruner.arriving(schedule, visual) + text + answers
     lengths = student.queries if mode == "drop" else [torch.tensor([full])] * depth
     nothing = torch.tensor([0])
     teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]

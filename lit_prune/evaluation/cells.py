@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.files.writing import written_whole
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget, resolve
-from lit_prune.plugin import Plugin, fingerprint
+from lit_prune.plugin import Plugin, fingerprint, unpruned
 from lit_prune.vlm import VLM, as_plugin
 
 FULL = "full"
@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass
 class Cell:
-    """One method at one budget with one seed. Without a plug-in it stands for the full model.
+    """One method at one budget with one seed; by default the full model. One that can't be read has no plug-in.
 
     `keep` is a count of visual tokens or, where images differ, a share of each sample's as text (`11.1%`). `seed` tells
     draws or trained runs of a method apart; None where there is but one. `reason` says why a cell has no result,
@@ -35,7 +35,7 @@ class Cell:
     method: str
     keep: int | str | None = None
     seed: int | None = None
-    plugin: Plugin | None = None
+    plugin: Plugin | None = field(default_factory=unpruned)
     repair: bool = True
     note: str = ""
     reason: str = ""
@@ -120,7 +120,7 @@ class Method:
                 except LitPruneError as error:
                     if path in self.paths:
                         raise
-                    found.append(Cell(self.name, keep, seed, reason=str(error)))
+                    found.append(Cell(self.name, keep, seed, None, reason=str(error)))
                     continue
                 drawn = [(seed, plugin)]
                 if seed is None and (plugin.pruner.random or (_untrained(path) and learns(plugin))):
@@ -227,8 +227,6 @@ def describe(vlm: VLM) -> dict[str, Any]:
 
 def _identity(cell: Cell) -> Any:
     """The method: its arguments, its weights, and the source of its classes."""
-    if cell.plugin is None:
-        return FULL
     settings = cell.plugin.settings()
     parts = {"pruner": cell.plugin.pruner, "repair": cell.plugin.repair if cell.repair else None}
     found = {

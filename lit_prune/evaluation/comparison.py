@@ -13,7 +13,7 @@ from lit_prune.evaluation.cells import Cell
 from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.metrics import OVERALL, Consistency, Shift, SkillAccuracy
 from lit_prune.evaluation.scorers.several import BenchmarkScores
-from lit_prune.host import DecoderHost, Session
+from lit_prune.host import Session
 from lit_prune.host.parts import find
 from lit_prune.vlm import VLM
 
@@ -173,13 +173,13 @@ class Comparison:
         if not batch["ids"]:
             return
         hints = batch.get("hints", {})
-        shared = {**batch, "inputs": measuring.encode_images(self.vlm.detach(), batch["inputs"])}
+        plain = self.vlm.detach().encode_images(batch["inputs"])
         teacher: Measured | None = None
         for cell, meters in self.meters:
             if not cell.failed:
                 start = time.thread_time()
                 try:
-                    measured = self._measure(cell, batch, shared, Session(repair=cell.repair, hints=hints))
+                    measured = self._measure(cell, batch, plain, Session(repair=cell.repair, hints=hints))
                     teacher = teacher or measured
                     meters.update(measured, teacher, batch)
                 except Exception as error:
@@ -191,13 +191,9 @@ class Comparison:
                 meters.seconds += time.thread_time() - start
             tick()
 
-    def _measure(self, cell: Cell, batch: dict[str, Any], shared: dict[str, Any], session: Session) -> Measured:
-        if cell.plugin is None:
-            self.vlm.host = DecoderHost(self.vlm.model, None, None, self.dims.visual)
-            return measuring.measure(self.vlm, shared, measuring.TEACHER, self.max_new_tokens, keep_logits=True)
+    def _measure(self, cell: Cell, batch: dict[str, Any], plain: dict[str, Any], session: Session) -> Measured:
         self.vlm.attach(cell.plugin, keep=cell.keep)
-        inputs = batch if cell.plugin.pruner.acts_in_tower else shared
-        return measuring.measure(self.vlm, inputs, session, self.max_new_tokens, keep_logits=True)
+        return measuring.measure(self.vlm, batch, session, self.max_new_tokens, keep_logits=True, plain=plain)
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The full model's result and those of all cells that didn't fail."""

@@ -1,6 +1,5 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor
 from lit_prune.cost.flops import decoder_total, kv_bytes, price
 from lit_prune.evaluation.metrics import Consistency
 from lit_prune.host import Record, Session
-from lit_prune.host.parts import INPUTS, unwrap
+from lit_prune.host.parts import INPUTS
+from lit_prune.pruners.base import UNPRUNED
 from lit_prune.vlm import VLM
 
 IGNORED = -100  # the label of a position that predicts no answer token, as in PyTorch
@@ -53,24 +53,6 @@ class Measured:
         return replace(self, **rows, parts=parts, stages=stages, per_layer=self.per_layer[:, :count])
 
 
-def encode_images(vlm: VLM, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs with the images already through vision tower and projector, so that several forwards share that work.
-
-    Pruned there, if the session that this is called under prunes with a method of the tower.
-    """
-    model = unwrap(vlm.model)
-    encoded, rest = {}, dict(inputs)
-    for modality, pixels in INPUTS.items():
-        if inputs.get(pixels) is None:
-            continue
-        encode = getattr(model.base_model, f"get_{modality}_features")
-        asked = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
-        asked[pixels] = rest.pop(pixels).to(model.dtype)
-        with torch.no_grad():
-            encoded[modality] = encode(**asked, return_dict=True)
-    return {**rest, "mm_encoder_outputs": encoded} if encoded else inputs
-
-
 @torch.no_grad()
 def measure(
     vlm: VLM,
@@ -79,16 +61,18 @@ def measure(
     max_new_tokens: int,
     together: bool = False,
     keep_logits: bool = False,
+    plain: dict[str, Any] | None = None,
 ) -> Measured:
     """Answer the prompts of a batch greedily and run its answers through the model, under one session.
 
     The states are those of the forward over prompt and right answer, on the positions that predict answer tokens, so
     that methods are compared on the same text. `together`: ranks answer for as long as any of them does. `keep_logits`:
-    the logits of those positions too.
+    the logits of those positions too. `plain`: the batch's inputs with the plain model's image features, for methods
+    that don't prune inside the vision tower.
     """
     states, prefill = Record(keep_hidden=True, keep_embeds=True), Record()
     with vlm.using(replace(session, record=prefill)):
-        encoded = encode_images(vlm, batch["inputs"])
+        encoded = vlm.encode_images(batch["inputs"], plain)
     with vlm.using(replace(session, record=states)):
         output = vlm.model(**encoded, use_cache=False)
     logits, positions = _answer_logits(output.logits, encoded["labels"]) if keep_logits else (None, None)
@@ -100,10 +84,10 @@ def measure(
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
-    pruned = vlm.plugin if session.prune else None
-    repair = None if pruned is None or not session.repair else pruned.repair
+    method = vlm.plugin.pruner if session.prune else UNPRUNED
+    repair = vlm.plugin.repair if session.prune and session.repair else None
     size = vlm.size
-    parts = {} if size is None else price(prefill.trace, size, None if pruned is None else pruned.pruner, repair)
+    parts = {} if size is None else price(prefill.trace, size, method, repair)
     return Measured(
         texts=vlm.decode(tokens, batch["prompts"]["input_ids"].shape[1]),
         hidden=states.hidden,

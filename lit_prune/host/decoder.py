@@ -32,7 +32,7 @@ from lit_prune.host.state import FORWARD, Forward
 from lit_prune.host.vision import TowerHost
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
 
@@ -43,7 +43,7 @@ class DecoderHost:
 
     Args:
         model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `_prefill`.
-        pruner: the method; `None` hosts nothing but records (the teacher's side).
+        pruner: the method; `Full` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
             the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
@@ -58,7 +58,7 @@ class DecoderHost:
     def __init__(
         self,
         model: nn.Module,
-        pruner: Pruner | None,
+        pruner: PruningMethod,
         repair: RepairAdapter | None,
         keep: Budget,
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
@@ -69,24 +69,18 @@ class DecoderHost:
         dims = self.parts.dims
         self.pruner, self.repair, self.keep = pruner, repair, keep
         self.session = Session()
-        self.tower: TowerHost | None = None
-        self.plans: Plans | None = None
-        self.stages = pruner.stages(dims.depth) if pruner is not None else ()
+        self.walk = pruner.walk(dims.depth)
+        self.stages = tuple(stage.layer for stage in self.walk)
         self.renumbering = Renumbering(self.parts.decoder) if options.positions == "renumbered" else None
         rule = options.proportional_attention
         self.proportional = None if rule == "none" else ProportionalAttention(rule)
-        self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None and pruner is not None else {}
-        runner = None
-        if pruner is not None:
-            parts.check_stages(model.config, self.stages)
-            self.schedule = pruner.nominal_schedule(keep, dims)
-            self.plans = Plans(pruner, keep, dims.depth)
-            if pruner.acts_in_tower:
-                if self.stages[0] != 0:
-                    raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
-                self.tower = TowerHost(parts.tower(model), pruner, keep, self._session)
-            tower = self.tower and self.tower.tower
-            runner = Stages(pruner, repair, self.stages, self.parts.decoder.config, tower, self.proportional)
+        self.feeds = repair.feeds(self.stages, dims.depth) if repair is not None else {}
+        parts.check_stages(model.config, self.stages)
+        self.schedule = pruner.nominal_schedule(keep, dims)
+        self.plans = Plans(pruner, keep, dims.depth)
+        self.tower = self._tower_host()
+        tower = self.tower and self.tower.tower
+        runner = Stages(self.walk, repair, self.parts.decoder.config, tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(self.stages, runner, plans, repair, self.feeds, self.renumbering, self.proportional)
         self._check_attention()
@@ -109,17 +103,22 @@ class DecoderHost:
         if host_of(self.model) is not replaces:
             raise LitPruneError("something is attached to this model already: detach it first, one model has one host")
 
+    def _tower_host(self) -> TowerHost | None:
+        """Host of the stages inside the vision tower, where the method has some."""
+        if self.pruner.tower is None:
+            return None
+        if self.stages[0] != 0:
+            raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
+        return TowerHost(parts.tower(self.model), self.pruner, self.keep, self._session)
+
     def _check_attention(self) -> None:
         """Raise `LitPruneError` where attention can't be read, or biased, as the method asks."""
         wrap_attention()
-        asked = [self.pruner.reads(stage) for stage in range(len(self.stages))]
-        own = [
-            layer
-            for layer, rows in zip(self.stages, asked, strict=True)
-            if self.pruner.needs_keys or (rows is not None and rows.layer == "own")
-        ]
+        asked = {stage.layer: stage.pruner.reads(stage.index) for stage in self.walk}
+        keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
+        own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
         compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
-        previous = [layer for layer, rows in zip(self.stages, asked, strict=True) if rows and rows.layer == "previous"]
+        previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
         implementation = self.parts.decoder.config._attn_implementation
@@ -179,6 +178,11 @@ class DecoderHost:
             return 0
         return self.stages[0] - self.layers.reads_previous(0)
 
+    @property
+    def prunes_tower(self) -> bool:
+        """True if a forward of the vision tower would drop patches now."""
+        return self.tower is not None and self.session.prune
+
     @contextmanager
     def using(self, session: Session) -> Iterator[Session]:
         """Run the forwards inside under another session (teacher, soft masks, recording, hints)."""
@@ -199,7 +203,7 @@ class DecoderHost:
         To a forward a chunk looks like a prompt, and before transformers 5.23 like one without an image.
         """
         model = parts.unwrap(self.model)
-        if self.pruner is not None and self.session.prune and passed_modalities(model_kwargs, self.parts):
+        if self.stages and self.session.prune and passed_modalities(model_kwargs, self.parts):
             refuse_chunks(generation_config)
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
@@ -212,7 +216,7 @@ class DecoderHost:
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
-        session = self.session if self.pruner is not None else Session(False, False, record=self.session.record)
+        session = self.session if self.stages else Session(False, False, record=self.session.record)
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
@@ -237,7 +241,7 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState())
             self._continue(forward, getattr(cache, CACHE), kwargs)
-        if self.pruner is not None and self.pruner.needs_embeds and forward.counts:
+        if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
             columns, _ = selection.compact(forward.visual, forward.most_visual)

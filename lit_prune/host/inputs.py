@@ -13,9 +13,7 @@ from lit_prune.host.session import Session
 from lit_prune.host.state import Forward
 
 
-def begin(
-    kwargs: dict, parts: ModelParts, session: Session, plans: Plans | None, real: Tensor | None
-) -> Forward | None:
+def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real: Tensor | None) -> Forward | None:
     """A Forward from the keyword arguments of a `*ForConditionalGeneration`, or None if there is nothing to do.
 
     `real`: which columns so far are no padding (batch, columns), those of `input_ids` last; None: all are.

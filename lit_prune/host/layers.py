@@ -13,7 +13,7 @@ from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
-from lit_prune.host.proportional import ProportionalAttention
+from lit_prune.host.proportional import ProportionalAttention, remember
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
 from lit_prune.ops import selection
@@ -27,7 +27,7 @@ class Layers:
 
     Args:
         stages: pruning layers, none without a method.
-        runner: runs one stage, None without a method.
+        runner: runs one stage.
         plans: is shown what a vision tower let through to layer 0; None where the method has no stages inside one.
         repair: adapter on late layers.
         feeds: {layer: (adapter, stage that feeds it)}.
@@ -38,7 +38,7 @@ class Layers:
     def __init__(
         self,
         stages: tuple[int, ...],
-        runner: Stages | None,
+        runner: Stages,
         plans: Plans | None,
         repair: RepairAdapter | None,
         feeds: dict[int, tuple[int, int]],
@@ -100,8 +100,7 @@ class Layers:
         """Grow the cache's record of real columns from this stage on, and build the mask of its layers."""
         state, cache = forward.cache_state, cache_of(kwargs)
         past = state.valid.get(index)
-        if self.proportional is not None:
-            self.proportional.remember(index, forward, 0 if past is None else past.shape[1])
+        remember(index, forward, 0 if past is None else past.shape[1])
         state.valid[index] = forward.valid if past is None else torch.cat([past, forward.valid], dim=1)
         padded = forward.padded
         if past is not None:
@@ -140,7 +139,7 @@ class Layers:
 
     def reads_previous(self, stage: int) -> bool:
         """Whether a stage reads the attention of the layer before its own."""
-        asked = self.runner.pruner.reads(stage)
+        asked = self.runner.reads(stage)
         return asked is not None and asked.layer == "previous"
 
     # -- the output -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.ops.budget import Budget, Schedule, asked, average
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Plans:
         depth: decoder layers.
     """
 
-    def __init__(self, pruner: Pruner, keep: Budget, depth: int) -> None:
+    def __init__(self, pruner: PruningMethod, keep: Budget, depth: int) -> None:
         self.pruner, self.keep, self.depth = pruner, keep, depth
         self.reported = False
 

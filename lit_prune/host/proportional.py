@@ -51,19 +51,35 @@ class ProportionalAttention:
             weighted=self.rule == "similarity",
             most=most,
         )
-        forward.token_sizes = before.scatter(1, columns, sizes)
-        gained = forward.token_sizes.log() - known.log()
-        forward.key_bias = gained if forward.key_bias is None else forward.key_bias + gained
+        _grow(before.scatter(1, columns, sizes), known, forward)
 
-    @staticmethod
-    def remember(index: int, forward: Forward, past: int) -> None:
-        """Bias of the `past` cached keys of the layers from `index` on, and what later forwards find there."""
-        state = forward.cache_state
-        cached = state.bias.get(index)
-        if forward.key_bias is not None and past:
-            cached = forward.key_bias.new_zeros(len(forward.valid), 0) if cached is None else cached
-            cached = pad(cached, (0, past - cached.shape[1]))
-        forward.past_bias = cached
-        if forward.token_sizes is not None:
-            own = forward.token_sizes.log()
-            state.bias[index] = own if cached is None else torch.cat([cached, own], dim=1)
+
+@torch.no_grad()
+def merged(selected: Selected, forward: Forward) -> None:
+    """Take the sizes that a merging method gave its kept tokens."""
+    ones = torch.ones(forward.valid.shape, device=forward.valid.device)
+    known = ones if forward.token_sizes is None else forward.token_sizes
+    given = torch.where(selected.alive, selected.kept.sizes.float(), known.gather(1, selected.columns))
+    _grow(known.scatter(1, selected.columns, given), known, forward)
+
+
+def remember(index: int, forward: Forward, past: int) -> None:
+    """Bias of the `past` cached keys of the layers from `index` on, and what later forwards find there."""
+    state = forward.cache_state
+    cached = state.bias.get(index)
+    if cached is None and forward.token_sizes is None:
+        return
+    if forward.key_bias is not None and past:
+        cached = forward.key_bias.new_zeros(len(forward.valid), 0) if cached is None else cached
+        cached = pad(cached, (0, past - cached.shape[1]))
+    forward.past_bias = cached
+    if forward.token_sizes is not None:
+        own = forward.token_sizes.log()
+        state.bias[index] = own if cached is None else torch.cat([cached, own], dim=1)
+
+
+def _grow(sizes: Float[Tensor, "batch columns"], known: Float[Tensor, "batch columns"], forward: Forward) -> None:
+    """Set the columns' sizes, and add what log(size) gained to the bias of their keys."""
+    forward.token_sizes = sizes
+    gained = sizes.log() - known.log()
+    forward.key_bias = gained if forward.key_bias is None else forward.key_bias + gained

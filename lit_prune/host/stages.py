@@ -12,12 +12,12 @@ from lit_prune.host.attention import row_attention, row_mean
 from lit_prune.host.compat import causal_mask
 from lit_prune.host.lengths import on_device
 from lit_prune.host.parts import Tower, plain_keys, query_key
-from lit_prune.host.proportional import ProportionalAttention
+from lit_prune.host.proportional import ProportionalAttention, merged
 from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
 from lit_prune.host.vision import absent
 from lit_prune.ops import selection
-from lit_prune.pruners.base import Context, Kept, Pruner
+from lit_prune.pruners.base import AttentionRows, Context, Kept, Stage
 from lit_prune.repair import RepairAdapter
 
 HIDDEN = -1e4  # bias of a key that nobody may see: far below any product of gates, and finite in half precision
@@ -44,12 +44,11 @@ class Seen:
 
 
 class Stages:
-    """The stages of one pruner in one decoder. Everything that changes is in the `Forward`.
+    """The stages of one method in one decoder. Everything that changes is in the `Forward`.
 
     Args:
-        pruner: the method.
+        walk: the stages, each with the pruner that decides there.
         repair: adapter that is fed by the stages, if any.
-        layers: pruning layers in this decoder.
         config: the decoder's, for its masks.
         tower: the vision tower, if the pruner has stages inside it.
         proportional: proportional attention, if it is on.
@@ -57,15 +56,15 @@ class Stages:
 
     def __init__(
         self,
-        pruner: Pruner,
+        walk: tuple[Stage, ...],
         repair: RepairAdapter | None,
-        layers: tuple[int, ...],
         config: PreTrainedConfig,
         tower: Tower | None = None,
         proportional: ProportionalAttention | None = None,
     ) -> None:
+        self.walk, self.repair, self.config, self.tower = walk, repair, config, tower
+        self.layers = tuple(stage.layer for stage in walk)
         self.proportional = proportional
-        self.pruner, self.repair, self.layers, self.config, self.tower = pruner, repair, layers, config, tower
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, kwargs: dict) -> Tensor:
         """Score, select, and drop (or mask) the visual tokens at the input of one layer."""
@@ -84,8 +83,9 @@ class Stages:
         read = self._read(stage, module, normed, rope, rows, forward)
         # 3. Let the method decide.
         context = self._context(stage, hidden, normed, Seen(columns, real, alive, rows, read), forward)
-        kept = self.pruner.prune(context)
-        exact = forward.counts[index] if self.pruner.exact(stage) and not forward.session.soft else None
+        here = self.walk[stage]
+        kept = here.pruner.prune(context)
+        exact = forward.counts[index] if here.pruner.exact(here.index) and not forward.session.soft else None
         selected = Selected(columns, real, alive, kept, dead, exact)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward)
@@ -102,8 +102,8 @@ class Stages:
         self, stage: int, module: nn.Module, normed: Tensor, rope: tuple, rows: tuple[Tensor, Tensor], forward: Forward
     ) -> Read:
         """Attention rows and keys of the stage's own layer, computed ahead, or rows tapped in the layer before."""
-        asked = self.pruner.reads(stage)
-        keys = plain_keys(module, normed) if self.pruner.needs_keys else None
+        asked = self.reads(stage)
+        keys = plain_keys(module, normed) if self.walk[stage].pruner.needs_keys else None
         if asked is None:
             return Read(keys=keys)
         if asked.layer == "previous":
@@ -130,7 +130,7 @@ class Stages:
 
         each = read.each
         return Context(
-            stage=stage,
+            stage=self.walk[stage].index,
             visual=visual(normed),
             alive=seen.alive,
             ordinal=forward.ordinal.gather(1, columns) * seen.real,
@@ -144,7 +144,7 @@ class Stages:
             seed=forward.seed,
             hints=_per_row(forward.session.hints, columns.shape[0]),
             images=forward.images(columns, seen.real),
-            states=visual(hidden) if self.pruner.needs_states else None,
+            states=visual(hidden) if self.walk[stage].pruner.needs_states else None,
             visual_keys=visual(read.keys),
             text_keys=text(read.keys),
             row_attention=None if each is None else each.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)),
@@ -152,8 +152,8 @@ class Stages:
 
     def _trace(self, index: int, stage: int, rows: tuple[Tensor, Tensor], kept: Kept, forward: Forward) -> None:
         """Note what the stage computed beside the method itself."""
-        asked = self.pruner.reads(stage)
-        needs_keys, sized = self.pruner.needs_keys, self.proportional is not None
+        asked = self.reads(stage)
+        needs_keys, sized = self.walk[stage].pruner.needs_keys, self.proportional is not None
         reads = None if asked is None else asked.layer
         forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized)
 
@@ -196,7 +196,9 @@ class Stages:
         if not there and not forward.session.soft:
             return hidden
         forward.move_up(leaving)
-        if self.proportional is not None:
+        if selected.kept.sizes is not None:
+            merged(selected, forward)
+        elif self.proportional is not None:
             self.proportional.resize(hidden, selected, forward)
         if there:
             hidden = self._shortened(hidden, rope, dropped, forward)
@@ -255,9 +257,13 @@ class Stages:
         bias = zeros.scatter_add(1, selected.columns, bias * selected.real)
         forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
 
+    def reads(self, stage: int) -> AttentionRows | None:
+        """Attention rows that the pruner of a stage asked for."""
+        return self.walk[stage].pruner.reads(self.walk[stage].index)
+
     def rows(self, forward: Forward, stage: int) -> tuple[Tensor, Tensor]:
         """Columns whose attention the pruner asked for at a stage, and which of them are real."""
-        asked = self.pruner.reads(stage)
+        asked = self.reads(stage)
         if asked is None or asked.rows == "question":
             return selection.compact(forward.text, forward.most_text)
         last = forward.text.flip(1).long().cumsum(1).flip(1) == 1

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
+from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import bidirectional_mask, check_tower, keep_hooks_out_of_checkpoints
 from lit_prune.host.parts import Tower
 from lit_prune.host.session import Session
 from lit_prune.ops import selection
 from lit_prune.ops.budget import Budget
-from lit_prune.pruners.base import Pruner, VisionContext
+from lit_prune.pruners.base import PruningMethod, VisionContext
 
 PASS = "lit_prune_tower"  # keyword under which a TowerPass travels to the tower's layers
 PACKED = "lit_prune_packed"  # attribute of features on their way through the projector
@@ -32,6 +33,7 @@ class TowerPass:
     ordinal: Tensor | None = None
     real: Tensor | None = None
     mask: Tensor | None = None
+    sizes: Tensor | None = None  # patches that each one stands for, where a stage merged and said so
     before: Tensor | None = None  # input of the layer before the next stage
     side: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -46,16 +48,17 @@ class TowerHost:
 
     Args:
         tower: where its parts are.
-        pruner: the method, with a `vision_schedule`.
+        pruner: the method, whose `tower` acts inside.
         keep: budget of a sample; its tiles share evenly what reaches the decoder.
         session: gives the session that a forward runs under.
     """
 
-    def __init__(self, tower: Tower, pruner: Pruner, keep: Budget, session: Callable[[], Session]) -> None:
-        self.tower, self.pruner, self.session = tower, pruner, session
-        size, share = tower.size, tower.size.share(keep)
-        self.schedule = pruner.vision_schedule(share, size.side**2, size.features)
-        self.side = pruner.image_side(share, size.side)
+    def __init__(self, tower: Tower, pruner: PruningMethod, keep: Budget, session: Callable[[], Session]) -> None:
+        self.tower, self.pruner, self.session = tower, pruner.tower, session
+        size = tower.size
+        leaving = pruner.leaving(size.share(keep), size.side**2)
+        self.schedule = self.pruner.vision_schedule(leaving, size.side**2, size.features)
+        self.side = self.pruner.image_side(leaving, size.side)
         check_tower(tower.layers)
 
     def hook(self) -> Iterator[RemovableHandle]:
@@ -113,12 +116,29 @@ class TowerHost:
         state.stages.append((state.real.sum(1), kept.mask.sum(1)))
         columns, state.real = selection.compact(kept.mask)
         state.ordinal = state.ordinal.gather(1, columns)
+        sizes = state.sizes if kept.sizes is None else kept.sizes
+        state.sizes = None if sizes is None else sizes.gather(1, columns)
         hidden = torch.cat([head, selection.gather_rows(patches, columns)], 1)
-        state.mask = None
-        if index < self.tower.size.features and not bool(state.real.all()):
-            valid = torch.nn.functional.pad(state.real, (self.tower.size.prefix, 0), value=True)
-            state.mask = bidirectional_mask(self.tower.module.config, hidden, valid)
+        state.mask = self._mask(hidden, state) if index < self.tower.size.features else None
         return hidden
+
+    def _mask(self, hidden: Tensor, state: TowerPass) -> Tensor | None:
+        """Mask of the tower's later layers: hides filler, and adds log(size) where patches stand for several."""
+        prefix, full = self.tower.size.prefix, bool(state.real.all())
+        if state.sizes is not None:
+            if self.tower.module.config._attn_implementation not in ("sdpa", "eager"):
+                raise LitPruneError(
+                    f"{type(self.pruner).__name__} adds log(size) to attention inside the vision tower, which "
+                    f"{self.tower.module.config._attn_implementation} attention can't: load with "
+                    f"attn_implementation='sdpa'"
+                )
+            bias = state.sizes.log().to(hidden).masked_fill(~state.real, torch.finfo(hidden.dtype).min)
+            return torch.nn.functional.pad(bias, (prefix, 0))[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+        if full:
+            return None
+        return bidirectional_mask(
+            self.tower.module.config, hidden, torch.nn.functional.pad(state.real, (prefix, 0), value=True)
+        )
 
     def _context(self, index: int, patches: Tensor, state: TowerPass) -> VisionContext:
         keys = values = attention = None
@@ -134,6 +154,8 @@ class TowerHost:
             ordinal=state.ordinal,
             count=torch.full(patches.shape[:1], self.schedule[index], device=patches.device),
             side=self.tower.size.side,
+            heads=self.tower.layers[0].self_attn.num_heads,
+            sizes=state.sizes,
             memory=state.memory,
         )
 
@@ -150,6 +172,8 @@ class TowerHost:
         query = own.q_proj(normed[:, :1] if prefix else normed).mean(1)
         split = keys.unflatten(2, (own.num_heads, -1))
         logits = torch.einsum("bhd,bnhd->bhn", query.unflatten(1, (own.num_heads, -1)), split).float() * own.scale
+        if state.sizes is not None:
+            logits = logits + torch.nn.functional.pad(state.sizes.log(), (prefix, 0))[:, None]
         valid = torch.nn.functional.pad(state.real, (prefix, 0), value=True)
         attention = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
         return keys[:, prefix:], values, attention[:, prefix:]

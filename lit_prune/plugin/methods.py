@@ -1,5 +1,6 @@
 """Methods from whatever names one: an object, a shipped name, a YAML file, a saved folder, a repository of the hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,65 @@ from lit_prune.files.renamed import old_keys, renamed_text
 from lit_prune.files.shipped import SUFFIXES, find_config
 from lit_prune.files.yaml_files import NoMapping, read_yaml
 from lit_prune.host.options import HostOptions, Positions, Proportional
-from lit_prune.ops.budget import parse_budget
-from lit_prune.plugin import SETTINGS, Plugin
-from lit_prune.pruners.base import Pruner
+from lit_prune.ops.budget import Budget, parse_budget
+from lit_prune.plugin import SETTINGS, Plugin, unpruned
+from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
+FULL = "full"  # the full model, as a method
 
-def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None) -> Plugin:
+
+@dataclass(frozen=True)
+class MethodText:
+    """A method in one line, as every command, YAML file and Python call writes it: `PATH[!][@BUDGET]`.
+
+    PATH is `full`, the name of a shipped method, a YAML file, a plug-in folder or a repository of the hub. `!` leaves
+    the repair adapter out, `@` gives a budget: `fastv@64`, `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`.
+    """
+
+    path: str
+    repair: bool = True
+    keep: Budget | None = None
+
+    @classmethod
+    def parse(cls, text: str, key: str = "method") -> "MethodText":
+        """Read a line; raises `LitPruneError`, which names `key`, without a path or with an unreadable budget."""
+        if Path(text).expanduser().exists():  # a name with these signs in it
+            return cls(text)
+        rest, at, budget = text.rpartition("@")
+        path = rest if at else text
+        repair = not path.endswith("!")
+        path = path.removesuffix("!")
+        if not path:
+            raise LitPruneError(f"{key} {text!r} names no method: write PATH, PATH@BUDGET, or PATH! without its repair")
+        return cls(path, repair, parse_budget(budget, f"{key} {text}") if at else None)
+
+    def plugin(self) -> Plugin:
+        """The plug-in that it names; raises `LitPruneError` where there is none."""
+        plugin = unpruned() if self.path == FULL else _plugin(self.path)
+        plugin.repair = plugin.repair if self.repair else None
+        plugin.keep = plugin.keep if self.keep is None else self.keep
+        return plugin
+
+
+def as_plugin(
+    pruner: PruningMethod | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None
+) -> Plugin:
     """A `Plugin` from whatever names one.
 
     Args:
-        pruner: an object, the name of a shipped method (`fastv`), a YAML file, a folder written by `save_pretrained`,
-            or a repository of the hub (`OWNER/NAME`).
-        repair: repair adapter for a `Pruner` object.
-        keep: budget for a `Pruner` object.
+        pruner: an object, or a line that `MethodText` reads: `full`, the name of a shipped method (`fastv`), a YAML
+            file, a folder written by `save_pretrained` or a repository of the hub (`OWNER/NAME`), each with `@BUDGET`
+            and, to leave its repair adapter out, `!`.
+        repair: repair adapter for a pruner object.
+        keep: budget for a pruner object.
 
     Raises:
         LitPruneError: nothing of this name, with the closest names that there are, or a file that can't be read.
     """
     if isinstance(pruner, Plugin):
         return pruner
-    if isinstance(pruner, Pruner):
+    if isinstance(pruner, PruningMethod):
         return Plugin(pruner, repair, keep).eval()
     if not isinstance(pruner, str | Path) or not str(pruner):
         kind = f"the class {pruner.__name__}" if isinstance(pruner, type) else repr(pruner)
@@ -36,6 +75,11 @@ def as_plugin(pruner: Pruner | Plugin | str | Path, repair: RepairAdapter | None
             f"{kind} is no method: give a shipped method's name such as 'fastv', a YAML file, a plug-in folder, or a "
             f"Pruner object"
         )
+    return MethodText.parse(str(pruner)).plugin()
+
+
+def _plugin(pruner: str) -> Plugin:
+    """The plug-in of a shipped name, a YAML file, a folder or a repository."""
     folder = Path(pruner).expanduser()
     if folder.suffix not in SUFFIXES and (folder / SETTINGS).is_file():
         return Plugin.from_pretrained(folder)
@@ -61,7 +105,7 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
     if found := old_keys(model, "model"):
         raise LitPruneError(f"{path}: {renamed_text(found)}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--pruner", type=Pruner)
+    parser.add_argument("--pruner", type=PruningMethod)
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--positions", type=Positions, default="original")
     parser.add_argument("--proportional_attention", type=Proportional, default="none")

@@ -24,7 +24,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.files.renamed import translated
 from lit_prune.host.options import HostOptions
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
-from lit_prune.pruners.base import Dims, Pruner, spec
+from lit_prune.pruners.base import Dims, Full, PruningMethod, spec
 from lit_prune.repair import RepairAdapter
 
 SETTINGS, WEIGHTS = "plugin.json", "plugin.safetensors"
@@ -66,7 +66,7 @@ class Plugin(
 
     def __init__(
         self,
-        pruner: Pruner,
+        pruner: PruningMethod,
         repair: RepairAdapter | None = None,
         keep: Any = None,
         base: str = "",
@@ -206,7 +206,7 @@ class Plugin(
     def _made(cls, settings: dict[str, Any], tensors: dict[str, Tensor], told: Path, found: Path) -> "Plugin":
         """From settings that stood in the file `told` and weights of the file `found`."""
         try:
-            pruner = _build(settings["pruner"], Pruner, told)
+            pruner = _build(settings["pruner"], PruningMethod, told)
             repair = None if settings["repair"] is None else _build(settings["repair"], RepairAdapter, told)
             plugin = cls(pruner, repair, settings["keep"], settings["base"], _options(settings, told))
             if settings["dims"] is not None:
@@ -219,6 +219,11 @@ class Plugin(
         except RuntimeError as error:
             raise LitPruneError(f"{found} doesn't fit {told.name}: {error}") from error
         return plugin.eval()
+
+
+def unpruned() -> Plugin:
+    """The plug-in of the full model, which prunes nothing."""
+    return Plugin(Full()).eval()
 
 
 def learns(plugin: Plugin, dims: Dims) -> bool:
@@ -266,7 +271,7 @@ def _build(spec: dict[str, Any], kind: type, told: Path) -> Any:
         )
     arguments = translated(found, spec["init_args"])
     parts = {name: a for name, a in arguments.items() if isinstance(a, dict) and "class_path" in a}
-    return found(**arguments | {name: _build(part, Pruner, told) for name, part in parts.items()})
+    return found(**arguments | {name: _build(part, PruningMethod, told) for name, part in parts.items()})
 
 
 def _options(settings: dict[str, Any], told: Path) -> HostOptions:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize, pad
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.ops import graphs, selection
 from lit_prune.ops.moments import kappa
-from lit_prune.pruners.base import Context, Kept, VisionContext, VisionPruner
+from lit_prune.pruners.base import Context, Kept, Pruner, VisionContext, VisionPruner
 from lit_prune.pruners.by_image import image_by_image
 
 
@@ -52,7 +52,6 @@ class DCPPrune(VisionPruner):
     """
 
     title = "DCP-Prune"
-    needs_embeds = True
     needs_values = True
 
     def __init__(
@@ -70,7 +69,7 @@ class DCPPrune(VisionPruner):
         candidates: float = 2.0,
         text: float = 0.5,
     ) -> None:
-        super().__init__(vision_layers, vision_stage_ratios, vision_depth)
+        super().__init__(vision_layers, vision_stage_ratios, vision_depth, TextAwareClusters(text))
         if 0 in self.vision_layers:
             raise LitPruneError("vision_layers: DCP-Prune scores by the layer before a stage, and layer 0 has none")
         check_number("pruner.temperature", temperature, above=0)
@@ -124,6 +123,26 @@ class DCPPrune(VisionPruner):
         # Filler columns point at tokens that are no anchors, whose states nobody uses.
         return states.scatter(1, columns[..., None].expand_as(moved), moved)
 
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
+        """ACGR: cosines of anchors with all tokens, and the weighted sums."""
+        visual, kept = visual.double(), kept.double()
+        return 4.0 * visual * kept * width * self.acgr
+
+
+class TextAwareClusters(Pruner):
+    """TATCS: the stage of `DCPPrune` before decoder layer 0, where the question is known.
+
+    Args:
+        text: weight of the question, 0 to 1.
+    """
+
+    needs_embeds = True
+
+    def __init__(self, text: float = 0.5) -> None:
+        super().__init__([0])
+        check_number("pruner.text", text)
+        self.text = text
+
     @image_by_image
     def prune(self, context: Context) -> Kept:
         """TATCS on the samples whose tower let more than the budget through; the others keep what arrived."""
@@ -157,11 +176,6 @@ class DCPPrune(VisionPruner):
         visual, text, kept = visual.double(), text.double(), kept.double()
         products = 2 * visual * (visual + text) * width + 2 * visual**2 * text
         return torch.where(visual > kept, products + 2 * kept * visual**2, 0.0)
-
-    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
-        """ACGR: cosines of anchors with all tokens, and the weighted sums."""
-        visual, kept = visual.double(), kept.double()
-        return 4.0 * visual * kept * width * self.acgr
 
 
 def _share(values: Tensor, alive: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class PruMergePlus(VisionPruner):
         merged = selection.gather_rows(states, columns) + (near * attention[:, None]) @ states
         return Kept(kept, scores=attention, states=states.scatter(1, columns[..., None].expand_as(merged), merged))
 
-    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
         """Cosines of kept with all tokens, and the weighted sums."""
         visual, kept = visual.double(), kept.double()
         return 4 * visual * kept * width

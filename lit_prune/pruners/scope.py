@@ -41,7 +41,7 @@ class Scope(VisionPruner):
         )
         return Kept(kept, scores=torch.where(kept, weight + 1, weight))
 
-    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
         """Cosines of all pairs, and the gains of each pick."""
         visual, kept = visual.double(), kept.double()
         return 2 * visual**2 * (width + kept)

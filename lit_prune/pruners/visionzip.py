@@ -43,7 +43,7 @@ class VisionZip(VisionPruner):
         states = torch.where(centres[..., None], means, context.states.float())
         return Kept(dominant | centres, scores=context.attention, states=states)
 
-    def vision_flops(self, visual: Tensor, kept: Tensor, width: int) -> Tensor:
+    def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
         """Cosines of all tokens with the contextual ones."""
         visual, kept = visual.double(), kept.double()
         return 2 * visual * (kept * self.contextual).round() * width

@@ -22,7 +22,7 @@ from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import Plugin
-from lit_prune.pruners.base import Pruner
+from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 from lit_prune.training.averaging import refuse_whole_averages
 from lit_prune.training.blank import has_image, with_blank
@@ -74,7 +74,7 @@ class PruneModule(LightningModule):
     def __init__(
         self,
         base: str = "micro",
-        pruner: Pruner | None = None,
+        pruner: PruningMethod | None = None,
         repair: RepairAdapter | None = None,
         keep: Any = 16,
         plugin: str | None = None,
@@ -266,17 +266,16 @@ class PruneModule(LightningModule):
             return None
         hints = batch.get("hints", {})
         with self.vlm.using(measuring.TEACHER):
-            shared = {**batch, "inputs": measuring.encode_images(self.vlm, batch["inputs"])}
-        own = batch if self.plugin.pruner.acts_in_tower else shared
-        runs = [(shared, measuring.TEACHER), (own, Session(hints=hints))]
+            plain = self.vlm.encode_images(batch["inputs"])
         teacher, student = (
-            measuring.measure(self.vlm, *run, self.max_new_tokens, together).first(count) for run in runs
+            measuring.measure(self.vlm, batch, session, self.max_new_tokens, together, plain=plain).first(count)
+            for session in (measuring.TEACHER, Session(hints=hints))
         )
         unrepaired = None
         if self.plugin.repair is not None:
             bare = Record(keep_hidden=True)
             with self.vlm.using(Session(repair=False, hints=hints, record=bare)):
-                self.model(**measuring.encode_images(self.vlm, own["inputs"]), use_cache=False)
+                self.model(**self.vlm.encode_images(batch["inputs"], plain), use_cache=False)
             unrepaired = bare.hidden
         if not count:
             return None

@@ -85,11 +85,10 @@ class Teaching:
         plain, pruned = self.sessions(ranks)
         teacher, student = plain.record, pruned.record
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
-            inputs = measuring.encode_images(vlm, batch["inputs"])
+            inputs = vlm.encode_images(batch["inputs"])
             target = vlm.model(**inputs, use_cache=False).logits[0]
         with part("student forward"), vlm.using(pruned):
-            if plugin.pruner.acts_in_tower:
-                inputs = measuring.encode_images(vlm, batch["inputs"])
+            inputs = vlm.encode_images(batch["inputs"], plain=inputs)
             again = checkpointing.checkpointed(vlm.model, vlm.host.shared)
             with again if self.checkpoint_activations else nullcontext():
                 logits = vlm.model(**inputs, use_cache=False).logits[0]

@@ -8,7 +8,7 @@ import torch
 from lit_prune.commands._support.inputs import image_pixels
 from lit_prune.cost.flops import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
 from lit_prune.cost.shapes import Config, names
-from lit_prune.cost.sizes import USUAL, decoder_size, known_size, tower_size, tower_trace
+from lit_prune.cost.sizes import USUAL, decoder_size, known_size, tower_trace
 from lit_prune.cost.trace import TowerTrace, Trace, plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import check_stages
@@ -92,7 +92,8 @@ class Case:
         schedule, tower = {}, None
         if budget is not None:
             pruner, repair = self.plugin.pruner, self.plugin.repair
-            schedule, tower = pruner.schedule(budget, prompt.visual, size.depth), self._tower(budget)
+            schedule = pruner.schedule(budget, prompt.visual, size.depth)
+            tower = tower_trace(self.config, pruner, budget, size.image.patches)
         trace = plan(schedule, prompt.visual, prompt.text, size.depth, pruner, repair)
         trace.tower = tower
         prices = [
@@ -114,12 +115,6 @@ class Case:
             visual=[int(count) for count in trace.visual],
             layers=[decoder_layer(size, q, k).item() for q, k in zip(trace.queries, trace.keys, strict=True)],
         )
-
-    def _tower(self, budget: Budget) -> TowerTrace | None:
-        if not self.plugin.pruner.acts_in_tower:
-            return None
-        tiles = max(1, self.size.image.patches // tower_size(self.config).side ** 2)
-        return tower_trace(self.config, self.plugin.pruner, budget, tiles)
 
     def _bytes(self, trace: Trace) -> int:
         return int(kv_bytes(trace, self.size, self.prompt.bytes_per_value).item())

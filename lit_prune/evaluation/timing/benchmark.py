@@ -19,24 +19,27 @@ from lit_prune.cost.flops import decoder_total, price
 from lit_prune.cost.sizes import USUAL, image_load
 from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.measuring import encode_images
 from lit_prune.evaluation.timing.clocks import Clock, noisy, spread
 from lit_prune.evaluation.timing.prompts import SEED, Prompt, decode, prefill, random_prompt
-from lit_prune.host import DecoderHost, Record, Session
+from lit_prune.host import Record, Session
 from lit_prune.host.cut import cut_to
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import Budget
-from lit_prune.plugin import Plugin
+from lit_prune.plugin import Plugin, unpruned
 from lit_prune.vlm import VLM
 
 
 @dataclass(frozen=True)
 class Method:
-    """A plug-in at a budget; without a plug-in it is the full model."""
+    """A plug-in at a budget; by default the full model."""
 
     name: str
-    plugin: Plugin | None = None
+    plugin: Plugin = field(default_factory=unpruned)
     keep: Budget | None = None
+
+    def prunes(self, depth: int) -> bool:
+        """False for the full model."""
+        return bool(self.plugin.pruner.stages(depth))
 
 
 @dataclass
@@ -86,7 +89,8 @@ class Benchmark:
     ) -> None:
         if new_tokens < 2 or text_tokens < 2 or not batch_sizes or min(batch_sizes) < 1:
             raise LitPruneError("bench needs text_tokens and new_tokens of at least 2 and batch sizes of at least 1")
-        if all(method.plugin is not None for method in methods):
+        depth = find(vlm.model).dims.depth
+        if all(method.prunes(depth) for method in methods):
             methods = [Method("full"), *methods]
         if len({method.name for method in methods}) < len(methods):
             raise LitPruneError("two methods have the same name; give NAME=PATH")
@@ -148,20 +152,19 @@ class Benchmark:
         times.decode.append(rest / (self.new_tokens - 1))
         times.peak_bytes = _peak(model.device, times.peak_bytes)
         del cache
-        if method.plugin is not None:
+        if method.prunes(self.dims.depth):
             features = self.prompts[batch].features
             with cut_to(model, self.ran[batch, method.name].lengths, features["input_ids"].shape[1]):
                 times.cut.append(self.clock(lambda: prefill(model, features))[0])
 
     def _prompt(self, method: Method, prompt: Prompt) -> Prompt:
         """With features of the method's own making, where it prunes inside the vision tower."""
-        if method.plugin is None or not method.plugin.pruner.acts_in_tower:
-            return prompt
-        return replace(prompt, features=encode_images(self.vlm, prompt.pixels))
+        return replace(prompt, features=self.vlm.encode_images(prompt.pixels, prompt.features))
 
     @contextmanager
-    def _attached(self, method: Method) -> Iterator[None]:
-        if method.plugin is None:
+    def _attached(self, method: Method, recording: bool = False) -> Iterator[None]:
+        """Inside, the method is attached; the full model is timed without any hooks, and has some for a recording."""
+        if not recording and not method.prunes(self.dims.depth):
             yield
             return
         with torch.random.fork_rng(devices=[]):
@@ -175,16 +178,13 @@ class Benchmark:
     def _inspect(self, method: Method, prompt: Prompt) -> Ran:
         """Run one prefill twice: recorded, and for the cache that it leaves."""
         record, model = Record(), self.vlm.model
-        with self._attached(method):
+        with self._attached(method, recording=True):
             prompt = self._prompt(method, prompt)
-            host = self.vlm.host or DecoderHost(model, None, None, 0)
-            with host.using(Session(record=record)):
+            with self.vlm.using(Session(record=record)):
                 prefill(model, prompt.features)
-            if self.vlm.host is None:
-                host.detach()
             _, cache = prefill(model, prompt.features)
         size = self.vlm.size
-        parts = None if size is None else price(record.trace, size, *_parts(method.plugin))
+        parts = None if size is None else price(record.trace, size, method.plugin.pruner, method.plugin.repair)
         return Ran(
             flops=None if parts is None else (decoder_total(parts) + parts["lm_head"]).sum().item(),
             kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
@@ -195,7 +195,7 @@ class Benchmark:
 
     def rows(self) -> list[dict[str, Any]]:
         """The table so far: a row for each batch size and method that was measured; times in ms."""
-        full = next(method.name for method in self.methods if method.plugin is None)
+        full = next(method.name for method in self.methods if not method.prunes(self.dims.depth))
         rows = []
         for batch, method in ((batch, method) for batch in self.batch_sizes for method in self.methods):
             times = self.times.get((batch, method.name))
@@ -251,10 +251,6 @@ def _overhead(times: Times) -> tuple[float | None, float | None]:
 def _widths(trace: Trace) -> list[int]:
     """Columns at each decoder layer: those of the sample that keeps most."""
     return [int(lengths.max()) for lengths in trace.queries]
-
-
-def _parts(plugin: Plugin | None) -> tuple[Any, Any]:
-    return (None, None) if plugin is None else (plugin.pruner, plugin.repair)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.cost.sizes import USUAL
-from lit_prune.evaluation.measuring import encode_images
 from lit_prune.host.compat import cache_keyword, cache_of
 from lit_prune.host.noise import noise
 from lit_prune.host.parts import find, unwrap
@@ -42,7 +41,7 @@ def random_prompt(vlm: VLM, batch: int, text_tokens: int, image: tuple[int, int]
     if "image_grid_thw" in images:
         inputs["mm_token_type_ids"] = (ids == token).long()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return Prompt(inputs, encode_images(vlm, inputs))
+    return Prompt(inputs, vlm.encode_images(inputs))
 
 
 def prefill(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
