@@ -29,6 +29,20 @@ def pytest_configure() -> None:
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
+# Files that start processes, train, or go through all methods come first, so that a parallel run ends with short ones.
+LONGEST = (
+    *("strategies", "add_method", "equality", "families", "resume", "trainer_options", "docs", "submissions"),
+    *("jobs", "copies", "compare", "micro_recipe", "training", "family_runs", "batch_shapes", "replay"),
+    *("signals", "shipped", "logging", "report", "pruners", "cost", "many_images", "any_record"),
+    *("any_source", "any_option", "loading", "cli"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """What a test, or a command that it runs, leaves in the environment goes with it, and so does a number of threads.

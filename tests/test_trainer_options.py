@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from tiny import ROOT
 
 from lit_prune import cli
+from lit_prune.callbacks import samples
 from lit_prune.commands._support.trainer_options import apply_switches, check, restore_defaults
 from lit_prune.errors import LitPruneError
 
@@ -45,7 +47,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(place: Path, micro_folder: Path):
-    """Run a verb on configs/micro.yaml, two steps of four samples; in `place`/run unless another folder is given."""
+    """Run a verb on configs/micro.yaml, two steps of four samples; in `place`/run unless another folder is given.
+
+    Sample pictures are blank: to draw them, as test_logging does, takes as long as all the rest of a run.
+    """
     options = {
         "trainer.max_steps": 2,
         "trainer.val_check_interval": 2,
@@ -60,6 +65,7 @@ def start(place: Path, micro_folder: Path):
         "data.init_args.eval_batch_size": 7,
     }
     staging = {"WANDB_DATA_DIR": str(place / "staging")}
+    blank = np.zeros((2, 2, 3), np.uint8)
 
     def run(verb: str, *more: str, files: tuple[str, ...] = ()) -> Result:
         configs = [word for file in (MICRO, *files) for word in ("-c", file)]
@@ -70,7 +76,13 @@ def start(place: Path, micro_folder: Path):
         for name in names:
             logging.getLogger(name).addHandler(handler)
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch.dict(os.environ, staging):
+            drawn = patch.object(samples, "_draw", lambda *_: blank)
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                patch.dict(os.environ, staging),
+                drawn,
+            ):
                 cli.main([verb, *configs, *words, *more])
         except SystemExit as exit_:
             code = int(exit_.code or 0)
