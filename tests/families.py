@@ -40,18 +40,10 @@ from lit_prune.repair import RepairAdapter
 
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 TEXT = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 96,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+    "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "initializer_range": 0.2,
+    "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}

@@ -172,22 +172,11 @@ ODD = (
     *("", "-1", "0", "1.5", "nan", "-inf", "1e400", "1" * 400, "0x10", "1_000", "true", "null", "~", "None", "-", "--"),
     *("[]", "{}", "[1", "{a: b}", "[null]", "[[1]]", "a b", "'", '"', "&a [*a]", "!!python/name:os.system", "${x}"),
     *(
-        "${oc.env:HOME}",
-        "\x00",
-        "\ud800",
-        "é\u202e\n",
-        "💡",
-        "..",
-        "/",
-        "x.yaml",
-        "50%",
-        "-5%",
-        "101%",
-        "@",
+        "${oc.env:HOME}", "\x00", "\ud800", "é\u202e\n", "💡", "..", "/", "x.yaml", "50%", "-5%", "101%", "@",
         "http://x",
     ),
     *("hub:x", "a: b", "# a", "2:64,4:8", "1e3", "2020-01-01", "${", "x" * 3000, "a.b.C", "lit_prune.cli.main"),
-)
+)  # fmt: skip
 VALUES = st.sampled_from(ODD) | st.text(max_size=12) | st.integers().map(str) | st.floats().map(repr)
 MANY = settings(
     max_examples=700, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

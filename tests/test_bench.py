@@ -31,30 +31,12 @@ TEXT, NEW, BATCHES = 10, 3, [1, 3]
 SCHEDULE = {1: 20, 3: 9, 5: 4}
 SINGLE, SEVERAL = "FastV 2:8", "RCP 1:20 3:9 5:4"
 FIELDS = {
-    "method": str,
-    "batch": int,
-    "prefill_ms": float,
-    "ttft_ms": float,
-    "decode_ms_per_token": float,
-    "tokens_per_s": float,
-    "speedup": float,
-    "flops_ratio": float,
-    "efficiency": float,
-    "ttft_speedup": float,
-    "decode_speedup": float,
-    "overhead": float | None,
-    "overhead_spread": float | None,
-    "flops": float,
-    "kv_bytes": int,
-    "peak_memory_bytes": int | None,
-    "avg_visual_tokens": float,
-    "kept": dict,
-    "spread": float | None,
-    "ttft_spread": float | None,
-    "decode_spread": float | None,
-    "noisy": bool,
-    "n": int,
-}
+    "method": str, "batch": int, "prefill_ms": float, "ttft_ms": float, "decode_ms_per_token": float,
+    "tokens_per_s": float, "speedup": float, "flops_ratio": float, "efficiency": float, "ttft_speedup": float,
+    "decode_speedup": float, "overhead": float | None, "overhead_spread": float | None, "flops": float,
+    "kv_bytes": int, "peak_memory_bytes": int | None, "avg_visual_tokens": float, "kept": dict,
+    "spread": float | None, "ttft_spread": float | None, "decode_spread": float | None, "noisy": bool, "n": int,
+}  # fmt: skip
 
 
 def fastv() -> Method:

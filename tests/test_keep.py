@@ -35,16 +35,11 @@ WRONG = [True, 0, -3, float("nan"), "0%", "200%", "abc", [16], {}, {"a": 3}]
 @pytest.mark.parametrize(
     ("keep", "schedule"),
     [
-        (12, {2: 4}),
-        ("12", {2: 4}),
-        ("33.3%", {2: 4}),
-        (12.0, {2: 4}),
-        ({2: 7}, {2: 7}),
-        ({"2": 7}, {2: 7}),
+        (12, {2: 4}), ("12", {2: 4}), ("33.3%", {2: 4}), (12.0, {2: 4}), ({2: 7}, {2: 7}), ({"2": 7}, {2: 7}),
         ("2:7", {2: 7}),
     ],
     ids=repr,
-)
+)  # fmt: skip
 def test_python_takes_every_form(tiny_model, keep, schedule):
     vlm = VLM(tiny_model, None, "tiny").attach(FastV([2]), keep=keep)
     try:
@@ -81,15 +76,10 @@ def written(folder: Path, keep: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "keep"),
     [
-        ("16", 16),
-        ("'16'", 16),
-        ("11.1%", Share(11.1)),
-        ("2:30", {2: 30}),
-        ("2:64", {2: 64}),
-        ("{2: 64}", {2: 64}),
+        ("16", 16), ("'16'", 16), ("11.1%", Share(11.1)), ("2:30", {2: 30}), ("2:64", {2: 64}), ("{2: 64}", {2: 64}),
         ("null", None),
     ],
-)
+)  # fmt: skip
 def test_yaml_takes_every_form(tmp_path, text, keep):
     assert plugin_from_yaml(written(tmp_path, text)).keep == keep
 

@@ -36,15 +36,11 @@ from lit_prune.vlm import VLM
 
 # Parameters of the published checkpoints, in billions.
 PUBLISHED = {
-    "OpenGVLab/InternVL3-8B-hf": 7.94,
-    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
-    "Qwen/Qwen3-VL-8B-Instruct": 8.77,
-    "llava-hf/llava-1.5-13b-hf": 13.35,
-    "llava-hf/llava-1.5-7b-hf": 7.06,
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03,
-    "llava-hf/llava-v1.6-mistral-7b-hf": 7.57,
+    "OpenGVLab/InternVL3-8B-hf": 7.94, "Qwen/Qwen2.5-VL-7B-Instruct": 8.29, "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "llava-hf/llava-1.5-13b-hf": 13.35, "llava-hf/llava-1.5-7b-hf": 7.06,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03, "llava-hf/llava-v1.6-mistral-7b-hf": 7.57,
     "llava-hf/llava-v1.6-vicuna-7b-hf": 7.06,
-}
+}  # fmt: skip
 SHAPES = pytest.mark.parametrize("name", names())
 
 

@@ -88,21 +88,12 @@ def unpacked(items: Any) -> dict[str, Any]:
 def fit(folder: Path, micro: Path, world: Path, *options: str) -> tuple[str, list[str]]:
     """Train four steps through the command line; what it prints, and what it says on the way."""
     arguments = {
-        "trainer.max_steps": STEPS,
-        "trainer.val_check_interval": 2,
-        "trainer.limit_val_batches": 1,
-        "trainer.log_every_n_steps": 2,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_model_summary": "false",
-        "trainer.default_root_dir": folder,
-        "model.base": micro,
-        "data.init_args.root": world,
-        "data.init_args.train_samples": 16,
-        "data.init_args.val_samples": 7,
-        "data.init_args.test_samples": 7,
-        "data.init_args.batch_size": BATCH,
-        "data.init_args.eval_batch_size": 7,
-    }
+        "trainer.max_steps": STEPS, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1,
+        "trainer.log_every_n_steps": 2, "trainer.accelerator": "cpu", "trainer.enable_model_summary": "false",
+        "trainer.default_root_dir": folder, "model.base": micro, "data.init_args.root": world,
+        "data.init_args.train_samples": 16, "data.init_args.val_samples": 7, "data.init_args.test_samples": 7,
+        "data.init_args.batch_size": BATCH, "data.init_args.eval_batch_size": 7,
+    }  # fmt: skip
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

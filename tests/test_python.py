@@ -321,17 +321,11 @@ def test_a_plugin_folder_named_as_a_shipped_method_wins(micro, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("mirco", "micro"),
-        ("Micro", "micro"),
-        ("micro-llava", "micro"),
-        ("llava-hf/llava-1.5-7b", SHAPE),
-        ("llava-1.5-7b-hf", SHAPE),
-        ("Qwen/Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"),
-        (SHAPE, None),
-        ("micro", None),
-        ("nothing-like-it", None),
+        ("mirco", "micro"), ("Micro", "micro"), ("micro-llava", "micro"), ("llava-hf/llava-1.5-7b", SHAPE),
+        ("llava-1.5-7b-hf", SHAPE), ("Qwen/Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), (SHAPE, None),
+        ("micro", None), ("nothing-like-it", None),
     ],
-)
+)  # fmt: skip
 def test_the_closest_model(name, meant, monkeypatch, tmp_path):
     assert closest_model(name) == meant
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -298,14 +298,10 @@ def test_an_end_must_be_named(quick, capsys):
 # -- real training --------------------------------------------------------------------------------------------------
 
 SHORT = {
-    "trainer.max_steps": 2,
-    "trainer.val_check_interval": 2,
-    "trainer.limit_val_batches": 1,
-    "data.init_args.train_samples": 12,
-    "data.init_args.val_samples": 6,
-    "data.init_args.test_samples": 6,
+    "trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1,
+    "data.init_args.train_samples": 12, "data.init_args.val_samples": 6, "data.init_args.test_samples": 6,
     "data.init_args.batch_size": 4,
-}
+}  # fmt: skip
 
 
 @pytest.fixture

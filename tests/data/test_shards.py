@@ -235,13 +235,8 @@ def test_members_of_other_kinds_are_no_samples(tmp_path):
     """A text, hidden files between the others, and a name in capital letters."""
     other = {"README.txt": b"x", "._a.json": b"x", "._a.png": b"x", "__MACOSX/._b.json": b"x", ".json": b"{}"}
     mixed = {
-        "README.txt": b"x",
-        "._a.JSON": b"x",
-        "a.JSON": RECORD,
-        "._a.png": b"x",
-        "a.PNG": png("red"),
-        "b.cls": b"1",
-    }
+        "README.txt": b"x", "._a.JSON": b"x", "a.JSON": RECORD, "._a.png": b"x", "a.PNG": png("red"), "b.cls": b"1",
+    }  # fmt: skip
     write_tar(tmp_path / "a.tar", mixed)
     source = open_source(tmp_path / "a.tar")
     assert len(source) == 1

@@ -157,23 +157,11 @@ def test_vqa_by_answer_type():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("No", "no"),
-        ("no cat", "no"),
-        ("I am not sure, yes", "no"),
-        ("no,", "no"),
-        ("There is, no", "no"),
-        (" No", "no"),
-        ("Yes. No", "yes"),
-        ("NO", "yes"),
-        ("Not at all", "yes"),
-        ("no!", "yes"),
-        ("No\n", "yes"),
-        ("no\tcat", "yes"),
-        ("cannot", "yes"),
-        ("", "yes"),
-        (".No", "yes"),
+        ("No", "no"), ("no cat", "no"), ("I am not sure, yes", "no"), ("no,", "no"), ("There is, no", "no"),
+        (" No", "no"), ("Yes. No", "yes"), ("NO", "yes"), ("Not at all", "yes"), ("no!", "yes"), ("No\n", "yes"),
+        ("no\tcat", "yes"), ("cannot", "yes"), ("", "yes"), (".No", "yes"),
     ],
-)
+)  # fmt: skip
 def test_pope_reads_answers(text, answer):
     assert pope.Pope().frozen({"kind": "parse", "text": text}) == answer
 
@@ -236,18 +224,10 @@ def test_pope_counts_a_missing_answer_as_wrong():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Yes, a cat", "yes"),
-        ("  no", "no"),
-        ("   no", "other"),
-        ("know", "no"),
-        ("Eyes", "yes"),
-        ("yno", "no"),
-        ("Sure", "other"),
-        ("", "other"),
-        ("The yes", "other"),
-        ("no, yes", "no"),
+        ("Yes, a cat", "yes"), ("  no", "no"), ("   no", "other"), ("know", "no"), ("Eyes", "yes"), ("yno", "no"),
+        ("Sure", "other"), ("", "other"), ("The yes", "other"), ("no, yes", "no"),
     ],
-)
+)  # fmt: skip
 def test_mme_reads_answers(text, answer):
     assert mme.MME().frozen({"kind": "parse", "text": text}) == answer
 
@@ -286,13 +266,9 @@ def test_mme_knows_only_yes_and_no():
 def record(answer: str, structural: str = "query", balanced: bool = True, group: str | None = "g", **rest) -> dict:
     types = {"structural": structural, "semantic": "obj", "detailed": rest.pop("detailed", "x")}
     return {
-        "question": "q?",
-        "answer": answer,
-        "isBalanced": balanced,
-        "groups": {"global": group},
-        "types": types,
+        "question": "q?", "answer": answer, "isBalanced": balanced, "groups": {"global": group}, "types": types,
         **rest,
-    }
+    }  # fmt: skip
 
 
 def test_gqa_by_hand():
@@ -342,23 +318,13 @@ def test_gqa_without_groups_has_no_distribution():
 @pytest.mark.parametrize(
     ("text", "parsed", "index"),
     [
-        ("B", "B", 1),
-        ("D", "D", -1),
-        ("C. red", "C", 2),
-        ("C. ", "C", 2),
-        ("C.", "FAILED", -1),
-        ("C.red", "FAILED", -1),
-        ("F", "FAILED", -1),
-        ("The answer is B.", "B", 1),
-        ("The answer is B", "FAILED", -1),
-        ("I think. The answer is C, red", "C", 2),
-        ("The answer is B\n", "FAILED", -1),
-        ("The answer is A. The answer is A.", "FAILED", -1),
-        ("The answer is X.", "X", -1),
-        ("", "FAILED", -1),
+        ("B", "B", 1), ("D", "D", -1), ("C. red", "C", 2), ("C. ", "C", 2), ("C.", "FAILED", -1),
+        ("C.red", "FAILED", -1), ("F", "FAILED", -1), ("The answer is B.", "B", 1), ("The answer is B", "FAILED", -1),
+        ("I think. The answer is C, red", "C", 2), ("The answer is B\n", "FAILED", -1),
+        ("The answer is A. The answer is A.", "FAILED", -1), ("The answer is X.", "X", -1), ("", "FAILED", -1),
         ("AB", "FAILED", -1),
     ],
-)
+)  # fmt: skip
 def test_scienceqa_reads_answers(text, parsed, index):
     case = {"kind": "parse", "choices": 3, "text": text}
     assert scienceqa.ScienceQA().frozen(case) == {"parsed": parsed, "index": index}
