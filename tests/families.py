@@ -94,8 +94,6 @@ class Family:
 
 
 # -- families -------------------------------------------------------------------------------------------------------
-
-
 def _clip(side: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(**VISION, **LAYERS, image_size=side, patch_size=4)
 
@@ -141,8 +139,6 @@ def _qwen3(**options) -> Qwen3VLConfig:
 
 
 # -- what processors make of images ---------------------------------------------------------------------------------
-
-
 def _draw(picture: Picture, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(picture.seed))
 
@@ -226,8 +222,6 @@ FAMILIES = {
 
 
 # -- prompts --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Token ids with the images' placeholders in place, and the images."""

@@ -152,8 +152,6 @@ def test_budget_that_is_none(text):
 
 
 # -- one grammar ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("value", "budget"),
     [
@@ -263,8 +261,6 @@ def test_what_is_asked_of_a_sample():
 
 
 # -- every combination, and many stages -----------------------------------------------------------------------------
-
-
 def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: tuple[float, ...]) -> dict | None:
     """The schedule by trying every combination of counts around the real-valued solution; None if there is none."""
     ruled, room = spans(layers, depth), keep * depth - visual * layers[0]

@@ -22,8 +22,6 @@ def by_turns(names: str, one: tuple, other: tuple):
 
 
 # -- keep-all -------------------------------------------------------------------------------------------------------
-
-
 @by_turns("side, attention", ("left", "right"), ("sdpa", "eager"))
 def test_keep_all_without_repair_strength_is_the_plain_model(request, pruned, pruner, side, attention):
     model = request.getfixturevalue("tiny_model" if attention == "sdpa" else "tiny_eager")
@@ -106,8 +104,6 @@ def test_pruning_and_repair_change_the_logits(tiny_model, pruned):
 
 
 # -- dropping and masking -------------------------------------------------------------------------------------------
-
-
 @by_turns("side, cache", ("left", "right"), (True, False))
 def test_dropping_equals_masking(pruned, pruner, side, cache):
     """Training passes no cache, generation does."""
@@ -179,8 +175,6 @@ def assert_same_choice(a: Record, b: Record) -> None:
 
 
 # -- caches ---------------------------------------------------------------------------------------------------------
-
-
 def recomputed(vlm, inputs, out, asked=None, **options):
     """Logits that predict the generated tokens, from one forward over prompt and answer.
 
@@ -344,8 +338,6 @@ def test_assisted_decoding_equals_greedy(pruned, pruner):
 
 
 # -- batches --------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_generation_of_a_batch_equals_its_samples_alone(pruned, pruner):
     """The one without an image is neither pruned nor repaired, also while decoding."""
@@ -417,8 +409,6 @@ def test_prompts_without_a_question_are_pruned_too(pruned, pruner):
 
 
 # -- what was kept --------------------------------------------------------------------------------------------------
-
-
 @by_turns("side, soft", ("left", "right"), (False, True))
 def test_masks_are_cumulative_and_counts_exact(pruned, pruner, side, soft):
     vlm = pruned(pruner)

@@ -82,8 +82,6 @@ def assert_alone_equals_batch(vlm: VLM, family: Family, samples: list, tokens: i
 
 
 # -- keep-all, drop and mask ----------------------------------------------------------------------------------------
-
-
 @EVERY
 @METHOD
 def test_keep_all_without_repair_strength_is_the_plain_model(attach, name, method):
@@ -124,8 +122,6 @@ def test_dropping_equals_masking_in_double_precision(attach, name):
 
 
 # -- caches ---------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 @METHOD
 def test_cached_decoding_equals_recomputation(attach, name, method):
@@ -193,8 +189,6 @@ def test_assisted_decoding_equals_greedy(attach, name, method):
 
 
 # -- batches --------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 @METHOD
 def test_generation_of_a_batch_equals_its_samples_alone(attach, name, method):
@@ -224,8 +218,6 @@ def test_sampling_with_a_seed_equals_recomputation(attach, name):
 
 
 # -- training -------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 @pytest.mark.parametrize("soft", [True, False])
 def test_training_step_reaches_every_plugin(attach, name, soft):
@@ -243,8 +235,6 @@ def test_training_step_reaches_every_plugin(attach, name, soft):
 
 
 # -- positions ------------------------------------------------------------------------------------------------------
-
-
 @MROPE
 def test_positions_are_the_plain_models(attach, name):
     """Kept tokens keep their three-part positions, and decoding goes on from where the plain model would."""
@@ -288,8 +278,6 @@ def test_rotary_embeddings_follow_the_kept_tokens(attach, name):
 
 
 # -- several images -------------------------------------------------------------------------------------------------
-
-
 def kept_per_image(family: Family, record: Record, row: int, pictures: list[Picture]) -> list[list[int]]:
     ends = torch.tensor([family.length(p) for p in pictures]).cumsum(0).tolist()
     return [
@@ -367,8 +355,6 @@ class Halves(Random):
 
 
 # -- videos ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].video is not None])
 @METHOD
 def test_video_and_image_share_one_budget(attach, name, method):
@@ -397,8 +383,6 @@ def test_the_example_of_the_docs(capsys):
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_chunked_prefill_is_refused(attach, name):
     family = FAMILIES[name]

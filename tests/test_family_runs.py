@@ -121,8 +121,6 @@ def visual_tokens(vlm: VLM, path: Path) -> list[int]:
 
 
 # -- the runs -------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_fit_validate_test_and_predict(family, questions, tmp_path):
     """A fit of three steps with validations; what was kept is what the budget asks of each sample."""
@@ -223,8 +221,6 @@ def test_answers_are_priced(family, questions):
 
 
 # -- hints ----------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_hints_come_with_the_batch_where_the_grid_is_known(family, questions, request):
     data = data_of(questions)
@@ -244,7 +240,7 @@ def test_hints_come_with_the_batch_where_the_grid_is_known(family, questions, re
     comparison = Comparison(family, Cell(FULL), [Cell("oracle", KEEP, None, Plugin(Oracle([2])).eval())], 2)
     for batch in batches[:2]:
         comparison.update(batch)
-    assert [cell.failed for cell, _ in comparison.meters] == [False, False]
+    assert [tally.cell.failed for tally in comparison.tallies] == [False, False]
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl"], indirect=True)
@@ -262,8 +258,6 @@ def test_an_oracle_without_hints_fails_alone_and_says_why(family, questions):
 
 
 # -- towers and decoders without a price ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> VLM:
     """A model whose tower, or decoder, has no known price: of a type of its own, or with experts."""

@@ -26,7 +26,7 @@ from lit_prune.cost.shapes import FOLDER, names
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
-from lit_prune.loading import shipped_config
+from lit_prune.loading import places, shipped_config
 from lit_prune.micro.model import build, build_config, build_processor
 from lit_prune.plugin import fingerprint
 from lit_prune.pruners.random import Random
@@ -49,8 +49,6 @@ def count(model: nn.Module) -> int:
 
 
 # -- shipped shapes -------------------------------------------------------------------------------------------------
-
-
 @SHAPES
 def test_a_shipped_shape_has_the_size_of_its_checkpoint(name):
     config = shipped_config(name)
@@ -93,8 +91,6 @@ def test_an_unknown_shape_names_the_known_ones():
 
 
 # -- random weights -------------------------------------------------------------------------------------------------
-
-
 def shrunk(name: str) -> PreTrainedConfig:
     """A shipped shape with its family's structure and a fraction of its width and depth."""
     config = shipped_config(name)
@@ -206,8 +202,6 @@ def test_seven_billion_random_weights():
 
 
 # -- models that are there ------------------------------------------------------------------------------------------
-
-
 def picture(seed: int = 0) -> Image.Image:
     pixels = torch.randint(0, 256, (96, 96, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -320,8 +314,6 @@ def test_quantized(micro_folder, tmp_path, bits):
 
 
 # -- weights that are not the model's -------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def changed(micro_folder, tmp_path):
     """Makes a copy of the folder whose weights a function has changed."""
@@ -441,8 +433,6 @@ def test_quantized_weights_that_were_saved_are_complete(micro_folder, tmp_path, 
 
 
 # -- adapters of peft -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def adapted(micro_folder):
     """A model in a `PeftModel` whose adapter is not at its start."""
@@ -517,14 +507,12 @@ def test_an_adapter_without_a_base(tmp_path):
 
 
 # -- no model there -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub: connections are refused at once, and the cache is empty."""
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)  # so that the hub is asked
-    monkeypatch.setattr(loading.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(loading.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", False)  # so that the hub is asked
+    monkeypatch.setattr(places.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(places.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 def test_no_weights_and_no_network(offline):
@@ -545,11 +533,11 @@ def test_a_hub_that_answers(offline, monkeypatch):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
         monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
         Thread(target=server.serve_forever, daemon=True).start()
-        assert not loading.hub_answers()
-        monkeypatch.setattr(loading.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert loading.hub_answers()
-        monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
-        assert not loading.hub_answers()
+        assert not places.hub_answers()
+        monkeypatch.setattr(places.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert places.hub_answers()
+        monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", True)
+        assert not places.hub_answers()
         server.shutdown()
 
 

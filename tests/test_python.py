@@ -18,7 +18,7 @@ import lit_prune
 import lit_prune.data
 from lit_prune.errors import LitPruneError
 from lit_prune.files.inputs import as_image, pair
-from lit_prune.loading import closest_model
+from lit_prune.loading.places import closest_model
 from lit_prune.pruners.random import Random
 from lit_prune.vlm import VLM, load
 
@@ -56,8 +56,6 @@ def refusal(call, *arguments) -> str:
 
 
 # -- what is there --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("module", [lit_prune, lit_prune.data])
 def test_dir_shows_what_is_imported_late(module):
     assert set(module.__all__) <= set(dir(module))
@@ -86,8 +84,6 @@ def test_types_are_there_for_checkers():
 
 
 # -- repr -----------------------------------------------------------------------------------------------------------
-
-
 def test_repr_of_the_plain_model(micro, micro_folder):
     head, line = repr(micro).splitlines()
     assert head == f"VLM({micro_folder}, LlavaForConditionalGeneration, 3,512,192 frozen parameters, float32 on cpu)"
@@ -129,8 +125,6 @@ def test_repr_without_a_name_or_a_processor(tiny_model):
 
 
 # -- answer ---------------------------------------------------------------------------------------------------------
-
-
 def test_one_question_about_one_image_has_one_answer(micro, picture, file):
     """However the picture is given."""
     (listed,) = asked(micro, [picture], [QUESTION])
@@ -276,8 +270,6 @@ def test_anything_is_paired_or_refused_in_one_line(images, prompts):
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_method_by_its_name(micro):
     assert type(micro.attach("fastv", keep=16).plugin.pruner).__name__ == "FastV"
     assert micro.attach("fastv", keep=16).host.schedule == micro.attach(
@@ -342,5 +334,5 @@ def test_what_is_no_model_is_refused_in_one_line(base):
 
 def test_hints_of_names_wait_for_no_network(monkeypatch):
     """A slip in the one name that everybody types is seen without asking the hub."""
-    monkeypatch.setattr("lit_prune.loading.hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("lit_prune.loading.places.hub_answers", lambda: pytest.fail("the hub was asked"))
     assert "did you mean `micro`?" in refusal(load, "mirco")

@@ -16,9 +16,8 @@ from tiny import ROOT, same_ends, slurm_task, trainer
 from lit_prune import cli
 from lit_prune.training.checkpoints import SUMS, seal
 
+
 # -- checkpoints between two optimizer steps ------------------------------------------------------------------------
-
-
 class Diary(DummyLogger):
     """What was logged at which step, and which samples every batch had."""
 

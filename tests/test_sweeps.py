@@ -80,8 +80,6 @@ def ends(sweep) -> list[str]:
 
 
 # -- the files ------------------------------------------------------------------------------------------------------
-
-
 def corners(sweep) -> list[dict]:
     """Settings that hold every value of a list, both ends of every range and a number between them at least once."""
     draw = random.Random(0)
@@ -175,8 +173,6 @@ def test_a_sweep_file_that_cannot_be_read(tmp_path):
 
 
 # -- Optuna ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_failed_trial_does_not_stop_a_grid(quick, capsys):
     quick(method="grid", parameters={"x": {"values": [1, 2, 3]}, "y": {"value": 0.5}})
     main(["sweep", "-c", "sweep.yaml", "--out", "out", "--fixed", "z=7"])

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from tiny import ROOT
 
@@ -137,8 +138,6 @@ def steps(folder: Path) -> int:
 
 
 # -- options that turn a part off -----------------------------------------------------------------------------------
-
-
 def test_options_turn_off_what_the_shipped_file_brings(lightning: Run, tmp_path: Path) -> None:
     """Each by itself, with the rest of the run as it is."""
     everything = {"checkpoints", "logs", "wandb", "plugin", "samples", "config_fit.yaml"}
@@ -237,16 +236,39 @@ def test_settings_of_a_run_that_cannot_be() -> None:
         check(Namespace(trainer=None), fit=True)
 
 
+UNWRITABLE = object()
+
+
+class Base:
+    """Stand-in for a callback."""
+
+
+class Placed(Base):
+    def __init__(
+        self,
+        device: torch.device | str = torch.device("cuda:0"),  # noqa: B008
+        other: str | Any = UNWRITABLE,
+        name: str = "cpu",
+    ) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_defaults_that_yaml_has_no_form_for() -> None:
-    text = "Unable to serialize instance "
-    node = Namespace(a=[Namespace(device=f"{text}cuda:0", other=f"{text}<object at 0x1>", name="cpu")])
-    restore_defaults(node)
-    assert node == Namespace(a=[Namespace(device="cuda:0", name="cpu")])
+    """What jsonargparse makes of them, in a class and in a list of classes; what was given stays."""
+    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
+    parser.add_argument("--one", type=Base)
+    parser.add_argument("--several", type=list[Base])
+    parser.add_argument("--word", type=str)
+    spec = {"class_path": f"{__name__}.Placed", "init_args": {"name": "${word}"}}
+    several = [spec, {**spec, "init_args": {"device": "cuda:1", "name": "cpu"}}]
+    config = parser.parse_args(["--word=cpu", f"--one={json.dumps(spec)}", f"--several={json.dumps(several)}"])
+    restore_defaults(config)
+    found = [vars(each.init_args) for each in (config.one, *config.several)]
+    assert found == [{"device": device, "name": "cpu"} for device in ("cuda:0", "cuda:0", "cuda:1")]
 
 
 # -- runs for debugging ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["fast_dev_run=true", "fast_dev_run=2", "overfit_batches=2", "barebones=true"])
 def test_runs_for_debugging_overwrite_nothing(lightning: Run, trained: Path, mode: str) -> None:
     """From scratch, from the last checkpoint, and in every verb; with all loggers of the shipped file."""
@@ -274,8 +296,6 @@ def test_a_run_for_debugging_leaves_no_folder(lightning: Run, root: Path) -> Non
 
 
 # -- starts that fail -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("option", "says"),
     [
@@ -308,8 +328,6 @@ def test_another_projects_data_module_is_refused_in_words(lightning: Run) -> Non
 
 
 # -- what other verbs write -----------------------------------------------------------------------------------------
-
-
 def test_other_settings_are_written_beside_the_runs_own(lightning: Run, trained: Path) -> None:
     """Settings, answers and pictures of one verb have one number; the same settings again overwrite their own files."""
     quiet = "--trainer.logger=false"

@@ -195,8 +195,6 @@ def test_what_cannot_be_packed_is_listed(tmp_path):
 
 
 # Shards that others made
-
-
 def test_the_layout_of_others(tmp_path):
     """Several dots, folders, capital letters, members of other kinds, more than ten images, a record without images."""
     images = {f"a/x.{number}.png": png("red" if number == 10 else "blue") for number in (10, *range(10))}

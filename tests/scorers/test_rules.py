@@ -91,8 +91,6 @@ def test_contractions_are_complete():
 
 
 # -- VQA, TextVQA, VizWiz -------------------------------------------------------------------------------------------
-
-
 def accuracy(rule: scorers.Rule, answers: list[str], answer: str | None, raw: bool = False) -> float:
     rule.raw = raw
     return rule.score([(Question(1, "", "", {"answers": answers}), answer)])["accuracy"]
@@ -152,8 +150,6 @@ def test_vqa_by_answer_type():
 
 
 # -- POPE -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -219,8 +215,6 @@ def test_pope_counts_a_missing_answer_as_wrong():
 
 
 # -- MME ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -261,8 +255,6 @@ def test_mme_knows_only_yes_and_no():
 
 
 # -- GQA ------------------------------------------------------------------------------------------------------------
-
-
 def record(answer: str, structural: str = "query", balanced: bool = True, group: str | None = "g", **rest) -> dict:
     types = {"structural": structural, "semantic": "obj", "detailed": rest.pop("detailed", "x")}
     return {
@@ -313,8 +305,6 @@ def test_gqa_without_groups_has_no_distribution():
 
 
 # -- ScienceQA ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "parsed", "index"),
     [
@@ -401,8 +391,6 @@ def test_mmbench_leaves_out_rotations_without_a_first():
 
 
 # -- SEED-Bench -----------------------------------------------------------------------------------------------------
-
-
 def test_seedbench_by_hand():
     record = {"question": "q", "data_id": "x", "answer": "A"}
     kinds = [("image", 1), ("image", 2), ("image", 10), ("video", 11)]
@@ -417,8 +405,6 @@ def test_seedbench_by_hand():
 
 
 # -- all ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_frozen_cases(path):
     """To the last bit."""
