@@ -123,10 +123,10 @@ def visual_tokens(vlm: VLM, path: Path) -> list[int]:
 # -- the runs -------------------------------------------------------------------------------------------------------
 @EVERY
 def test_fit_validate_test_and_predict(family, questions, tmp_path):
-    """A fit of three steps with validations; what was kept is what the budget asks of each sample."""
+    """A fit of three steps with a validation; what was kept is what the budget asks of each sample."""
     trained, data = module(), data_of(questions)
     before = [p.detach().clone() for p in trained.plugin.parameters()]
-    run = tiny.trainer(tmp_path, max_steps=3, limit_val_batches=2, val_check_interval=1)
+    run = tiny.trainer(tmp_path, max_steps=3, limit_val_batches=2, val_check_interval=2)
     run.fit(trained, data)
     assert run.global_step == 3
     assert any(not torch.equal(a, b) for a, b in zip(before, trained.plugin.parameters(), strict=True))

@@ -77,13 +77,8 @@ def start(place: Path, micro_folder: Path):
         for name in names:
             logging.getLogger(name).addHandler(handler)
         try:
-            drawn = patch.object(samples, "_draw", lambda *_: blank)
-            with (
-                contextlib.redirect_stdout(out),
-                contextlib.redirect_stderr(err),
-                patch.dict(os.environ, staging),
-                drawn,
-            ):
+            quiet, quick = contextlib.redirect_stderr(err), patch.object(samples, "_draw", lambda *_: blank)
+            with contextlib.redirect_stdout(out), quiet, patch.dict(os.environ, staging), quick:
                 cli.main([verb, *configs, *words, *more])
         except SystemExit as exit_:
             code = int(exit_.code or 0)
