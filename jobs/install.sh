@@ -39,11 +39,12 @@ torch_source() {
     fi
 }
 
-# Installs with pip's own progress on a terminal, and quietly where output goes to a file.
+# Installs with pip's own progress on a terminal, and quietly where output goes to a file. Of the 18,000 modules that come
+# in, most are never imported; Python compiles the others when it first does.
 pip_install() {
     local quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
-    "$PY" -m pip install ${quiet[@]+"${quiet[@]}"} "$@"
+    "$PY" -m pip install --no-compile ${quiet[@]+"${quiet[@]}"} "$@"
 }
 
 # PyTorch goes first: everything else takes the build that is there.

@@ -16,7 +16,7 @@ note "ruff"
 ruff check .
 
 marks="not slow and not gpu and not versions and not integrations"
-spread=(-n logical --maxprocesses=4 --dist=loadfile)
+spread=(-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder) # in the order of tests/conftest.py
 if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     marks="not slow and not versions and not integrations"
     spread=() # the memory of one GPU is for one process

@@ -49,23 +49,19 @@ lit-prune configs list pruners | grep '^pruners/fastv ' >/dev/null
 lit-prune configs copy micro pruners/fastv --to copied >/dev/null
 [[ -f copied/micro.yaml && -f copied/pruners/fastv.yaml ]]
 
-step "sample, generate, show"
+step "sample, generate, show, fit"
 lit-prune sample --out sample >/dev/null
-# Both verbs in one process: importing PyTorch and transformers takes longer than either.
-python - <<'END'
+# All verbs in one process: importing PyTorch and transformers takes longer than each of them.
+python - >fit.log 2>&1 <<'END' || { cat fit.log && exit 1; }
 from lit_prune.cli import main
 
 asked = ["--image", "sample/0.png", "--prompt", "What colour is the tile?"]
 main(["generate", *asked, "--pruner", "divprune", "--keep", "16", "--compare", "--json", "answers.json"])
 main(["show", *asked, "--pruner", "fastv", "configs/pruners/divprune.yaml", "--keep", "16", "--out", "kept.png"])
+data = [f"--data.init_args.{size}" for size in ("train_samples=14", "val_samples=7", "batch_size=4")]
+main(["fit", "-c", "micro.yaml", "-c", "loggers/csv.yaml", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", *data])
 END
 python -c 'import json; answers = json.load(open("answers.json"))["samples"][0]["methods"].values(); assert {a["answer"] for a in answers} == {"blue"}, answers'
-[[ -s kept.png ]]
-
-step "fit: two steps"
-lit-prune fit -c micro.yaml -c loggers/csv.yaml --trainer.max_steps=2 --trainer.limit_val_batches=1 \
-    --data.init_args.train_samples=14 --data.init_args.val_samples=7 --data.init_args.batch_size=4 >fit.log 2>&1 ||
-    { cat fit.log && exit 1; }
-[[ -f runs/try/plugin/plugin.safetensors && -f runs/try/config_fit.yaml ]]
+[[ -s kept.png && -f runs/try/plugin/plugin.safetensors && -f runs/try/config_fit.yaml ]]
 
 step "done: the wheel works without a clone"

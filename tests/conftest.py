@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import shapes  # noqa: F401  (before what it checks)
 import tiny
 import torch
 from torch import nn
@@ -26,6 +27,20 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(OUTSIDE)]:
         del os.environ[name]
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
+# Files that start processes, train, or go through all methods come first, so that a parallel run ends with short ones.
+LONGEST = (
+    *("strategies", "add_method", "equality", "families", "resume", "trainer_options", "docs", "submissions"),
+    *("jobs", "copies", "compare", "micro_recipe", "training", "family_runs", "batch_shapes", "replay"),
+    *("signals", "shipped", "logging", "report", "pruners", "cost", "many_images", "any_record"),
+    *("any_source", "any_option", "loading", "cli"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

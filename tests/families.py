@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tiny import DEPTH, IMAGE, PAD, VOCABULARY, WIDTH
+from tiny import DEPTH, IMAGE, PAD, VIDEO, VOCABULARY, WIDTH
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -38,21 +38,12 @@ from lit_prune.pruners.sparsevlm import SparseVLM
 from lit_prune.pruners.text_attention import TextAttention
 from lit_prune.repair import RepairAdapter
 
-VIDEO = 58
 PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 TEXT = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 96,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+    "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "initializer_range": 0.2,
+    "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
@@ -103,8 +94,6 @@ class Family:
 
 
 # -- families -------------------------------------------------------------------------------------------------------
-
-
 def _clip(side: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(**VISION, **LAYERS, image_size=side, patch_size=4)
 
@@ -150,8 +139,6 @@ def _qwen3(**options) -> Qwen3VLConfig:
 
 
 # -- what processors make of images ---------------------------------------------------------------------------------
-
-
 def _draw(picture: Picture, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(picture.seed))
 
@@ -235,8 +222,6 @@ FAMILIES = {
 
 
 # -- prompts --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Token ids with the images' placeholders in place, and the images."""

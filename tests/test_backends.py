@@ -80,8 +80,6 @@ def ragged(
 
 
 # -- the same numbers as sdpa ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["drop", "soft"])
 @pytest.mark.parametrize("method", METHODS)
 def test_flex_attention_equals_sdpa(tiny_model, pruned, flex, uncompiled, method, soft):
@@ -218,8 +216,6 @@ def test_real_kernels_agree_with_sdpa(backend, soft):
 
 
 # -- no matrix of all tokens by all tokens --------------------------------------------------------------------------
-
-
 class Sizes(TorchDispatchMode):
     """Operators whose result has at least `least` elements of its own, views left out."""
 

@@ -98,8 +98,6 @@ def vlm(pruner: Path, keep: int) -> Iterator[VLM]:
 
 
 # -- forward --------------------------------------------------------------------------------------------------------
-
-
 def run(vlm: VLM, batch: Batch, use_cache: bool) -> tuple[Tensor, Record, Tensor]:
     """Logits of one forward, what it recorded, and which columns are real text."""
     inputs, record = batch.inputs(), Record()
@@ -129,8 +127,6 @@ def test_forward_of_a_padded_batch_equals_its_samples_alone(vlm):
 
 
 # -- generation -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Way:
     """How to generate."""

@@ -31,31 +31,12 @@ TEXT, NEW, BATCHES = 10, 3, [1, 3]
 SCHEDULE = {1: 20, 3: 9, 5: 4}
 SINGLE, SEVERAL = "FastV 2:8", "RCP 1:20 3:9 5:4"
 FIELDS = {
-    "method": str,
-    "keep": int | str | dict | None,
-    "batch": int,
-    "prefill_ms": float,
-    "ttft_ms": float,
-    "decode_ms_per_token": float,
-    "tokens_per_s": float,
-    "speedup": float,
-    "flops_ratio": float,
-    "efficiency": float,
-    "ttft_speedup": float,
-    "decode_speedup": float,
-    "overhead": float | None,
-    "overhead_spread": float | None,
-    "flops": float,
-    "kv_bytes": int,
-    "peak_memory_bytes": int | None,
-    "avg_visual_tokens": float,
-    "kept": dict,
-    "spread": float | None,
-    "ttft_spread": float | None,
-    "decode_spread": float | None,
-    "noisy": bool,
-    "n": int,
-}
+    "method": str, "keep": int | str | dict | None, "batch": int, "prefill_ms": float, "ttft_ms": float,
+    "decode_ms_per_token": float, "tokens_per_s": float, "speedup": float, "flops_ratio": float, "efficiency": float,
+    "ttft_speedup": float, "decode_speedup": float, "overhead": float | None, "overhead_spread": float | None,
+    "flops": float, "kv_bytes": int, "peak_memory_bytes": int | None, "avg_visual_tokens": float, "kept": dict,
+    "spread": float | None, "ttft_spread": float | None, "decode_spread": float | None, "noisy": bool, "n": int,
+}  # fmt: skip
 
 
 def fastv() -> Method:
@@ -93,8 +74,6 @@ def run(*args: object) -> None:
 
 
 # -- what is measured -----------------------------------------------------------------------------------------------
-
-
 def test_rows(made):
     assert made.run(repeats=3, warmup=1)
     rows = made.rows()
@@ -216,8 +195,6 @@ def test_prompts(tiny_model):
 
 
 # -- how it is measured ---------------------------------------------------------------------------------------------
-
-
 def test_rounds_interleave_and_rotate(made):
     names = ["full", SINGLE, SEVERAL]
     for turn in range(4):
@@ -313,8 +290,6 @@ def test_names_must_differ(tiny_model):
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def here(monkeypatch) -> None:
     """Paths of plug-ins are relative to the project's folder."""
@@ -420,8 +395,6 @@ def test_help_names_every_option(capsys):
 
 
 # -- the shipped files ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "sizes"), [("cpu", (12, 768, 2048, 12)), ("gpu_7b", (32, 4096, 11008, 32))], ids=["cpu", "gpu_7b"]
 )

@@ -152,28 +152,15 @@ def test_budget_that_is_none(text):
 
 
 # -- one grammar ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("value", "budget"),
     [
-        (16, 16),
-        (16.0, 16),
-        (np.int64(16), 16),
-        ("16", 16),
-        (" 16 ", 16),
-        ("11.1%", Share(11.1)),
-        ("11.1 %", Share(11.1)),
-        ("100%", Share(100.0)),
-        (".5%", Share(0.5)),
-        ("2:192, 4:64", {2: 192, 4: 64}),
-        ({2: 64}, {2: 64}),
-        ({"2": 64}, {2: 64}),
-        ({"2": "192", 4: 64.0}, {2: 192, 4: 64}),
-        (1e9, 10**9),
+        (16, 16), (16.0, 16), (np.int64(16), 16), ("16", 16), (" 16 ", 16), ("11.1%", Share(11.1)),
+        ("11.1 %", Share(11.1)), ("100%", Share(100.0)), (".5%", Share(0.5)), ("2:192, 4:64", {2: 192, 4: 64}),
+        ({2: 64}, {2: 64}), ({"2": 64}, {2: 64}), ({"2": "192", 4: 64.0}, {2: 192, 4: 64}), (1e9, 10**9),
         (Share(5.0), Share(5.0)),
     ],
-)
+)  # fmt: skip
 def test_what_is_unambiguous_is_read(value, budget):
     found = parse_budget(value)
     assert found == budget
@@ -259,12 +246,8 @@ def test_yaml_stays_what_it_is_but_for_pairs():
 
 def test_shares_are_of_the_models_tokens_or_of_each_samples():
     assert [resolve(parse_budget(share), 144) for share in ("33.3%", "22.2%", "11.1%", "5.6%", "2.8%")] == [
-        48,
-        32,
-        16,
-        8,
-        4,
-    ]
+        48, 32, 16, 8, 4,
+    ]  # fmt: skip
     assert [asked(Share(11.1), visual, 32) for visual in (3, 144, 2880)] == [1, 16, 320]
     assert resolve(16, 144) == 16
     with pytest.raises(LitPruneError, match=r"--keep 0.1%: 0 visual tokens; .* 1 and the model's 144"):
@@ -278,8 +261,6 @@ def test_what_is_asked_of_a_sample():
 
 
 # -- every combination, and many stages -----------------------------------------------------------------------------
-
-
 def enumerated(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: tuple[float, ...]) -> dict | None:
     """The schedule by trying every combination of counts around the real-valued solution; None if there is none."""
     ruled, room = spans(layers, depth), keep * depth - visual * layers[0]

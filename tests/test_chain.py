@@ -83,8 +83,6 @@ def test_what_does_not_chain(first, then, words):
 
 
 # -- a chain is a list of stages, and nothing that a part does is lost ------------------------------------------------
-
-
 def test_the_host_walks_the_stages_of_both():
     chain = Chain(VisionZip(), rcp())
     walk = chain.walk(8)

@@ -72,8 +72,6 @@ def flip(path: Path, place: int) -> None:
 
 
 # Whole or not
-
-
 def test_a_run_leaves_whole_checkpoints_and_nothing_else(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["epoch=0-step=4.ckpt", "last.ckpt"]
     for path in saved.iterdir():
@@ -155,8 +153,6 @@ def test_nothing_in_a_checkpoint_is_executed(saved: Path, tmp_path: Path) -> Non
 
 
 # What is found instead
-
-
 def test_the_newest_whole_one_is_found_and_the_damaged_one_named(saved: Path) -> None:
     flip(saved / "last.ckpt", (saved / "last.ckpt").stat().st_size // 2)
     os.utime(saved / "epoch=0-step=4.ckpt", (1, 1))  # a file system's clock may not tell two quick writes apart

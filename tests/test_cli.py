@@ -180,8 +180,6 @@ def shell(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 # The doors
-
-
 @pytest.mark.parametrize("door", [[BIN / "lightning"], [BIN / "lit-prune"], [sys.executable, "-m", "lit_prune"]])
 def test_help_is_quick_through_every_door(door: list[str | Path]) -> None:
     """Under three seconds of processor time, which other jobs of the machine don't change."""
@@ -236,8 +234,6 @@ def test_scripts_are_bash(script: Path) -> None:
 
 
 # Configurations
-
-
 def test_interpolation_follows_overrides_over_files_and_options(run: Callable[[str], Result]) -> None:
     Path("overlay.yaml").write_text("model: {keep: 5}\n")
     for line, keep in [
@@ -311,8 +307,6 @@ def test_base_model_reaches_the_data_module(folder: Path) -> None:
 
 
 # Runs
-
-
 def test_fit_saves_its_configuration_resumes_and_runs_twice(
     run: Callable[[str], Result], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -512,8 +506,6 @@ def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkey
 
 
 # Errors
-
-
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -606,8 +598,6 @@ def test_interrupt_ends_quietly(run: Callable[[str], Result]) -> None:
 
 
 # The verbs that Lightning has not
-
-
 def _verb(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False) -> None:
     """Answer something.
 
@@ -703,8 +693,6 @@ def test_every_verb_explains_itself(verb: str, run: Callable[[str], Result]) -> 
 
 
 # The real classes, parsed but not made
-
-
 @pytest.mark.skipif(not find_spec("lit_prune.training.module"), reason="no training module")
 @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,8 +88,6 @@ def rows_of(out: Path) -> list[dict]:
 
 
 # -- what comes out -------------------------------------------------------------------------------------------------
-
-
 def test_results_are_a_list_of_cells(measured):
     rows = rows_of(measured)
     found = [(row["method"], row["keep"], row["seed"], row["status"]) for row in rows]
@@ -399,8 +397,6 @@ def test_key_holds_everything_that_determines_a_result(tiny_model):
 
 
 # -- failures -------------------------------------------------------------------------------------------------------
-
-
 def test_a_failing_method_loses_no_other(config, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text(yaml.safe_dump({"model": {"pruner": {"class_path": f"{__name__}.Broken"}}}))
@@ -465,8 +461,6 @@ def test_budgets_are_counts_or_shares(text, visual, keep):
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
-
-
 def save(folder: Path, keep: int, seed: int) -> None:
     plugin = Plugin(Random(seed=10 * keep + seed), None, keep)
     folder.mkdir(parents=True)
@@ -507,8 +501,6 @@ def test_budgets_of_trained_weights_are_told(tiny_model, tmp_path):
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def micro() -> VLM:
     return load("micro")
@@ -603,8 +595,6 @@ def test_divergence_is_that_of_the_answer_tokens(micro, batch):
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
-
-
 def result(accuracy: float, w2: float) -> dict:
     values = dict.fromkeys(("flops", "kv_bytes", "kappa", "avg_visual_tokens"), 4.0)
     return {"accuracy": accuracy, "w2": w2, **values, "per_skill": {"colour": accuracy}, "hits": "10", "seconds": 1.0}

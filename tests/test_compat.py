@@ -57,8 +57,6 @@ def recast(part: nn.Module, forward=None, name: str = "Recast") -> None:
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("part", ["model", "decoder", "layer"])
 def test_a_third_name_of_the_cache(model, part):
     def forward(
@@ -145,8 +143,6 @@ def test_a_tower_in_another_place(model):
 
 
 # -- libraries ------------------------------------------------------------------------------------------------------
-
-
 def test_mask_functions_of_another_kind(model, monkeypatch):
     from transformers import masking_utils
 
@@ -210,8 +206,6 @@ def test_attention_that_is_registered_elsewhere(model):
 
 
 # -- what only a forward shows --------------------------------------------------------------------------------------
-
-
 def fails(missing: str, model: nn.Module, **inputs) -> None:
     """Asserts that the first forward says it, before anything is pruned, and detached the model has no such trouble."""
     vlm = VLM(model, None, "tiny").attach(Random([1]), keep=KEEP)
@@ -318,8 +312,6 @@ def test_a_decoder_without_last_hidden_state(model):
 
 
 # -- what is there --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_passes(name):
     model = FAMILIES[name].build()

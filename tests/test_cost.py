@@ -178,8 +178,6 @@ def test_cache_bytes_are_those_of_the_cache(pruned, pruner):
 
 
 # -- LLaVA-1.5-7B ---------------------------------------------------------------------------------------------------
-
-
 def tokens(count: float) -> torch.Tensor:
     return torch.tensor([count])
 
@@ -242,8 +240,6 @@ def test_reductions_of_rcp(keep, layers, shares, published):
 
 
 # -- Schedules and decoding -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 def test_a_plan_is_what_runs(pruned, pruner):
     """The trace written from a schedule has the price of the one that a forward leaves."""

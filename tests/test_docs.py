@@ -68,8 +68,6 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 # -- running --------------------------------------------------------------------------------------------------------
-
-
 def run_document(found: list[Block]) -> int:
     """Run the blocks of a document that can be, in order and in one namespace; returns how many were.
 
@@ -146,8 +144,6 @@ def test_other_output_is_noticed(workplace):
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block", EVERY, ids=str)
 def test_blocks_say_what_they_are(block):
     assert block.language in LANGUAGES, f"{block}: name its language, one of {', '.join(sorted(LANGUAGES))}"
@@ -265,8 +261,6 @@ def test_json_is_instruction_data(block, tmp_path):
 
 
 # -- what single documents say --------------------------------------------------------------------------------------
-
-
 def test_the_readmes_picture_is_the_one_with_that_question(workplace):
     """Each question it asks about a picture of `lit-prune sample` is one of that picture's."""
     main(["sample"])
@@ -292,8 +286,6 @@ def test_numbers_in_the_text_about_loading():
 
 
 # -- --help ---------------------------------------------------------------------------------------------------------
-
-
 def lines_of(verb: str) -> list[str]:
     return examples(import_module(f"lit_prune.commands.{verb}").run)
 

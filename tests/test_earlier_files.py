@@ -36,33 +36,15 @@ from lit_prune.training.step import StepKey
 FILES = Path(__file__).parent / "version_0_1"
 LOGITS = [13.151031, 7.421946, 4.403831, 21.821381]  # the three largest and their norm, as version 0.1 computed them
 NAMES = [
-    "lit_prune.VLM",
-    "lit_prune.load",
-    "lit_prune.LitPruneError",
-    "lit_prune.callbacks.ExportPlugin",
-    "lit_prune.callbacks.NanGuard",
-    "lit_prune.callbacks.Progress",
-    "lit_prune.callbacks.RunSummary",
-    "lit_prune.callbacks.SamplePictures",
-    "lit_prune.callbacks.SaveLast",
-    "lit_prune.callbacks.StopOnSignal",
-    "lit_prune.callbacks.Throughput",
-    "lit_prune.callbacks.WandbRun",
-    "lit_prune.callbacks.WriteAnswers",
-    "lit_prune.data.InstructData",
-    "lit_prune.data.MicroData",
-    "lit_prune.data.StreamedData",
-    "lit_prune.errors.LitPruneError",
-    "lit_prune.loading.load_model",
-    "lit_prune.plugin.Plugin",
-    "lit_prune.pruners.Pruner",
-    "lit_prune.pruners.base.Pruner",
-    "lit_prune.pruners.rcp.RCP",
-    "lit_prune.repair.RepairAdapter",
-    "lit_prune.training.PruneModule",
-    "lit_prune.vlm.VLM",
-    "lit_prune.vlm.load",
-]
+    "lit_prune.VLM", "lit_prune.load", "lit_prune.LitPruneError", "lit_prune.callbacks.ExportPlugin",
+    "lit_prune.callbacks.NanGuard", "lit_prune.callbacks.Progress", "lit_prune.callbacks.RunSummary",
+    "lit_prune.callbacks.SamplePictures", "lit_prune.callbacks.SaveLast", "lit_prune.callbacks.StopOnSignal",
+    "lit_prune.callbacks.Throughput", "lit_prune.callbacks.WandbRun", "lit_prune.callbacks.WriteAnswers",
+    "lit_prune.data.InstructData", "lit_prune.data.MicroData", "lit_prune.data.StreamedData",
+    "lit_prune.errors.LitPruneError", "lit_prune.loading.load_model", "lit_prune.plugin.Plugin",
+    "lit_prune.pruners.Pruner", "lit_prune.pruners.base.Pruner", "lit_prune.pruners.rcp.RCP",
+    "lit_prune.repair.RepairAdapter", "lit_prune.training.PruneModule", "lit_prune.vlm.VLM", "lit_prune.vlm.load",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import DEPTH, IMAGE, KEEP, PAD, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
+from tiny import DEPTH, KEEP, PRUNERS, SILENT, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
 from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -13,45 +13,48 @@ from lit_prune.host.compat import cache_keyword, cache_of
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
-CACHE = pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+
+
+def by_turns(names: str, one: tuple, other: tuple):
+    """Every method with both values of two options; the options' four pairs by turns, two for each method."""
+    cases = [(path, one[i], other[(i + n) % 2]) for n, path in enumerate(PRUNERS) for i in (0, 1)]
+    return pytest.mark.parametrize(f"pruner, {names}", cases, ids=lambda value: getattr(value, "stem", str(value)))
 
 
 # -- keep-all -------------------------------------------------------------------------------------------------------
-
-
-@EVERY
-@SIDES
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@by_turns("side, attention", ("left", "right"), ("sdpa", "eager"))
 def test_keep_all_without_repair_strength_is_the_plain_model(request, pruned, pruner, side, attention):
     model = request.getfixturevalue("tiny_model" if attention == "sdpa" else "tiny_eager")
-    inputs = batch(samples(), side)
+
+    def attach():
+        try:
+            return pruned(pruner, keep=VISUAL, model=model)
+        except LitPruneError as error:
+            if attention == "sdpa":
+                raise
+            pytest.skip(str(error))
+
+    keep_all_is_the_plain_model(model, attach, batch(samples(), side))
+
+
+def keep_all_is_the_plain_model(model, attach, inputs, tokens=8):
+    """Asserts it to the bit, for a forward and for an answer, once repair does nothing; returns what was recorded."""
     with torch.no_grad():
         logits = model(**inputs).logits
-    plain = generate_plain(model, inputs)
-    try:
-        vlm = pruned(pruner, keep=VISUAL, model=model)
-    except LitPruneError as error:
-        if attention == "sdpa":
-            raise
-        pytest.skip(str(error))
+    plain, vlm = generate_plain(model, inputs, tokens), attach()
     for adapter in vlm.plugin.repair.adapters:
         adapter.alpha.data.zero_()
-    assert torch.equal(forward(vlm, inputs)[0], logits)
-    again = generate(vlm, inputs)
+    found, record = forward(vlm, inputs)
+    assert torch.equal(found, logits)
+    again = generate(vlm, inputs, tokens)
     assert torch.equal(again.sequences, plain.sequences)
     assert torch.equal(again.logits, plain.logits)
+    return record
 
 
 def generate_plain(model, inputs, tokens=8, **options):
-    out = model.generate(
-        **inputs,
-        **options,
-        max_new_tokens=tokens,
-        do_sample=False,
-        suppress_tokens=[tiny.IMAGE, tiny.PAD],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    fixed = {"do_sample": False, "suppress_tokens": SILENT, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **options, max_new_tokens=tokens, **fixed)
     out.logits = torch.stack(out.logits, 1)
     return out
 
@@ -101,11 +104,7 @@ def test_pruning_and_repair_change_the_logits(tiny_model, pruned):
 
 
 # -- dropping and masking -------------------------------------------------------------------------------------------
-
-
-@EVERY
-@SIDES
-@CACHE
+@by_turns("side, cache", ("left", "right"), (True, False))
 def test_dropping_equals_masking(pruned, pruner, side, cache):
     """Training passes no cache, generation does."""
     inputs = {**batch(samples(), side, answers=4), "use_cache": cache}
@@ -151,7 +150,7 @@ def test_attention_of_the_layer_before_may_be_rcps_baseline(pruned):
 
 
 @SIDES
-@CACHE
+@pytest.mark.parametrize("cache", [True, False])
 def test_dropping_equals_masking_with_unequal_budgets(pruned, side, cache):
     inputs = {**batch(samples(), side, answers=4), "use_cache": cache}
     vlm = pruned(tiny.small_rcp("threshold", bias=0.0), repair=tiny.small_repair())
@@ -176,26 +175,29 @@ def assert_same_choice(a: Record, b: Record) -> None:
 
 
 # -- caches ---------------------------------------------------------------------------------------------------------
+def recomputed(vlm, inputs, out, asked=None, **options):
+    """Logits that predict the generated tokens, from one forward over prompt and answer.
 
-
-def recomputed(vlm, inputs, out, **options):
-    """Logits that predict the generated tokens, from one forward over prompt and answer."""
-    prompt = inputs["input_ids"].shape[1]
-    new = out.sequences.shape[1] - prompt
-    labels = out.sequences.clone()
-    labels[:, :prompt] = -100
-    mask = torch.cat([inputs["attention_mask"], torch.ones(len(labels), new, dtype=torch.long)], 1)
-    full = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
-    return forward(vlm, full, **options)[0][:, prompt - 1 : -1]
+    `asked`: first and last column of a second question, which is in the prompt of the second answer.
+    """
+    start = inputs["input_ids"].shape[1]
+    labels, new = out.sequences.clone(), out.sequences.shape[1] - start
+    labels[:, :start] = -100
+    if asked is not None:
+        labels[:, slice(*asked)] = -100
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
+    if "mm_token_type_ids" in inputs:
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
+    return forward(vlm, whole, **options)[0][:, (asked[1] if asked else start) - 1 : -1]
 
 
 @EVERY
 def test_cached_decoding_equals_recomputation(pruned, pruner):
     inputs = batch(samples())
     vlm = pruned(pruner)
-    out = generate(vlm, inputs)
-    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
-    assert gap(recomputed(vlm, inputs, out, repair=False), out.logits) > 0.05, "repair didn't take part"
+    out = cached_decoding_equals_recomputation(vlm, inputs)
+    assert gap(recomputed(vlm, inputs, out, repair=False), out.logits) > 0.05, "repair took no part"
 
 
 def test_sampling_with_a_seed_equals_recomputation(pruned):
@@ -210,46 +212,37 @@ def test_sampling_with_a_seed_equals_recomputation(pruned):
     assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
 
 
-@EVERY
-def test_beams_of_a_batch_equal_the_beams_of_its_samples(pruned, pruner):
-    prompts = samples()
-    vlm = pruned(pruner)
-    together = generate(vlm, batch(prompts), tokens=6, num_beams=3).sequences[:, -6:]
-    for row, sample in enumerate(prompts):
-        alone = generate(vlm, batch([sample]), tokens=6, rows=[row], num_beams=3).sequences[0, -6:]
-        assert alone.tolist() == together[row].tolist()
-
-
-def second_turn(vlm, inputs, question, rows=None):
-    """Answer, ask again on the same cache, answer: the second answer and the whole dialogue."""
-    first = generate(vlm, inputs, tokens=4, rows=rows)
+def second_turn(vlm, inputs, question, rows=None, tokens=5, **options):
+    """Answer, ask again on the same cache, answer: the second answer, and where its question stands."""
+    first = generate(vlm, inputs, tokens=4, rows=rows, **options)
     ids = torch.cat([first.sequences, question], 1)
-    new = ids.shape[1] - inputs["input_ids"].shape[1]
-    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new, dtype=torch.long)], 1)
-    dialogue = {"input_ids": ids, "attention_mask": mask}
-    return first, dialogue, generate(vlm, dialogue, tokens=5, rows=rows, **{cache_keyword(vlm.model): cache_of(first)})
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1)
+    turn, cache = {"input_ids": ids, "attention_mask": mask}, {cache_keyword(vlm.model): cache_of(first)}
+    return generate(vlm, turn, tokens, rows, **{**options, **cache}), (first.sequences.shape[1], ids.shape[1])
 
 
-def dialogue_equals_one_forward(vlm, inputs, question):
+def dialogue_equals_one_forward(vlm, inputs, question, tolerance=TOLERANCE, **options):
     """Asserts it, and returns the second answer."""
-    _, dialogue, out = second_turn(vlm, inputs, question)
-    start, length = inputs["input_ids"].shape[1], dialogue["input_ids"].shape[1]
-    labels = out.sequences.clone()
-    labels[:, :start] = -100
-    labels[:, start + 4 : length] = -100
-    mask = torch.cat([dialogue["attention_mask"], torch.ones(3, 5, dtype=torch.long)], 1)
-    whole = {**inputs, "input_ids": out.sequences, "attention_mask": mask, "labels": labels}
-    assert gap(forward(vlm, whole)[0][:, length - 1 : -1], out.logits) <= TOLERANCE
+    out, asked = second_turn(vlm, inputs, question, **options)
+    assert gap(recomputed(vlm, inputs, out, asked), out.logits) <= tolerance
     return out
 
 
-def cached_decoding_equals_recomputation(vlm, inputs):
+def cached_decoding_equals_recomputation(vlm, inputs, tokens=8, tolerance=TOLERANCE):
     """Asserts it for dynamic and static caches; returns what was generated."""
-    out = generate(vlm, inputs)
-    assert gap(recomputed(vlm, inputs, out), out.logits) <= TOLERANCE
-    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
-    assert gap(static.logits, out.logits) <= TOLERANCE
+    out = generate(vlm, inputs, tokens)
+    assert gap(recomputed(vlm, inputs, out), out.logits) <= tolerance
+    static = generate(vlm, inputs, tokens, cache_implementation="static", disable_compile=True)
+    assert static.sequences.tolist() == out.sequences.tolist()
+    assert gap(static.logits, out.logits) <= tolerance
     return out
+
+
+def assisted_decoding_equals_greedy(vlm, inputs, tokens=24):
+    """Asserts it: rejected candidates leave the cache, and what is remembered about it, again."""
+    greedy = generate(vlm, inputs, tokens)
+    assisted = generate(vlm, inputs, tokens, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert assisted.sequences.tolist() == greedy.sequences.tolist()
 
 
 def mixed_batch_equals_its_samples(vlm):
@@ -273,7 +266,7 @@ def test_second_turn_on_the_pruned_cache(pruned, pruner):
     out = dialogue_equals_one_forward(vlm, batch(prompts), question)
 
     for row, sample in enumerate(prompts):
-        _, _, alone = second_turn(vlm, batch([sample]), question[row : row + 1], rows=[row])
+        alone, _ = second_turn(vlm, batch([sample]), question[row : row + 1], rows=[row])
         assert alone.sequences[0, -5:].tolist() == out.sequences[row, -5:].tolist()
 
 
@@ -340,48 +333,15 @@ def test_cache_keeps_only_what_was_kept(pruned):
 
 
 @EVERY
-def test_static_cache_equals_dynamic(pruned, pruner):
-    inputs = batch(samples())
-    vlm = pruned(pruner)
-    dynamic = generate(vlm, inputs)
-    static = generate(vlm, inputs, cache_implementation="static", disable_compile=True)
-    assert static.sequences.tolist() == dynamic.sequences.tolist()
-    assert gap(static.logits, dynamic.logits) <= TOLERANCE
-
-
-@EVERY
 def test_assisted_decoding_equals_greedy(pruned, pruner):
-    """Rejected candidates leave the cache, and what is remembered about it, again."""
-    inputs = batch(samples((45,)))
-    vlm = pruned(pruner)
-    greedy = generate(vlm, inputs, tokens=24)
-    assisted = generate(vlm, inputs, tokens=24, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
-    assert assisted.sequences.tolist() == greedy.sequences.tolist()
+    assisted_decoding_equals_greedy(pruned(pruner), batch(samples((45,))))
 
 
 # -- batches --------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_generation_of_a_batch_equals_its_samples_alone(pruned, pruner):
-    prompts = samples()
-    vlm = pruned(pruner)
-    together = generate(vlm, batch(prompts))
-    for row, sample in enumerate(prompts):
-        alone = generate(vlm, batch([sample]), rows=[row])
-        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
-        assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
-
-
-@EVERY
-def test_generation_of_a_mixed_batch_equals_its_samples_alone(pruned, pruner):
     """The one without an image is neither pruned nor repaired, also while decoding."""
-    prompts = samples((45, 14, 52), (True, False, True))
-    vlm = pruned(pruner)
-    together = generate(vlm, batch(prompts))
-    for row, sample in enumerate(prompts):
-        alone = generate(vlm, batch([sample]), rows=[row])
-        assert alone.sequences[0, -8:].tolist() == together.sequences[row, -8:].tolist()
+    mixed_batch_equals_its_samples(pruned(pruner))
 
 
 def test_generation_with_unequal_budgets_equals_the_samples_alone(pruned):
@@ -394,9 +354,7 @@ def test_generation_with_unequal_budgets_equals_the_samples_alone(pruned):
         assert gap(alone.logits[0], together.logits[row]) <= TOLERANCE
 
 
-@EVERY
-@SIDES
-@CACHE
+@by_turns("side, cache", ("left", "right"), (True, False))
 def test_forward_of_a_batch_equals_its_samples_alone(pruned, pruner, side, cache):
     """One sample has no image."""
     prompts = samples((*tiny.LENGTHS, 14), (True, True, True, False))
@@ -451,11 +409,7 @@ def test_prompts_without_a_question_are_pruned_too(pruned, pruner):
 
 
 # -- what was kept --------------------------------------------------------------------------------------------------
-
-
-@EVERY
-@SIDES
-@pytest.mark.parametrize("soft", [False, True])
+@by_turns("side, soft", ("left", "right"), (False, True))
 def test_masks_are_cumulative_and_counts_exact(pruned, pruner, side, soft):
     vlm = pruned(pruner)
     _, record = forward(vlm, batch(samples(), side), soft=soft)
@@ -481,7 +435,7 @@ def test_masks_of_a_threshold_are_cumulative(pruned):
 def test_soft_masks_are_no_start_of_a_generation(pruned):
     """They hide tokens in one forward; later ones would see them again."""
     vlm, inputs = pruned(tiny.small_rcp(), KEEP), batch(samples())
-    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, PAD]}
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": SILENT}
     with vlm.using(Session(soft=True)):
         with pytest.raises(LitPruneError, match="soft"):
             vlm.model.generate(**inputs, **options)
@@ -498,7 +452,7 @@ def test_a_cache_by_hand(pruned, tiny_model, mode):
         tiny_model.train(mode)
         vlm.plugin.eval()
         first = tiny_model(**inputs, use_cache=True)
-        token = first.logits[:, -1].index_fill(1, torch.tensor([IMAGE, PAD]), float("-inf")).argmax(-1, keepdim=True)
+        token = first.logits[:, -1].index_fill(1, torch.tensor(SILENT), float("-inf")).argmax(-1, keepdim=True)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
         second = tiny_model(input_ids=token, attention_mask=mask, **{cache_keyword(tiny_model): cache_of(first)})
         assert (cache_of(tiny_model(**inputs)) is None) == mode

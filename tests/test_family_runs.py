@@ -121,14 +121,12 @@ def visual_tokens(vlm: VLM, path: Path) -> list[int]:
 
 
 # -- the runs -------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_fit_validate_test_and_predict(family, questions, tmp_path):
-    """A fit of three steps with validations; what was kept is what the budget asks of each sample."""
+    """A fit of three steps with a validation; what was kept is what the budget asks of each sample."""
     trained, data = module(), data_of(questions)
     before = [p.detach().clone() for p in trained.plugin.parameters()]
-    run = tiny.trainer(tmp_path, max_steps=3, limit_val_batches=2, val_check_interval=1)
+    run = tiny.trainer(tmp_path, max_steps=3, limit_val_batches=2, val_check_interval=2)
     run.fit(trained, data)
     assert run.global_step == 3
     assert any(not torch.equal(a, b) for a, b in zip(before, trained.plugin.parameters(), strict=True))
@@ -223,8 +221,6 @@ def test_answers_are_priced(family, questions):
 
 
 # -- hints ----------------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_hints_come_with_the_batch_where_the_grid_is_known(family, questions, request):
     data = data_of(questions)
@@ -262,8 +258,6 @@ def test_an_oracle_without_hints_fails_alone_and_says_why(family, questions):
 
 
 # -- towers and decoders without a price ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> VLM:
     """A model whose tower, or decoder, has no known price: of a type of its own, or with experts."""

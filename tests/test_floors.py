@@ -12,25 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "lit_prune"
 
 # The rooms of the package, lowest first: each imports itself and those below it. `__init__` is the front door.
 ROOMS = [
-    "errors",
-    "ops",
-    "files",
-    "micro",
-    "pruners",
-    "repair",
-    "cost",
-    "host",
-    "loading",
-    "plugin",
-    "vlm",
-    "evaluation",
-    "data",
-    "training",
-    "callbacks",
-    "commands",
-    "cli",
-    "__main__",
-]
+    "errors", "ops", "files", "micro", "pruners", "repair", "cost", "host", "loading", "plugin", "vlm", "evaluation",
+    "data", "training", "callbacks", "commands", "cli", "__main__",
+]  # fmt: skip
 ORDER = {room: place for place, room in enumerate(ROOMS)}
 ENTRIES = 20  # at most so many modules, folders and files in the package itself
 CONTRACT = ("__init__", "base", "contexts", "method", "tower", "full")  # of pruners; `Full` is the null method

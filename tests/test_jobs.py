@@ -17,14 +17,10 @@ BIN = Path(sys.executable).parent
 SCRIPTS = sorted([*ROOT.glob("jobs/**/*.sh"), *ROOT.glob("jobs/**/*.sbatch")])
 BATCH = sorted(ROOT.glob("jobs/slurm/*.sbatch"))
 SHORT = [
-    "--trainer.accelerator=cpu",
-    "--trainer.max_steps=2",
-    "--trainer.limit_val_batches=0",
-    "--data.init_args.train_samples=12",
-    "--data.init_args.val_samples=6",
-    "--data.init_args.test_samples=6",
+    "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=0",
+    "--data.init_args.train_samples=12", "--data.init_args.val_samples=6", "--data.init_args.test_samples=6",
     "--data.init_args.batch_size=2",
-]
+]  # fmt: skip
 PATIENCE = 900  # seconds: four processes that start one after the other on a busy machine
 DIRECTIVES = "#!/bin/bash\n#SBATCH --nodes=1\n"
 

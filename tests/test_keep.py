@@ -35,16 +35,11 @@ WRONG = [True, 0, -3, float("nan"), "0%", "200%", "abc", [16], {}, {"a": 3}]
 @pytest.mark.parametrize(
     ("keep", "schedule"),
     [
-        (12, {2: 4}),
-        ("12", {2: 4}),
-        ("33.3%", {2: 4}),
-        (12.0, {2: 4}),
-        ({2: 7}, {2: 7}),
-        ({"2": 7}, {2: 7}),
+        (12, {2: 4}), ("12", {2: 4}), ("33.3%", {2: 4}), (12.0, {2: 4}), ({2: 7}, {2: 7}), ({"2": 7}, {2: 7}),
         ("2:7", {2: 7}),
     ],
     ids=repr,
-)
+)  # fmt: skip
 def test_python_takes_every_form(tiny_model, keep, schedule):
     vlm = VLM(tiny_model, None, "tiny").attach(FastV([2]), keep=keep)
     try:
@@ -69,8 +64,6 @@ def test_budgets_that_the_model_does_not_have(tiny_model, keep):
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
-
-
 def written(folder: Path, keep: str) -> Path:
     file = folder / "method.yaml"
     method = "class_path: lit_prune.pruners.fastv.FastV, init_args: {layers: [2]}"
@@ -81,15 +74,10 @@ def written(folder: Path, keep: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "keep"),
     [
-        ("16", 16),
-        ("'16'", 16),
-        ("11.1%", Share(11.1)),
-        ("2:30", {2: 30}),
-        ("2:64", {2: 64}),
-        ("{2: 64}", {2: 64}),
+        ("16", 16), ("'16'", 16), ("11.1%", Share(11.1)), ("2:30", {2: 30}), ("2:64", {2: 64}), ("{2: 64}", {2: 64}),
         ("null", None),
     ],
-)
+)  # fmt: skip
 def test_yaml_takes_every_form(tmp_path, text, keep):
     assert plugin_from_yaml(written(tmp_path, text)).keep == keep
 
@@ -111,8 +99,6 @@ def test_saved_plugins_keep_it(tmp_path, keep):
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
-
-
 class Given:
     def __init__(self, keep: Any = 16) -> None:
         self.keep = keep
@@ -186,8 +172,6 @@ def test_a_share_is_priced_of_the_prompts_own_tokens(capsys, tmp_path):
 
 
 # -- where images differ --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next-vicuna", "internvl"])
 def test_a_share_is_of_each_samples_own_tokens(name):
     """In a batch whose samples differ, and after saving."""
@@ -214,8 +198,6 @@ def test_a_share_inside_the_tower(tiny_model):
 
 
 # -- training -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("keep", [16, Share(11.1), {1: 30, 8: 12}, {0: 20}, {7: 3}], ids=str)
 def test_what_training_asks_is_what_the_budget_says(keep):
     """The vectorised figure and the target of the budget loss, for samples of 0 to 700 tokens."""

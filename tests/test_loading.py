@@ -59,8 +59,6 @@ def count(model: nn.Module) -> int:
 
 
 # -- shipped shapes -------------------------------------------------------------------------------------------------
-
-
 @SHAPES
 def test_a_shipped_shape_has_the_size_of_its_checkpoint(name):
     config = shipped_config(name)
@@ -104,8 +102,6 @@ def test_an_unknown_shape_names_the_known_ones():
 
 
 # -- random weights -------------------------------------------------------------------------------------------------
-
-
 def shrunk(name: str) -> PreTrainedConfig:
     """A shipped shape with its family's structure and a fraction of its width and depth."""
     config = shipped_config(name)
@@ -221,8 +217,6 @@ def test_seven_billion_random_weights():
 
 
 # -- models that are there ------------------------------------------------------------------------------------------
-
-
 def picture(seed: int = 0) -> Image.Image:
     pixels = torch.randint(0, 256, (96, 96, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -335,8 +329,6 @@ def test_quantized(micro_folder, tmp_path, bits):
 
 
 # -- weights that are not the model's -------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def changed(micro_folder, tmp_path):
     """Makes a copy of the folder whose weights a function has changed."""
@@ -456,8 +448,6 @@ def test_quantized_weights_that_were_saved_are_complete(micro_folder, tmp_path, 
 
 
 # -- adapters of peft -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def adapted(micro_folder):
     """A model in a `PeftModel` whose adapter is not at its start."""
@@ -532,8 +522,6 @@ def test_an_adapter_without_a_base(tmp_path):
 
 
 # -- no model there -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub: connections are refused at once, and the cache is empty."""

@@ -88,21 +88,12 @@ def unpacked(items: Any) -> dict[str, Any]:
 def fit(folder: Path, micro: Path, world: Path, *options: str) -> tuple[str, list[str]]:
     """Train four steps through the command line; what it prints, and what it says on the way."""
     arguments = {
-        "trainer.max_steps": STEPS,
-        "trainer.val_check_interval": 2,
-        "trainer.limit_val_batches": 1,
-        "trainer.log_every_n_steps": 2,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_model_summary": "false",
-        "trainer.default_root_dir": folder,
-        "model.base": micro,
-        "data.init_args.root": world,
-        "data.init_args.train_samples": 16,
-        "data.init_args.val_samples": 7,
-        "data.init_args.test_samples": 7,
-        "data.init_args.batch_size": BATCH,
-        "data.init_args.eval_batch_size": 7,
-    }
+        "trainer.max_steps": STEPS, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1,
+        "trainer.log_every_n_steps": 2, "trainer.accelerator": "cpu", "trainer.enable_model_summary": "false",
+        "trainer.default_root_dir": folder, "model.base": micro, "data.init_args.root": world,
+        "data.init_args.train_samples": 16, "data.init_args.val_samples": 7, "data.init_args.test_samples": 7,
+        "data.init_args.batch_size": BATCH, "data.init_args.eval_batch_size": 7,
+    }  # fmt: skip
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -166,8 +157,6 @@ def series(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 
 # -- every figure, in every logger ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("figures", [STEP_FIGURES, VALIDATION_FIGURES], ids=["step", "validation"])
 def test_every_figure_is_in_every_logger(history, rows, board, figures):
     """Twice each, with the same values; they are logged every second step, and validation is every second step."""
@@ -197,8 +186,6 @@ def test_figures_say_what_ran(rows):
 
 
 # -- what W&B has besides -------------------------------------------------------------------------------------------
-
-
 def test_wandb_run_has_name_tags_group_and_configuration(run, micro_folder):
     runs = [record.run for record in run.records if record.HasField("run")]
     assert runs[-1].display_name == "rcp-16-micro-seed0"
@@ -280,8 +267,6 @@ def test_names_of_ones_own_stay(student, world, tmp_path, places):
 
 
 # -- pictures beside W&B --------------------------------------------------------------------------------------------
-
-
 def test_pictures_are_files_in_the_runs_folder_whatever_the_loggers(run):
     """The same four questions at both validations; nobody has to look for them in W&B's cache."""
     files = {file.name: file for file in (run.folder / "samples").iterdir()}
@@ -308,8 +293,6 @@ def test_pictures_are_files_without_any_logger(student, world, tmp_path):
 
 
 # -- through a resume -----------------------------------------------------------------------------------------------
-
-
 def test_totals_and_charts_go_on_after_a_resume(student, world, tmp_path):
     def parts(*more: Callback) -> list[Callback]:
         saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
@@ -329,8 +312,6 @@ def test_totals_and_charts_go_on_after_a_resume(student, world, tmp_path):
 
 
 # -- what logging costs ---------------------------------------------------------------------------------------------
-
-
 def test_a_step_that_is_not_logged_never_looks_at_the_device(student, world, tmp_path, monkeypatch):
     """And one that is looks nowhere either until its figures are fetched, all at once."""
     found: list[list[str]] = []
@@ -425,8 +406,6 @@ def test_profiler_tells_the_parts_of_a_step(student, world, tmp_path):
 
 
 # -- what people read -----------------------------------------------------------------------------------------------
-
-
 def test_progress_in_a_file_is_lines(run):
     lines = [line for line in run.out.splitlines() if "step " in line]
     assert [line.split("step ")[1].split()[0] for line in lines] == ["2/4", "2/4", "4/4", "4/4"]

@@ -1,7 +1,6 @@
 """Prompts with more images than the budget has tokens: pruned as far as possible, reported once, never refused."""
 
 import logging
-from functools import lru_cache
 
 import pytest
 import tiny
@@ -10,7 +9,7 @@ from families import FAMILIES, Picture, collate, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE, PAD, PRUNERS, VISUAL
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
@@ -25,16 +24,11 @@ from lit_prune.training.step import StepKey, Teaching
 from lit_prune.vlm import VLM
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
-MANY = pytest.mark.parametrize("images", [1, 2, 11, 40])
+MANY = pytest.mark.parametrize("images", [1, 2, 11, 20])
 LLAVA = FAMILIES["llava-1.5"]
 KEEP = 10
 EACH = {"downsample", "prumerge_plus", "scope", "tome", "visionzip"}  # the tower gives every image the budget
-REGIONS = {"regions": (torch.rand(3, 2, 40 * VISUAL, generator=torch.Generator().manual_seed(5)) - 0.7).clamp(min=0)}
-
-
-@lru_cache
-def model() -> nn.Module:
-    return tiny.build_model()
+REGIONS = {"regions": (torch.rand(3, 2, 20 * VISUAL, generator=torch.Generator().manual_seed(5)) - 0.7).clamp(min=0)}
 
 
 def inputs(images: int, side: str = "left", answers: int = 0) -> dict[str, Tensor]:
@@ -47,24 +41,11 @@ def inputs(images: int, side: str = "left", answers: int = 0) -> dict[str, Tenso
     return collate(LLAVA, samples, side, answers)
 
 
-@pytest.fixture
-def attach():
-    attached: list[VLM] = []
-
-    def make(pruner, keep: int = KEEP, **options) -> VLM:
-        attached.append(tiny.attach(model(), pruner, keep, **options))
-        return attached[-1]
-
-    yield make
-    for vlm in attached:
-        vlm.detach()
-
-
 @EVERY
 @MANY
-def test_forward_and_generate(attach, caplog, pruner, images):
+def test_forward_and_generate(pruned, caplog, pruner, images):
     """Every image keeps a token, and what is above the budget is in the trace."""
-    vlm, record = attach(pruner), Record()
+    vlm, record = pruned(pruner, keep=KEEP), Record()
     with caplog.at_level(logging.WARNING, "lit_prune"), vlm.using(Session(hints=REGIONS, record=record)):
         with torch.no_grad():
             assert vlm.model(**inputs(images)).logits.isfinite().all()
@@ -85,11 +66,11 @@ def test_forward_and_generate(attach, caplog, pruner, images):
 
 
 @pytest.mark.parametrize("mode", ["soft", "drop"])
-@pytest.mark.parametrize("images", [1, 3, 40])
+@pytest.mark.parametrize("images", [1, 3, 20])
 @pytest.mark.parametrize("pruner", [path for path in PRUNERS if path.stem != "oracle"], ids=lambda path: path.stem)
-def test_training_step(attach, pruner, images, mode):
+def test_training_step(pruned, pruner, images, mode):
     """Teacher, student, losses, backward; without hints, which training has none of."""
-    vlm = attach(pruner)
+    vlm = pruned(pruner, keep=KEEP)
     vlm.plugin.train()
     options = {"train_mode": mode, "contenders": 3.0, "gate_clip": 1.0, "checkpoint_activations": False, "watch": (4,)}
     teaching = Teaching(vlm, KEEP, LossWeights(attention=1.0, distill=1.0), Anneal(), **options)
@@ -102,8 +83,8 @@ def test_training_step(attach, pruner, images, mode):
     vlm.plugin.eval()
 
 
-def test_a_schedule_of_fewer_tokens_than_images(attach, caplog):
-    vlm, record = attach(FastV([1, 4]), keep={1: 4, 4: 2}), Record()
+def test_a_schedule_of_fewer_tokens_than_images(pruned, caplog):
+    vlm, record = pruned(FastV([1, 4]), keep={1: 4, 4: 2}), Record()
     with caplog.at_level(logging.WARNING, "lit_prune"), torch.no_grad(), vlm.using(Session(record=record)):
         vlm.model(**inputs(3))
     assert [stage.kept.sum(1).tolist() for stage in record.stages] == [[4, 4, 0], [3, 2, 0]]
@@ -111,16 +92,13 @@ def test_a_schedule_of_fewer_tokens_than_images(attach, caplog):
     assert caplog.messages == []
 
 
-def test_the_frames_of_a_video_may_go_empty():
+def test_the_frames_of_a_video_may_go_empty(pruned):
     """They are one image: else a long video would have no budget."""
     family = FAMILIES["qwen3-vl"]
     video = Picture((12, 4, 4), 3, "video")
-    vlm, record = tiny.attach(family.build(), FastV([3]), {3: 5}), Record()
-    try:
-        with torch.no_grad(), vlm.using(Session(record=record)):
-            vlm.model(**collate(family, [prompt(family, [video], 5, 1)]))
-    finally:
-        vlm.detach()
+    vlm, record = pruned(FastV([3]), keep={3: 5}, model=family.build()), Record()
+    with torch.no_grad(), vlm.using(Session(record=record)):
+        vlm.model(**collate(family, [prompt(family, [video], 5, 1)]))
     assert record.stages[0].kept.sum(1).tolist() == [5]
 
 

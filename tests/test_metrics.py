@@ -14,9 +14,8 @@ from lit_prune.evaluation.metrics import Consistency, LayerTokens, Shift, SkillA
 from lit_prune.host import Record, StageRecord
 from lit_prune.training.losses import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
 
+
 # -- accuracy -------------------------------------------------------------------------------------------------------
-
-
 def test_accuracy_per_skill_equals_numpy():
     rng = np.random.default_rng(0)
     hits, skills = rng.random(200) < 0.7, rng.choice(["colour", "shape", "digit"], 200)
@@ -79,8 +78,6 @@ def test_answers_match_exactly_up_to_case_space_and_stop(text, answer, right):
 
 
 # -- shift ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_shift_equals_numpy(offset):
     """In several updates, and far from zero, where fp32 sums of squares cancel."""
@@ -102,8 +99,6 @@ def test_shift_of_equal_states_is_zero():
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("done", "tau"), [(0.0, 1.5), (0.3, 0.85), (0.6, 0.2), (0.8, 0.2), (1.0, 0.2)])
 def test_temperature(done, tau):
     assert Anneal().tau(done) == pytest.approx(tau)
@@ -127,8 +122,6 @@ def test_schedules_can_be_turned_off():
 
 
 # -- losses ---------------------------------------------------------------------------------------------------------
-
-
 def record_of(hidden: dict[int, torch.Tensor]) -> Record:
     return Record(keep_hidden=True, hidden=hidden)
 
@@ -172,8 +165,6 @@ def test_distillation_is_zero_for_equal_answers_only():
 
 
 # -- the oracle's hint ----------------------------------------------------------------------------------------------
-
-
 def test_regions_measure_how_much_of_a_patch_a_box_covers():
     hint = joined([regions(boxes, side=4, size=32) for boxes in ([[0, 0, 16, 8], [4, 4, 12, 12]], [])])["regions"]
     assert hint.shape == (2, 2, 16)

@@ -59,8 +59,6 @@ def test_w2_equals_its_closed_form():
 
 
 # -- kappa ----------------------------------------------------------------------------------------------------------
-
-
 def slow_kappa(full: Tensor, kept: Tensor, real: Tensor) -> list[float]:
     """The formula as it is written, sample by sample and channel by channel."""
     values = []

@@ -73,8 +73,6 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 # -- PyramidDrop ----------------------------------------------------------------------------------------------------
-
-
 def test_pyramiddrop_reads_the_last_row_of_the_layer_that_it_cuts(tiny_eager, pruned):
     """Against the attention matrix of the plain model: first stage, by loops over heads and tokens."""
     inputs = batch(samples())
@@ -100,8 +98,6 @@ def test_pyramiddrop_below_its_first_segment():
 
 
 # -- DivPrune -------------------------------------------------------------------------------------------------------
-
-
 def divprune_by_hand(seen: Context, row: int, count: int) -> list[int]:
     """Picks in order."""
     tokens, states = alive_of(seen, row), seen.visual_embeds[row]
@@ -130,8 +126,6 @@ def test_divprune_starts_the_same_whatever_the_blocks(monkeypatch):
 
 
 # -- CDPruner -------------------------------------------------------------------------------------------------------
-
-
 def cdpruner_by_hand(seen: Context, row: int, count: int) -> set[int]:
     """The determinants themselves: each pick makes that of the kernel over the picks as large as it can be."""
     tokens, states = alive_of(seen, row), seen.visual_embeds[row]
@@ -172,8 +166,6 @@ def test_cdpruner_after_all_directions_are_taken_goes_by_relevance():
 
 
 # -- DART -----------------------------------------------------------------------------------------------------------
-
-
 def dart_by_hand(seen: Context, row: int, count: int) -> set[int]:
     def by_norm(tokens: list[int], keys: Tensor) -> list[int]:
         return sorted(tokens, key=lambda i: -sum(abs(x) for x in keys[i].tolist()))
@@ -221,8 +213,6 @@ def test_dart_reads_its_own_layers_keys(tiny_model):
 
 
 # -- SparseVLM ------------------------------------------------------------------------------------------------------
-
-
 def sparsevlm_score_by_hand(seen: Context, row: int) -> dict[int, float]:
     tokens, words = alive_of(seen, row), words_of(seen, row)
     similarity = dict.fromkeys(words, 0.0)

@@ -84,8 +84,6 @@ def test_budget_can_be_overridden(folder, tiny_model):
 
 
 # -- another base model ---------------------------------------------------------------------------------------------
-
-
 def test_other_weights_are_refused(folder):
     with pytest.raises(LitPruneError, match="trained for the weights of tiny, which differ from the model's here"):
         VLM(tiny.build_model(seed=1), None, "other").attach(folder)
@@ -133,8 +131,6 @@ def test_fingerprint_tells_weights_apart(tiny_model):
 
 
 # -- damaged folders ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", ["", "{", "[1, 2", "\x00"])
 def test_damaged_settings(folder, text):
     (folder / SETTINGS).write_text(text)
@@ -209,8 +205,6 @@ def test_given_schedule_runs_and_comes_back(pruned, tiny_model, tmp_path):
 
 
 # -- nothing is executed --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "path",
     ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "lit_prune.repair.RepairAdapter", "Random"],

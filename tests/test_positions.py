@@ -9,7 +9,7 @@ from families import FAMILIES
 from test_equality import (
     cached_decoding_equals_recomputation,
     dialogue_equals_one_forward,
-    generate_plain,
+    keep_all_is_the_plain_model,
     mixed_batch_equals_its_samples,
 )
 from tiny import DEPTH, IMAGE, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, generate, real_text, samples
@@ -53,17 +53,7 @@ class PerSample(Pruner):
 
 @EACH
 def test_keep_all_is_the_plain_model(tiny_model, pruned, pruner):
-    inputs = batch(samples())
-    with torch.no_grad():
-        logits = tiny_model(**inputs).logits
-    plain = generate_plain(tiny_model, inputs)
-    vlm = pruned(pruner, keep=VISUAL, **NEW)
-    for adapter in vlm.plugin.repair.adapters:
-        adapter.alpha.data.zero_()
-    assert torch.equal(forward(vlm, inputs)[0], logits)
-    again = generate(vlm, inputs)
-    assert torch.equal(again.sequences, plain.sequences)
-    assert torch.equal(again.logits, plain.logits)
+    keep_all_is_the_plain_model(tiny_model, lambda: pruned(pruner, keep=VISUAL, **NEW), batch(samples()))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

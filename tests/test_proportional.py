@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 from test_equality import (
+    assisted_decoding_equals_greedy,
     cached_decoding_equals_recomputation,
     dialogue_equals_one_forward,
-    generate_plain,
+    keep_all_is_the_plain_model,
     mixed_batch_equals_its_samples,
 )
 from test_syncs import looks
@@ -169,24 +170,13 @@ def test_a_second_image_finds_the_sizes_of_the_first(pruned):
 
 
 def test_assisted_decoding_equals_greedy(pruned):
-    inputs = batch(samples((45,)))
-    vlm = pruned(SOME[0], proportional_attention="count")
-    greedy = generate(vlm, inputs, tokens=24)
-    assisted = generate(vlm, inputs, tokens=24, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
-    assert assisted.sequences.tolist() == greedy.sequences.tolist()
+    assisted_decoding_equals_greedy(pruned(SOME[0], proportional_attention="count"), batch(samples((45,))))
 
 
 @EACH
 def test_keep_all_is_the_plain_model(tiny_model, pruned, pruner):
-    inputs = batch(samples())
-    with torch.no_grad():
-        logits = tiny_model(**inputs).logits
-    plain = generate_plain(tiny_model, inputs)
-    vlm = pruned(pruner, keep=VISUAL, proportional_attention="count")
-    for adapter in vlm.plugin.repair.adapters:
-        adapter.alpha.data.zero_()
-    assert torch.equal(forward(vlm, inputs)[0], logits)
-    assert torch.equal(generate(vlm, inputs).logits, plain.logits)
+    counted = {"keep": VISUAL, "proportional_attention": "count"}
+    keep_all_is_the_plain_model(tiny_model, lambda: pruned(pruner, **counted), batch(samples()))
 
 
 def test_it_takes_no_further_look_at_the_device(tiny_model, pruned, monkeypatch):

@@ -83,8 +83,6 @@ def decider(path) -> Pruner:
 
 
 # -- the battery ----------------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_file_writes_every_argument(path):
     """An overlay that left one out would inherit the value meant for another method."""
@@ -216,8 +214,6 @@ def test_a_method_without_its_arguments_as_attributes_cannot_be_saved():
 
 
 # -- attention rows -------------------------------------------------------------------------------------------------
-
-
 class Spy(Pruner):
     """Keeps what the host gave it."""
 
@@ -285,8 +281,6 @@ def test_context_holds_each_samples_own_tokens(tiny_model):
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
-
-
 def rcp(**options) -> RCP:
     torch.manual_seed(0)
     pruner = RCP(layers=[1, 3], stage_ratios=[2.0, 1.0], inner=16, **options).eval()

@@ -56,8 +56,6 @@ def refusal(call, *arguments) -> str:
 
 
 # -- what is there --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("module", [lit_prune, lit_prune.data])
 def test_dir_shows_what_is_imported_late(module):
     assert set(module.__all__) <= set(dir(module))
@@ -86,8 +84,6 @@ def test_types_are_there_for_checkers():
 
 
 # -- repr -----------------------------------------------------------------------------------------------------------
-
-
 def test_repr_of_the_plain_model(micro, micro_folder):
     head, line = repr(micro).splitlines()
     assert head == f"VLM({micro_folder}, LlavaForConditionalGeneration, 3,512,192 frozen parameters, float32 on cpu)"
@@ -129,8 +125,6 @@ def test_repr_without_a_name_or_a_processor(tiny_model):
 
 
 # -- answer ---------------------------------------------------------------------------------------------------------
-
-
 def test_one_question_about_one_image_has_one_answer(micro, picture, file):
     """However the picture is given."""
     (listed,) = asked(micro, [picture], [QUESTION])
@@ -276,8 +270,6 @@ def test_anything_is_paired_or_refused_in_one_line(images, prompts):
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_method_by_its_name(micro):
     assert type(micro.attach("fastv", keep=16).plugin.pruner).__name__ == "FastV"
     assert micro.attach("fastv", keep=16).host.schedule == micro.attach(
@@ -321,17 +313,11 @@ def test_a_plugin_folder_named_as_a_shipped_method_wins(micro, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("mirco", "micro"),
-        ("Micro", "micro"),
-        ("micro-llava", "micro"),
-        ("llava-hf/llava-1.5-7b", SHAPE),
-        ("llava-1.5-7b-hf", SHAPE),
-        ("Qwen/Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"),
-        (SHAPE, None),
-        ("micro", None),
-        ("nothing-like-it", None),
+        ("mirco", "micro"), ("Micro", "micro"), ("micro-llava", "micro"), ("llava-hf/llava-1.5-7b", SHAPE),
+        ("llava-1.5-7b-hf", SHAPE), ("Qwen/Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), (SHAPE, None),
+        ("micro", None), ("nothing-like-it", None),
     ],
-)
+)  # fmt: skip
 def test_the_closest_model(name, meant, monkeypatch, tmp_path):
     assert closest_model(name) == meant
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

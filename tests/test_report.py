@@ -108,8 +108,6 @@ def summary(*folders: Path, baseline: str = "full") -> list[dict[str, figures.Fi
 
 
 # -- figures --------------------------------------------------------------------------------------------------------
-
-
 def test_the_table_has_figures_with_intervals_and_paired_differences(made_up):
     full, half, most = summary(made_up)
     assert (half["method"].text, half["tokens kept"].text) == ("half", "8")
@@ -218,8 +216,6 @@ def test_groups_of_questions_have_a_table(made_up):
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------
-
-
 def test_intervals_are_the_same_each_time():
     images, values = [str(i // 4) for i in range(40)], np.random.default_rng(0).random((40, 3))
     first, again, other = (resampled_means(images, values, 200, seed) for seed in (0, 0, 1))
@@ -269,8 +265,6 @@ def test_samples_without_an_image_stand_for_themselves(tmp_path):
 
 
 # -- the page -------------------------------------------------------------------------------------------------------
-
-
 def test_samples_that_flip_come_first(made_up):
     found = gallery.cards([read_run(made_up)], 7)
     assert [card.id for card in found] == ["q0", "q6", "q7", "q8", "q9", "q10", "q11"]
@@ -373,8 +367,6 @@ def test_results_without_what_the_charts_show(tmp_path):
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "spoiled", "says"),
     [

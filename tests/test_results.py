@@ -24,17 +24,10 @@ def test_figures_are_grouped_and_rounded():
     figures |= {"flops": 167730480.0, "kv_bytes": 433005.71875, "mine": 1 / 3}
     lines = [re.sub(" {2,}", " | ", line.strip()) for line in printed(figures).splitlines() if line.strip()]
     assert lines == [
-        "test",
-        "accuracy, % | 98.3",
-        "by skill | colour 100.0, counting 88.3",
-        "as the full model, % | 98.5",
-        "visual tokens a layer | 16.0 (144, 15 x2, 6, 4 x2)",
-        "decoder's prefill | 168 MFLOP",
-        "KV cache | 433 kB",
-        "shift W2 | 3.25 on average, 10.00 at most (after layer 3)",
-        "kappa | 0.748",
-        "mine | 0.3333",
-    ]
+        "test", "accuracy, % | 98.3", "by skill | colour 100.0, counting 88.3", "as the full model, % | 98.5",
+        "visual tokens a layer | 16.0 (144, 15 x2, 6, 4 x2)", "decoder's prefill | 168 MFLOP", "KV cache | 433 kB",
+        "shift W2 | 3.25 on average, 10.00 at most (after layer 3)", "kappa | 0.748", "mine | 0.3333",
+    ]  # fmt: skip
 
 
 def test_many_skills_fit_the_width():

@@ -16,9 +16,8 @@ from tiny import ROOT, same_ends, slurm_task, trainer
 from lit_prune import cli
 from lit_prune.training.checkpoints import SUMS, seal
 
+
 # -- checkpoints between two optimizer steps ------------------------------------------------------------------------
-
-
 class Diary(DummyLogger):
     """What was logged at which step, and which samples every batch had."""
 
@@ -105,19 +104,11 @@ def test_other_batch_sizes_see_each_sample_of_every_epoch_once(student, world, t
 # -- through the command line, by real signals ----------------------------------------------------------------------
 
 TINY = {
-    "model.lr": 3e-3,
-    "data.init_args.batch_size": 2,
-    "data.init_args.train_samples": 16,
-    "data.init_args.num_workers": 2,
-    "data.init_args.val_samples": 6,
-    "data.init_args.test_samples": 6,
-    "trainer.max_epochs": 2,
-    "trainer.accumulate_grad_batches": 2,
-    "trainer.limit_val_batches": 0,
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": False,
-    "trainer.accelerator": "cpu",
-}
+    "model.lr": 3e-3, "data.init_args.batch_size": 2, "data.init_args.train_samples": 16,
+    "data.init_args.num_workers": 2, "data.init_args.val_samples": 6, "data.init_args.test_samples": 6,
+    "trainer.max_epochs": 2, "trainer.accumulate_grad_batches": 2, "trainer.limit_val_batches": 0,
+    "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": False, "trainer.accelerator": "cpu",
+}  # fmt: skip
 SAVING = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
 SAVING += "{dirpath: FOLDER, save_last: true, every_n_train_steps: 1, save_top_k: 1}}, "
 SAVING += "{class_path: lit_prune.callbacks.ExportPlugin, init_args: {folder: FOLDER/plugin}}"

@@ -135,8 +135,6 @@ def test_hashed_numbers_depend_on_seed_and_ordinal_alone():
 
 
 # -- several images -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("count", "sizes", "shares"),
     [

@@ -75,8 +75,6 @@ def alive() -> Counter:
 
 
 # -- pipeline -------------------------------------------------------------------------------------------------------
-
-
 def test_pipeline_prunes_and_answers_as_we_do(served, pipe):
     """Chats one by one, several at once, and batches of texts of unlike length."""
     options = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
@@ -104,8 +102,6 @@ def test_pruning_may_be_switched_under_a_pipeline(served, pipe):
 
 
 # -- many requests --------------------------------------------------------------------------------------------------
-
-
 def test_five_hundred_requests_leave_nothing_behind():
     """Hooks, our objects, caches and tensors are as many as before; memory stays flat. On a shallow model, for time."""
     config = build_config()
@@ -171,8 +167,6 @@ def test_a_hundred_cycles_of_attaching_and_answering(tiny_model):
 
 
 # -- threads --------------------------------------------------------------------------------------------------------
-
-
 def test_threads_share_a_pruned_model(served):
     """What belongs to a request travels with it, so requests that overlap don't meet; each answers as if alone."""
     requests = [(IMAGES[i : i + 2], PROMPTS[i : i + 2]) for i in (0, 1, 2)] * 4

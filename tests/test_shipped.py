@@ -39,8 +39,6 @@ def output(capsys, *words) -> tuple[int, str, str]:
 
 
 # -- finding --------------------------------------------------------------------------------------------------------
-
-
 def test_the_package_has_every_configuration_of_the_repository():
     assert [FOLDER / path.relative_to(ROOT / "configs") for path in SOURCES] == sorted(FOLDER.glob("**/*.yaml"))
     assert len(config_names()) == len(SOURCES) > 40
@@ -105,8 +103,6 @@ def test_a_file_of_ones_own_is_suggested_first(elsewhere):
 
 
 # -- on the command line and in Python ------------------------------------------------------------------------------
-
-
 def test_options_of_a_command_line_are_looked_up(elsewhere, capsys):
     """Each form of `--config`; what is here, or text of its own, is as it is, and so is any other option."""
     (elsewhere / "mine.yaml").write_text("model: {lr: 0.25}")
@@ -181,8 +177,6 @@ def test_all_methods_are_compared_where_no_folder_is_here(elsewhere):
 
 
 # -- lit-prune configs ----------------------------------------------------------------------------------------------
-
-
 def test_each_is_listed_on_a_line_with_what_it_says_of_itself(capsys):
     code, printed, _ = output(capsys, "configs")
     lines = [line.split(maxsplit=1) for line in printed.splitlines()]
@@ -268,8 +262,6 @@ def test_leading_words_are_the_first_parameters_in_order():
 
 
 # -- the wheel ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel of a copy of the sources, so that nothing is left in the tree and nothing stale is taken from it."""

@@ -128,8 +128,6 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tmp_path: Path) ->
 
 
 # Two ranks
-
-
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A run of two ranks that is under way: rank zero's process, and the other one's id. Nothing of it stays."""

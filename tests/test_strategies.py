@@ -24,6 +24,7 @@ from lit_prune.plugin import Plugin
 from lit_prune.training.strategies import PruneDeepSpeed
 
 RCP, STRATEGIES = ROOT / "configs" / "rcp.yaml", sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
+DEEPSPEED = [path for path in STRATEGIES if "deepspeed" in path.stem]
 EVERY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
 # What the paper's training has and this one can't: ranks draw noise of their own, and no run of four steps moves much.
 SMALL = {
@@ -147,15 +148,16 @@ def alone(small, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(small, tmp_path_factory) -> Callable[[Path], Path]:
-    """Runs of two processes, each strategy's once."""
+def together(small, further, tmp_path_factory) -> Callable[[Path], Path]:
+    """Runs of two processes, each strategy's once: DDP's by a start of its own, DeepSpeed's among the further ones."""
     runs: dict[Path, Path] = {}
 
     def run(strategy: Path) -> Path:
+        if strategy in DEEPSPEED:
+            return further(strategy.stem)
         if strategy not in runs:
-            folder = tmp_path_factory.mktemp(strategy.stem)
-            launch(folder, small, strategy)
-            runs[strategy] = folder
+            runs[strategy] = tmp_path_factory.mktemp(strategy.stem)
+            launch(runs[strategy], small, strategy)
         return runs[strategy]
 
     return run
@@ -226,10 +228,13 @@ def further(small, tmp_path_factory) -> Callable[[str], Path]:
 
     def run(name: str) -> Path:
         if name not in found:
-            root, kind, lines = tmp_path_factory.mktemp("further"), FURTHER if name in FURTHER else SLOW, []
-            for each, (overlay, more) in kind.items():
-                found[each] = root / each
-                lines.append(["fit", *words(found[each], small, OVERLAYS[overlay], *TWO, FIT_ONLY, *more)])
+            root, kind = tmp_path_factory.mktemp("further"), SLOW if name in SLOW else FURTHER
+            runs = [(each, overlay, [FIT_ONLY, *more]) for each, (overlay, more) in kind.items()]
+            runs += [(path.stem, path.stem, []) for path in DEEPSPEED if kind is FURTHER]
+            found.update({each: root / each for each, *_ in runs})
+            lines = [
+                ["fit", *words(found[each], small, OVERLAYS[overlay], *TWO, *more)] for each, overlay, more in runs
+            ]
             torchrun(root, lines)
         return found[name]
 
@@ -337,9 +342,6 @@ def test_the_cluster_run_says_what_data_it_needs(small, tmp_path, capsys):
         cli.main(["fit", *words(tmp_path, small), "--data.init_args.train=data/llava_v1_5_mix665k.json"])
     assert end.value.code == 1
     assert "data/llava_v1_5_mix665k.json: no such file" in capsys.readouterr().err
-
-
-DEEPSPEED = [path for path in STRATEGIES if "deepspeed" in path.stem]
 
 
 @pytest.mark.slow

@@ -80,8 +80,6 @@ def ends(sweep) -> list[str]:
 
 
 # -- the files ------------------------------------------------------------------------------------------------------
-
-
 def corners(sweep) -> list[dict]:
     """Settings that hold every value of a list, both ends of every range and a number between them at least once."""
     draw = random.Random(0)
@@ -175,8 +173,6 @@ def test_a_sweep_file_that_cannot_be_read(tmp_path):
 
 
 # -- Optuna ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_failed_trial_does_not_stop_a_grid(quick, capsys):
     quick(method="grid", parameters={"x": {"values": [1, 2, 3]}, "y": {"value": 0.5}})
     main(["sweep", "-c", "sweep.yaml", "--out", "out", "--fixed", "z=7"])
@@ -298,14 +294,10 @@ def test_an_end_must_be_named(quick, capsys):
 # -- real training --------------------------------------------------------------------------------------------------
 
 SHORT = {
-    "trainer.max_steps": 2,
-    "trainer.val_check_interval": 2,
-    "trainer.limit_val_batches": 1,
-    "data.init_args.train_samples": 12,
-    "data.init_args.val_samples": 6,
-    "data.init_args.test_samples": 6,
+    "trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1,
+    "data.init_args.train_samples": 12, "data.init_args.val_samples": 6, "data.init_args.test_samples": 6,
     "data.init_args.batch_size": 4,
-}
+}  # fmt: skip
 
 
 @pytest.fixture

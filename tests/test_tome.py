@@ -73,8 +73,6 @@ def test_as_many_pairs_merge_in_each_layer():
 
 
 # -- sizes enter attention --------------------------------------------------------------------------------------------
-
-
 class Doubled(VisionPruner):
     """Keeps every second patch at the entrance and says that each stands for two."""
 

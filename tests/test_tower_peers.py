@@ -135,8 +135,6 @@ def test_downsample(keep, side):
 
 
 # -- DCP-Prune ------------------------------------------------------------------------------------------------------
-
-
 def shares(values: dict[int, float]) -> dict[int, float]:
     return {i: value / sum(values.values()) for i, value in values.items()}
 

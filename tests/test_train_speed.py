@@ -12,29 +12,21 @@ HEAD = {"num_attention_heads": 2, "intermediate_size": 64}
 MODEL = {
     "model_type": "llava",
     "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "image_size": 24,
-        "patch_size": 4,
-        **HEAD,
+        "model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 2, "image_size": 24,
+        "patch_size": 4, **HEAD,
     },
     "text_config": {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": 60,
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 6, "num_key_value_heads": 2, "vocab_size": 60,
         **HEAD,
     },
     "image_token_index": 59,
     "image_seq_length": 36,
     "vision_feature_layer": -1,
-}
+}  # fmt: skip
 
 
 def test_every_form_of_a_step_runs_and_the_long_way_gives_the_same_losses(tmp_path, monkeypatch, capsys):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"model": MODEL}))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"model": MODEL}))  # fmt: skip
     found = tmp_path / "found.json"
     words = f"--model {tmp_path}/tiny.yaml --overlay {ROOT}/configs/bench/pruners/rcp.yaml --json {found} --keep 18 "
     words += "--dtype float32 --batch 2 --text-tokens 24 --rounds 1 --clock cpu"

@@ -4,11 +4,15 @@ import contextlib
 import io
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -18,6 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from tiny import ROOT
 
 from lit_prune import cli
+from lit_prune.callbacks import samples
 from lit_prune.commands._support.trainer_options import apply_switches, check, restore_defaults
 from lit_prune.errors import LitPruneError
 
@@ -36,29 +41,32 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world; `run`, which a test finds missing or as `trained` leaves it; and a copy of the latter."""
+    return tmp_path_factory.mktemp("options")
 
 
-@pytest.fixture
-def lightning(tmp_path: Path, micro_folder: Path, world_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a verb on configs/micro.yaml, two steps of four samples; in `tmp_path`/run unless another folder is given."""
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+@pytest.fixture(scope="module")
+def start(place: Path, micro_folder: Path):
+    """Run a verb on configs/micro.yaml, two steps of four samples; in `place`/run unless another folder is given.
+
+    Sample pictures are blank: to draw them, as test_logging does, takes as long as all the rest of a run.
+    """
     options = {
         "trainer.max_steps": 2,
         "trainer.val_check_interval": 2,
         "trainer.limit_val_batches": 1,
         "trainer.accelerator": "cpu",
-        "trainer.default_root_dir": tmp_path / "run",
+        "trainer.default_root_dir": place / "run",
         "model.base": micro_folder,
-        "data.init_args.root": world_folder,
+        "data.init_args.root": place / "world",
         **dict.fromkeys([f"data.init_args.{split}_samples" for split in ("val", "test")], 7),
         "data.init_args.train_samples": 14,
         "data.init_args.batch_size": 4,
         "data.init_args.eval_batch_size": 7,
     }
+    staging = {"WANDB_DATA_DIR": str(place / "staging")}
+    blank = np.zeros((2, 2, 3), np.uint8)
 
     def run(verb: str, *more: str, files: tuple[str, ...] = ()) -> Result:
         configs = [word for file in (MICRO, *files) for word in ("-c", file)]
@@ -69,7 +77,8 @@ def lightning(tmp_path: Path, micro_folder: Path, world_folder: Path, monkeypatc
         for name in names:
             logging.getLogger(name).addHandler(handler)
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            quiet, quick = contextlib.redirect_stderr(err), patch.object(samples, "_draw", lambda *_: blank)
+            with contextlib.redirect_stdout(out), quiet, patch.dict(os.environ, staging), quick:
                 cli.main([verb, *configs, *words, *more])
         except SystemExit as exit_:
             code = int(exit_.code or 0)
@@ -85,6 +94,33 @@ def lightning(tmp_path: Path, micro_folder: Path, world_folder: Path, monkeypatc
 Run = Callable[..., Result]
 
 
+@pytest.fixture
+def root(place: Path) -> Path:
+    """The folder of a run that hasn't begun."""
+    shutil.rmtree(place / "run", ignore_errors=True)
+    return place / "run"
+
+
+@pytest.fixture
+def lightning(start: Run, root: Path) -> Run:
+    return start
+
+
+@pytest.fixture(scope="module")
+def first(place: Path, start: Run) -> Path:
+    """A run with its plug-in, checkpoints, settings, test and answers, moved away from its folder."""
+    shutil.rmtree(place / "run", ignore_errors=True)
+    for verb, more in (("fit", ()), ("test", ("--ckpt_path=last",)), ("predict", ("--ckpt_path=last",))):
+        assert start(verb, "--trainer.logger=false", *more).code == 0
+    return (place / "run").rename(place / "first")
+
+
+@pytest.fixture
+def trained(root: Path, first: Path) -> Path:
+    """The folder of that run, as it left it."""
+    return shutil.copytree(first, root, symlinks=True)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder; W&B's links to its newest run aside, and its debug logs, which grow after a run."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
@@ -97,8 +133,6 @@ def steps(folder: Path) -> int:
 
 
 # -- options that turn a part off -----------------------------------------------------------------------------------
-
-
 def test_options_turn_off_what_the_shipped_file_brings(lightning: Run, tmp_path: Path) -> None:
     """Each by itself, with the rest of the run as it is."""
     everything = {"checkpoints", "logs", "wandb", "plugin", "samples", "config_fit.yaml"}
@@ -115,31 +149,30 @@ def test_options_turn_off_what_the_shipped_file_brings(lightning: Run, tmp_path:
         assert ("step 2/2" in result.out) == (option != "enable_progress_bar")
 
 
-def test_barebones_runs_and_leaves_nothing(lightning: Run, tmp_path: Path) -> None:
+def test_barebones_runs_and_leaves_nothing(lightning: Run, root: Path) -> None:
     result = lightning("fit", "--trainer.barebones=true")
     assert result.code == 0, result.err
-    assert not (tmp_path / "run").exists()
+    assert not root.exists()
     assert "step 2" not in result.out
 
 
 @pytest.mark.parametrize("value", ["[]", "null"])
-def test_without_callbacks(lightning: Run, tmp_path: Path, value: str) -> None:
+def test_without_callbacks(lightning: Run, root: Path, value: str) -> None:
     result = lightning("fit", f"--trainer.callbacks={value}", "--trainer.logger=false")
     assert result.code == 0, result.err
-    assert (tmp_path / "run" / "config_fit.yaml").is_file()
+    assert (root / "config_fit.yaml").is_file()
 
 
 @pytest.mark.parametrize(
     "option", ["--trainer.max_steps=0", "--trainer.max_epochs=0", "--trainer.limit_train_batches=0"]
 )
-def test_a_run_that_trains_nothing_leaves_nothing(lightning: Run, tmp_path: Path, option: str) -> None:
+def test_a_run_that_trains_nothing_leaves_nothing(lightning: Run, trained: Path, option: str) -> None:
     """And replaces nothing, least of all a plug-in."""
-    assert lightning("fit", "--trainer.logger=false").code == 0
-    before = contents(tmp_path / "run")
+    before = contents(trained)
     result = lightning("fit", option)
     assert result.code == 0, result.err
     assert "nothing was trained: no plug-in is written" in result.err
-    assert contents(tmp_path / "run") == before
+    assert contents(trained) == before
 
 
 def test_a_table_of_the_models_parts_is_made_on_request(lightning: Run) -> None:
@@ -231,17 +264,6 @@ def test_defaults_that_yaml_has_no_form_for() -> None:
 
 
 # -- runs for debugging ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained(lightning: Run, tmp_path: Path) -> Path:
-    """The folder of a run, with its plug-in, checkpoints, settings, test and answers."""
-    for verb in ("fit", "test", "predict"):
-        more = () if verb == "fit" else ("--ckpt_path=last",)
-        assert lightning(verb, "--trainer.logger=false", *more).code == 0
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize("mode", ["fast_dev_run=true", "fast_dev_run=2", "overfit_batches=2", "barebones=true"])
 def test_runs_for_debugging_overwrite_nothing(lightning: Run, trained: Path, mode: str) -> None:
     """From scratch, from the last checkpoint, and in every verb; with all loggers of the shipped file."""
@@ -261,16 +283,14 @@ def test_a_checkpoint_can_be_tried(lightning: Run, trained: Path) -> None:
     assert "fit ended at step 3 " in result.err
 
 
-def test_a_run_for_debugging_leaves_no_folder(lightning: Run, tmp_path: Path) -> None:
+def test_a_run_for_debugging_leaves_no_folder(lightning: Run, root: Path) -> None:
     result = lightning("fit", "--trainer.fast_dev_run=true")
     assert result.code == 0, result.err
-    assert not (tmp_path / "run").exists()
+    assert not root.exists()
     assert "plug-in  " not in result.err
 
 
 # -- starts that fail -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("option", "says"),
     [
@@ -280,9 +300,8 @@ def test_a_run_for_debugging_leaves_no_folder(lightning: Run, tmp_path: Path) ->
     ],
     ids=["interval", "metric", "checkpoint"],
 )
-def test_a_start_that_fails_leaves_nothing(lightning: Run, tmp_path: Path, option: tuple[str, ...], says: str) -> None:
+def test_a_start_that_fails_leaves_nothing(lightning: Run, root: Path, option: tuple[str, ...], says: str) -> None:
     """In one line, without a run in W&B or a version of the CSV logger; the folder of a run stays as it was."""
-    root = tmp_path / "run"
     before = {}
     if "--ckpt_path=last" in option:
         assert lightning("fit").code == 0
@@ -304,8 +323,6 @@ def test_another_projects_data_module_is_refused_in_words(lightning: Run) -> Non
 
 
 # -- what other verbs write -----------------------------------------------------------------------------------------
-
-
 def test_other_settings_are_written_beside_the_runs_own(lightning: Run, trained: Path) -> None:
     """Settings, answers and pictures of one verb have one number; the same settings again overwrite their own files."""
     quiet = "--trainer.logger=false"
@@ -335,11 +352,11 @@ def test_another_checkpoint_is_another_setting(lightning: Run, trained: Path) ->
 def test_a_method_that_has_not_learnt_is_said_first(lightning: Run, trained: Path) -> None:
     quiet = "--trainer.logger=false"
     for verb in ("test", "validate", "predict"):
-        first = lightning(verb, quiet).out.splitlines()[0]
+        result = lightning(verb, quiet)
+        first = result.out.splitlines()[0]
         assert first.startswith("note: untrained plug-in: neither --ckpt_path nor --model.plugin is given")
         assert first.endswith(f"{trained} has a trained one: --ckpt_path last")
-    for verb in ("test", "validate"):
-        assert ", of an untrained plug-in" in lightning(verb, quiet).err
+        assert verb == "predict" or ", of an untrained plug-in" in result.err
     told = ("--model.pruner=null", "--model.repair=null", f"--model.plugin={trained}/plugin")
     for result in (
         lightning("test", quiet, "--ckpt_path=last"),

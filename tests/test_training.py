@@ -48,8 +48,6 @@ def questions(world):
 
 
 # -- three steps ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("select", ["topk", "threshold"])
 @pytest.mark.parametrize("mode", [{"train_mode": "soft"}, {"train_mode": "drop"}, {"contenders": 2.0}], ids=str)
 def test_three_steps_move_what_trains_and_nothing_else(student, world, questions, tmp_path, select, mode):
@@ -214,8 +212,6 @@ def test_training_goes_on_from_a_plugin_folder(student, micro_folder, tmp_path):
 
 
 # -- contenders: soft masks among the best of the dropped ------------------------------------------------------------
-
-
 def test_contenders_only_change_the_gradients_reach(pruned):
     """The same logits as dropping and as full soft masks; a shorter sequence; gradients for the best 2 k tokens."""
     inputs = batch(samples((48, 45)))
@@ -249,8 +245,6 @@ def test_contenders_have_gradients_and_the_others_none():
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def test_checkpoint_holds_what_trains(micro_folder, world, tmp_path):
     """At the sizes of configs/pruners/rcp.yaml, with the optimizer's state."""
     made = plugin_from_yaml(ROOT / "configs" / "pruners" / "rcp.yaml")
@@ -303,8 +297,6 @@ def test_learning_rate_schedule(student):
 
 
 # -- runs that are cut off ------------------------------------------------------------------------------------------
-
-
 def checkpoints(folder) -> ModelCheckpoint:
     return ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=0)
 
@@ -334,8 +326,6 @@ def test_resumed_run_equals_an_uninterrupted_one(student, world, tmp_path, cut, 
 
 
 # -- batches without an image, and bases in half precision ---------------------------------------------------------
-
-
 def steps(module, batch, folder, count: int = 2) -> Trainer:
     """Train on one batch, again and again."""
     run = trainer(folder, max_steps=count)

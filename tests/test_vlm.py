@@ -43,8 +43,6 @@ def image(seed: int = 0) -> Image.Image:
 
 
 # -- attach and detach ----------------------------------------------------------------------------------------------
-
-
 @EVERY
 def test_detach_leaves_no_trace(tiny_model, pruner):
     """Outputs, weights, hooks and attributes are what they were."""
@@ -132,8 +130,6 @@ def test_a_language_model_is_refused(tiny_model):
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
-
-
 def test_load_answers_prompts(micro):
     """Three lines of Python; a batch of unlike prompts equals its samples."""
     images, prompts = [image(0), image(1)], ["what colour ?", "how many red circles are in the picture ?"]
@@ -179,8 +175,6 @@ def test_load_of_nothing(tmp_path):
 
 
 # -- configurations -------------------------------------------------------------------------------------------------
-
-
 def parsed(micro_folder, files: list, tmp_path, *overrides: str):
     """Model, data and trainer of configuration files on an untrained micro-LLaVA."""
     fixed = [f"--model.base={micro_folder}", f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"]

@@ -4,6 +4,8 @@
 """
 
 import os
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from lit_prune.vlm import VLM, plugin_from_yaml
 ROOT = Path(__file__).parent.parent
 PRUNERS = sorted((ROOT / "configs" / "pruners").glob("*.yaml"))
 VISUAL, DEPTH, WIDTH, KEEP = 36, 8, 64, 12
-PAD, IMAGE, VOCABULARY = 0, 59, 60
+PAD, VIDEO, IMAGE, VOCABULARY = 0, 58, 59, 60
+SILENT = [IMAGE, VIDEO, PAD]  # tokens that no answer has
 LENGTHS = (45, 52, 49)
 TOLERANCE = 1e-4
 
@@ -127,6 +130,9 @@ def shake(module: nn.Module, scale: float = 0.2, seed: int = 2) -> None:
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
+described = cache(plugin_from_yaml)
+
+
 def attach(
     model: nn.Module,
     pruner: Path | PruningMethod,
@@ -136,7 +142,7 @@ def attach(
     **options,
 ) -> VLM:
     """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start."""
-    plugin = None if isinstance(pruner, PruningMethod) else plugin_from_yaml(pruner)
+    plugin = None if isinstance(pruner, PruningMethod) else deepcopy(described(pruner))
     if plugin is not None:
         pruner, repair = plugin.pruner, plugin.repair or repair
     repair = repair or RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)
@@ -160,7 +166,7 @@ def generate(vlm: VLM, inputs: dict[str, Tensor], tokens: int = 8, rows: Tensor 
     """Stock `generate()`; gives the output with `.sequences`, `.logits` (one tensor) and the cache."""
     size = inputs["input_ids"].shape[0]
     chosen = hints(8)["regions"][:size] if rows is None else hints(8)["regions"][rows]
-    fixed = {"do_sample": False, "suppress_tokens": [IMAGE, PAD], "pad_token_id": PAD, **options}
+    fixed = {"do_sample": False, "suppress_tokens": SILENT, "pad_token_id": PAD, **options}
     with vlm.using(Session(hints={"regions": chosen})):
         out = vlm.model.generate(
             **inputs, max_new_tokens=tokens, output_logits=True, return_dict_in_generate=True, **fixed

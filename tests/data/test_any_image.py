@@ -148,24 +148,13 @@ def test_damaged_files_end_in_words(made, changes):
 
 
 MAGIC = (
-    b"\x89PNG\r\n\x1a\n",
-    b"\xff\xd8\xff\xe0",
-    b"GIF89a",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"RIFF\x10\0\0\0WEBPVP8 ",
+    b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF\x10\0\0\0WEBPVP8 ",
     b"P6 ",
-)
+)  # fmt: skip
 BOXES = (
-    b"\0\0\0\x1cftypavif",
-    b"\0\0\0\x1cftypheic",
-    b"\0\0\0\x0cJXL ",
-    b"%PDF-1.7",
-    b"<svg xmlns=''>",
-    b"\x00\x00\x01\x00",
-    b"",
-)
+    b"\0\0\0\x1cftypavif", b"\0\0\0\x1cftypheic", b"\0\0\0\x0cJXL ", b"%PDF-1.7", b"<svg xmlns=''>",
+    b"\x00\x00\x01\x00", b"",
+)  # fmt: skip
 
 
 @MANY

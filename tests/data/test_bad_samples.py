@@ -139,8 +139,6 @@ def test_a_list_that_was_cut_short_does_no_harm(tmp_path):
 
 
 # Samples that do not go together
-
-
 class Odd(InstructDataset):
     """Gives the samples of `odd` pixel values of another shape."""
 

@@ -165,8 +165,6 @@ def test_compare_has_official_scores(official, tmp_path, capsys):
 
 
 # -- prompts and images ---------------------------------------------------------------------------------------------
-
-
 def test_prompts_as_the_model_reads_them(benchmarks):
     """Image, question, instruction; the system prompt of LLaVA-1.5's protocol in front, where it is asked for."""
     overlay = yaml.safe_load((ROOT / "configs" / "protocols" / "llava_1_5.yaml").read_text())["data"]["init_args"]
@@ -220,8 +218,6 @@ def test_pad_to_square_is_an_option(benchmarks, official, tmp_path):
 
 
 # -- what is refused, before a model is loaded ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

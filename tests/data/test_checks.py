@@ -97,8 +97,6 @@ def test_what_was_opened_is_not_opened_again(processor, tmp_path, monkeypatch):
 
 
 # Data without images
-
-
 @pytest.mark.parametrize("key", ["image_path", "img", "imgae", "pictures", "Images"])
 def test_training_without_an_image_is_an_error(tmp_path, key):
     path = write(tmp_path / "a.jsonl", [{**TEXT, key: f"{number}.png"} for number in range(12)])
@@ -173,8 +171,6 @@ def test_streams_are_checked(tmp_path, folder):
 
 
 # From the command line
-
-
 @pytest.mark.parametrize(
     ("verb", "options", "words"),
     [

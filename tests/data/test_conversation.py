@@ -36,8 +36,6 @@ def answers_of(processor, inputs) -> list[str]:
 
 
 # What the model reads, frozen: prompt, and what carries labels
-
-
 @pytest.mark.parametrize("template", [LLAVA, UNMARKED])
 @pytest.mark.parametrize(
     ("record", "text", "answers"),
@@ -115,8 +113,6 @@ def test_a_template_that_writes_the_first_token_gets_no_second_one(processor):
 
 
 # Layouts
-
-
 def test_messages_layout_is_the_same(processor):
     same = [
         {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, *answer]}
@@ -173,8 +169,6 @@ def test_what_stands_outside_is_left_out():
 
 
 # Bad samples
-
-
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

@@ -28,9 +28,8 @@ from lit_prune.data.sources import open_source, sample_name
 from lit_prune.data.streamed import StreamedData
 from lit_prune.errors import LitPruneError
 
+
 # Batches
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """Three samples: one turn, two turns, no image."""
@@ -148,8 +147,6 @@ def test_context_of_the_tokenizer(processor):
 
 
 # Bad samples
-
-
 def test_training_replaces_and_evaluation_leaves_out(processor, tmp_path, caplog):
     path = write_samples(tmp_path, 24, bad=(4, 5, 20, 21, 22, 23))
     data, model = make_data(processor, train=str(path), val=str(path)), Recorder()
@@ -276,8 +273,6 @@ def test_options_that_are_passed_on_are_known_to_the_command_line():
 
 
 # Mixtures
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two sources of 30 and 10 samples; every fifth of the second is bad, its images lie elsewhere."""
@@ -385,8 +380,6 @@ def test_a_key_that_no_source_has(processor):
 
 
 # Resuming
-
-
 def run(processor, train, folder, checkpoint=None, callbacks=(), workers=0, max_bad_share=0.05, **options) -> Recorder:
     train, val = (train, None) if isinstance(train, list) else (str(train), str(train))
     model, data = (
@@ -456,8 +449,6 @@ def test_other_records_are_refused_however_many(processor, tmp_path):
 
 
 # Two processes
-
-
 @pytest.mark.parametrize("weights", [None, (1, 2)], ids=["one source", "a mixture by length"])
 def test_two_processes_share_each_batch_and_resume(processor, tmp_path, weights):
     path = str(write_samples(tmp_path / "data", 21, bad=(20,)))

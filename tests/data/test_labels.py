@@ -14,20 +14,11 @@ from lit_prune.data.prompt import text_options
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 WORDS = (
     *(
-        "cat",
-        "A",
-        "7",
-        "two  spaces",
-        "new\nline",
-        "ASSISTANT:",
-        "USER:",
-        "[/INST]",
-        "assistant\n",
-        "{{ x }}",
+        "cat", "A", "7", "two  spaces", "new\nline", "ASSISTANT:", "USER:", "[/INST]", "assistant\n", "{{ x }}",
         "{% if %}",
     ),
     *("'", '"', "\\", "<", "im_start", "user", "<ima", "image>", "é", "日本", "\t|"),
-)
+)  # fmt: skip
 
 
 def vicuna(turns) -> list[str]:

@@ -97,8 +97,6 @@ def test_what_a_question_cannot_do_without(key):
 
 
 # Systems, weights, what is not read
-
-
 def test_a_system_beside_the_turns():
     plain = {"conversations": conversation("Q", "A")}
     with_turn = {"conversations": [{"from": "system", "value": "S"}, *conversation("Q", "A")]}
@@ -238,8 +236,6 @@ def test_words_for_what_cannot_be_read(record, words):
 
 
 # Where images stand
-
-
 def chat(*parts, text="Q", **turn) -> dict:
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}], **turn}, CHAT[1]]}
 

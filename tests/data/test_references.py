@@ -173,8 +173,6 @@ def test_any_reference_is_read_or_refused_in_one_line(root, value):
 
 
 # In a file
-
-
 def test_text_only_rows_with_empty_images(processor, root):
     rows = [{"image": ""}, {"images": [""]}, {"images": [None]}, {"image": None, "images": []}, {"image": float("nan")}]
     file = root / "text.jsonl"

@@ -32,8 +32,6 @@ def global_batches(order=ONE, epoch=0, world=1, batch_size=4, state=None):
 
 
 # Batches of an order
-
-
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_ranks_share_one_sequence(order):
     for epoch in (0, 1):
@@ -125,8 +123,6 @@ def test_a_checkpoint_of_something_else_is_refused():
 
 
 # Orders
-
-
 def test_one_source_is_a_seeded_permutation():
     for epoch in range(3):
         assert ONE.epoch(epoch).tolist() == np.random.default_rng([7, epoch]).permutation(50).tolist()
@@ -203,8 +199,6 @@ def test_a_resumed_epoch_keeps_its_groups():
 
 
 # Evaluation
-
-
 @pytest.mark.parametrize(("size", "world", "batch_size"), [(10, 1, 4), (9, 2, 4), (9, 4, 2), (1, 2, 3), (8, 2, 2)])
 def test_evaluation_sees_each_sample_once_in_equally_many_batches(size, world, batch_size):
     ranks = [EvalBatches(RankShare(size, rank, world), batch_size) for rank in range(world)]

@@ -195,8 +195,6 @@ def test_what_cannot_be_packed_is_listed(tmp_path):
 
 
 # Shards that others made
-
-
 def test_the_layout_of_others(tmp_path):
     """Several dots, folders, capital letters, members of other kinds, more than ten images, a record without images."""
     images = {f"a/x.{number}.png": png("red" if number == 10 else "blue") for number in (10, *range(10))}
@@ -235,13 +233,8 @@ def test_members_of_other_kinds_are_no_samples(tmp_path):
     """A text, hidden files between the others, and a name in capital letters."""
     other = {"README.txt": b"x", "._a.json": b"x", "._a.png": b"x", "__MACOSX/._b.json": b"x", ".json": b"{}"}
     mixed = {
-        "README.txt": b"x",
-        "._a.JSON": b"x",
-        "a.JSON": RECORD,
-        "._a.png": b"x",
-        "a.PNG": png("red"),
-        "b.cls": b"1",
-    }
+        "README.txt": b"x", "._a.JSON": b"x", "a.JSON": RECORD, "._a.png": b"x", "a.PNG": png("red"), "b.cls": b"1",
+    }  # fmt: skip
     write_tar(tmp_path / "a.tar", mixed)
     source = open_source(tmp_path / "a.tar")
     assert len(source) == 1

@@ -158,8 +158,6 @@ def test_what_cannot_be_streamed(stream, files, tmp_path, folder):
 
 
 # In training
-
-
 class Rewinding(Recorder):
     """As `PruneModule` does."""
 

@@ -134,15 +134,8 @@ def test_runs_for_debugging_write_nothing(pruned_micro, benchmarks, tmp_path):
 def test_two_processes_answer_and_score_as_one(official, tmp_path):
     """A run of two ranks that stops early is finished by one; the scores of two are those of one."""
     words = [
-        "-c",
-        "micro.yaml",
-        "-c",
-        "pruners/divprune.yaml",
-        "-c",
-        "benchmarks/gqa.yaml",
-        "--data.root",
-        str(official),
-    ]
+        "-c", "micro.yaml", "-c", "pruners/divprune.yaml", "-c", "benchmarks/gqa.yaml", "--data.root", str(official),
+    ]  # fmt: skip
     words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.accelerator=cpu", "--model.keep=48"]
     words += ["--data.eval_batch_size=2", "--model.max_new_tokens=4", "--trainer.enable_progress_bar=false"]
     two, one = ([*words, f"--trainer.default_root_dir={tmp_path / name}"] for name in ("two", "one"))

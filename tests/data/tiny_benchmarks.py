@@ -77,16 +77,9 @@ def write_gqa(root: Path) -> None:
             rest = {"types": {"structural": structural, "semantic": "attr", "detailed": "x"}, "fullAnswer": ""}
             groups = {"global": question.skill, "local": "x"}
             records[f"20{image}{number}"] = {
-                "question": question.text,
-                "answer": question.answer,
-                "imageId": f"n{image}",
-                "isBalanced": True,
-                "groups": groups,
-                "semantic": [],
-                "entailed": [],
-                "equivalent": [],
-                **rest,
-            }
+                "question": question.text, "answer": question.answer, "imageId": f"n{image}", "isBalanced": True,
+                "groups": groups, "semantic": [], "entailed": [], "equivalent": [], **rest,
+            }  # fmt: skip
     dump(root / "testdev_balanced_questions.json", records)
 
 

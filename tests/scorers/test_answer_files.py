@@ -23,8 +23,6 @@ def read(path: Path, text: str) -> list[Answer]:
 
 
 # -- formats --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -143,8 +141,6 @@ def test_llavas_question_files_name_image_and_question(tmp_path):
 
 
 # -- joining --------------------------------------------------------------------------------------------------------
-
-
 def by_id(questions: list[Question], answers: list[Answer]) -> Joined:
     return join(questions, answers, lambda question: [str(question.id)], lambda answer: answer.id)
 

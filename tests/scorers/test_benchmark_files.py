@@ -106,17 +106,10 @@ def test_mmbench_in_chinese(root):
 
 
 IMAGES = {
-    "vqa": "COCO_val2014_000000000001.jpg",
-    "vizwiz": "VizWiz_val_00000000.jpg",
-    "textvqa": "ab.jpg",
-    "gqa": "n7.jpg",
-    "pope": "a.jpg",
-    "mme": "existence/0001.png",
-    "scienceqa": "",
-    "mmbench": "1",
-    "seedbench": "SEED-Bench-image/77",
+    "vqa": "COCO_val2014_000000000001.jpg", "vizwiz": "VizWiz_val_00000000.jpg", "textvqa": "ab.jpg", "gqa": "n7.jpg",
+    "pope": "a.jpg", "mme": "existence/0001.png", "scienceqa": "", "mmbench": "1", "seedbench": "SEED-Bench-image/77",
     "mmvet": "v1_0.png",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

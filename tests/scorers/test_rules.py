@@ -91,8 +91,6 @@ def test_contractions_are_complete():
 
 
 # -- VQA, TextVQA, VizWiz -------------------------------------------------------------------------------------------
-
-
 def accuracy(rule: scorers.Rule, answers: list[str], answer: str | None, raw: bool = False) -> float:
     rule.raw = raw
     return rule.score([(Question(1, "", "", {"answers": answers}), answer)])["accuracy"]
@@ -152,28 +150,14 @@ def test_vqa_by_answer_type():
 
 
 # -- POPE -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("No", "no"),
-        ("no cat", "no"),
-        ("I am not sure, yes", "no"),
-        ("no,", "no"),
-        ("There is, no", "no"),
-        (" No", "no"),
-        ("Yes. No", "yes"),
-        ("NO", "yes"),
-        ("Not at all", "yes"),
-        ("no!", "yes"),
-        ("No\n", "yes"),
-        ("no\tcat", "yes"),
-        ("cannot", "yes"),
-        ("", "yes"),
-        (".No", "yes"),
+        ("No", "no"), ("no cat", "no"), ("I am not sure, yes", "no"), ("no,", "no"), ("There is, no", "no"),
+        (" No", "no"), ("Yes. No", "yes"), ("NO", "yes"), ("Not at all", "yes"), ("no!", "yes"), ("No\n", "yes"),
+        ("no\tcat", "yes"), ("cannot", "yes"), ("", "yes"), (".No", "yes"),
     ],
-)
+)  # fmt: skip
 def test_pope_reads_answers(text, answer):
     assert pope.Pope().frozen({"kind": "parse", "text": text}) == answer
 
@@ -231,23 +215,13 @@ def test_pope_counts_a_missing_answer_as_wrong():
 
 
 # -- MME ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Yes, a cat", "yes"),
-        ("  no", "no"),
-        ("   no", "other"),
-        ("know", "no"),
-        ("Eyes", "yes"),
-        ("yno", "no"),
-        ("Sure", "other"),
-        ("", "other"),
-        ("The yes", "other"),
-        ("no, yes", "no"),
+        ("Yes, a cat", "yes"), ("  no", "no"), ("   no", "other"), ("know", "no"), ("Eyes", "yes"), ("yno", "no"),
+        ("Sure", "other"), ("", "other"), ("The yes", "other"), ("no, yes", "no"),
     ],
-)
+)  # fmt: skip
 def test_mme_reads_answers(text, answer):
     assert mme.MME().frozen({"kind": "parse", "text": text}) == answer
 
@@ -281,18 +255,12 @@ def test_mme_knows_only_yes_and_no():
 
 
 # -- GQA ------------------------------------------------------------------------------------------------------------
-
-
 def record(answer: str, structural: str = "query", balanced: bool = True, group: str | None = "g", **rest) -> dict:
     types = {"structural": structural, "semantic": "obj", "detailed": rest.pop("detailed", "x")}
     return {
-        "question": "q?",
-        "answer": answer,
-        "isBalanced": balanced,
-        "groups": {"global": group},
-        "types": types,
+        "question": "q?", "answer": answer, "isBalanced": balanced, "groups": {"global": group}, "types": types,
         **rest,
-    }
+    }  # fmt: skip
 
 
 def test_gqa_by_hand():
@@ -337,28 +305,16 @@ def test_gqa_without_groups_has_no_distribution():
 
 
 # -- ScienceQA ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "parsed", "index"),
     [
-        ("B", "B", 1),
-        ("D", "D", -1),
-        ("C. red", "C", 2),
-        ("C. ", "C", 2),
-        ("C.", "FAILED", -1),
-        ("C.red", "FAILED", -1),
-        ("F", "FAILED", -1),
-        ("The answer is B.", "B", 1),
-        ("The answer is B", "FAILED", -1),
-        ("I think. The answer is C, red", "C", 2),
-        ("The answer is B\n", "FAILED", -1),
-        ("The answer is A. The answer is A.", "FAILED", -1),
-        ("The answer is X.", "X", -1),
-        ("", "FAILED", -1),
+        ("B", "B", 1), ("D", "D", -1), ("C. red", "C", 2), ("C. ", "C", 2), ("C.", "FAILED", -1),
+        ("C.red", "FAILED", -1), ("F", "FAILED", -1), ("The answer is B.", "B", 1), ("The answer is B", "FAILED", -1),
+        ("I think. The answer is C, red", "C", 2), ("The answer is B\n", "FAILED", -1),
+        ("The answer is A. The answer is A.", "FAILED", -1), ("The answer is X.", "X", -1), ("", "FAILED", -1),
         ("AB", "FAILED", -1),
     ],
-)
+)  # fmt: skip
 def test_scienceqa_reads_answers(text, parsed, index):
     case = {"kind": "parse", "choices": 3, "text": text}
     assert scienceqa.ScienceQA().frozen(case) == {"parsed": parsed, "index": index}
@@ -435,8 +391,6 @@ def test_mmbench_leaves_out_rotations_without_a_first():
 
 
 # -- SEED-Bench -----------------------------------------------------------------------------------------------------
-
-
 def test_seedbench_by_hand():
     record = {"question": "q", "data_id": "x", "answer": "A"}
     kinds = [("image", 1), ("image", 2), ("image", 10), ("video", 11)]
@@ -451,8 +405,6 @@ def test_seedbench_by_hand():
 
 
 # -- all ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_frozen_cases(path):
     """To the last bit."""

@@ -232,8 +232,6 @@ def test_what_official_scripts_count_as_wrong(root, name):
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
-
-
 @of("pope")
 def test_missing_answers_are_an_error_that_says_how_many(root, capsys):
     lines = [json.loads(line) for line in pope_answers(root).read_text().splitlines()]
@@ -293,8 +291,6 @@ def test_a_path_to_write_that_is_a_folder(root, capsys):
 
 
 # -- frozen cases ---------------------------------------------------------------------------------------------------
-
-
 def normalised(expected: Any, **fields: Any) -> dict[str, Any]:
     return {"kind": "normalise", "text": "The cat.", "expected": expected, **fields}
 
@@ -374,8 +370,6 @@ def test_a_file_of_cases_that_is_not_there(tmp_path, capsys):
 
 
 # -- published answers ----------------------------------------------------------------------------------------------
-
-
 @published
 @pytest.mark.parametrize("today", [False, True])
 def test_pope_of_llavas_published_answers(tmp_path, today):
@@ -415,8 +409,6 @@ def test_every_file_of_cases_agrees(capsys):
 
 
 # -- start ----------------------------------------------------------------------------------------------------------
-
-
 @of("vqa")
 def test_scoring_needs_no_framework(root):
     answers = dump_lines(root / "a.jsonl", LLAVA["vqa"])
