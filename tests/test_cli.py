@@ -429,7 +429,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run: Callable[[str], Res
     assert run("fit -c base.yaml").code == 0
     last = Path("run/checkpoints/last.ckpt")
     last.write_bytes(last.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"last\.ckpt: the checkpoint is cut short. Going on from .*epoch=0-step=2"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt: the checkpoint is cut short. Resuming from .*epoch=0-step=2"):
         assert run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3").code == 0
     assert torch.load("run/checkpoints/epoch=0-step=3.ckpt", weights_only=True)["global_step"] == 3
     refused = run(f"test -c base.yaml --ckpt_path {last}")
