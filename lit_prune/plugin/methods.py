@@ -1,4 +1,4 @@
-"""Methods from whatever names one: an object, a shipped name, a YAML file, a saved folder, a repository of the hub."""
+"""Create a plug-in from an object, a shipped method's name, a YAML file, a saved folder or a hub repository."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lit_prune.repair import RepairAdapter
 def as_plugin(
     pruner: PruningMethod | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None
 ) -> Plugin:
-    """A `Plugin` from whatever names one.
+    """Create a `Plugin` from any way of naming a method.
 
     Args:
         pruner: an object, the name of a shipped method (`fastv`), a YAML file, a folder written by `save_pretrained`,
@@ -26,7 +26,7 @@ def as_plugin(
         keep: budget for a pruner object.
 
     Raises:
-        LitPruneError: nothing of this name, with the closest names that there are, or a file that can't be read.
+        LitPruneError: no method of this name (the message lists the closest names), or the file can't be read.
     """
     if isinstance(pruner, Plugin):
         return pruner
@@ -51,7 +51,7 @@ def as_plugin(
 
 
 def plugin_from_yaml(path: str | Path) -> Plugin:
-    """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
+    """Create an untrained plug-in from a file such as those in `configs/pruners/`, with the command line's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
@@ -60,8 +60,8 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
         model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
-    if found := old_keys(model, "model"):
-        raise LitPruneError(f"{path}: {renamed_text(found)}")
+    if renamed := old_keys(model, "model"):
+        raise LitPruneError(f"{path}: {renamed_text(renamed)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=PruningMethod)
     parser.add_argument("--repair", type=RepairAdapter | None)
