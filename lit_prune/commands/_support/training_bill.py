@@ -11,7 +11,7 @@ from lit_prune.commands._support.pricing import Bill, Case
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.plan import Training
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.training import Estimate, Weights, estimate, plan_step
+from lit_prune.cost.training import Estimate, TokenCounts, Weights, estimate, plan_step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import parts
 from lit_prune.loading import load_config, random_model
@@ -38,10 +38,10 @@ def built(plugin: Plugin, size: ModelSize) -> Plugin:
     return made
 
 
-def count_weights(config: Config, plugin: Plugin) -> Weights:
+def count_weights(config: Config, plugin: Plugin, bytes_per_value: int = 2) -> Weights:
     """Parameters of a model, which gets no memory, and of a plug-in built for it."""
     model = random_model(config, torch.bfloat16, "meta")
-    return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin))
+    return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin), bytes_per_value)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -51,16 +51,14 @@ def _count(module: torch.nn.Module) -> int:
 def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:
     """The estimate under each bill's schedule."""
     size, prompt, plugin = case.size, case.prompt, built(case.plugin, case.size)
-    weights, pruner, repair = count_weights(load_config(case.model), plugin), plugin.pruner, plugin.repair
-    found = {}
-    for name, made in bills.items():
-        tokens = (prompt.visual, prompt.text, prompt.answer)
-        teacher, student = plan_step(made.schedule, *tokens, size.depth, pruner, repair, training.mode)
-        student.tower = made.tower
-        found[name] = estimate(
-            training, teacher, student, size, weights, pruner, repair, prompt.answer, prompt.bytes_per_value
-        )
-    return found
+    weights = count_weights(load_config(case.model), plugin, prompt.bytes_per_value)
+    tokens = TokenCounts(prompt.visual, prompt.text, prompt.answer)
+    estimates = {}
+    for name, bill in bills.items():
+        step = plan_step(bill.schedule, tokens, size.depth, plugin.pruner, plugin.repair, training.mode)
+        step.student.tower = bill.tower
+        estimates[name] = estimate(training, step, size, weights, plugin.pruner, plugin.repair)
+    return estimates
 
 
 def as_table(training: Training, found: dict[str, Estimate]) -> Table:
