@@ -13,7 +13,11 @@ class LitPruneError(Exception):
 
 
 class UsageError(Exception):
-    """Command line or configuration that can't be parsed; exit code 2."""
+    """Command line or configuration that can't be parsed; exit code 2. `key`: the dotted key at fault, if known."""
+
+    def __init__(self, text: str, key: str = ""):
+        super().__init__(text)
+        self.key = key
 
 
 class BadSample(LitPruneError):

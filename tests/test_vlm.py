@@ -17,10 +17,11 @@ from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_of
-from lit_prune.loading import resolve
+from lit_prune.loading.places import resolve
 from lit_prune.micro.model import build_config, build_processor
+from lit_prune.ops.budget import Share
 from lit_prune.pruners.random import Random
-from lit_prune.vlm import VLM, plugin_from_yaml
+from lit_prune.vlm import VLM, as_plugin, plugin_from_yaml
 
 EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 
@@ -254,3 +255,46 @@ def test_file_may_carry_a_budget(tiny_model, tmp_path):
     _, record = forward(vlm, batch(samples()))
     vlm.detach()
     assert record.trace.average_visual().tolist() == [9] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "repair"),
+    [
+        ("rcp@16", 16, True),
+        ("rcp!@16", 16, False),
+        ("rcp@11.1%", Share(11.1), True),
+        ("rcp!@1:64,8:16,12:4", {1: 64, 8: 16, 12: 4}, False),
+        ("pruners/rcp", None, True),
+        ("configs/pruners/rcp.yaml!", None, False),
+    ],
+)
+def test_a_method_in_one_line(text, keep, repair, monkeypatch):
+    """Path, repair, budget: the grammar of commands, files and Python alike."""
+    monkeypatch.chdir(ROOT)
+    plugin = as_plugin(text)
+    assert type(plugin.pruner).__name__ == "RCP"
+    assert (plugin.keep, plugin.repair is not None) == (keep, repair)
+
+
+def test_the_full_model_is_a_method(tiny_model):
+    inputs = tiny.batch(tiny.samples())
+    with torch.no_grad():
+        plain = tiny_model(**inputs).logits
+    vlm = VLM(tiny_model, None).attach("full")
+    logits, record = tiny.forward(vlm, inputs)
+    assert torch.equal(logits, plain)
+    assert record.trace.average_visual().tolist() == [tiny.VISUAL] * 3
+    assert vlm.host.schedule == {}
+    vlm.detach()
+
+
+@pytest.mark.parametrize(("text", "words"), [("@16", "names no method"), ("!", "names no method"), ("rcp@x", "rcp@x")])
+def test_a_line_that_is_no_method(text, words):
+    with pytest.raises(LitPruneError, match=words):
+        as_plugin(text)
+
+
+def test_a_folder_whose_name_has_the_signs_of_the_grammar(tmp_path):
+    folder = tmp_path / "a!@9"
+    as_plugin("fastv@8").save_pretrained(folder)
+    assert as_plugin(folder).keep == 8

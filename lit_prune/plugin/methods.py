@@ -1,5 +1,6 @@
 """Create a plug-in from an object, a shipped method's name, a YAML file, a saved folder or a hub repository."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,51 @@ from lit_prune.files.renamed import old_keys, renamed_text
 from lit_prune.files.shipped import SUFFIXES, find_config
 from lit_prune.files.yaml_files import NoMapping, read_yaml
 from lit_prune.host.options import HostOptions, Positions, Proportional
-from lit_prune.ops.budget import parse_budget
-from lit_prune.plugin import SETTINGS, Plugin
+from lit_prune.ops.budget import Budget, parse_budget
+from lit_prune.plugin import SETTINGS, Plugin, unpruned
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
+
+FULL = "full"  # the full model, as a method
+
+
+@dataclass(frozen=True)
+class MethodText:
+    """A method in one line, as every command, YAML file and Python call writes it: `[NAME=]PATH[,PATH...][!][@BUDGET]`.
+
+    PATH is `full`, the name of a shipped method, a YAML file, a plug-in folder or a repository of the hub. `!` leaves
+    the repair adapter out, `@` gives a budget: `fastv@64`, `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`. Where several
+    methods are compared, NAME is a row's name, and several paths are trained runs of one method.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    repair: bool = True
+    keep: Budget | None = None
+
+    @classmethod
+    def parse(cls, text: str, key: str = "method") -> "MethodText":
+        """Read a line; raises `LitPruneError`, which names `key`, without a path or with an unreadable budget."""
+        if Path(text).expanduser().exists():  # a name with these signs in it
+            return cls("", (text,))
+        rest, at, budget = text.rpartition("@")
+        name, _, path = (rest if at else text).rpartition("=")
+        repair, paths = not path.endswith("!"), tuple(path.removesuffix("!").split(","))
+        if not all(paths):
+            raise LitPruneError(f"{key} {text}: no method; write PATH or NAME=PATH, several paths as NAME=A,B,C")
+        return cls(name, paths, repair, parse_budget(budget, f"{key} {text}") if at else None)
+
+    @property
+    def path(self) -> str:
+        """The paths as they were written."""
+        return ",".join(self.paths)
+
+    def plugin(self) -> Plugin:
+        """The plug-in of its one path; raises `LitPruneError` where there is none."""
+        plugin = unpruned() if self.paths == (FULL,) else _plugin(self.path)
+        plugin.repair = plugin.repair if self.repair else None
+        plugin.keep = plugin.keep if self.keep is None else self.keep
+        return plugin
 
 
 def as_plugin(
@@ -20,8 +62,9 @@ def as_plugin(
     """Create a `Plugin` from any way of naming a method.
 
     Args:
-        pruner: an object, the name of a shipped method (`fastv`), a YAML file, a folder written by `save_pretrained`,
-            or a repository of the hub (`OWNER/NAME`).
+        pruner: an object, or a line that `MethodText` reads: `full`, the name of a shipped method (`fastv`), a YAML
+            file, a folder written by `save_pretrained` or a repository of the hub (`OWNER/NAME`), each with `@BUDGET`
+            and, to leave its repair adapter out, `!`.
         repair: repair adapter for a pruner object.
         keep: budget for a pruner object.
 
@@ -38,6 +81,11 @@ def as_plugin(
             f"{kind} is no method: give a shipped method's name such as 'fastv', a YAML file, a plug-in folder, or a "
             f"Pruner object"
         )
+    return MethodText.parse(str(pruner)).plugin()
+
+
+def _plugin(pruner: str) -> Plugin:
+    """The plug-in of a shipped name, a YAML file, a folder or a repository."""
     folder = Path(pruner).expanduser()
     if folder.suffix not in SUFFIXES and (folder / SETTINGS).is_file():
         return Plugin.from_pretrained(folder)

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_prune.data.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.errors import check_numbers
-from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.meters import Meters
+from lit_prune.evaluation.records import sample_records
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import checkpointing
 from lit_prune.host.options import Positions, Proportional
@@ -247,15 +247,19 @@ class PruneModule(LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
-        """Update the meters with student and teacher over one batch, and return both for callbacks."""
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Update the meters with student and teacher over one batch.
+
+        Returns both as `Measured` and the `records` of the samples, for callbacks; None for a batch without samples.
+        """
         compared = compare_batch(self.vlm, batch, self.max_new_tokens, self._in_step)
         if compared is None:
             return None
-        self.meters.update(compared.student, compared.teacher, compared.unrepaired, batch)
-        return {"student": compared.student, "teacher": compared.teacher}
+        records = sample_records(compared.student, compared.teacher, batch)
+        self.meters.update(records, compared.student, compared.teacher, batch, compared.unrepaired)
+        return {"student": compared.student, "teacher": compared.teacher, "records": records}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Evaluate a batch of the test set as in validation."""
         return self.validation_step(batch, batch_idx)
 
