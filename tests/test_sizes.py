@@ -26,7 +26,10 @@ FUNCTIONS = {
     "commands.compare.run": HELP,
 }
 SIGNATURES = {
-    **{f"commands.{verb}.run": OPTIONS for verb in ("bench", "compare", "cost", "generate", "score", "show")},
+    **{
+        f"commands.{verb}.run": OPTIONS
+        for verb in ("bench", "compare", "cost", "demo", "generate", "report", "score", "show")
+    },
     "vlm.load": "the public door: what may be chosen as a model is loaded",
 }
 
