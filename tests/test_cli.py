@@ -321,12 +321,12 @@ def test_fit_saves_its_configuration_resumes_and_runs_twice(
     again = run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3")
     assert again.code == 0, again.err
     assert "resumed with other settings than before: trainer.max_steps 2 -> 3\n" in caplog.text
-    assert "begins anew" not in caplog.text
+    assert "starts from scratch" not in caplog.text
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     saved = yaml.safe_load(Path("run/config_fit.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3
     assert run("fit -c run/config_fit.yaml").code == 0
-    assert "has checkpoints of an earlier run, and this one begins anew" in caplog.text
+    assert "has checkpoints of an earlier run, and this one starts from scratch" in caplog.text
     assert run("test -c run/config_fit.yaml").code == 0
     assert trainer.build("run/config_fit.yaml").model.keep == 8
 

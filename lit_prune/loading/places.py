@@ -70,7 +70,7 @@ def fetch(function: Callable, base: str | Path, local: bool = False, **options: 
 
 
 def place_of(base: str | Path, local: bool, version: dict[str, Any]) -> str:
-    """Folder of a model, or its hub id if it has to be downloaded; no network if `local` or the hub is offline."""
+    """Folder of a model, or its hub id if the hub is to be queried: not if `local`, nor if it is unreachable."""
     name = resolve(base)
     if Path(name).is_dir():
         return name

@@ -1,4 +1,4 @@
-"""What `lit-prune cost --train` prints: an estimate of a training run, and what it assumes."""
+"""Estimate of a training run and its assumptions (`lit-prune cost --train`)."""
 
 import copy
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from lit_prune.pruners.base import Dims
 
 
 def check(training: Training, method: str | None) -> None:
-    """Raise `LitPruneError` for a run that can't be."""
+    """Raise `LitPruneError` for invalid settings of a run."""
     if method is None:
         raise LitPruneError("--train estimates the training of a method: give --pruner too")
     for name, value in asdict(training).items():
@@ -30,7 +30,7 @@ def check(training: Training, method: str | None) -> None:
 
 
 def built(plugin: Plugin, size: ModelSize) -> Plugin:
-    """The plug-in with the parameters it has on this model, which get no memory."""
+    """Build the plug-in for a model's sizes on the meta device, without allocating memory."""
     made = copy.deepcopy(plugin)
     with torch.device("meta"):
         made.build(Dims(size.width, size.depth, size.image.visual if size.image else 1), [])
@@ -40,7 +40,7 @@ def built(plugin: Plugin, size: ModelSize) -> Plugin:
 
 
 def count_weights(config: Config, plugin: Plugin, bytes_per_value: int = 2) -> Weights:
-    """Parameters of a model, which gets no memory, and of a plug-in built for it."""
+    """Count the parameters of a model, on the meta device, and of a plug-in built for it."""
     model = random_model(config, torch.bfloat16, "meta")
     return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin), bytes_per_value)
 
@@ -58,7 +58,7 @@ def show(training: Training, case: Case, bills: dict[str, Bill]) -> list[dict[st
 
 
 def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:
-    """The estimate under each bill's schedule."""
+    """Estimate a run for each bill's schedule."""
     size, prompt, plugin = case.size, case.prompt, built(case.plugin, case.size)
     weights = count_weights(load_config(case.model), plugin, prompt.bytes_per_value)
     tokens = TokenCounts(prompt.visual, prompt.text, prompt.answer)
@@ -71,7 +71,7 @@ def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Es
 
 
 def as_table(training: Training, found: dict[str, Estimate]) -> Table:
-    """A column for each budget."""
+    """Table with one column per budget."""
     sum_ = training.gpus * training.batch_size * training.accumulate
     title = (
         f"ESTIMATE of training on {training.gpus} GPUs, {training.strategy}, {training.mode}: steps of {sum_} samples"
@@ -100,15 +100,15 @@ def as_table(training: Training, found: dict[str, Estimate]) -> Table:
 
 
 def assumptions(training: Training, bytes_per_value: int) -> str:
-    """What the estimate rests on, in words."""
+    """Describe the assumptions of the estimate."""
     return (
         f"Assumed: {training.peak:g} TFLOP/s a GPU, of which {training.utilisation:.0%} are reached; "
-        f"{training.bandwidth:g} GB/s to the others, behind computing where that is longer; {training.reserve:g} GB "
+        f"{training.bandwidth:g} GB/s to the others, overlapped with computing; {training.reserve:g} GB "
         f"for the CUDA context, workspaces and fragmentation; frozen weights of {bytes_per_value} bytes, what trains "
         f"and Adam in float32; every sample of this length; data loading hidden; no validation, no checkpoints."
     )
 
 
 def as_report(training: Training, made: Estimate) -> dict[str, Any]:
-    """The same for JSON, with the settings."""
+    """Convert an estimate to JSON, with the settings."""
     return {"settings": asdict(training), **asdict(made), "bytes": sum(made.memory.values())}
