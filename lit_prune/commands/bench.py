@@ -3,11 +3,8 @@
 import datetime
 import json as json_format
 import os
-import platform
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +16,8 @@ from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Dtype, image_pixels, load_model
+from lit_prune.commands._support.machine import cpu_name
+from lit_prune.commands._support.machine import threads as set_threads
 from lit_prune.commands._support.outputs import check_file, check_picture
 from lit_prune.cost.sizes import USUAL
 from lit_prune.errors import LitPruneError, check_number, check_numbers
@@ -86,7 +85,7 @@ def run(
     entrants = [_method(spec, shared) for spec in methods]
     if len({method.name for method in entrants}) < len(entrants):
         entrants = [_method(spec, shared, by_file=True) for spec in methods]
-    with _threads(threads):
+    with set_threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(
             config_of(model, "`model`") if described else model, dtype, device, random_weights or described
@@ -149,17 +148,6 @@ def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
     return Method(line.name or f"{title}{own}", plugin, budget)
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _loop(bench: Benchmark, repeats: int, warmup: int, time_limit: float | None) -> bool:
     """Run the benchmark with a progress bar that only redraws between measurements."""
     total = (repeats + warmup) * len(bench.batch_sizes) * len(bench.methods)
@@ -182,7 +170,7 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "new_tokens": bench.new_tokens,
         "dtype": str(bench.vlm.model.dtype).removeprefix("torch."),
         "attention": bench.vlm.model.config._attn_implementation,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -190,16 +178,6 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "clock": "cuda events" if device.type == "cuda" else clock,
         "load_average_before": os.getloadavg()[0],
     }
-
-
-def _cpu() -> str:
-    """Name of the processor, if the system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _notes(bench: Benchmark, rows: list[Row], header: dict[str, Any], limit: float | None) -> list[str]:
