@@ -1,7 +1,7 @@
-"""The entry point: ``lightning``, ``lit-prune`` and ``python -m lit_prune`` are three names of `main`.
+"""Entry point: ``lightning``, ``lit-prune`` and ``python -m lit_prune`` all call `main`.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI (`lit_prune.commands.trainer`); every other verb is a
-module of `lit_prune.commands`. Nothing heavy is imported before the verb is known, so ``--help`` answers at once.
+module of `lit_prune.commands`. Nothing heavy is imported before the verb is known, so ``--help`` is fast.
 """
 
 import ast
@@ -38,7 +38,7 @@ CONFIGURED = (  # parts of libraries that run what a configuration names
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one verb. Errors the user can mend end in one message; ``--debug`` anywhere shows the traceback too."""
+    """Run one verb. User errors are printed as one message; with ``--debug`` anywhere, as a traceback."""
     argv = sys.argv[1:] if args is None else [str(a) for a in args]
     debug = "--debug" in argv or os.environ.get("LIT_PRUNE_DEBUG", "0") not in ("", "0")
     with _command_line(args, argv):
@@ -140,7 +140,7 @@ def _quiet() -> None:
 
 
 def _wandb_key() -> bool:
-    """Whether Weights & Biases could log in without asking."""
+    """True if Weights & Biases can log in without a prompt."""
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
     host = os.environ.get("WANDB_BASE_URL", WANDB_HOSTS[0]).rstrip("/").rpartition("/")[2]
@@ -152,7 +152,7 @@ def _wandb_key() -> bool:
 
 
 def _report(error: BaseException, debug: bool) -> int | None:
-    """Print an error the user can mend and return the exit code; None means that Python should handle it."""
+    """Print a user error and return the exit code; None: leave the error to Python."""
     if isinstance(error, SystemExit):
         return INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else None
     if isinstance(error, KeyboardInterrupt):
@@ -170,7 +170,7 @@ def _report(error: BaseException, debug: bool) -> int | None:
 
 
 def _rank() -> str:
-    """Which of several processes speaks, in Lightning's words; nothing for the first."""
+    """Prefix of messages of a process, as in Lightning; empty for rank zero."""
     if "lightning" not in sys.modules:
         return ""
     from lightning.pytorch.utilities import rank_zero_only
@@ -180,7 +180,7 @@ def _rank() -> str:
 
 
 def _users(error: BaseException) -> BaseException | None:
-    """The part of an error that is bad input, a missing file or a wrong setting; None for a fault of the program."""
+    """The bad input, missing file or wrong setting that caused an error; None for a bug in the program."""
     if isinstance(error, UsageError | LitPruneError | OSError):
         return error
     cause = error.__cause__  # jsonargparse wraps what a constructor raises
@@ -218,7 +218,7 @@ def _refused(error: BaseException) -> bool:
 
 
 def _in_short(error: BaseException) -> str:
-    """A library's message in one line, cut where it grows long; with the error's name where it may say little."""
+    """Shorten a library's message to one line, with the error's name if the message may be uninformative."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, LookupError | ArithmeticError | AttributeError):
         text = f"{type(error).__name__}: {text}"

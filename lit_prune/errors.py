@@ -1,4 +1,4 @@
-"""Errors that a user's input or settings caused, printed without a traceback, and checks of numbers that raise them."""
+"""User errors, printed without a traceback, and range checks that raise them."""
 
 import math
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class LitPruneError(Exception):
-    """What a user did or gave wrong. The text says what, where, and how to put it right."""
+    """Error caused by the user's input or settings. The message says what is wrong, where, and how to fix it."""
 
 
 class UsageError(Exception):
-    """A command line or configuration that cannot be read; exit code 2. `key` is the dotted key at fault, if known."""
+    """Command line or configuration that can't be parsed; exit code 2. `key`: the dotted key at fault, if known."""
 
     def __init__(self, text: str, key: str = ""):
         super().__init__(text)
@@ -21,9 +21,9 @@ class UsageError(Exception):
 
 
 class BadSample(LitPruneError):
-    """A sample that cannot be used, with `file`, `sample` (its id or index) and `reason`.
+    """Unusable sample, with `file`, `sample` (its id or index) and `reason`.
 
-    Code that knows neither the file nor the sample leaves them as "" and None; whoever knows them raises again.
+    Code that knows neither file nor sample passes "" and None; callers that know them raise it again with both.
     """
 
     def __init__(self, file: object, sample: object, reason: str):
@@ -37,9 +37,9 @@ class BadSample(LitPruneError):
 
 
 def extra(*names: str) -> str:
-    """How to install optional dependencies, by the names of the extras in pyproject.toml: `extra("datasets")`.
+    """Commands that install optional dependencies, by the names of extras in pyproject.toml: `extra("datasets")`.
 
-    This project is on no package index, so the commands name the clone or the packages themselves, never the project.
+    The project isn't on a package index, so the commands name the clone or the packages themselves.
     """
     clone = f"pip install -e '.[{','.join(names)}]' in the clone of lit_prune"
     packages = [package for name in names for package in _requirements(name)]
@@ -47,13 +47,13 @@ def extra(*names: str) -> str:
 
 
 def _requirements(name: str) -> list[str]:
-    """What an extra asks for, as this installation's metadata has it; nothing where the package isn't installed."""
+    """Requirements of an extra from the installed package's metadata; empty if the package isn't installed."""
     try:
         every = requires("lit-prune") or []
     except PackageNotFoundError:
         return []
-    found = (re.fullmatch(r"""([^;]+);.*extra == ["'](.+)["'].*""", line) for line in every)
-    chosen = [match[1].strip() for match in found if match and match[2] == name]
+    matches = (re.fullmatch(r"""([^;]+);.*extra == ["'](.+)["'].*""", line) for line in every)
+    chosen = [match[1].strip() for match in matches if match and match[2] == name]
     return [package for package in chosen if not package.startswith("lit-prune")]
 
 
@@ -61,14 +61,14 @@ LONGEST_WORD = 300  # characters: a path may be long
 
 
 def one_line(text: str) -> str:
-    """A message as one line for a terminal: control characters escaped, very long words without their middle."""
+    """Format a message as one line for a terminal: escape control characters, shorten very long words."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text.strip())
     half = LONGEST_WORD // 2 - 2
     return re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:half]}...{word[0][-half:]}", shown)
 
 
 def in_words(error: BaseException) -> str:
-    """An unexpected exception in one line."""
+    """Describe an unexpected exception in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
 
 
@@ -84,14 +84,14 @@ def check_number(
 ) -> None:
     """Raise `LitPruneError` unless `value` is a finite number in the range; the message names the key and the range.
 
-    None passes: it stands for an option that is off.
+    None passes: the option is off.
 
     Args:
         name: the key, such as `model.lr`.
-        value: what was given.
-        least: lowest value allowed. above: the same, itself excluded.
-        most: highest value allowed. below: the same, itself excluded.
-        whole: only integers.
+        value: the value to check.
+        least: inclusive lower bound. above: exclusive lower bound.
+        most: inclusive upper bound. below: exclusive upper bound.
+        whole: allow integers only.
     """
     if value is None:
         return
@@ -109,13 +109,13 @@ def check_number(
 
 
 def check_numbers(name: str, values: Iterable[Any], **limits: Any) -> None:
-    """`check_number` for each entry of a list."""
+    """Apply `check_number` to each entry of a list."""
     for i, value in enumerate(values):
         check_number(f"{name}[{i}]", value, **limits)
 
 
 def _wanted(least: float | None, above: float | None, most: float | None, below: float | None, whole: bool) -> str:
-    """The range in words."""
+    """Describe the range in words."""
     kind = "a whole number" if whole else "a finite number"
     if least is not None and most is not None:
         return f"{kind} from {least} to {most}"

@@ -1,4 +1,4 @@
-"""Delayed repair adapter (DRA) of RCP (arXiv 2604.04972): answer tokens conditioned on what was pruned, by FiLM.
+"""Delayed repair adapter (DRA) of RCP (arXiv 2604.04972): FiLM on answer states, conditioned on the pruned tokens.
 
 Values marked [R] were read in drafts of the method, [ours] are this project's choice; all are arguments.
 """
@@ -15,7 +15,7 @@ from lit_prune.ops import selection
 from lit_prune.ops.budget import scale_layers
 from lit_prune.pruners.base import Dims, init_args
 
-Essence = tuple[Tensor, Tensor]  # (e_mask, e_pruned), each (batch, condition): all that a stage leaves behind
+Essence = tuple[Tensor, Tensor]  # (e_mask, e_pruned), each (batch, condition): what repair layers get from a stage
 
 
 class Adapter(nn.Module):
@@ -28,7 +28,7 @@ class Adapter(nn.Module):
         self.query = nn.Linear(width, condition)
         self.gamma = nn.Linear(condition, bottleneck)
         self.beta = nn.Linear(condition, bottleneck)
-        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))  # DeepSpeed takes no parameter without a dimension
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha)))  # DeepSpeed doesn't support 0-d parameters
         for film in (self.gamma, self.beta):
             nn.init.zeros_(film.weight)
             nn.init.zeros_(film.bias)
@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     def forward(
         self, states: Float[Tensor, "batch seq width"], essence: Float[Tensor, "batch condition"]
     ) -> Float[Tensor, "batch seq width"]:
-        """The correction to add to a decoder layer's output."""
+        """Correction to add to a decoder layer's output."""
         condition = essence[:, None] + self.query(states)
         inner = nn.functional.gelu(self.down(states))
         inner = (1.0 + self.gamma(condition)) * inner + self.beta(condition)
@@ -46,16 +46,17 @@ class Adapter(nn.Module):
 class RepairAdapter(nn.Module):
     """Adapters on the outputs of late decoder layers, fed by two vectors cached at each pruning stage.
 
-    e_mask, *where* tokens were kept: attention of a learnable query over position codes times the cumulative mask.
-    e_pruned, *what* was lost: the mean of the states that the stage prunes, after the layer's input norm [ours: the
-    paper's text leaves open which states]. One context encoder serves all stages; one adapter per repair layer.
+    e_mask encodes *where* tokens were kept: attention of a learnable query over position codes times the cumulative
+    mask. e_pruned encodes *what* was lost: the mean of the states that the stage prunes, after the layer's input norm
+    [ours: the paper doesn't specify which states]. All stages share one context encoder; each repair layer has its own
+    adapter.
 
     Args:
         layers: decoder layers whose output is repaired, after the stages that feed them [R: 22 and 29 of 32].
-        stages: which pruning stage feeds each repair layer, counted from 0 [R: the second and the third].
+        stages: pruning stage that feeds each repair layer, counted from 0 [R: the second and the third].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
-        bottleneck: [R: 512]. condition: width of the conditioning vector [ours: 256]. code: position codes [R: 64].
-        alpha: start of the learnable strength [R: 0.1].
+        bottleneck: inner width [R: 512]. condition: width of the conditioning vector [ours: 256].
+        code: width of the position codes [R: 64]. alpha: initial value of the learnable strength [R: 0.1].
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class RepairAdapter(nn.Module):
         self.adapters = nn.ModuleList()
 
     def build(self, dims: Dims) -> None:
-        """Context encoder and adapters for the host's hidden size and number of visual tokens."""
+        """Create context encoder and adapters for the host's hidden size and number of visual tokens."""
         if self.adapters:
             return
         self.codes = nn.Parameter(torch.randn(dims.visual, self.code) * self.code**-0.5)
@@ -92,7 +93,7 @@ class RepairAdapter(nn.Module):
         self.adapters.extend(Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers)
 
     def feeds(self, pruning_layers: Sequence[int], depth: int) -> dict[int, tuple[int, int]]:
-        """{decoder layer: (adapter, stage that feeds it)}; raises `LitPruneError` where a stage comes too late."""
+        """{decoder layer: (adapter, stage that feeds it)}; raises `LitPruneError` if a stage comes too late."""
         layers = scale_layers(tuple(self.layers), self.depth, depth)
         for layer, stage in zip(layers, self.stages, strict=True):
             if not 0 <= layer < depth:
@@ -103,7 +104,7 @@ class RepairAdapter(nn.Module):
                 )
             if pruning_layers[stage] > layer:
                 raise LitPruneError(
-                    f"repair layer {layer} reads what pruning layer {pruning_layers[stage]} leaves, which comes later; "
+                    f"repair layer {layer} is fed by pruning layer {pruning_layers[stage]}, which comes later; "
                     f"move the repair after the pruning or feed it by an earlier stage"
                 )
         return {layer: (i, stage) for i, (layer, stage) in enumerate(zip(layers, self.stages, strict=True))}
@@ -116,11 +117,11 @@ class RepairAdapter(nn.Module):
         gate: Float[Tensor, "batch visual"],
         total: Int[Tensor, " batch"] | None = None,
     ) -> Essence:
-        """(e_mask, e_pruned) of one stage. `gate` is 1 for kept tokens; `alive` those present before the stage.
+        """(e_mask, e_pruned) of one stage. `gate` is 1 for kept tokens; `alive` marks those present before the stage.
 
-        `total` counts the sample's visual tokens at the start (`None`: one for each position code). Where it differs
-        from the number of codes, a token has the code at its relative place [ours]: tokens that share a code have the
-        mean of their gates, and a code between two tokens has the gate of the one before.
+        `total` is the number of the sample's visual tokens before pruning (`None`: one per position code). If it
+        differs from the number of codes, a token has the code at its relative position [ours]: tokens that share a code
+        average their gates, and a code between two tokens has the gate of the one before.
         """
         dtype, count = self.codes.dtype, self.codes.shape[0]
         kept = gate.to(dtype) * alive.to(dtype)
@@ -129,9 +130,11 @@ class RepairAdapter(nn.Module):
         # Filler rows point at ordinal 0 with alive False: adding (not setting) leaves the real token's value.
         mask = torch.zeros(ordinal.shape[0], count, dtype=dtype, device=ordinal.device)
         mask = mask.scatter_add(1, (ordinal * count // total).clamp(max=count - 1), kept)
+        # Code c covers the tokens from ceil(c * total / count) up to that of c + 1: several, one or none.
         edges = (torch.arange(count + 1, device=ordinal.device) * total + count - 1) // count
         sharing = edges[:, 1:] - edges[:, :-1]
         mask = mask / sharing.clamp(min=1)
+        # A code that covers no token takes the value of the code of the token before it.
         mask = mask.gather(1, torch.where(sharing > 0, places, places * total // count * count // total))
         codes = mask[..., None] * self.codes
         weights = (codes @ self.code_query).softmax(-1)
@@ -150,9 +153,10 @@ class RepairAdapter(nn.Module):
     ) -> Float[Tensor, "batch seq width"]:
         """States of one repair layer, corrected where `answer_mask` is set (positions that predict answer tokens).
 
-        `most`: at most so many positions in any sample, if that is known.
+        `most`: upper bound on such positions in a sample, if known.
         """
         where, what = essence
+        # Run the adapter on answer positions only, then add the result back at their columns.
         columns, real = selection.compact(answer_mask, most)
         rows = selection.gather_rows(states, columns)
         change = self.adapters[adapter](rows.to(where.dtype), where + what)
@@ -160,9 +164,9 @@ class RepairAdapter(nn.Module):
         return states.scatter_add(1, columns[..., None].expand_as(change), change)
 
     def context_flops(self, visual: Tensor, total: Tensor, width: int) -> Tensor:
-        """FLOPs of one stage's essence: `visual` tokens present at the stage, `total` of the sample.
+        """FLOPs of one stage's essence: `visual` tokens present at the stage, of `total` in the sample.
 
-        There is a position code for each of `total` tokens until the adapter is built, which fixes their number.
+        Before the adapter is built, one position code per token of `total` is assumed.
         """
         codes = torch.full_like(total, self.codes.shape[0]) if self.adapters else total
         return 4 * codes.double() * self.code + 2 * visual.double() * width + 2 * (self.code + width) * self.condition
@@ -173,5 +177,5 @@ class RepairAdapter(nn.Module):
         return rows.double() * len(self.layers) * (4 * width * self.bottleneck + 2 * width * self.condition + films)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as they would stand in a YAML file."""
+        """Constructor arguments, as in a YAML file."""
         return init_args(self)

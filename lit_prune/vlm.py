@@ -1,4 +1,4 @@
-"""The public face: load a model, attach a pruner to it, detach it, answer prompts."""
+"""Public interface: load a model, attach a pruner to it, detach it, answer prompts."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,24 +41,25 @@ def load(
     strict: bool = True,
     **options: Any,
 ) -> "VLM":
-    """A frozen vision-language model with its processor, ready to attach a pruner to.
+    """Load a frozen vision-language model with its processor, ready to attach a pruner to.
 
     Args:
         base: "micro", a local folder in the Hugging Face layout, a hub id such as "llava-hf/llava-1.5-7b-hf", a folder
-            or hub id of a peft adapter, or a transformers model (or `PeftModel`) that is built already: it is used as
-            it is, and frozen. With `random_weights` also a configuration.
-        dtype: of the weights. By default float32 for micro, else what the checkpoint says; random weights of more than
-            a billion parameters are bfloat16.
-        processor: a processor, or a name to load one by; by default that of `base`. Random weights and model objects
-            do without one where none is on this machine: then give token ids to `model` yourself.
+            or hub id of a peft adapter, or a transformers model (or `PeftModel`) object, which is frozen in place. With
+            `random_weights` also a configuration.
+        dtype: of the weights. By default float32 for micro, otherwise the checkpoint's; random weights of more than a
+            billion parameters are bfloat16.
+        processor: a processor, or the name of one to load; by default that of `base`. Random weights and model objects
+            work without one if none is on this machine: then pass token ids to `model` yourself.
         random_weights: build the real shape with random weights and download nothing; see `lit_prune.cost.shapes`.
-        device: where the model shall be, such as "cuda"; by default where it is made, the CPU.
+        device: device of the model, such as "cuda"; by default the CPU, or that of the model object.
         seed: of random weights.
-        strict: refuse a checkpoint that lacks weights of the model, or holds others; else they are random, or ignored.
+        strict: raise an error if a checkpoint lacks weights of the model or has unexpected ones; otherwise missing ones
+            are random and unexpected ones ignored.
         options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...).
 
     Raises:
-        LitPruneError: the model can't be found or built, with what would help.
+        LitPruneError: the model can't be found or built; the message says what would help.
     """
     if not isinstance(base, loading.Base | nn.Module) or base == "":
         raise LitPruneError(f"{base!r} is no model: give a name such as 'micro', a folder, a hub id, or a model object")
@@ -74,7 +75,8 @@ def load(
     else:
         if device is not None and "device_map" in options:
             raise LitPruneError("give either device or device_map: a map says where each part of the model is")
-        if device is not None and "quantization_config" in options:  # such weights are made in place, not moved
+        # Quantized weights are created on their device, since they can't be moved.
+        if device is not None and "quantization_config" in options:
             options["device_map"], device = {"": device}, None
         model, name = loading.load_model(base, dtype, strict=strict, **options), str(base)
         processor = processor or name
@@ -86,7 +88,7 @@ def load(
 
 
 class VLM:
-    """A frozen model, its processor, and what is attached to it.
+    """A frozen model, its processor, and the attached plug-in, if any.
 
     With nothing attached, `model` is the plain transformers model: the teacher. With a plug-in attached, the same
     object prunes: the student. There is one copy of the weights.
@@ -99,7 +101,7 @@ class VLM:
         self.plugin: Plugin | None = None
 
     def __repr__(self) -> str:
-        """The model, and what is attached: method, budget, schedule, and how much of it trains."""
+        """Describe the model and the attached plug-in: method, budget, schedule, trainable parameters."""
         weights = sum(p.numel() for p in self.model.parameters())
         dtype = str(self.model.dtype).removeprefix("torch.")
         model = f"{type(self.model).__name__}, {weights:,} frozen parameters, {dtype} on {self.model.device}"
@@ -113,18 +115,18 @@ class VLM:
         return "\n  ".join(lines)
 
     def __getstate__(self) -> dict[str, Any]:
-        """So that a model that has run can be pickled; see `drop_capturing_hooks`."""
+        """Make a model pickle after a forward; see `drop_capturing_hooks`."""
         drop_capturing_hooks(self.model)
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """So that it runs in another process; see `put_on_record`."""
+        """Make an unpickled model run in another process; see `put_on_record`."""
         vars(self).update(state)
         put_on_record(recording_classes(self.model))
 
     @property
     def size(self) -> ModelSize | None:
-        """Sizes for `lit_prune.cost.flops`, as far as they are known; None: not even the decoder's are."""
+        """Sizes for `lit_prune.cost.flops`, as far as known; None if not even the decoder's are."""
         return known_size(self.model.config)
 
     def attach(
@@ -136,7 +138,7 @@ class VLM:
         positions: Positions | None = None,
         proportional_attention: Proportional | None = None,
     ) -> "VLM":
-        """Prune from now on, in forward and `generate()`; what was attached stays attached if this fails.
+        """Attach a pruner, which acts in forward and `generate()`; if this fails, the previous one stays attached.
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
@@ -147,22 +149,22 @@ class VLM:
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
                 {pruning layer: count} or "2:192,4:64"; overrides the file's.
             positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
-            proportional_attention: add log(size) to the attention logits of kept tokens, which stand for the dropped
+            proportional_attention: add log(size) to the attention logits of kept tokens, which represent the dropped
                 ones; see `HostOptions`; overrides the file's.
 
         Raises:
-            LitPruneError: wrong layers, a budget that can't be met, a plug-in of another base model.
+            LitPruneError: layers outside the model, a budget that can't be met, or a plug-in of another base model.
         """
         plugin = as_plugin(pruner, repair)
         parts = find(self.model)
         device, visual = parts.device, None if parts.dims.varies else parts.dims.visual
-        given = plugin.pruner.default_keep if plugin.keep is None else plugin.keep
-        budget = given if keep is None else parse_budget(keep, visual=visual)
+        default = plugin.pruner.default_keep if plugin.keep is None else plugin.keep
+        budget = default if keep is None else parse_budget(keep, visual=visual)
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        asked = {"positions": positions, "proportional_attention": proportional_attention}
-        options = replace(plugin.options, **{name: value for name, value in asked.items() if value is not None})
+        given = {"positions": positions, "proportional_attention": proportional_attention}
+        options = replace(plugin.options, **{name: value for name, value in given.items() if value is not None})
         plugin.build(parts.dims, fingerprint(self.model))
         plugin.to(device)
         model = unwrap(self.model)
@@ -172,61 +174,61 @@ class VLM:
         return self
 
     def detach(self) -> "VLM":
-        """The plain model again, bit for bit, also where another VLM of the same model has attached something."""
+        """Restore the plain model, bit for bit, even if another VLM of the same model attached the plug-in."""
         if (host := host_of(self.model)) is not None:
             host.detach()
         self.host, self.plugin = None, None
         return self
 
     def compile(self, **options: Any) -> "VLM":
-        """Compile each decoder layer for good; plug-ins may come and go, before and after.
+        """Compile each decoder layer permanently; plug-ins may be attached and detached before and after.
 
-        Layers are compiled one by one, since hooks that are added to a model compiled as a whole are silently ignored.
-        With a fixed budget a layer meets two lengths, prefill and decoding; other prompts' lengths make it dynamic.
+        Layers are compiled one by one, since hooks added to a model compiled as a whole are silently ignored. With a
+        fixed budget a layer sees two lengths, prefill and decoding; prompts of other lengths make it dynamic.
 
         Args:
-            options: of `torch.compile` (`mode`, `backend`, `dynamic`, ...).
+            options: passed to `torch.compile` (`mode`, `backend`, `dynamic`, ...).
         """
         for layer in find(self.model).layers:
             layer.forward = CompiledForward(layer, options)
         return self
 
     def using(self, session: Session) -> AbstractContextManager[Session]:
-        """Run the forwards inside under a `Session`: as the teacher, softly masked, recorded."""
+        """Context manager that runs forwards under a `Session`: as the teacher, softly masked, recorded."""
         if self.host is None or not self.host.handles:
             raise LitPruneError("attach a pruner first")
         return self.host.using(session)
 
     @torch.no_grad()
     def encode_images(self, inputs: dict[str, Any], plain: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Inputs with the images already through vision tower and projector, so that several forwards share that work.
+        """Run vision tower and projector, so that several forwards can share the image features.
 
-        Pruned there, if what is attached prunes inside the tower and the current `Session` lets it.
+        Tokens are pruned there if the attached method prunes in the tower and the current `Session` allows it.
 
         Args:
-            inputs: of the model, with pixels.
-            plain: the same inputs as the plain model encodes them; returned where nothing prunes inside the tower.
+            inputs: model inputs with pixels.
+            plain: the same inputs encoded by the plain model; returned if nothing prunes in the tower.
         """
         if plain is not None and not (self.host is not None and self.host.prunes_tower):
             return dict(plain)
         return encode_images(unwrap(self.model), inputs)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what is attached as a plug-in folder: safetensors and JSON."""
+        """Save the attached plug-in as a folder: safetensors and JSON."""
         if self.plugin is None:
-            raise LitPruneError("nothing is attached that could be saved")
+            raise LitPruneError("nothing is attached, so there is nothing to save")
         self.plugin.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, **options: Any) -> "VLM":
-        """The base model that a plug-in folder names (or `base`), with the plug-in attached."""
+        """Load the base model named in a plug-in folder (or `base`), with the plug-in attached."""
         plugin = Plugin.from_pretrained(folder)
         return load(base or plugin.base, **options).attach(plugin)
 
     def encode(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> Mapping[str, Tensor]:
-        """Model inputs of one image and one question each: chat template, left padding, on the model's device.
+        """Encode one image and one question per sample: chat template, left padding, on the model's device.
 
-        Arguments and errors as those of `answer`; an empty batch can't be encoded.
+        Arguments and errors are those of `answer`; an empty batch raises `LitPruneError`.
         """
         pictures, questions = pair(images, prompts)
         if not questions:
@@ -258,19 +260,19 @@ class VLM:
     def answer(
         self, images: Picture | Sequence[Picture], prompts: str | Sequence[str], max_new_tokens: int = 64
     ) -> str | list[str]:
-        """Greedy answer to a question about an image, or answers to one question about each of several images.
+        """Answer one or several questions about one or several images by greedy decoding.
 
         Args:
             images: paths, PIL images, or arrays of uint8, height x width (x 3): one or a list.
             prompts: questions without chat template: one or a list. One question serves all images, one image all
-                questions; two lists must be equally long.
+                questions; two lists must have equal length.
             max_new_tokens: longest answer.
 
         Returns:
             The answer, or a list of answers if either is a list.
 
         Raises:
-            LitPruneError: what is no image or no question, or lists of unequal length.
+            LitPruneError: an input is no image or no question, or the lists differ in length.
         """
         if max_new_tokens < 1:
             raise LitPruneError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -283,7 +285,7 @@ class VLM:
         return answers[0] if is_image(images) and isinstance(prompts, str) else answers
 
     def decode(self, sequences: Tensor, prompt_length: int) -> list[str]:
-        """Text of generated tokens."""
+        """Decode generated tokens, without the prompt, to text."""
         texts = self._processor().batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

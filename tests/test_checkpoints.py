@@ -160,7 +160,7 @@ def test_the_newest_whole_one_is_found_and_the_damaged_one_named(saved: Path) ->
         assert newest([saved]) == saved / "epoch=0-step=4.ckpt"
     (saved / "epoch=0-step=4.ckpt").write_bytes(b"")
     os.utime(saved / "last.ckpt", (1, 1))
-    with pytest.raises(LitPruneError, match=r"no whole checkpoint is left .*step=4\.ckpt.*last\.ckpt"):
+    with pytest.raises(LitPruneError, match=r"no intact checkpoint is left .*step=4\.ckpt.*last\.ckpt"):
         newest([saved])
     assert newest([saved / "nowhere"]) is None
 

@@ -315,12 +315,12 @@ def test_fit_saves_its_configuration_resumes_and_runs_twice(
     again = run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3")
     assert again.code == 0, again.err
     assert "resumed with other settings than before: trainer.max_steps 2 -> 3\n" in caplog.text
-    assert "begins anew" not in caplog.text
+    assert "starts from scratch" not in caplog.text
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     saved = yaml.safe_load(Path("run/config_fit.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3
     assert run("fit -c run/config_fit.yaml").code == 0
-    assert "has checkpoints of an earlier run, and this one begins anew" in caplog.text
+    assert "has checkpoints of an earlier run, and this one starts from scratch" in caplog.text
     assert run("test -c run/config_fit.yaml").code == 0
     assert trainer.build("run/config_fit.yaml").model.keep == 8
 
@@ -440,7 +440,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run: Callable[[str], Res
     assert run("fit -c base.yaml").code == 0
     last = Path("run/checkpoints/last.ckpt")
     last.write_bytes(last.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"last\.ckpt: the checkpoint is cut short. Going on from .*epoch=0-step=2"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt: the checkpoint is cut short. Resuming from .*epoch=0-step=2"):
         assert run("fit -c base.yaml --ckpt_path last --trainer.max_steps 3").code == 0
     assert torch.load("run/checkpoints/epoch=0-step=3.ckpt", weights_only=True)["global_step"] == 3
     refused = run(f"test -c base.yaml --ckpt_path {last}")

@@ -138,7 +138,7 @@ def test_number_of_parameters_for_llava_7b():
 
 # -- bad input ------------------------------------------------------------------------------------------------------
 def test_repair_before_its_stage():
-    with pytest.raises(LitPruneError, match="repair layer 3 reads what pruning layer 5 leaves, which comes later"):
+    with pytest.raises(LitPruneError, match="repair layer 3 is fed by pruning layer 5, which comes later"):
         RepairAdapter([3], [1]).feeds((1, 5), 8)
 
 

@@ -150,7 +150,7 @@ def test_a_run_with_a_hard_life_ends_as_one_that_nothing_happened_to(micro_folde
     assert code == -signal.SIGKILL, said
     code, said = fit(part, micro_folder, last, end=(signal.SIGTERM, 6, 0))
     assert code == 128 + signal.SIGTERM, said
-    assert f"saved {part}/stopped.ckpt, go on with --ckpt_path last" in said
+    assert f"saved {part}/stopped.ckpt, resume with --ckpt_path last" in said
     code, said = fit(part, micro_folder, last, end=(signal.SIGUSR1, 3, 1), **slurm_task(tmp_path))
     assert code == 128 + signal.SIGUSR1, said
     assert f"Restored all states from the checkpoint at {part}/stopped.ckpt" in said

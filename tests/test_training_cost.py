@@ -10,7 +10,7 @@ from tiny import ROOT, trainer
 from lit_prune.cli import main
 from lit_prune.commands._support import training_bill
 from lit_prune.cost.sizes import model_size
-from lit_prune.cost.training import Training, Weights, estimate, kept_bytes, plan_step
+from lit_prune.cost.training import TokenCounts, Training, Weights, estimate, kept_bytes, plan_step
 from lit_prune.loading import load_config
 from lit_prune.vlm import as_plugin, load, plugin_from_yaml
 
@@ -53,14 +53,13 @@ def test_an_estimate_is_what_a_step_does(student, world, tmp_path, options):
     answers, visual = len(seen[0].targets), int(did.total_visual)
     text = int(taught.queries[0]) - visual - answers
     plugin, size, mode = module.plugin, module.vlm.size, module.teaching.train_mode
-    given = (visual, text, answers, size.depth, plugin.pruner, plugin.repair, mode)
-    teacher, trained = plan_step({stage.layer: int(stage.kept) for stage in did.stages}, *given)
-    for plan, real in ((teacher, taught), (trained, did)):
+    given = (TokenCounts(visual, text, answers), size.depth, plugin.pruner, plugin.repair, mode)
+    step = plan_step({stage.layer: int(stage.kept) for stage in did.stages}, *given)
+    for plan, real in ((step.teacher, taught), (step.student, did)):
         assert [int(tokens) for tokens in plan.ran] == [int(tokens) for tokens in real.ran]
         assert plan.learns == real.learns
     run = Training(batch_size=1, mode=mode, checkpointing=module.teaching.checkpoint_activations, reserve=0.0)
-    weights = Weights(0, 0, 0)
-    found = estimate(run, teacher, trained, size, weights, plugin.pruner, plugin.repair, answers, bytes_per_value=4)
+    found = estimate(run, step, size, Weights(0, 0, 0, bytes_per_value=4), plugin.pruner, plugin.repair)
     assert found.flops + found.repeated == pytest.approx(counted.counter.get_total_flops(), rel=0.01)
     # The plug-in's own activations are left out: little beside a decoder that keeps everything at full length.
     layer = kept_bytes(size, did.ran[-1], 4, soft=True).item() if run.checkpointing else 0.0  # in backward
@@ -132,11 +131,12 @@ def test_chains_and_training_free_methods(micro_folder):
     size = model_size(load_config(micro_folder))
     fast = training_bill.built(as_plugin(ROOT / "configs/pruners/fastv_repair.yaml"), size)
     schedule = fast.pruner.schedule(16, size.image.visual, size.depth)
-    _, student = plan_step(schedule, 144, 10, 2, size.depth, fast.pruner, fast.repair)
+    tokens = TokenCounts(visual=144, text=10, answers=2)
+    student = plan_step(schedule, tokens, size.depth, fast.pruner, fast.repair).student
     assert student.learns.index(True) == min(fast.repair.feeds(sorted(schedule), size.depth)) + 1
     chain = training_bill.built(as_plugin(ROOT / "configs/pruners/dcp_rcp.yaml"), size)
     schedule = chain.pruner.schedule(8, size.image.visual, size.depth)
-    teacher, student = plan_step(schedule, 144, 10, 2, size.depth, chain.pruner, chain.repair)
-    assert int(student.ran[0]) == schedule[0] + 12
-    assert int(teacher.ran[0]) == 144 + 12
+    step = plan_step(schedule, tokens, size.depth, chain.pruner, chain.repair)
+    assert int(step.student.ran[0]) == schedule[0] + 12
+    assert int(step.teacher.ran[0]) == 144 + 12
     assert Training().mode == "soft"

@@ -1,4 +1,4 @@
-"""The answers of `predict`, in a file."""
+"""Write the answers of `predict` to a file."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from lit_prune.training.debug_modes import leaves_no_trace
 
 
 def rank_file(name: str, rank: int) -> str:
-    """The file of one rank's answers: `answers.jsonl` of rank 0, `answers.rank3.jsonl` of rank 3."""
+    """File of one rank's answers: `answers.jsonl` of rank 0, `answers.rank3.jsonl` of rank 3."""
     return f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl"
 
 
 class WriteAnswers(Callback):
-    """Writes what `predict` answers as JSON lines with `id`, `answer`, `question` and `reference`, batch by batch.
+    """Write the answers of `predict` as JSON lines with `id`, `answer`, `question` and `reference`, batch by batch.
 
     `reference` is the answer that the data hold, null where they hold none.
 
@@ -34,7 +34,7 @@ class WriteAnswers(Callback):
         self.file: Path | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with an empty file; a former run may have had more ranks."""
+        """Start with an empty file, and remove those of an earlier run with more ranks."""
         self.file = None
         if leaves_no_trace(trainer) or isinstance(trainer.datamodule, BenchmarkData):
             return
@@ -49,7 +49,7 @@ class WriteAnswers(Callback):
         self.file.touch()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Add the answers to a batch."""
+        """Append the answers of a batch."""
         if self.file is None:
             return
         with self.file.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Export of the trained plug-in."""
+"""Export the trained plug-in."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lit_prune.training.strategies import whole
 
 
 class ExportPlugin(Callback):
-    """Writes the trained plug-in as a folder at the end of `fit`: safetensors and JSON, ready to attach.
+    """Write the trained plug-in as a folder at the end of `fit`: safetensors and JSON, ready to attach.
 
     A run that trained nothing, or was for debugging, leaves the folder as it is.
 
@@ -24,7 +24,7 @@ class ExportPlugin(Callback):
         self.written = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save on rank zero, of parameters that all ranks put together."""
+        """Save on rank zero; a collective, since all ranks gather the parameters."""
         if leaves_no_trace(trainer):
             return
         if not trainer.global_step:

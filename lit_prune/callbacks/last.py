@@ -1,4 +1,4 @@
-"""The last checkpoint of a run that came to its end."""
+"""Save the last checkpoint when a run ends."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class SaveLast(Callback):
-    """Brings the last checkpoint up to the last step of `fit`.
+    """Update the last checkpoint to the last step of `fit`.
 
     Lightning's `ModelCheckpoint` leaves that of the last multiple of `every_n_train_steps`: to test it, to export it or
     to resume from it would be to lose the steps since then. Where it saved nothing, it saves when training has ended,

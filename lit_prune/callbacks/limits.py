@@ -1,4 +1,4 @@
-"""The end of a run, when it is resumed with another one."""
+"""Check the limits of a resumed run."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lit_prune.errors import LitPruneError
 
 
 class Limits(Callback):
-    """Refuses to resume a run for more steps that its number of epochs doesn't let it take.
+    """Raise an error if a run is resumed for more steps than its number of epochs allows.
 
     Lightning would train nothing and report success. A run that is over and is resumed with the limits it had, as a job
     that is queued again may be, ends at once, and says so. `fast_dev_run` takes the checkpoint's weights and counts
@@ -20,15 +20,15 @@ class Limits(Callback):
         self.limits: dict[str, int | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the limits, to be saved."""
+        """Record the limits, to be saved."""
         self.limits = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
 
     def state_dict(self) -> dict[str, Any]:
-        """The limits of the run that saves."""
+        """Return the limits of this run."""
         return self.limits
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise `LitPruneError` if more steps are wanted than before, and no epoch is left for them."""
+        """Raise `LitPruneError` if more steps are requested than before, but no epoch is left for them."""
         loop = checkpoint.get("loops", {}).get("fit_loop")
         if trainer.state.fn != "fit" or not loop or trainer.max_epochs in (None, -1):
             return

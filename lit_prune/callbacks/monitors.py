@@ -60,7 +60,7 @@ def _unknown(name: str, metric: str, known: Iterable[str]) -> str:
 
 
 def _example(pattern: str) -> str:
-    """A name that a pattern stands for."""
+    """Example of a name that matches a pattern."""
     for part, example in EXAMPLES.items():
         if part != "*":
             pattern = pattern.replace(part, example)

@@ -1,4 +1,4 @@
-"""Stopping at a loss or gradient that is NaN or infinite, with the step kept."""
+"""Stop at a NaN or infinite loss or gradient, and save the step."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from lit_prune.training.strategies import whole
 
 
 class NanGuard(Callback):
-    """Ends `fit` before a NaN or infinite loss or gradient changes any weight; each rank saves the step for `replay`.
+    """Stop `fit` before a NaN or infinite loss or gradient changes any weight; each rank saves the step for `replay`.
 
-    One look at the device a step, behind backward, where nothing but the optimizer waits: checkpoints then never hold
-    such weights. Gradients are left to the scaler where one is in use (fp16), which skips such steps itself.
+    Synchronises with the device once per step, after backward, so that no checkpoint can hold such weights. With a
+    gradient scaler (fp16) only the loss is checked, since the scaler skips such steps itself.
 
     Args:
-        folder: where to; by default `nonfinite` in the run's folder.
+        folder: output folder; by default `nonfinite` in the run's folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -31,15 +31,15 @@ class NanGuard(Callback):
         self.loss: Tensor | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold on to what the step depends on."""
+        """Keep a reference to the batch and the step's key."""
         self.batch, self.key = batch, pl_module.step_key()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss, without waiting for it."""
+        """Keep the loss, without synchronising."""
         self.loss = loss.detach()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop on all ranks if one of them must; raises `LitPruneError`, which names the samples and the file."""
+        """Stop all ranks if one has a non-finite value; raises `LitPruneError` naming the samples and the file."""
         gradients = [p.grad for p in pl_module.plugin.parameters() if p.grad is not None]
         fine = self.loss.isfinite()
         if gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
@@ -56,7 +56,7 @@ class NanGuard(Callback):
         )
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Let go."""
+        """Release batch and loss."""
         self.batch = self.loss = None
 
     def _save(self, trainer: Trainer, module: LightningModule) -> Path:

@@ -1,4 +1,4 @@
-"""A model's parts and their parameters, where a table of them is asked for."""
+"""Table of a model's parts and their parameters, on request."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Progress for people at a terminal, and for a log file."""
+"""Progress on a terminal and in a log file."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The figures of `test` and `validate`, for people: grouped and rounded."""
+"""Print the metrics of `test` and `validate`, grouped and rounded."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A few questions of an evaluation as people want to see them."""
+"""Show a few questions of an evaluation with answers and kept tokens."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The official scores of `test` and `validate`, in a file."""
+"""Write the official scores of `test` and `validate` to a file."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class WriteScores(Callback):
-    """Writes the official scores of benchmarks as JSON: a list with an object for each, as `lit-prune score --out` has.
+    """Write the official scores of benchmarks as JSON: a list with an object for each, as `lit-prune score --out` has.
 
     The file is `scores.json`, or `scores_2.json` for other settings, as in `SaveConfig`. Data without official scores,
     and runs for debugging, write nothing.
@@ -24,7 +24,7 @@ class WriteScores(Callback):
         self.folder = None if folder is None else Path(folder)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them on rank zero; not those of a validation during training."""
+        """Write the scores on rank zero, except those of a validation during training."""
         scores = getattr(pl_module, "scores", [])
         if not scores or not trainer.is_global_zero or trainer.state.fn.value == "fit" or leaves_no_trace(trainer):
             return

@@ -1,4 +1,4 @@
-"""The resolved configuration of a run, kept in its folder."""
+"""Save the resolved configuration of a run in its folder."""
 
 from itertools import count
 from pathlib import Path
@@ -16,31 +16,30 @@ from lit_prune.files.writing import written_whole
 from lit_prune.files.yaml_files import read_yaml
 from lit_prune.training.checkpoints import saving_folder
 
-WANDB_RUN = "wandb_run_id"  # beside the checkpoints: the id of the run that wrote them
-LONGEST_HEAD = 5000  # bytes: a path may be long
+WANDB_RUN = "wandb_run_id"  # file next to the checkpoints with the W&B id of their run
+LONGEST_HEAD = 5000  # bytes of the first line, which may hold a long path
 EVERY_VERB = ("seed_everything", "trainer", "model", "data")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration of a run, as ``config_<verb>.yaml``, and in W&B or TensorBoard.
+    """Save the resolved configuration of a run as ``config_<verb>.yaml``, and in W&B or TensorBoard.
 
-    It is written with the first batch: a run that is refused, or finds no data, leaves the file of the one before.
-    `fit` overwrites its own file, as it does its plug-in. Other verbs overwrite a file of the same settings and the
-    same checkpoint only; other settings, say of another method, are written as ``config_test_2.yaml``, and what that
-    verb writes besides gets the same number.
+    It is written at the first batch, so a run that fails before keeps the previous file. `fit` overwrites its own file,
+    like its plug-in. Other verbs only overwrite a file with the same settings and checkpoint; other settings, for
+    example of another method, are written as ``config_test_2.yaml``, and further outputs get the same number.
 
-    The folder is ``trainer.default_root_dir`` where the configuration sets it, else that of the checkpoints, else the
-    logger's.
+    The folder is ``trainer.default_root_dir`` if the configuration sets it, otherwise that of the checkpoints or of the
+    logger.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **kwargs)
-        self.checkpoint: str | None = None  # that the verb starts from, set before it runs
+        self.checkpoint: str | None = None  # loaded by the verb; set before it runs
         self.file: Path | None = None
         self.suffix = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the file, on every rank: ``log_dir`` is a broadcast."""
+        """Choose the file; on every rank, since ``log_dir`` is a broadcast."""
         log_dir = trainer.log_dir
         folder = Path(self.config.get("trainer.default_root_dir") or saving_folder(trainer) or log_dir or ".")
         verb = trainer.state.fn.value
@@ -51,12 +50,12 @@ class SaveConfig(SaveConfigCallback):
         self.file = folder / f"config_{verb}{self.suffix}.yaml"
 
     def _free_suffix(self, folder: Path, verb: str) -> str:
-        """The number of the first file that is not there or says the same."""
+        """Suffix of the first file that doesn't exist or has the same settings."""
         suffixes = ("" if number == 1 else f"_{number}" for number in count(1))
         return next(suffix for suffix in suffixes if self._may_write(folder / f"config_{verb}{suffix}.yaml"))
 
     def _may_write(self, file: Path) -> bool:
-        """Whether the file can be written without losing one of other settings or of another checkpoint."""
+        """True unless the file exists with other settings or another checkpoint."""
         if not file.is_file():
             return True
         head = file.read_bytes()[:LONGEST_HEAD].decode(errors="replace").partition("\n")[0]
@@ -64,7 +63,7 @@ class SaveConfig(SaveConfigCallback):
         return same_weights and _settings(file) == self.content
 
     def _save_once(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save when the verb's own loop has its first batch; a validation within `fit` comes here too."""
+        """Save at the first batch of the verb; also called by validation within `fit`."""
         super().setup(trainer, pl_module, trainer.state.fn.value)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _save_once
@@ -75,7 +74,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.ckpt_path and self.file.is_file():
             _report_changes(_settings(self.file), self.content)
         text = yaml.safe_dump(self.content, sort_keys=False)
-        with written_whole(self.file) as aside:  # the next start reads it, whatever becomes of this one
+        with written_whole(self.file) as aside:  # atomic, since the next start reads it
             aside.write_text(self.head + text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -88,7 +87,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def settings_of(trainer: Trainer) -> SaveConfig | None:
-    """The callback that keeps a run's configuration; None outside of the command line, and in runs for debugging."""
+    """Find the callback that saves the configuration; None outside the command line and in debug runs."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, SaveConfig)), None)
 
 
@@ -107,7 +106,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _report_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say which settings of a run differ from those before it was resumed."""
+    """Log the settings that changed since the run was last started."""
     old, new = _flat(before), _flat(now)
     changed = [(key, f"{key} {old.get(key)} -> {new.get(key)}") for key in old | new if old.get(key) != new.get(key)]
     if changed:
@@ -116,7 +115,7 @@ def _report_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
+    """Flatten to leaves by dotted key."""
     if not isinstance(node, dict) or not node:
         return {key: node}
     return {k: v for name, value in node.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}

@@ -1,4 +1,4 @@
-"""Stopping on a signal: a checkpoint of the batch just done, a requeue under Slurm, an exit code that says so."""
+"""Stop on a signal: save a checkpoint after the current batch, requeue under Slurm, exit with a code by signal."""
 
 import os
 import signal
@@ -15,21 +15,21 @@ from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class Stopped(SystemExit):
-    """A run that a signal ended: 128 + the signal on rank zero, as shells count; 0 on the others.
+    """Exit after a signal: code 128 + signal on rank zero, as in shells; 0 on the others.
 
-    A launcher that sees another rank fail would kill rank zero, which has loggers to close.
+    If another rank failed, the launcher would kill rank zero before it has closed its loggers.
     """
 
 
 class StopOnSignal(Callback):
-    """Ends `fit` on SIGTERM, and on the signal of a pre-emption, behind the batch that is under way.
+    """Stop `fit` after the current batch on SIGTERM and on the pre-emption signal.
 
-    It saves `stopped.ckpt` beside the other checkpoints (if there is a `ModelCheckpoint`), which ``--ckpt_path last``
-    finds. All ranks stop at the same batch, whichever of them got a signal. Under Slurm the pre-emption signal is the
-    environment's `requeue_signal` (SIGUSR1), and the job is put back into the queue; elsewhere it is SIGUSR1.
+    Saves `stopped.ckpt` next to the other checkpoints (if there is a `ModelCheckpoint`), where ``--ckpt_path last``
+    finds it. All ranks stop at the same batch, whichever of them receives the signal. Under Slurm the pre-emption
+    signal is the environment's `requeue_signal` (SIGUSR1), and the job is requeued; elsewhere it is SIGUSR1.
 
-    It stands in for Lightning's own handlers, which save from inside the handler: in the middle of a step, where
-    weights may be half updated and ranks are at different places.
+    Replaces Lightning's own handlers, which save inside the handler: in the middle of a step, when weights may be half
+    updated and ranks are at different positions.
     """
 
     def __init__(self) -> None:
@@ -39,33 +39,33 @@ class StopOnSignal(Callback):
         self.former: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the requeueing over from Lightning, which sets its handlers later."""
+        """Disable Lightning's requeueing, whose handlers are installed later."""
         environment = trainer._accelerator_connector.cluster_environment
         if stage == "fit" and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self.requeues, self.preemption = True, environment.requeue_signal
             environment.auto_requeue = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen. Python hears signals in its main thread only."""
+        """Install the handlers; Python only allows this in the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, self.preemption):
                 self.former[number] = signal.signal(number, lambda number, _: self.received.add(number))
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stop if a rank was told to."""
-        self._stop_if_told(trainer)
+        """Stop if any rank has received a signal."""
+        self._stop_if_signalled(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """The same between the batches of a validation, which is not repeated by the resumed run."""
+        """Stop between validation batches too; the resumed run doesn't repeat the validation."""
         if self.former:
-            self._stop_if_told(trainer)
+            self._stop_if_signalled(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen no more."""
+        """Restore the former handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
+        """Restore the former handlers."""
         self._restore()
 
     def _restore(self) -> None:
@@ -73,7 +73,7 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
         self.former = {}
 
-    def _stop_if_told(self, trainer: Trainer) -> None:
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
         agreed = trainer.strategy.reduce_boolean_decision
         if not agreed(bool(self.received), all=False):
             return
@@ -83,7 +83,7 @@ class StopOnSignal(Callback):
         if (folder := saving_folder(trainer)) and not leaves_no_trace(trainer):
             path = folder / "stopped.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
-            text = f"saved {path}, go on with --ckpt_path last"
+            text = f"saved {path}, resume with --ckpt_path last"
         rank_zero_info(f"{signal.Signals(number).name}: stopped at step {trainer.global_step}; {text}")
         for logger in trainer.loggers:
             logger.finalize("finished")
@@ -93,7 +93,7 @@ class StopOnSignal(Callback):
 
 
 def _requeue() -> None:
-    """Put this Slurm job, or this task of its array, back into the queue."""
+    """Requeue this Slurm job or array task."""
     job = os.environ["SLURM_JOB_ID"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -1,4 +1,4 @@
-"""Answers of `predict` to benchmarks: written batch by batch, resumed after a kill, joined into submissions."""
+"""Write answers of `predict` to benchmarks: batch by batch, resumable, and joined into submissions."""
 
 import json
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ ANSWERS, MADE_BY = rank_file("answers", 0), "made_by.json"
 
 
 class WriteSubmissions(Callback):
-    """Writes a folder for each benchmark that `predict` answers: `answers.jsonl`, and the file that its server takes.
+    """Write a folder for each benchmark that `predict` answers: `answers.jsonl`, and the file that its server takes.
 
     Answers are written batch by batch, by rank 3 to `answers.rank3.jsonl`. A run that was cut short and is started once
     more, on any number of ranks, answers only the missing questions. At the end rank 0 joins the answers in the order
@@ -42,7 +42,7 @@ class WriteSubmissions(Callback):
         self._files: dict[str, AnswerFiles] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the data module ask what is answered: its loader is made when weights and settings are known."""
+        """Pass a callback for answered questions to the data module, called once weights and settings are known."""
         self._files = {}
         data = getattr(trainer, "datamodule", None)
         if stage == "predict" and isinstance(data, BenchmarkData):
@@ -51,7 +51,7 @@ class WriteSubmissions(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Add the answers to a batch."""
+        """Append the answers of a batch."""
         if not self._files:
             return
         lines: dict[str, list[str]] = {}
@@ -62,13 +62,13 @@ class WriteSubmissions(Callback):
             self._files[label].add(trainer.global_rank, found)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join what all ranks have written."""
+        """Join the answers of all ranks."""
         if self._files:
             trainer.strategy.barrier("WriteSubmissions")
             self._finish(trainer)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> list[int]:
-        """The indices of the questions that an earlier run has answered; all ranks must call it."""
+        """Indices of questions answered by an earlier run. A collective: all ranks must call it."""
         root, questions = self.folder or Path(trainer.default_root_dir), trainer.datamodule.questions
         folders: dict[str, Path] = {}
         done: list[int] = []
@@ -104,7 +104,7 @@ def _made_by(module: LightningModule) -> dict[str, Any]:
 
 
 def _own_folder(path: Path, made_by: dict[str, Any]) -> Path:
-    """The first of `pope`, `pope_2` and so on whose answers are of this origin, or that has none; made if need be."""
+    """Find or create the first of `pope`, `pope_2`, ... that is empty or has answers of the same origin."""
     for number in count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
         note, used = folder / MADE_BY, any(folder.glob("*"))
@@ -117,7 +117,7 @@ def _own_folder(path: Path, made_by: dict[str, Any]) -> Path:
 
 
 def line_of(question: Question, answer: str) -> str:
-    """An answer as a line of `answers.jsonl`, with all that may name its question."""
+    """Convert an answer to a line of `answers.jsonl`, with all keys of its question."""
     group = {"category": question.group} if question.group else {}
     image = {"image": question.image} if question.image else {}
     record = {"id": str(question.id), **group, **image, "question": question.prompt, "answer": answer}
@@ -126,18 +126,18 @@ def line_of(question: Question, answer: str) -> str:
 
 @dataclass
 class AnswerFiles:
-    """The folder of one benchmark's answers."""
+    """Folder of one benchmark's answers."""
 
     folder: Path
     part: Part
 
     def add(self, rank: int, lines: Iterable[str]) -> None:
-        """Add lines to a rank's file; when this returns they outlive the process."""
+        """Append lines to a rank's file and flush them, so that they survive the process."""
         with (self.folder / rank_file("answers", rank)).open("a", encoding="utf-8") as file:
             file.writelines(lines)
 
     def finish(self) -> str:
-        """Join the ranks' files, write the submission if all is answered, and say so."""
+        """Join the ranks' files, write the submission if all is answered, and return a message."""
         answers, asked = self.join(), self.part.labels.questions
         text = f"{self.part.label}: {len(answers)} of {len(asked)} questions are answered in {self.folder / ANSWERS}"
         if len(answers) < len(asked):
@@ -151,7 +151,7 @@ class AnswerFiles:
         return f"{text}; to submit: {path}"
 
     def join(self) -> dict[tuple[str, str], str]:
-        """Put the whole lines of all ranks into one file, in the order of the questions; answers by key.
+        """Join the complete lines of all ranks in one file, in the order of the questions; return answers by key.
 
         A line that was cut short is left out, and its question asked once more.
         """

@@ -1,4 +1,4 @@
-"""Where everything is, said at the end."""
+"""Summary at the end of a run: its outcome and its files."""
 
 import shlex
 import time
@@ -20,7 +20,7 @@ from lit_prune.training.debug_modes import leaves_no_trace
 
 
 class RunSummary(Callback):
-    """Says at the end of every verb, and after an error too, how it went and where its files are."""
+    """Print the outcome and the files of every verb at its end, also after an error."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -31,21 +31,21 @@ class RunSummary(Callback):
         self.begun = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the best accuracy and its step."""
+        """Record the best accuracy and its step."""
         accuracy = trainer.callback_metrics.get("val/accuracy/all")
         if accuracy is not None and not trainer.sanity_checking and (self.best is None or accuracy > self.best[0]):
             self.best = (float(accuracy), trainer.global_step)
 
     def state_dict(self) -> dict[str, tuple[float, int] | None]:
-        """The best accuracy so far."""
+        """Return the best accuracy so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, tuple[float, int] | None]) -> None:
-        """That of the run that is resumed."""
+        """Restore the best accuracy of the resumed run."""
         self.best = state_dict["best"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say it after an error or an interrupt too; of a run that never had a batch the error says enough."""
+        """Print the summary after an error or interrupt, unless the run failed before its first batch."""
         settings = settings_of(trainer)
         if settings is not None and not settings.already_saved:
             return
@@ -54,7 +54,7 @@ class RunSummary(Callback):
         self._say(trainer, f"was stopped by {cause}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say it last."""
+        """Print the summary."""
         self._say(trainer, "ended")
 
     def _say(self, trainer: Trainer, how: str) -> None:
@@ -80,7 +80,7 @@ class RunSummary(Callback):
 
 
 def _short_of(trainer: Trainer) -> str:
-    """The steps that were asked for, where the epochs were over first."""
+    """Note on the requested steps if the epochs ended first."""
     epochs_over = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
     if not epochs_over or trainer.global_step >= trainer.max_steps:
         return ""
@@ -88,7 +88,7 @@ def _short_of(trainer: Trainer) -> str:
 
 
 def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """What a run has written, and where; only what is there."""
+    """Label and location of everything that the run has written."""
     for callback in trainer.callbacks:
         if isinstance(callback, ExportPlugin) and callback.written:
             yield "plug-in", str(callback.folder)
@@ -100,7 +100,7 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
             yield "settings", str(callback.file)
     for saver in trainer.checkpoint_callbacks if trainer.state.fn == "fit" else ():
         if saver.dirpath is not None and any(Path(saver.dirpath).glob("*.ckpt")):
-            yield "checkpoints", f"{saver.dirpath}; go on with --ckpt_path last"
+            yield "checkpoints", f"{saver.dirpath}; resume with --ckpt_path last"
     yield from _logs(trainer)
     bad = getattr(getattr(trainer, "datamodule", None), "bad_samples", None)
     if bad is not None and bad.known:
@@ -111,11 +111,11 @@ def _logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             file = Path(logger.log_dir, "metrics.csv")
-            if file.is_file() or logger.experiment.metrics:  # which an error leaves to be written later
+            if file.is_file() or logger.experiment.metrics:  # after an error it is written later
                 yield "figures", str(file)
         elif isinstance(logger, TensorBoardLogger):
             yield "TensorBoard", f"tensorboard --logdir {shlex.quote(str(logger.log_dir))}"
-        elif isinstance(logger, WandbLogger) and logger._experiment is not None:  # one that failed is not begun again
+        elif isinstance(logger, WandbLogger) and logger._experiment is not None:  # don't start one that failed
             run = logger.experiment
             folder = Path(run.dir).parent
             parts = sorted(str(part) for part in folder.parent.glob(f"offline-run-*-{run.id}"))  # of a resumed run

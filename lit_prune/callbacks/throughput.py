@@ -1,4 +1,4 @@
-"""How fast training goes, and what it has cost so far."""
+"""Throughput of training, and its total cost so far."""
 
 import math
 import time
@@ -14,12 +14,12 @@ SPEEDS = {name: f"throughput/{name}_per_s" for name in WORK}
 
 
 class Throughput(Callback):
-    """Logs samples, tokens and FLOPs per second, the time of a step, and samples and FLOPs since training began.
+    """Log samples, tokens and FLOPs per second, the time of a step, and total samples and FLOPs of training.
 
-    Over all ranks, and over resumed runs. `visual_tokens` are those of the prompts, `kept_tokens` those averaged over
-    the decoder layers' inputs; FLOPs are of teacher, student and backward (`lit_prune.cost.step`), on a GPU also as the
-    share of its peak. A window reaches from one logged step to the next, without validation. Lightning's own
-    `ThroughputMonitor` waits for the device after each step; this one does where loggers do.
+    Totals cover all ranks and resumed runs. `visual_tokens` are those of the prompts, `kept_tokens` those averaged over
+    the decoder layers' inputs; FLOPs are of teacher, student and backward (`lit_prune.cost.step`), on a GPU also as a
+    share of its peak. A window extends from one logged step to the next, without validation. Lightning's own
+    `ThroughputMonitor` synchronises after each step; this callback only does on logged steps.
     """
 
     def __init__(self) -> None:
@@ -35,11 +35,11 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a window that ends here."""
+        """Log the window that ends at this step."""
         steps, every = trainer.global_step - self.step, trainer.log_every_n_steps
         if not steps or not every or trainer.global_step % every:
             return
-        self.now = self._gather(trainer, pl_module)  # waits for the device, so that the clock tells the truth
+        self.now = self._gather(trainer, pl_module)  # synchronises, so that the time is that of finished work
         clock = time.perf_counter()
         seconds = clock - self.since
         done = dict(zip(WORK, self.now.tolist(), strict=True))
@@ -57,19 +57,19 @@ class Throughput(Callback):
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start it again."""
+        """Restart the clock."""
         self.since += time.perf_counter() - self.paused
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count up to this step; Lightning makes checkpoints on all ranks."""
+        """Save the totals up to this step; a collective, since Lightning calls it on all ranks."""
         self.now = self._gather(trainer, pl_module)
         checkpoint["callbacks"][self.state_key] = {"totals": self.now.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the totals of the run that is resumed."""
+        """Continue from the totals of the resumed run."""
         self.before = self.now = self.seen = torch.tensor(state_dict["totals"], dtype=torch.float64)
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> torch.Tensor:
-        """What all ranks have run, with the run that this one resumes."""
+        """Sum the totals over ranks and add those of the resumed run."""
         own = pl_module.work.totals.to(trainer.strategy.root_device, copy=True)
         return self.before + trainer.strategy.reduce(own, reduce_op="sum").cpu()

@@ -1,4 +1,4 @@
-"""What only Weights & Biases has."""
+"""Features of Weights & Biases: names, tags, charts by layer, artifacts."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from lit_prune.ops.budget import as_json, format_budget
 from lit_prune.pruners.base import spec
 from lit_prune.training.logging import logged_step
 
-CHARTS = {  # figures of a validation, `NAME/layer_0` and so on, and what their chart says
+CHARTS = {  # validation metrics by layer, `NAME/layer_0` and so on, and titles of their charts
     "w2": "W2² of student and teacher per decoder layer",
     "w2_without_repair": "W2² per decoder layer, repair off",
     "kept": "visual tokens per decoder layer",
@@ -21,16 +21,16 @@ CHARTS = {  # figures of a validation, `NAME/layer_0` and so on, and what their 
 
 
 class WandbRun(Callback):
-    """Names and tags the run, draws figures per decoder layer as one chart, keeps the plug-in as an artifact.
+    """Name and tag the run, draw metrics per decoder layer as one chart, log the plug-in as an artifact.
 
-    A chart has a line for each validation, those before a resume included. The artifact, of type `model`, is the folder
-    that `ExportPlugin` has written; its metadata say method, budget, base and accuracy. Without a `WandbLogger` this
+    A chart has a line for each validation, including those before a resume. The artifact, of type `model`, is the
+    folder written by `ExportPlugin`, with method, budget, base and accuracy as metadata. Without a `WandbLogger` this
     callback does nothing.
 
     Args:
         name: of the run, by default method-budget-base-seed; a name given to the logger, by WANDB_NAME or by a sweep
             stays.
-        artifact: whether to keep the plug-in.
+        artifact: log the plug-in.
     """
 
     def __init__(self, name: str | None = None, artifact: bool = True) -> None:
@@ -60,18 +60,18 @@ class WandbRun(Callback):
                 _chart(trainer, f"val/{name}_by_layer", title, lines)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the plug-in that `fit` has written; a run that fails does not come here."""
+        """Log the plug-in written by `fit`; not called if the run fails."""
         folders = [c.folder for c in trainer.callbacks if isinstance(c, ExportPlugin) and c.written]
         if stage == "fit" and self.artifact and folders:
             for logger in _loggers(trainer):
                 _keep(logger, folders[0], pl_module, trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The lines so far."""
+        """Return the lines of the charts so far."""
         return {"lines": self.lines}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The lines of the run that is resumed."""
+        """Restore the lines of the resumed run."""
         self.lines = state_dict["lines"]
 
 
@@ -89,12 +89,12 @@ def _base(module: LightningModule) -> str:
 
 
 def _loggers(trainer: Trainer) -> list[WandbLogger]:
-    """On rank zero only."""
+    """W&B loggers; none except on rank zero."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
 
 
 def _layers(trainer: Trainer, name: str) -> list[float]:
-    """A figure of the last validation, layer by layer."""
+    """Values of a metric in the last validation, by layer."""
     found = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(f"{name}/layer_")}
     return [float(found[key]) for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
 

@@ -1,4 +1,4 @@
-"""The verbs that Lightning has not: one module each, no list to keep.
+"""Verbs besides Lightning's: one module each, without a registry.
 
 A module of this package is a verb when it defines a top-level function ``run``; ``lit-prune <module name>`` calls it
 (``my_verb.py`` is ``lit-prune my-verb``). The first line of the module's docstring is the line in ``lit-prune --help``.
@@ -7,7 +7,7 @@ Both are read from the source, so the list of verbs costs no import::
     \"\"\"Answer a prompt about one or several images with fewer visual tokens.\"\"\"
 
     def run(image: list[Path], prompt: str, model: str = "micro", keep: int | None = None, compare: bool = False):
-        \"\"\"What `lit-prune generate --help` says first.
+        \"\"\"First line of `lit-prune generate --help`.
 
         Args:
             image: PNG or JPEG files; several are one batch.
@@ -24,7 +24,7 @@ Both are read from the source, so the list of verbs costs no import::
   ``out`` to ``-o``. A verb without such a parameter reads its options from ``-c FILE``; those given win. Words before
   the first option are the first parameters', in order: ``lit-prune replay FILE``.
 * Lines under ``Examples:`` end the help: commands that can be pasted. A test parses all and runs the quick ones.
-* What the user can mend is a `lit_prune.errors.LitPruneError`: printed as one message, exit code 1, no traceback.
+* User errors raise `lit_prune.errors.LitPruneError`: printed as one message, exit code 1, no traceback.
 * Import heavy things inside the module as usual (a verb is imported only when called); print through
   `lit_prune.commands._support.console`.
 * `lit_prune.commands.trainer.build(config, overrides)` gives model, data module and trainer of a `lightning fit`

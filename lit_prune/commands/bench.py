@@ -3,11 +3,8 @@
 import datetime
 import json as json_format
 import os
-import platform
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +16,8 @@ from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Dtype, image_pixels, load_model
+from lit_prune.commands._support.machine import cpu_name
+from lit_prune.commands._support.machine import threads as set_threads
 from lit_prune.commands._support.outputs import check_file, check_picture
 from lit_prune.cost.sizes import USUAL
 from lit_prune.errors import LitPruneError, check_number, check_numbers
@@ -86,7 +85,7 @@ def run(
     entrants = [_method(spec, shared) for spec in methods]
     if len({method.name for method in entrants}) < len(entrants):
         entrants = [_method(spec, shared, by_file=True) for spec in methods]
-    with _threads(threads):
+    with set_threads(threads):
         described = isinstance(model, dict)
         vlm = load_model(
             config_of(model, "`model`") if described else model, dtype, device, random_weights or described
@@ -116,7 +115,7 @@ def _check(
     time_limit: float | None,
     threads: int | None,
 ) -> None:
-    """Numbers that nothing can be measured with, before a model is loaded."""
+    """Validate numeric options before a model is loaded."""
     check_numbers("--batch-sizes", batch_sizes, least=1, whole=True)
     check_number("--text-tokens", text_tokens, least=2, whole=True)
     check_number("--new-tokens", new_tokens, least=2, whole=True)
@@ -149,19 +148,8 @@ def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
     return Method(line.name or f"{title}{own}", plugin, budget)
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _loop(bench: Benchmark, repeats: int, warmup: int, time_limit: float | None) -> bool:
-    """Run it behind a bar that draws itself only between two measurements, never during one."""
+    """Run the benchmark with a progress bar that only redraws between measurements."""
     total = (repeats + warmup) * len(bench.batch_sizes) * len(bench.methods)
     with Progress(console=console.err, auto_refresh=False) as progress:
         task = progress.add_task(f"{len(bench.methods)} methods", total=total)
@@ -169,7 +157,7 @@ def _loop(bench: Benchmark, repeats: int, warmup: int, time_limit: float | None)
 
 
 def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Machine, versions and settings of the measurement."""
     device, dims = bench.vlm.model.device, bench.dims
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -182,7 +170,7 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
         "new_tokens": bench.new_tokens,
         "dtype": str(bench.vlm.model.dtype).removeprefix("torch."),
         "attention": bench.vlm.model.config._attn_implementation,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -192,18 +180,8 @@ def _header(bench: Benchmark, clock: str) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _notes(bench: Benchmark, rows: list[Row], header: dict[str, Any], limit: float | None) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    """Caveats of the measurement."""
     notes = [f"{name} at batch {batch} did not fit into memory" for batch, name in bench.too_large]
     if limit is not None:
         notes.append(f"stopped by the time limit of {limit:g} s: n says how many rounds each row has")
@@ -228,14 +206,14 @@ REQUEST = ("batch", "method", "TTFT ms", "gain", "ms/token", "gain", "tokens/s",
 
 
 def _prefill_cells(row: Row) -> list[str]:
-    """A row under `PREFILL`."""
+    """Cells of a row under `PREFILL`."""
     gains = [_number(row[key], 1, 2) for key in ("speedup", "flops_ratio")]
     shares = [_number(row[key], 100, 1) for key in ("efficiency", "overhead", "overhead_spread")]
     return [_time(row, "prefill_ms", "spread"), _number(row["spread"], 100, 1), *gains, *shares, str(row["n"])]
 
 
 def _request_cells(row: Row) -> list[str]:
-    """A row under `REQUEST`."""
+    """Cells of a row under `REQUEST`."""
     return [
         _time(row, "ttft_ms", "ttft_spread"),
         _number(row["ttft_speedup"], 1, 2),
@@ -261,7 +239,7 @@ def _title(header: dict[str, Any]) -> str:
 
 
 def _print(rows: list[Row], header: dict[str, Any]) -> None:
-    """Two narrow tables: the prefill beside what its FLOPs promise, and whole requests."""
+    """Print two narrow tables: the prefill next to its FLOPs ratio, and whole requests."""
     console.out.print(
         f"{_title(header)}: {header['visual_tokens']} visual + {header['text_tokens']} text tokens, "
         f"{header['dtype']}, {header['machine']}, {header['threads']} thread(s), {header['clock']} time",

@@ -56,14 +56,14 @@ def run(
     A cell that is done is kept in OUT/cells and not measured again while nothing it depends on has changed: method,
     weights, budget, seed, base model, data. Budgets are passes, so a run that is cut off loses at most one of them.
     A budget that a method can't meet is an empty cell with the reason. An error in one method leaves its cell empty,
-    the others go on, and the exit code is 1.
+    the others continue, and the exit code is 1.
 
     Args:
         config: Configuration files of `lightning fit`: they give base model, data and budget. Default:
             configs/micro.yaml.
         methods: `full`, a shipped method, a YAML file, or a plug-in folder, each as PATH or NAME=PATH; NAME=A,B,C are
             trained runs of one method; {keep} and {seed} in a path stand for each budget and seed, as in
-            RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin; `!` behind the path leaves the repair adapter out. Default:
+            RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin; `!` after the path leaves the repair adapter out. Default:
             full and all of configs/pruners.
         keep: Budgets, visual tokens averaged over the decoder layers' inputs, or shares of the model's, e.g. --keep 32
             16 5.6%. Default: the configuration's.

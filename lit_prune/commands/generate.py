@@ -28,7 +28,7 @@ REPEATS = 5  # timed runs, of which the median counts
 
 @dataclass(frozen=True)
 class Run:
-    """What one way of answering did with a batch; lists have one entry a sample."""
+    """Result of one way of answering a batch; lists have one entry per sample."""
 
     answers: list[str]
     visual: list[float]  # visual tokens averaged over the decoder layers' inputs
@@ -130,7 +130,7 @@ def run_plain(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int, trace: Trac
 
 
 def full_trace(inputs: dict[str, Any], vlm: VLM) -> Trace:
-    """What the plain model runs: the whole prompt in every layer."""
+    """Trace of the plain model: the whole prompt in every layer."""
     lengths = inputs["attention_mask"].sum(1)
     visual = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1)
     depth = find(vlm.model).dims.depth

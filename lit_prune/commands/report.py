@@ -36,7 +36,7 @@ def run(
         title: Title of the page, e.g. --title "RCP on POPE".
         baseline: Method that differences are taken to, e.g. --baseline random; by default the full model.
         samples: Most samples to show, those that most methods lose first, e.g. --samples 1000; 0 shows none.
-        draws: Bootstrap samples behind an interval, e.g. --draws 10000.
+        draws: Bootstrap samples per interval, e.g. --draws 10000.
         seed: Of the bootstrap.
         wandb: Log the tables to Weights & Biases too, offline where there is no key: --wandb.
 

@@ -107,7 +107,7 @@ def _named(chosen: Benchmark, given: list[Answer], root: Path, questions: Path |
 
 
 def _raw(given: list[Answer]) -> bool:
-    """Whether answers are a model's own words; files of both kinds can't be scored together."""
+    """True if answers are a model's own words; files of both kinds can't be scored together."""
     for answer in given:
         if answer.raw != given[0].raw:
             raise LitPruneError(

@@ -24,7 +24,7 @@ from lit_prune.vlm import VLM
 
 @dataclass(frozen=True)
 class Asked:
-    """An image and a question about it; the right answer and the boxes asked about where they are known."""
+    """An image and a question about it, with the right answer and the boxes asked about, if known."""
 
     image: Image.Image
     prompt: str
@@ -84,9 +84,9 @@ def run(
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, asked.image.size, box) for box in asked.boxes]
-    told = hints(marks, vlm, seen)
+    given = hints(marks, vlm, seen)
     full = respond(vlm, inputs, max_new_tokens)[0]
-    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, told, max_new_tokens) for choice in chosen]
+    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, given, max_new_tokens) for choice in chosen]
     rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
@@ -106,12 +106,12 @@ def _save(path: Path, page: Figure) -> None:
 def ask(
     image: str | None, scene: int | None, skill: str, prompt: str | None, answer: str | None, boxes: list[int] | None
 ) -> Asked:
-    """The image or scene, and its question with what is known about it; what the user tells wins."""
+    """Image or scene with its question and known answers; the user's options take precedence."""
     if image is not None and scene is not None:
         raise LitPruneError("give an --image or a --scene, not both")
     asked = _of_scene(scene, skill, prompt) if image is None else _of_image(image, prompt)
-    told = {"answer": answer, "boxes": None if boxes is None else _fours(boxes)}
-    return replace(asked, **{name: value for name, value in told.items() if value is not None})
+    given = {"answer": answer, "boxes": None if boxes is None else _fours(boxes)}
+    return replace(asked, **{name: value for name, value in given.items() if value is not None})
 
 
 def _of_image(path: str, prompt: str | None) -> Asked:
@@ -155,7 +155,7 @@ def view(vlm: VLM, image: Image.Image) -> Pixels:
 
 
 def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:
-    """Where a box of the image file lies in the image as the model sees it: its mask goes through the processor."""
+    """Transform a box of the image file to the model's view, by passing its mask through the processor."""
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
         raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
@@ -166,17 +166,17 @@ def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:
 
 
 def hints(marks: list[Box] | None, vlm: VLM, seen: Pixels) -> dict[str, Tensor]:
-    """What only the caller can know: the regions asked about, if any are."""
+    """Hints of the sample: the regions asked about, if known."""
     side = side_of(find(vlm.model).dims.visual)
     return {} if marks is None else regions.joined([regions.regions(marks, side, seen.shape[0])])
 
 
 def as_row(
-    vlm: VLM, name: str, inputs: dict[str, Any], asked: Asked, told: dict[str, Tensor], max_new_tokens: int
+    vlm: VLM, name: str, inputs: dict[str, Any], asked: Asked, hints: dict[str, Tensor], max_new_tokens: int
 ) -> Row:
     """Run what is attached and gather what its row shows."""
     record = Record()
-    with vlm.using(Session(hints=told, record=record)):
+    with vlm.using(Session(hints=hints, record=record)):
         text = respond(vlm, inputs, max_new_tokens)[0]
     kept = {stage.layer: stage.kept[0].cpu().numpy() for stage in record.stages}
     first = record.stages[0]

@@ -32,10 +32,10 @@ def run(
     fixed: list[str] | None = None,
     seed: int | None = None,
 ) -> None:
-    """Run the trials of a sweep one by one, each as a command of its own: the lines that `wandb agent` would run.
+    """Run the trials of a sweep one by one, each as a separate command, the one that `wandb agent` would run.
 
-    A failed trial is marked and the sweep goes on. Run again, it goes on where it was; several at once on one folder,
-    such as the tasks of a Slurm array, share the trials. At the end: a table, `trials.csv` and pictures in the folder.
+    A failed trial is marked and the sweep continues. The same command resumes a sweep; several running on one folder,
+    such as the tasks of a Slurm array, share the trials. At the end: a table, `trials.csv` and plots in the folder.
 
     Args:
         config: Sweep file, e.g. -c configs/sweeps/micro.yaml: `method` grid, random or bayes (Optuna's TPE),
@@ -64,17 +64,17 @@ def run(
     with _terminable(), Progress(console=console.err, disable=not console.err.is_terminal) as progress:
         task = progress.add_task(sweep.name, total=total)
 
-        def tell(trial: "optuna.trial.FrozenTrial") -> None:
+        def report(trial: "optuna.trial.FrozenTrial") -> None:
             progress.update(task, completed=trial.number + 1)
             console.say(f"trial {trial.number}: {outcome(trial)}")
 
-        search(study, sweep, folder, total, more, tell)
+        search(study, sweep, folder, total, more, report)
     finish(study, sweep, folder, more)
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is an exception, so that the running trial is ended too."""
+    """Turn SIGTERM into an exception, so that the running trial is ended too."""
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
@@ -83,7 +83,7 @@ def _terminable() -> Iterator[None]:
 
 
 def finish(study: "optuna.Study", sweep: "Sweep", folder: Path, more: list[str]) -> None:
-    """The table, the best trial's command, `trials.csv`, pictures; raises `LitPruneError` if no trial succeeded."""
+    """Print the table and the best trial's command, write `trials.csv` and plots; an error if no trial succeeded."""
     from lit_prune.training.sweeps import outcome
 
     names, trials = list(sweep.space), study.get_trials(deepcopy=False)
@@ -109,7 +109,7 @@ def finish(study: "optuna.Study", sweep: "Sweep", folder: Path, more: list[str])
 
 
 def draw(study: "optuna.Study", sweep: "Sweep", folder: Path) -> None:
-    """The best value over the trials, and how values go with parameters."""
+    """Plot the best value over the trials, and values against parameters."""
     import matplotlib
 
     matplotlib.use("Agg")

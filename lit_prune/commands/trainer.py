@@ -205,7 +205,7 @@ class PruneCLI(LightningCLI):
             self.checked.check(self.reads)
 
     def after_instantiate_classes(self) -> None:
-        """What was opened to check it is not opened again."""
+        """Reuse the data opened by the check."""
         if self.checked is not None:
             self.datamodule.opened = self.checked.opened
 
@@ -265,7 +265,7 @@ def build(config: str | list[str], overrides: list[str] | None = None, reads: st
 
 
 def _help(verb: str) -> dict[str, Any]:
-    """How a verb's `--help` begins and ends: in between are some hundred options."""
+    """Beginning and end of a verb's `--help`, which lists some hundred options in between."""
     about = f"{LIGHTNING_VERBS[verb]}\nLater files win over earlier ones, and options over files."
     more = [
         f"lightning {verb} -c FILE --print_config    shows what all files and options come to",

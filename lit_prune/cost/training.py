@@ -1,8 +1,8 @@
-"""What a training run would take: FLOPs, seconds, and bytes on each GPU, from sizes alone; nothing runs.
+"""Estimate a training run from sizes alone: FLOPs, seconds, and bytes on each GPU; nothing runs.
 
-An estimate, and as good as its assumptions. FLOPs are those that `lit_prune.cost.step` counts in a real step, weights
-are counted to the last one, activations are what autograd keeps of a frozen layer. Seconds rest on the share of the
-peak that is assumed; memory leaves out what is free again when backward begins.
+The estimate is as good as its assumptions. FLOPs are those that `lit_prune.cost.step` counts in a real step, weights
+are counted exactly, activations are those that autograd saves in a frozen layer. Seconds depend on the assumed share of
+the peak; memory leaves out what is freed before backward begins.
 """
 
 from collections.abc import Mapping
@@ -15,26 +15,50 @@ from lit_prune.cost.flops import CARRIER, ModelSize, decoder_layer
 from lit_prune.cost.plan import Training
 from lit_prune.cost.step import step_flops
 from lit_prune.cost.trace import Trace, plan
+from lit_prune.pruners.base import PruningMethod
+from lit_prune.repair import RepairAdapter
 
-STAGES = {"ddp": 0, "deepspeed_1": 1, "deepspeed_2": 2, "deepspeed_3": 3}  # of ZeRO: what is split over the ranks
+STAGES = {"ddp": 0, "deepspeed_1": 1, "deepspeed_2": 2, "deepspeed_3": 3}  # ZeRO stage
 PASSES = 3  # in which ZeRO-3 gathers the frozen weights: teacher, student, backward
-ADAM = 8  # bytes of its two moments
+ADAM = 8  # bytes per parameter of its two moments
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters: of the frozen model, of its largest decoder layer, and of what trains."""
+    """Numbers of parameters: of the frozen model, of one of its decoder layers, and of the plug-in.
+
+    `bytes_per_value`: of the frozen weights.
+    """
 
     frozen: int
     layer: int
     trained: int
+    bytes_per_value: int = 2
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a training sample: visual, text before the answer, and the trained answer."""
+
+    visual: int
+    text: int
+    answers: int
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """Traces that teacher and student of one sample would leave in a training step, and its number of answer tokens."""
+
+    teacher: Trace
+    student: Trace
+    answers: int
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank does and holds. `flops` and seconds are of a batch, forward and backward, but for `step` and `run`.
+    """Work and memory of one rank. FLOPs and seconds are per batch, forward and backward, except `step` and `run`.
 
-    `memory`: bytes at the moment when backward begins, by what holds them.
+    `memory`: bytes at the start of backward, by use.
     """
 
     flops: float
@@ -49,43 +73,41 @@ class Estimate:
 
 def plan_step(
     schedule: Mapping[int, int],
-    visual: int,
-    text: int,
-    answers: int,
+    tokens: TokenCounts,
     depth: int,
-    pruner,
-    repair=None,
+    pruner: PruningMethod,
+    repair: RepairAdapter | None = None,
     mode: str = "soft",
-) -> tuple[Trace, Trace]:
-    """Traces that teacher and student of one sample would leave in a training step, as `PruneModule` runs it.
+) -> PlannedStep:
+    """Plan a training step of one sample, as `PruneModule` runs it.
 
-    The student starts where the first stage is, from the teacher's states; the teacher stops behind the last repaired
-    layer. `text` tokens stand before the answer of `answers`, which train.
+    The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer.
     """
-    teacher = plan({}, visual, text + answers, depth)
-    student = plan(schedule, visual, text + answers, depth, pruner, repair, question=text)
+    visual, text = tokens.visual, tokens.text + tokens.answers
+    teacher = plan({}, visual, text, depth)
+    student = plan(schedule, visual, text, depth, pruner, repair, question=tokens.text)
     feeds = {} if repair is None else repair.feeds(sorted(schedule), depth)
     if feeds:
-        student.repaired = torch.tensor([answers])
+        student.repaired = torch.tensor([tokens.answers])
     start = pruner.walk(depth)[0]
     reads = start.pruner.reads(start.index)
     first = min(schedule) - int(reads is not None and reads.layer == "previous")
     learned = min(schedule) if any(True for _ in pruner.parameters()) else min(feeds, default=depth) + 1
     stop = max(feeds, default=depth - 1) + 1
-    full = pruner.arriving(schedule, visual) + text + answers
+    full = pruner.arriving(schedule, visual) + text
     lengths = student.queries if mode == "drop" else [torch.tensor([full])] * depth
     nothing = torch.tensor([0])
     teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
     teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
-    return teacher, student
+    return PlannedStep(teacher, student, tokens.answers)
 
 
 def kept_bytes(size: ModelSize, tokens: Tensor, bytes_per_value: int, soft: bool) -> Tensor:
-    """Bytes that autograd keeps of one frozen decoder layer with SwiGLU and RMSNorm over so many tokens.
+    """Bytes that autograd saves in one frozen decoder layer with SwiGLU and RMSNorm, for each number of tokens.
 
-    Weights that don't train keep no inputs alive: what is left is both norms' input in float32, what attention was
-    given and gave, with a log of sums for each head, and the three factors of the MLP's product.
+    Frozen weights need no saved inputs. What remains are the inputs of both norms in float32, inputs and output of
+    attention with one log-sum-exp per head, and the three factors of the MLP's product.
     """
     head = size.head_dim + (CARRIER if soft else 0)
     attention = (2 * size.heads + 2 * size.key_heads) * head * bytes_per_value + 4 * size.heads
@@ -93,7 +115,7 @@ def kept_bytes(size: ModelSize, tokens: Tensor, bytes_per_value: int, soft: bool
 
 
 def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft: bool, checkpointing: bool) -> float:
-    """Bytes that a student's decoder keeps for backward, summed over the trace's samples."""
+    """Bytes that a student's decoder saves for backward, summed over the trace's samples."""
     reached = [tokens.sum() for tokens, learns in zip(student.ran, student.learns, strict=True) if learns]
     if not reached:
         return 0.0
@@ -105,7 +127,7 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
 
 
 def repeated_flops(student: Trace, size: ModelSize) -> float:
-    """FLOPs of running a student's layers again in backward, up to the MLP's last product, which nothing asks for."""
+    """FLOPs of recomputing a student's layers in backward, except the MLP's last product, whose output isn't needed."""
     reached = [tokens for tokens, learns in zip(student.ran, student.learns, strict=True) if learns]
     layers = (decoder_layer(size, tokens, tokens) - 2 * tokens.double() * size.width * size.mlp for tokens in reached)
     return sum(layer.sum().item() for layer in layers)
@@ -113,23 +135,21 @@ def repeated_flops(student: Trace, size: ModelSize) -> float:
 
 def estimate(
     training: Training,
-    teacher: Trace,
-    student: Trace,
+    step: PlannedStep,
     size: ModelSize,
     weights: Weights,
-    pruner,
-    repair=None,
-    answers: int = 1,
-    bytes_per_value: int = 2,
+    pruner: PruningMethod,
+    repair: RepairAdapter | None = None,
 ) -> Estimate:
-    """Price a run whose every sample leaves these traces; `bytes_per_value` are those of the frozen weights."""
+    """Estimate a run in which every sample is like the planned one."""
     batch, stage, ranks = training.batch_size, STAGES[training.strategy], training.gpus
-    flops = batch * step_flops(teacher, student, size, pruner, repair, answers).item()
-    repeated = batch * repeated_flops(student, size) if training.checkpointing else 0.0
-    soft = training.mode == "soft"
-    kept = activation_bytes(student, size, bytes_per_value, soft, training.checkpointing)
+    flops = batch * step_flops(step.teacher, step.student, size, pruner, repair, step.answers).item()
+    repeated = batch * repeated_flops(step.student, size) if training.checkpointing else 0.0
+    bytes_per_value, soft = weights.bytes_per_value, training.mode == "soft"
+    kept = activation_bytes(step.student, size, bytes_per_value, soft, training.checkpointing)
     frozen = weights.frozen * bytes_per_value
-    share = [1 / ranks if stage >= split else 1.0 for split in (1, 2, 3)]  # of Adam's moments, gradients, weights
+    # Share that each rank holds of Adam's moments, gradients and weights.
+    share = [1 / ranks if stage >= split else 1.0 for split in (1, 2, 3)]
     memory = {
         "frozen model": frozen * share[2],
         "layers gathered": 2 * weights.layer * bytes_per_value if stage == 3 else 0.0,
@@ -137,13 +157,13 @@ def estimate(
         "gradients": weights.trained * 4 * share[1],
         "Adam": weights.trained * ADAM * share[0],
         "activations": batch * kept,
-        "logits": batch * answers * size.vocab * (bytes_per_value + 8),
+        "logits": batch * step.answers * size.vocab * (bytes_per_value + 8),
         "reserve": training.reserve * 1e9,
     }
     others = (ranks - 1) / ranks
     compute = (flops + repeated) / (training.peak * 1e12 * training.utilisation)
     transfer = PASSES * frozen * others / (training.bandwidth * 1e9) if stage == 3 else 0.0
     reduced = 2 * weights.trained * 4 * others / (training.bandwidth * 1e9)
-    step = training.accumulate * max(compute, transfer) + reduced
-    rate = ranks * batch * training.accumulate / step
-    return Estimate(flops, repeated, compute, transfer, step, training.samples / rate, rate, memory)
+    seconds = training.accumulate * max(compute, transfer) + reduced
+    rate = ranks * batch * training.accumulate / seconds
+    return Estimate(flops, repeated, compute, transfer, seconds, training.samples / rate, rate, memory)

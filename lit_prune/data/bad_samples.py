@@ -1,4 +1,4 @@
-"""Keeping account of bad samples: counted, listed in a file, and too many of them stop the run."""
+"""Count bad samples, list them in a file, and stop the run if there are too many."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ class BadSampleLog:
         return self.folder / name if self.folder else None
 
     def update(self, stage: str, current: Hashable, good: int, skipped: list[Skipped], size: int) -> None:
-        """Take one batch into account: its good samples, its skipped ones.
+        """Count the good and the skipped samples of a batch.
 
         Args:
             stage: what the samples are used for.

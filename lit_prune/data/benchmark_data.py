@@ -87,13 +87,13 @@ class BenchmarkData(InstructData):
         return self._questions
 
     def digest(self, part: Part) -> str:
-        """Of what a benchmark asks, and how, so that answers to it can be told from answers to something else."""
+        """Digest of a benchmark's questions and prompt settings, to recognise answers to exactly these."""
         asked = [(q.group, str(q.id), q.image, q.prompt) for q in part.labels.questions]
         settings = [self.system, self.pad_to_square, self.max_length, asked]
         return sha256(json.dumps(settings).encode()).hexdigest()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """As `InstructData` does; where none may be bad, the first question that can't be read stops the run."""
+        """Do as `InstructData`; if no question may be bad, stop at the first one that can't be read."""
         skipped = batch.get("skipped", [])
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if skipped and not self.max_bad_share:
@@ -139,7 +139,7 @@ class BenchmarkData(InstructData):
 
 
 def _entries(benchmark: Entry | list[Entry], root: str | None, split: str | None) -> list[dict[str, Any]]:
-    """Each benchmark as its name, its folder, its split and options of its reader."""
+    """Name, reader, folder and split of each benchmark."""
     given = benchmark if isinstance(benchmark, list) else [benchmark]
     if not given:
         raise LitPruneError("data.benchmark: no benchmark is given")

@@ -42,12 +42,12 @@ class Conversation:
 
     @property
     def images(self) -> int:
-        """How many images the messages show."""
+        """Number of images in the messages."""
         return sum(part["type"] == "image" for message in self.messages for part in message["content"])
 
     @property
     def answers(self) -> int:
-        """How many answers the messages hold."""
+        """Number of answers in the messages."""
         return sum(message["role"] == "assistant" for message in self.messages)
 
     def first(self, answers: int) -> "Conversation":
@@ -180,7 +180,7 @@ def encode_conversation(
 
 
 def answer_ends(labels: Tensor) -> list[int]:
-    """Where the labelled answers of a sample end: the number of tokens up to and including each one's last."""
+    """Ends of the labelled answers of a sample: number of tokens up to and including each answer."""
     labelled = torch.nn.functional.pad(labels != IGNORED, (0, 1))
     return ((labelled[:-1] & ~labelled[1:]).nonzero().flatten() + 1).tolist()
 
@@ -276,7 +276,7 @@ def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor, lim
     for start, end in spans:
         before, until = tokens(start), tokens(end)
         if whole[: len(before)] != before or whole[: len(until)] != until or len(before) == len(until):
-            raise _bad("the tokens of an answer cannot be told from those of its prompt")
+            raise _bad("the tokens of an answer cannot be separated from those of its prompt")
         chosen = places[len(before) : len(until)]
         if chosen[-1] >= limit:  # or a record of many turns would be tokenized once for each
             break

@@ -1,4 +1,4 @@
-"""Samples of a source and the batches made of them, with bad samples replaced or left out."""
+"""Encode the samples of a source and collate batches, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -27,11 +27,10 @@ from lit_prune.files.images import MAX_PIXELS, decode_image, padded_to_square
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
 LONGEST_REASON = 500  # characters; an "image path" may be the image itself in base64
-LARGEST_PIXEL = 1e9  # what a box may reach to; Python's integers may be larger than any float
 
 
 class InstructDataset(Dataset):
-    """The records of a source with their images, encoded by the model's processor. Pickles.
+    """Records of a source with their images, encoded by the model's processor. Can be pickled.
 
     Args:
         source: see `open_source`.
@@ -60,7 +59,7 @@ class InstructDataset(Dataset):
         self.view: Callable[[Image.Image], Image.Image] | None = None
 
     def seen_as(self, view: Callable[[Image.Image], Image.Image]) -> "InstructDataset":
-        """The same samples with each image changed by `view`, which keeps its size and pickles."""
+        """Copy of the data set that applies `view` to each image; `view` keeps the size and can be pickled."""
         other = copy(self)
         other.view = view
         return other
@@ -69,11 +68,10 @@ class InstructDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """The encoded record.
+        """Encode a record.
 
         Raises:
-            BadSample: whatever is wrong with the record, its images or what the processor makes of them; it names file
-                and sample.
+            BadSample: the record or its images can't be read or encoded; names file and sample.
             LitPruneError: the source itself can't be read any more.
         """
         name: str | int = index
@@ -91,7 +89,7 @@ class InstructDataset(Dataset):
             raise BadSample(self.source.file_of(index), name, _shortened(in_words(error))) from error
 
     def __getitems__(self, indices: list[int]) -> Fetched:
-        """The samples of an index batch; called by the data loader in place of `__getitem__`."""
+        """Fetch the samples of an index batch; called by the data loader in place of `__getitem__`."""
         fetched = Fetched([], [])
         try:
             for index in indices:
@@ -124,7 +122,7 @@ class InstructDataset(Dataset):
         cut = conversation.answers - len(encoded.ends) if answered else 0
         if cut:
             conversation = conversation.first(conversation.answers - cut)
-        boxes, shown = _boxes(record), None
+        boxes, shown = regions.boxes_of(record), None
         if self.mode != "train" and record.get("boxes") is not None:
             shown = regions.sample_regions(self.processor, encoded.inputs, [image.size for image in images], boxes)
         return Sample(
@@ -150,36 +148,24 @@ class InstructDataset(Dataset):
 
 
 def _shortened(reason: str) -> str:
-    """At most 500 characters, from both ends."""
+    """Shorten to at most 500 characters, from both ends."""
     half = LONGEST_REASON // 2 - 3
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:half]} ... {reason[-half:]}"
 
 
 def _skill(record: dict) -> str | None:
-    """The skill of a record, on one line; None where nothing, or NaN, is given."""
+    """Skill of a record, on one line; None if missing or NaN."""
     skill = record.get("skill")
     if skill is None or skill != skill:
         return None
     return " ".join(str(skill).split()) or None
 
 
-def _boxes(record: dict) -> list[list[float]]:
-    """The boxes of a record. Raises BadSample unless they are lists of four finite numbers."""
-    boxes = record.get("boxes")
-    if boxes is None:
-        return []
-    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
-        raise BadSample("", None, "its boxes are no list of lists of four numbers")
-    if not all(isinstance(edge, int | float) and abs(edge) < LARGEST_PIXEL for box in boxes for edge in box):  # no nan
-        raise BadSample("", None, "its boxes have edges that are no numbers of pixels")
-    return boxes
-
-
 class Collate:
-    """Makes a batch of what an index batch gave: see `InstructData` for its layout. Pickles.
+    """Collate the samples of an index batch; see `InstructData` for the layout. Can be pickled.
 
-    A sample that does not go with the others, say for other shapes, is a bad one. In training another one of the batch
-    takes its place.
+    A sample that can't be batched with the others, for example because of its shapes, is a bad one. In training another
+    sample of the batch replaces it.
     """
 
     def __init__(self, pad_id: int, mode: Mode):
@@ -193,7 +179,7 @@ class Collate:
             return self._batch(self._without_misfits(fetched, error))
 
     def _without_misfits(self, fetched: Fetched, error: Exception) -> Fetched:
-        """The largest group of samples that go together, found one by one; the others are bad samples."""
+        """Keep the largest group of samples that can be batched, found one by one; the others are bad samples."""
         samples = fetched.samples
         fitting: list[Sample] = []
         for first in samples:
@@ -254,7 +240,7 @@ class Collate:
         return batch
 
     def _inputs(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """Prompts with answers, padded on the right; pixel values of all images, sample after sample."""
+        """Prompts with answers, padded on the right; pixel values of all images in sample order."""
         keys = dict.fromkeys(key for s in samples for key in s.inputs)  # a text has no pixel values
         return {key: self._join(key, [s.inputs[key] for s in samples if key in s.inputs]) for key in keys}
 
@@ -275,7 +261,7 @@ class Collate:
 
 
 def concatenate(values: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension; shorter further dimensions (images of fewer tiles) are padded with 0 at their end."""
+    """Concatenate along the first dimension; other dimensions (images with fewer tiles) are zero-padded at the end."""
     largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     whole = values[0].new_zeros(sum(len(value) for value in values), *largest)
     row = 0
@@ -286,19 +272,19 @@ def concatenate(values: Sequence[Tensor]) -> Tensor:
 
 
 def pad_token(processor: Any) -> int:
-    """The token that fills batches: the tokenizer's padding token, else its end-of-sequence token, else 0."""
+    """Padding token: the tokenizer's padding token, else its end-of-sequence token, else 0."""
     tokenizer = processor.tokenizer
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)
 
 
 def error_text(skipped: Skipped) -> str:
-    """A skipped sample in words."""
+    """Describe a skipped sample."""
     return str(BadSample(skipped.file, skipped.sample, skipped.reason))
 
 
 def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:
-    """The batch with `move` applied to its tensors; the prompts' images are the inputs' own, moved once."""
+    """Apply `move` to the tensors of a batch; the images shared by prompts and inputs are moved once."""
     if "prompts" not in batch:
         return move(batch)
     tokens = {key: value for key, value in batch["prompts"].items() if key in TOKEN_KEYS}

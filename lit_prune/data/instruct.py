@@ -120,7 +120,7 @@ class InstructData(LightningDataModule):
 
     @property
     def processor(self) -> Any:
-        """The processor of the base model; may be set before `setup`."""
+        """Processor of the base model; may be set before `setup`."""
         if self._processor is None:
             from lit_prune.loading import load_processor
 
@@ -132,19 +132,19 @@ class InstructData(LightningDataModule):
         self._processor, self._loaded_from = processor, None
 
     def scorer(self) -> Metric:
-        """The metric that judges answers in validation and test: `update` takes their texts and the batch."""
+        """Metric that scores answers in validation and test; its `update` takes their texts and the batch."""
         return ExactMatch()
 
     def check(self, stage: str) -> None:
-        """Open the data that a verb (fit, validate, test, predict) reads: to be called before a model is loaded.
+        """Open the data that a verb (fit, validate, test, predict) reads; to be called before a model is loaded.
 
         Raises:
-            LitPruneError: data that are not given, not there, cannot be read at all; or training data without images.
+            LitPruneError: data are not given, missing or unreadable, or training data have no images.
         """
         for split in self._splits(stage):
             self._check(split)
 
-    # What Lightning calls
+    # Hooks of Lightning
 
     def setup(self, stage: str | None = None) -> None:
         for name in [s for s, split in REQUIRED.items() if (s == stage if stage else self.paths[split])]:
@@ -157,16 +157,17 @@ class InstructData(LightningDataModule):
         self._prepare_trainer()
 
     def teardown(self, stage: str) -> None:
-        """Say so if a run saw no image at all."""
+        """Warn if a run saw no image at all."""
         if stage == "fit":
             self.tally.warn_without_images()
 
     def train_dataloader(self) -> DataLoader:
         batches = self._train_batches
-        self.batch_size = batches.resize(self.batch_size)  # which a finder may have changed
+        self.batch_size = batches.resize(self.batch_size)  # a batch-size finder may have changed it
         if self.trainer is not None:
             epoch = self.trainer.current_epoch
-            if not batches.resumed or epoch + batches.shift > batches.epoch:  # else it is there, or ahead of Lightning
+            # A resumed order is already at its epoch, or ahead of Lightning's count.
+            if not batches.resumed or epoch + batches.shift > batches.epoch:
                 batches.set_epoch(epoch)
         return self._loader("train", batch_sampler=batches)
 
@@ -180,7 +181,7 @@ class InstructData(LightningDataModule):
         return self._eval_loader("predict")
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Take the batch's account of bad samples, and warn of what was not read."""
+        """Pop and log the batch's bad-sample counters, and warn about unread keys."""
         self.tally.warn_of_keys(batch.pop("unread", {}))
         skipped, cut, replaced = batch.pop("skipped", []), batch.pop("cut", 0), batch.pop("replaced", 0)
         stage, current = "data", None
@@ -203,7 +204,7 @@ class InstructData(LightningDataModule):
         return move_batch(batch, lambda part: move_data_to_device(part, device))
 
     def state_dict(self) -> dict[str, int]:
-        """Where training is in its data: by what an optimizer step was made of, not by what was fetched ahead."""
+        """Position of training in its data, after the last optimizer step, independent of prefetching."""
         batches = self._train_batches
         return {} if batches is None or self.trainer is None else saved_place(self.trainer, batches)
 
@@ -214,7 +215,7 @@ class InstructData(LightningDataModule):
     # Parts
 
     def _splits(self, stage: str) -> list[str]:
-        """The splits that a verb reads. Raises LitPruneError if the one that it needs is not given."""
+        """Splits that a verb reads. Raises LitPruneError if the required one is not given."""
         if not self.paths[REQUIRED[stage]]:
             raise LitPruneError(
                 f"data: {REQUIRED[stage]} is not given: {stage} needs a file or folder of instruction data"
@@ -222,7 +223,7 @@ class InstructData(LightningDataModule):
         return [split for split in SPLITS[stage] if self.paths[split]]
 
     def _sources(self, split: str) -> list[Source]:
-        """The sources of a split: those that were checked, else opened now."""
+        """Sources of a split: those opened by `check`, otherwise opened now."""
         if split in self.opened:
             return self.opened.pop(split)
         if split == "train":
@@ -246,13 +247,13 @@ class InstructData(LightningDataModule):
         )
 
     def _encoder(self, split: str) -> Callable[[Source], InstructDataset]:
-        """Makes the data set of a source's samples. Raises LitPruneError for a processor without a chat template."""
+        """Factory of a source's data set. Raises LitPruneError for a processor without a chat template."""
         chat_template(self.processor)
         options = {"max_length": self._context(), "mode": _mode(split), "too_long": self.too_long}
         return partial(InstructDataset, processor=self.processor, square=self._square(), **options)
 
     def _square(self) -> tuple[int, int, int] | None:
-        """The colour with which images are padded to a square; None leaves their shape."""
+        """Colour with which images are padded to a square; None: no padding."""
         return None
 
     def _order(self) -> Order:
@@ -263,13 +264,13 @@ class InstructData(LightningDataModule):
         return Order(mixture.sizes, given, self.seed, lengths, self.batch_size * world)
 
     def _context(self) -> int | None:
-        """The given `max_length`, else the context of the base model as far as it is known."""
+        """The given `max_length`, otherwise the context length of the base model, if known."""
         if self.max_length is None:
             self.max_length = context_length(self.processor, self._loaded_from)
         return self.max_length
 
     def _loader(self, split: str, **order: Any) -> DataLoader:
-        """A loader; `order` are its arguments that say what a batch is made of."""
+        """Create a loader; `order`: its sampler arguments."""
         collate = Collate(pad_token(self.processor), _mode(split))
         return make_loader(self.datasets[split], collate, self.num_workers, self.prefetch_factor, self.seed, **order)
 
@@ -278,7 +279,7 @@ class InstructData(LightningDataModule):
         return self._loader(split, batch_sampler=EvalBatches(share, self.eval_batch_size))
 
     def _asked(self, split: str) -> int | Sequence[int]:
-        """Number of samples of a split to evaluate on, all of them, or the indices of some."""
+        """Samples of a split to evaluate: the number of all of them, or the indices of some."""
         return len(self.datasets[split])
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -289,9 +290,9 @@ class InstructData(LightningDataModule):
             return
         # These samplers split over ranks themselves and must not be wrapped in a second one.
         self.trainer._accelerator_connector.use_distributed_sampler = False
-        log_dir = self.trainer.log_dir  # asks all ranks: not for a later moment
+        log_dir = self.trainer.log_dir  # a collective, so it is called here on all ranks
         root = Path(self.trainer.default_root_dir)
-        given = root.resolve() != Path.cwd()  # a logger's folder is another one after a resume
+        given = root.resolve() != Path.cwd()  # a logger's folder changes when a run is resumed
         self.bad_samples.folder = root if given or not log_dir else Path(log_dir)
         self.bad_samples.rank = self.trainer.global_rank
 

@@ -1,4 +1,4 @@
-"""How long samples are, without tokenizing them."""
+"""Estimate the lengths of samples without tokenizing them."""
 
 import numpy as np
 
@@ -11,10 +11,10 @@ ENCODED = 16  # samples a source that the estimate is fitted to
 
 
 def estimate_lengths(dataset: InstructDataset) -> np.ndarray:
-    """Tokens of every sample (samples,), estimated: every record is read, but only 16 of them are encoded.
+    """Estimate the number of tokens of every sample (samples,): all records are read, but only 16 are encoded.
 
-    Length is taken to be linear in the characters of the text and the number of images; the 16 samples, evenly spaced,
-    say by how much. It is the same on every rank. A record that cannot be read counts 0.
+    The length is modelled as linear in the number of characters and of images, fitted to 16 evenly spaced samples. The
+    result is the same on every rank. An unreadable record counts 0.
     """
     sizes = np.empty((len(dataset), 2))  # characters, images
     for index in range(len(dataset)):

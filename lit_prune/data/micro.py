@@ -1,4 +1,4 @@
-"""LightningDataModule for the generated micro world: written once as JSON and PNG files, read like any other data."""
+"""LightningDataModule for the generated micro world, written once as JSON and PNG files, read as `InstructData`."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from lit_prune.data.instruct import InstructData
 from lit_prune.errors import LitPruneError
 from lit_prune.micro import drawing, instructions, world
 
-RANGES = {  # first seed of a split, first seed of what comes after it
+RANGES = {  # first seed of a split, and of the next range
     "train": (world.TRAIN_SEED, world.VALIDATION_SEED),
     "val": (world.VALIDATION_SEED, world.TEST_SEED),
     "test": (world.TEST_SEED, world.RESERVED_SEED),
@@ -23,23 +23,23 @@ INSTRUCTIONS = "instructions.json"
 class MicroData(InstructData):
     """The generated world as instruction data; batches as in `InstructData`.
 
-    Every split is a folder `root/SPLIT-HASH`, whose hash is over its settings and the source of the world. It is
-    written under another name and renamed when it is whole. Prediction reads the test split.
+    Every split is a folder `root/SPLIT-HASH`, with a hash of its settings and of the world's source code. It is written
+    under another name and renamed when complete. Prediction reads the test split.
 
     Args:
-        base: model whose processor makes the inputs.
-        root: where the folders are written; one that exists is used again.
-        train_samples: questions to train on.
-        val_samples: questions to validate on.
-        test_samples: questions to test on.
-        data_seed: which block of scenes is taken: 0 the first ones of each split, 1 the next, and so on.
+        base: model whose processor encodes the inputs.
+        root: parent of the folders; existing folders are reused.
+        train_samples: number of training questions.
+        val_samples: number of validation questions.
+        test_samples: number of test questions.
+        data_seed: block of scenes: 0 for the first ones of each split, 1 for the next, and so on.
         questions_per_image: questions asked about a scene; 7 is one of each skill.
-        batch_size: see `InstructData`, as for what follows.
-        eval_batch_size: see there.
-        options: see there.
+        batch_size: see `InstructData`.
+        eval_batch_size: see `InstructData`.
+        options: see `InstructData`.
 
     Raises:
-        LitPruneError: more scenes than the split's range of seeds has.
+        LitPruneError: the split's range of seeds has too few scenes.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MicroData(InstructData):
         self.root = root
 
     def check(self, stage: str) -> None:
-        """Nothing can be missing: `prepare_data` writes what is not there."""
+        """Nothing to check: `prepare_data` writes missing files."""
 
     def prepare_data(self) -> None:
         for split in self.splits.values():
@@ -83,13 +83,13 @@ class MicroData(InstructData):
 
 
 class Split:
-    """One split of the generated world: which scenes, how many questions."""
+    """One split of the generated world: its scenes and number of questions."""
 
     def __init__(self, name: str, samples: int, seeds: range, questions_per_image: int):
         self.name, self.samples, self.seeds, self.questions_per_image = name, samples, seeds, questions_per_image
 
     def folder(self, root: str | Path) -> Path:
-        """Where it is written; the name changes with anything that changes the files."""
+        """Folder of the split; its name depends on everything that determines the files."""
         settings = [self.name, self.samples, self.seeds.start, self.seeds.stop, self.questions_per_image]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for module in (world, drawing, instructions):
@@ -97,7 +97,7 @@ class Split:
         return Path(root) / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def write(self, root: str | Path) -> None:
-        """Write the folder unless it is there. An interrupted write leaves no folder of this name."""
+        """Write the folder unless it exists. An interrupted write leaves no folder of this name."""
         folder = self.folder(root)
         if folder.is_dir():
             return
@@ -110,7 +110,7 @@ class Split:
             unfinished.chmod(0o755)  # mkdtemp makes it private
             os.rename(unfinished, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same files
+            if not folder.is_dir():  # otherwise another process has written the same files
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -123,10 +123,10 @@ class Split:
 
 
 def seeds_of(split: str, samples: int, questions_per_image: int, data_seed: int) -> range:
-    """The seeds of the scenes that `samples` questions are about.
+    """Seeds of the scenes for `samples` questions.
 
     Raises:
-        LitPruneError: they do not fit into the split's range of seeds.
+        LitPruneError: they exceed the split's range of seeds.
     """
     first, end = RANGES[split]
     scenes = -(-samples // questions_per_image)

@@ -34,10 +34,10 @@ class WeightedSource:
 def as_sources(
     train: str | dict | WeightedSource | Sequence[str | dict | WeightedSource], images: str | None
 ) -> list[WeightedSource]:
-    """What a user gave as sources with all names and image roots filled in; names are made distinct by a number.
+    """Normalise `data.train` to sources with names and image roots; duplicate names get a number.
 
     Raises:
-        LitPruneError: no source, a key that a source has not, a name given twice, or weights for some sources only.
+        LitPruneError: no source, an unknown key, a name given twice, or weights for some sources only.
     """
     given = [train] if isinstance(train, str | dict | WeightedSource) else list(train)
     sources = [_as_source(item) for item in given]
@@ -74,11 +74,11 @@ def _as_source(item: str | dict | WeightedSource) -> WeightedSource:
 
 
 class Mixture(Dataset):
-    """The samples of several data sets, one behind the other. A bad one is replaced within its own data set. Pickles.
+    """Concatenation of several data sets; a bad sample is replaced within its own data set. Can be pickled.
 
     Args:
         parts: the data sets.
-        names: theirs; every fetched sample carries that of its own.
+        names: their names, stored in every fetched sample.
     """
 
     def __init__(self, parts: Sequence[InstructDataset], names: Sequence[str]):
@@ -90,12 +90,12 @@ class Mixture(Dataset):
         return sum(self.sizes)
 
     def place(self, index: int) -> tuple[int, int]:
-        """Which data set an index belongs to, and the index there."""
+        """Data set of an index, and the index within it."""
         part = bisect_right(self.starts, index) - 1
         return part, index - self.starts[part]
 
     def __getitems__(self, indices: list[int]) -> Fetched:
-        """The samples of an index batch; called by the data loader in place of `__getitem__`."""
+        """Fetch the samples of an index batch; called by the data loader in place of `__getitem__`."""
         fetched = Fetched([], [])
         for part, index in map(self.place, indices):
             found = self.parts[part].__getitems__([index])

@@ -1,4 +1,4 @@
-"""In which order an epoch takes the samples of one or several sources: a pure function of seed and epoch."""
+"""Order of samples in an epoch over one or several sources, a pure function of seed and epoch."""
 
 import math
 from collections.abc import Sequence
@@ -8,31 +8,31 @@ import numpy as np
 
 from lit_prune.errors import LitPruneError
 
-LARGEST_WEIGHT = 1e12  # sums and products stay finite
-WINDOW = 50  # groups that are sorted by length together; transformers' sampler does so with as many [ours]
+LARGEST_WEIGHT = 1e12  # keeps sums and products finite
+WINDOW = 50  # groups sorted by length together, as many as in transformers' sampler [ours]
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Indices into the sources, put one behind the other, in the order of an epoch.
+    """Indices into the concatenated sources, in the order of an epoch.
 
-    An epoch has as many samples as all sources together. Source `i` gives its share of them, `weights[i]` over the sum
-    of all weights, rounded to whole samples by the largest remainder. It gives them in passes: no sample of a source
-    comes again before all its others have come, then it is shuffled anew; a pass goes on where the epoch before
-    left it. Which source comes next is shuffled too. Without weights every sample comes once an epoch.
+    An epoch has as many samples as all sources together. Source `i` contributes the share `weights[i]` over the sum of
+    all weights, rounded to whole samples by largest remainder, in passes: no sample of a source repeats before all
+    others of it have been used, then the source is shuffled again; a pass continues across epochs. The sequence of
+    sources is shuffled too. Without weights every sample is used once per epoch.
 
-    With `lengths` samples of similar length come together, `group` at a time: in every 50 groups the samples are sorted
+    With `lengths`, samples of similar length are grouped, `group` at a time: in every 50 groups the samples are sorted
     by length and the groups shuffled. An epoch holds the same samples as without.
 
     Args:
-        sizes: samples of each source.
-        weights: their weights, or None for the sizes.
+        sizes: number of samples of each source.
+        weights: weights of the sources, or None for their sizes.
         seed: of all shuffling.
         lengths: of every sample, in the order of the indices.
-        group: samples that come together; the global batch.
+        group: size of a group: the global batch.
 
     Raises:
-        LitPruneError: a weight that is no positive number, or gives less than one sample an epoch.
+        LitPruneError: a weight is no positive number, or gives less than one sample per epoch.
     """
 
     sizes: tuple[int, ...]
@@ -57,11 +57,11 @@ class Order:
 
     @property
     def counts(self) -> list[int]:
-        """Samples an epoch takes of each source."""
+        """Number of samples of each source in an epoch."""
         return list(self.sizes) if self.weights is None else apportion(len(self), self.weights)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The indices of an epoch (samples,), 8 bytes each. Equal on every machine."""
+        """Indices of an epoch (samples,), 8 bytes each; the same on every machine."""
         offsets = np.cumsum([0, *self.sizes[:-1]])
         streams = [offset + self._stream(i, epoch) for i, offset in enumerate(offsets)]
         if len(streams) == 1:
@@ -75,13 +75,13 @@ class Order:
         return order if self.lengths is None else self._grouped(order, epoch)
 
     def _stream(self, source: int, epoch: int) -> np.ndarray:
-        """What an epoch takes of a source: a piece of its endless row of passes."""
+        """Indices of a source in an epoch: a slice of its endless sequence of passes."""
         size, count = self.sizes[source], self.counts[source]
         at, end, pieces = epoch * count, (epoch + 1) * count, []
         while at < end:
             turn, start = divmod(at, size)
             stop = min(size, start + end - at)
-            # numpy reads a last 0 like none: the first source's order is that of a run with no other
+            # numpy ignores a trailing 0: the first source has the same order as in a run without others
             pieces.append(np.random.default_rng([self.seed, turn, source]).permutation(size)[start:stop])
             at += stop - start
         return np.concatenate(pieces)
@@ -97,7 +97,7 @@ class Order:
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights that add up to `total`, by the largest remainder (then the first)."""
+    """Split `total` into whole numbers in proportion to the weights, by largest remainder (ties to the first)."""
     exact = [total * weight / math.fsum(weights) for weight in weights]
     counts = [math.floor(value) for value in exact]
     largest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])

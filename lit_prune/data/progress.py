@@ -1,8 +1,8 @@
-"""How far a checkpoint says that training is: the last optimizer step.
+"""Rewind a checkpoint to the last optimizer step.
 
-Gradients that wait for their step are in no checkpoint. So one that is saved between two steps, by the clock or after a
-validation, says that training is at the last step: its weights and its optimizer are of that moment anyway. A resumed
-run goes through the batches since then once more, with the same samples and the same noise.
+Accumulated gradients are not saved. A checkpoint between two optimizer steps (saved by time or after a validation)
+therefore records the position of the last step, which its weights and optimizer state belong to anyway. A resumed run
+repeats the batches since then, with the same samples and the same noise.
 """
 
 import warnings
@@ -12,11 +12,11 @@ from lightning import Trainer
 
 from lit_prune.data.sampler import TrainBatches
 
-MANY = 1 << 60  # batches, more than any epoch has
+MANY = 1 << 60  # more batches than any epoch has
 
 
 def batches_since_step(trainer: Trainer) -> int:
-    """Batches trained on whose gradients wait for their optimizer step."""
+    """Number of batches since the last optimizer step."""
     done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     if done >= trainer.num_training_batches:  # the last one of an epoch always steps
         return 0
@@ -24,44 +24,44 @@ def batches_since_step(trainer: Trainer) -> int:
 
 
 def saved_place(trainer: Trainer, batches: TrainBatches) -> dict[str, int]:
-    """The state of a run's training batches right after the last optimizer step."""
+    """State of the training batches right after the last optimizer step."""
     loop = trainer.fit_loop
     epochs, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
     epoch, shift = max(epochs.ready - 1, 0) + batches.shift, batches.shift
     done -= batches_since_step(trainer)
     if done >= trainer.num_training_batches:
         epoch, done = epoch + 1, 0
-    elif epochs.ready and epochs.processed == epochs.ready:  # broken off by max_steps: goes on in Lightning's next
+    elif epochs.ready and epochs.processed == epochs.ready:  # ended by max_steps; Lightning resumes it as the next
         shift -= 1
     return batches.state_dict(epoch, done, shift)
 
 
 def resumes(trainer: Trainer | None, state: dict[str, Any]) -> bool:
-    """Whether a checkpoint's data go on; `fast_dev_run` tries its weights on any data, from their start."""
+    """True if the data position of a checkpoint is restored; `fast_dev_run` tries its weights on any data."""
     return bool(state) and not (trainer is not None and trainer.fast_dev_run)
 
 
 def restore_place(trainer: Trainer | None, batches: TrainBatches, state: dict[str, int]) -> None:
-    """Let the training batches go on where a checkpoint was saved."""
-    # Lightning looks for the state in the loader
+    """Restore the position of the training batches from a checkpoint."""
+    # Lightning expects the state in the data loader.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
     batches.load_state_dict(state)
-    if trainer is not None:  # DeepSpeed restores late: an iterator may stand at the epoch's begin by now
+    if trainer is not None:  # DeepSpeed restores late, when an iterator may already be at the epoch's start
         trainer.fit_loop._combined_loader = None
         if state["global_batch"] != batches.global_batch:
-            trainer.reload_dataloaders_every_n_epochs = 1  # later ones have another length
+            trainer.reload_dataloaders_every_n_epochs = 1  # later epochs have another length
 
 
 def steps_next(trainer: Trainer) -> bool:
-    """Whether an optimizer step follows the batch under way: only then does Lightning log what it found."""
+    """True if an optimizer step follows the current batch: only then does Lightning log its metrics."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def rewind_to_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Take the batches since the last optimizer step out of the loops' counters, in place.
+    """Subtract the batches since the last optimizer step from the loops' counters, in place.
 
-    The counters are left as a checkpoint right behind the step would have them: its batch is processed, its hooks and
-    its line in the log are not completed.
+    The counters become those of a checkpoint right after the step: its batch is processed, but its hooks and its log
+    entry are not completed.
     """
     batches = batches_since_step(trainer)
     if not batches:
@@ -76,9 +76,9 @@ def rewind_to_step(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def end_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let an epoch that a checkpoint ended be over for any number of batches, in place.
+    """Mark an epoch that a checkpoint completed as complete for any number of batches, in place.
 
-    Lightning compares the epoch's batches with those that it has now, which other ranks or batch sizes change.
+    Lightning compares the number of batches with the current one, which changes with ranks and batch size.
     """
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if progress and progress["is_last_batch"]:

@@ -1,4 +1,4 @@
-"""The prompt of a conversation by the processor's own chat template, and where its answers stand in the text."""
+"""Render a conversation with the processor's own chat template, and locate its answers in the text."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from lit_prune.errors import BadSample, LitPruneError
 
 Span = tuple[int, int]
-# What a text holds in place of an image where a template takes no parts, by the processor's token for one: images come
-# first, as the templates of these families have them. Others are refused.
+# Image placeholders for templates that take no content parts, by the processor's image token. Images come first, as in
+# the templates of these families; others are rejected.
 PLACEHOLDERS = {
     "<image>": "<image>\n",  # LLaVA
     "<IMG_CONTEXT>": "<IMG_CONTEXT>\n",  # InternVL
@@ -19,20 +19,20 @@ PLACEHOLDERS = {
 
 
 def render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
-    """The text of a conversation and the characters of every answer in it (no span for a prompt without answers).
+    """Render a conversation; return its text and the character span of every answer (none for a prompt).
 
-    The text is the template's, but every answer stands as it would have been written: right behind the generation
-    prompt, and closed by a special token. Where the template closes an answer with none (LLaVA-1.5's does not) the
-    end-of-sequence token is put there, with no white space around it, as LLaVA's own training has it. Where the
-    template begins an answer with other white space than it ends the generation prompt with (LLaVA-OneVision's does),
-    the generation prompt's holds. Text that ends with an answer ends with its closing token, text that ends with a
-    question ends with the generation prompt.
+    The text is the template's, but every answer appears as the model would generate it: right after the generation
+    prompt, and closed by a special token. If the template doesn't close answers with one (LLaVA-1.5), the
+    end-of-sequence token is added without white space around it, as in LLaVA's own training. If the template starts an
+    answer with other white space than it ends the generation prompt with (LLaVA-OneVision), the generation prompt's is
+    used. Text that ends with an answer ends with its closing token, text that ends with a question ends with the
+    generation prompt.
 
-    A template that takes texts in place of parts gets texts, with the family's placeholder for each image.
+    A template that takes plain text in place of content parts gets text, with the family's placeholder for each image.
 
     Raises:
-        BadSample: the template refuses the conversation, leaves out a part of it, renders fewer turns to what is no
-            prefix of the whole, or changes an answer.
+        BadSample: the template rejects the conversation, leaves out a part of it, renders its first turns differently
+            when others follow, or changes an answer.
         LitPruneError: there is no template.
     """
     apply, whole = _fitting(processor, messages)
@@ -47,7 +47,7 @@ def render(processor: Any, messages: list[dict]) -> tuple[str, list[Span]]:
 
 
 def chat_template(processor: Any) -> str | dict[str, str]:
-    """The processor's chat template, else its tokenizer's. Raises LitPruneError where there is none."""
+    """Chat template of the processor or its tokenizer. Raises LitPruneError if there is none."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if not template:
         raise LitPruneError(
@@ -58,18 +58,18 @@ def chat_template(processor: Any) -> str | dict[str, str]:
 
 
 def text_options(tokenizer: Any, text: str) -> dict[str, bool]:
-    """As `apply_chat_template` does: a template that writes the first special token itself gets no second one."""
+    """Tokenizer options as in `apply_chat_template`: no second BOS token if the template writes one itself."""
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return {"add_special_tokens": False} if begins else {}
 
 
-Apply = Callable[[list[dict], bool], str]  # messages, and whether the generation prompt ends the text
+Apply = Callable[[list[dict], bool], str]  # messages, add the generation prompt
 
 
 def _fitting(processor: Any, messages: list[dict]) -> tuple[Apply, str]:
-    """The form of messages that the template accepts (parts, system prompt as text, or all text), and its output.
+    """Find the message format that the template accepts (parts, system prompt as text, or all text), and its output.
 
-    Some templates raise on parts, others write Python's or JSON's form of the list into the prompt.
+    Some templates raise on parts, others write the list's Python or JSON form into the prompt.
     """
     template = chat_template(processor)
     chosen = {} if getattr(processor, "chat_template", None) else {"chat_template": template}
@@ -83,7 +83,7 @@ def _fitting(processor: Any, messages: list[dict]) -> tuple[Apply, str]:
 
         try:
             whole = apply(messages, ends)
-        except Exception as error:  # jinja passes on what its filters raise
+        except Exception as error:  # jinja re-raises what its filters raise
             first = first or error
             continue
         lists = [dress(processor, turn)["content"] for turn in messages]
@@ -93,7 +93,7 @@ def _fitting(processor: Any, messages: list[dict]) -> tuple[Apply, str]:
 
 
 def _forms(contents: list[Any]) -> list[str]:
-    """The contents that are lists, as Python and JSON write them."""
+    """Contents that are lists, in their Python and JSON forms."""
     lists = [content for content in contents if isinstance(content, list) and content]
     return [str(content) for content in lists] + [json.dumps(content, ensure_ascii=False) for content in lists]
 
@@ -116,7 +116,7 @@ def _as_texts(processor: Any, message: dict) -> dict:
 
 
 def _check_texts(processor: Any, messages: list[dict], whole: str) -> None:
-    """Raise BadSample if a text of the conversation is missing from the prompt: templates drop what they don't know."""
+    """Raise BadSample if a text of the conversation is missing from the prompt: templates drop unknown content."""
     at = 0
     for message in messages:
         for part in message["content"]:
@@ -129,7 +129,7 @@ def _check_texts(processor: Any, messages: list[dict], whole: str) -> None:
 
 
 def _name(processor: Any) -> str:
-    """The processor for messages: its class, and what it was loaded from."""
+    """Describe the processor in messages: its class, and its source."""
     origin = getattr(processor.tokenizer, "name_or_path", "")
     return f"{type(processor).__name__} ({origin})" if origin else type(processor).__name__
 
@@ -163,10 +163,10 @@ def _render(processor: Any, messages: list[dict], apply: Apply, whole: str) -> t
 
 
 def _meet(processor: Any, whole: str, prompt: str) -> tuple[int, str, int]:
-    """Where a generation prompt and the whole text part, white space apart.
+    """Compare a generation prompt with the whole text, ignoring trailing white space.
 
     Returns:
-        how far they are one; the white space of the text that goes beyond the prompt's; where the answer begins.
+        Length of the common prefix; the text's white space beyond the prompt's; the start of the answer.
     """
     before = len(prompt.rstrip())
     if whole[:before] != prompt[:before]:
@@ -177,19 +177,19 @@ def _meet(processor: Any, whole: str, prompt: str) -> tuple[int, str, int]:
 
 
 def _closing_token(processor: Any, rest: str) -> str | None:
-    """The special token that the template writes behind an answer, if any; `rest` is all that follows the answer."""
+    """Special token that the template writes after an answer, if any; `rest` is the text after the answer."""
     added = processor.tokenizer.added_tokens_decoder.values()
     special = (*processor.tokenizer.all_special_tokens, *(token.content for token in added if token.special))
     return next((token for token in special if rest.lstrip().startswith(token)), None)
 
 
 def _close(whole: str, end: int, mark: str | None, eos: str | None) -> tuple[str, int]:
-    """What closes the answer that ends at `end`, and where the text goes on behind it."""
+    """Closing text of the answer that ends at `end`, and the position in `whole` after it."""
     rest = whole[end:]
-    behind = end + len(rest) - len(rest.lstrip())
-    if mark is not None and whole.startswith(mark, behind):
-        return whole[end : behind + len(mark)], behind + len(mark)
-    return (mark or eos, behind) if mark or eos else ("", end)
+    after = end + len(rest) - len(rest.lstrip())
+    if mark is not None and whole.startswith(mark, after):
+        return whole[end : after + len(mark)], after + len(mark)
+    return (mark or eos, after) if mark or eos else ("", end)
 
 
 def _bad(reason: str) -> BadSample:

@@ -1,4 +1,4 @@
-"""Hints about the regions that a question asks about: how much of each visual token's patch they cover."""
+"""Hints about the regions that a question asks about: the share of each visual token's patch they cover."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,26 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lit_prune.errors import BadSample
+
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
+LARGEST_PIXEL = 1e9  # bound on box edges; Python's integers may exceed any float
+
+
+def boxes_of(record: dict) -> list[list[float]]:
+    """Boxes of a record. Raises BadSample unless they are lists of four finite numbers."""
+    boxes = record.get("boxes")
+    if boxes is None:
+        return []
+    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+        raise BadSample("", None, "its boxes are no list of lists of four numbers")
+    if not all(isinstance(edge, int | float) and abs(edge) < LARGEST_PIXEL for box in boxes for edge in box):  # no nan
+        raise BadSample("", None, "its boxes have edges that are no numbers of pixels")
+    return boxes
 
 
 def regions(boxes: Sequence[Box], side: int, size: int) -> Float[Tensor, "boxes patches"]:
-    """The share of each of `side` x `side` patches, row by row, that each box covers, in `size` x `size` pixels."""
+    """Share of each of `side` x `side` patches, row by row, that each box covers, in `size` x `size` pixels."""
     edges = torch.arange(side + 1, dtype=torch.float32) * (size / side)
     low, high = edges[:-1], edges[1:]
     cover = torch.zeros(len(boxes), side, side)
@@ -24,9 +39,9 @@ def regions(boxes: Sequence[Box], side: int, size: int) -> Float[Tensor, "boxes 
 
 
 def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[float, float, float, float] | None:
-    """A box of an image of `size` (width, height) after resizing and cropping; None if it is cropped away.
+    """Transform a box of an image of `size` (width, height) by resizing and cropping; None if it is cropped away.
 
-    Its mask goes through the processor, which gives one picture of an image.
+    A mask of the box is passed through the processor, which must return one picture per image.
     """
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1):
@@ -44,13 +59,13 @@ def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[flo
 def sample_regions(
     processor: Any, inputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], boxes: Sequence[Box]
 ) -> Float[Tensor, "boxes patches"] | None:
-    """The hint of one encoded sample; None where the places of its visual tokens in the image aren't known.
+    """Hint of one encoded sample; None if the positions of its visual tokens in the image aren't known.
 
-    They are where the model sees one image, whole, as a square grid of patches: LLaVA-1.5, or one tile of InternVL.
+    They are known if the model sees one whole image as a square grid of patches: LLaVA-1.5, or one tile of InternVL.
 
     Args:
-        processor: of the model. inputs: what it made of the sample.
-        sizes: width and height of the sample's images in pixels. boxes: in pixels of its one image.
+        processor: of the model. inputs: the encoded sample.
+        sizes: width and height of the sample's images in pixels. boxes: in pixels of its only image.
     """
     pixels, count = inputs.get("pixel_values"), int((inputs["input_ids"] == processor.image_token_id).sum())
     side = round(count**0.5)
@@ -64,13 +79,13 @@ def sample_regions(
 
 
 def _as_it_is(image_processor: Any, size: tuple[int, int], seen: int) -> bool:
-    """True if an image of this size passes through the processor without being scaled or cropped."""
+    """True if the processor neither scales nor crops an image of this size."""
     sizes = [getattr(image_processor, name, None) or {} for name in ("size", "crop_size")]
     return {*size, *(edge for each in sizes for edge in dict(each).values() if edge is not None)} == {seen}
 
 
 def joined(samples: Sequence[Float[Tensor, "_ _"] | None]) -> dict[str, Tensor]:
-    """A batch's hints, `regions` (batch, regions, visual), zero where a sample has fewer; none if no sample has any."""
+    """Hints of a batch: `regions` (batch, regions, visual), zero-padded; empty if no sample has any."""
     known = [sample for sample in samples if sample is not None]
     if not known:
         return {}

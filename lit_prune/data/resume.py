@@ -1,4 +1,4 @@
-"""Whether a checkpoint's training data are those given now."""
+"""Compare a checkpoint's training data with the current ones."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ from lit_prune.errors import BadSample, LitPruneError
 
 
 def fingerprint(source: Source) -> str:
-    """Tells data with the same number of records apart: a hash over ids and turns of 64 records, evenly spaced.
+    """Hash over ids and turns of 64 evenly spaced records, to distinguish data with equally many records.
 
-    So records in another order are found out; a change of a few is not, unless it hits one of these.
+    It detects records in another order, but a change of a few records only if it affects one of these.
     """
     digest = hashlib.sha256()
     for index in spread(len(source)):
@@ -21,25 +21,25 @@ def fingerprint(source: Source) -> str:
             record = source[index]
         except BadSample:
             record = {}
-        told = [record.get(key) for key in ("id", "conversations", "messages")]
-        if told[1:] == [None, None]:
+        values = [record.get(key) for key in ("id", "conversations", "messages")]
+        if values[1:] == [None, None]:
             others = [record.get(key) for key in ("conversation", "texts", *PAIR_KEYS)]
-            told += others if any(value is not None for value in others) else []
+            values += others if any(value is not None for value in others) else []
         with suppress(RecursionError):  # nested too deeply: a bad sample
-            digest.update(json.dumps(told, default=str).encode())
+            digest.update(json.dumps(values, default=str).encode())
     return digest.hexdigest()[:16]
 
 
 def refuse_other_data(saved: dict[str, Any], given: dict[str, Any], what: str) -> None:
-    """Compare what the order of samples depends on, key by key.
+    """Compare everything that the order of samples depends on, key by key.
 
     Args:
-        saved: of the checkpoint, with any other keys.
-        given: of the data given now.
-        what: what the checkpoint holds the state of, for the message.
+        saved: values of the checkpoint; further keys are ignored.
+        given: values of the current data.
+        what: name of the saved state, for the message.
 
     Raises:
-        LitPruneError: they differ, or the checkpoint lacks a key: it is of another kind of data, or an earlier version.
+        LitPruneError: they differ, or the checkpoint lacks a key, being of another kind of data or an earlier version.
     """
     for key, value in given.items():
         if saved.get(key) != value:

@@ -1,4 +1,4 @@
-"""Samplers of index batches: one for training that resumes exactly, one for evaluation that repeats nothing."""
+"""Batch samplers: for training, with exact resume, and for evaluation, without repeated samples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,18 +12,17 @@ from lit_prune.errors import LitPruneError
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of an order per epoch, split over ranks, which can begin anywhere in an epoch.
+    """Batches of an epoch's order, split over ranks; an iterator can start anywhere in an epoch.
 
-    A global batch is the next `batch_size * world` indices of `order`, of which rank r takes every `world`-th from the
-    r-th; the last incomplete global batch is dropped. With `multiple`, so are whole ones, until an epoch's number of
-    batches is a multiple of it: DeepSpeed steps after every so many batches, wherever an epoch ends.
+    A global batch is the next `batch_size * world` indices of `order`, of which rank r takes every `world`-th starting
+    at the r-th; the last incomplete global batch is dropped. With `multiple`, complete ones are dropped too until an
+    epoch's number of batches is a multiple of it: DeepSpeed steps after that many batches, regardless of epochs.
 
-    `epoch` and `consumed` (samples over all ranks) say where the next iterator begins; iterating moves neither, because
-    batches that were only fetched ahead are not consumed. `batches` is how many batches of this epoch lie before
-    `consumed`, so that `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to the epoch
-    that Lightning sets: it counts an epoch that `max_steps` broke off as a whole one, the data goes on where it was.
-    `fingerprints` are those of the sources, see `fingerprint`. With `repeats` every epoch has the order of the first,
-    to overfit on a few batches.
+    `epoch` and `consumed` (samples over all ranks) are the start of the next iterator; iterating changes neither, since
+    prefetched batches are not consumed. `batches` is the number of batches of this epoch before `consumed`, so that
+    `len` stays the length of the whole epoch, as Lightning counts it. `shift` is added to Lightning's epoch: Lightning
+    counts an epoch that `max_steps` interrupted as complete, while the data resumes inside it. `fingerprints` are those
+    of the sources, see `fingerprint`. With `repeats` every epoch has the order of the first, for overfitting.
 
     Raises:
         LitPruneError: fewer samples than one global batch.
@@ -52,7 +51,7 @@ class TrainBatches(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "TrainBatches":
-        """Where Lightning looks for `set_epoch`."""
+        """Object on which Lightning calls `set_epoch`."""
         return self
 
     def __len__(self) -> int:
@@ -62,12 +61,13 @@ class TrainBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         left = max(0, len(self) - self.batches)
         end = self.consumed + left * self.global_batch
-        return self._batches(self.epoch, range(self.consumed, end, self.global_batch))  # fixed: workers draw later
+        # The range is fixed now, since workers draw from it later.
+        return self._batches(self.epoch, range(self.consumed, end, self.global_batch))
 
     def resize(self, batch_size: int) -> int:
-        """Make batches of another size from the next iterator on, at most one of all samples; returns that size.
+        """Change the batch size from the next iterator on, at most to all samples; returns the new size.
 
-        For a finder of batch sizes, which tries several before training begins.
+        For Lightning's batch-size finder, which tries several before training begins.
         """
         if batch_size != self.batch_size:
             self.batch_size = max(1, min(batch_size, len(self.order) // (self.world * self.multiple)))
@@ -76,13 +76,13 @@ class TrainBatches(Sampler[list[int]]):
         return self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the epoch that Lightning calls `epoch`; the one that is under way already is left as it is."""
+        """Start Lightning's `epoch`; does nothing for the current one."""
         epoch += self.shift
         if epoch != self.epoch:
             self.epoch, self.consumed, self.batches, self.resumed = epoch, 0, 0, False
 
     def state_dict(self, epoch: int, batches: int, shift: int | None = None) -> dict[str, Any]:
-        """The state after `batches` batches of `epoch` (as counted here, shift included) were trained on."""
+        """State after training on `batches` batches of `epoch` (including the shift)."""
         begun = (self.consumed, self.batches) if epoch == self.epoch else (0, 0)
         return {
             **self._data(),
@@ -95,9 +95,9 @@ class TrainBatches(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, also one of another number of ranks or another batch size.
+        """Continue from a state, also of another number of ranks or another batch size.
 
-        Samples grouped by length keep the checkpoint's group, so that the epoch under way stays what it was.
+        Samples grouped by length keep the checkpoint's group size, so that the current epoch doesn't change.
 
         Raises:
             LitPruneError: the state belongs to other data: another seed, other sources, records or weights.
@@ -109,7 +109,7 @@ class TrainBatches(Sampler[list[int]]):
         self.resumed = True
 
     def _data(self) -> dict[str, Any]:
-        """What the order of samples depends on, beside the epoch."""
+        """Everything the order of samples depends on, except the epoch."""
         order = self.order
         return {
             "seed": order.seed,
@@ -126,10 +126,10 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class RankShare(Sampler[int]):
-    """The indices of one rank in order: every `world`-th. Ranks may differ by one; nothing is repeated.
+    """Indices of one rank in order, every `world`-th. Ranks may differ by one; nothing is repeated.
 
     Args:
-        size: number of samples, or the indices of those that are to be read.
+        size: number of samples, or the indices to read.
         rank: of this process.
         world: number of ranks.
     """
@@ -146,9 +146,9 @@ class RankShare(Sampler[int]):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Batches of a RankShare, equally many on every rank: one without samples left yields an empty last batch.
+    """Batches of a RankShare, equally many on every rank: a rank without samples left yields an empty last batch.
 
-    No `BatchSampler`: for prediction Lightning makes those anew, around a sampler of its own.
+    Not a `BatchSampler`: in prediction Lightning recreates those around a sampler of its own.
     """
 
     def __init__(self, share: RankShare, batch_size: int):

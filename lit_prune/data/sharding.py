@@ -1,4 +1,4 @@
-"""Writing tar shards from any source, so that a run that breaks off can go on: what `lit-prune shard` does."""
+"""Write tar shards from any source, resumable after an interruption (`lit-prune shard`)."""
 
 import io
 import json
@@ -21,10 +21,10 @@ SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}  # others are called as their format
 
 @dataclass
 class Manifest:
-    """What is written so far, kept as `shards.json` in the folder.
+    """Progress of writing shards, saved as `shards.json` in the folder.
 
-    `done` of `records` are packed or skipped. `setting` is what the shards depend on. A shard has `file`, `samples` and
-    `bytes`, a skipped record `file`, `sample` and `reason`.
+    `done` of `records` are packed or skipped. `setting` holds everything the shards depend on. A shard has `file`,
+    `samples` and `bytes`, a skipped record `file`, `sample` and `reason`.
     """
 
     setting: dict
@@ -35,12 +35,12 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard["samples"] for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Size of all shards in bytes."""
         return sum(shard["bytes"] for shard in self.shards)
 
 
@@ -54,27 +54,26 @@ def write_shards(
 ) -> Manifest:
     """Pack the records of a source with their images into `out/000000.tar` and so on, in their order.
 
-    The bytes of images are copied as they are; an image that several records show lies in the shard once for each. The
-    same source gives the same bytes. A folder holds whole shards only; those that are there are kept when the same
-    command runs again. Bad records are skipped: conversations that cannot be read, images that are missing or whose
-    header is broken or too large.
+    Image bytes are copied unchanged; an image used by several records is stored once for each. The same source gives
+    the same bytes. A folder only holds complete shards; existing ones are kept when the same command runs again. Bad
+    records are skipped: unreadable conversations, and images that are missing or whose header is broken or too large.
 
     Args:
-        source: where records come from.
-        name: what the source is called; another one cannot go on with the same folder.
+        source: source of the records.
+        name: name of the source; a folder can only be resumed with the same one.
         out: folder for the shards.
-        size: bytes a shard has at most, unless one sample alone has more.
-        samples: samples a shard has at most; None for no such limit.
-        progress: told after every record how many are done.
+        size: largest size of a shard in bytes, unless a single sample is larger.
+        samples: largest number of samples per shard; None for no limit.
+        progress: called after every record with the number of completed ones.
 
     Raises:
-        LitPruneError: a folder that holds other files or shards of another source or setting.
+        LitPruneError: the folder holds other files, or shards of another source or setting.
     """
     files = sum(file.stat().st_size for file in source.files)
     setting = {"data": name, "bytes": files, "size": size, "samples": samples}
     out.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(out, setting, len(source))
-    for left in out.glob(f".*{ASIDE}"):  # by a run that was killed
+    for left in out.glob(f".*{ASIDE}"):  # left over from a killed run
         left.unlink()
     while manifest.done < manifest.records:
         _write_shard(source, out / f"{len(manifest.shards):06d}.tar", manifest, progress)
@@ -84,7 +83,7 @@ def write_shards(
 
 
 def _manifest(out: Path, setting: dict, records: int) -> Manifest:
-    """That of the folder, if it goes on with the same, else a new one."""
+    """Read the folder's manifest to resume it, or create a new one."""
     path = out / MANIFEST
     if not path.is_file():
         if any(out.glob("*.tar")):
@@ -101,12 +100,12 @@ def _manifest(out: Path, setting: dict, records: int) -> Manifest:
     for name, size in sizes.items():
         file = out / Path(name).name
         if not file.is_file() or file.stat().st_size != size:
-            raise LitPruneError(f"{file}: missing or of another size than {MANIFEST} says; remove {out} and begin anew")
+            raise LitPruneError(f"{file}: missing or of another size than in {MANIFEST}; remove {out} and start again")
     return found
 
 
 def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Callable[[int], None]) -> None:
-    """Fill one shard and take it into the manifest."""
+    """Write one shard and add it to the manifest."""
     size, samples = manifest.setting["size"], manifest.setting["samples"]
     count, written = 0, 0
     with written_whole(path) as unfinished:
@@ -115,8 +114,8 @@ def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Calla
                 try:
                     members = _pack(source, index)
                 except BadSample as error:
-                    told = {"file": source.file_of(index), "sample": error.sample, "reason": error.reason}
-                    manifest.skipped.append(told)
+                    entry = {"file": source.file_of(index), "sample": error.sample, "reason": error.reason}
+                    manifest.skipped.append(entry)
                 else:
                     needed = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in members)
                     if count and (count == samples or written + needed + 2 * BLOCK > size):
@@ -134,7 +133,7 @@ def _write_shard(source: Source, path: Path, manifest: Manifest, progress: Calla
 
 
 def _pack(source: Source, index: int) -> list[tuple[str, bytes]]:
-    """The members of a sample: suffix and content. Raises BadSample with the sample's id."""
+    """Members of a sample: suffix and content. Raises BadSample with the sample's id."""
     name: str | int = index
     try:
         record = source[index]

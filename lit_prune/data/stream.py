@@ -1,4 +1,4 @@
-"""Training data that is read as it comes: parquet or arrow files and data sets of the hub, file after file."""
+"""Streamed training data: parquet or arrow files and hub data sets, read file after file."""
 
 import logging
 from collections import deque
@@ -28,34 +28,33 @@ log = logging.getLogger(__name__)
 
 
 class Stream(IterableDataset):
-    """Batches of samples of a location that is read in order, endlessly, split over ranks and workers by its files.
+    """Endless batches of samples read sequentially from a location, whose files are split over ranks and workers.
 
-    There are `world * workers` streams, each in one worker. In every pass the files are shuffled and dealt out to them;
-    each reads its own files, `block` rows at a time, and shuffles the rows of a block. A stream that is through with
-    its files begins the next pass, whether or not others are. So no sample comes twice in a pass, but streams of
-    smaller files are sooner in the next. Nothing waits for another rank: an epoch is `steps` batches on each, which may
-    be less or more than a pass. A bad sample is left out, and the next one takes its place.
+    There are `world * workers` streams, each in one worker. In every pass the files are shuffled and distributed over
+    them; each reads its own files, `block` rows at a time, and shuffles the rows of a block. A stream that has finished
+    its files starts the next pass independently of the others. So no sample repeats within a pass, but streams with
+    smaller files reach the next one earlier. No rank waits for another: an epoch is `steps` batches on each, which may
+    be less or more than a pass. A bad sample is replaced by the next one.
 
-    `places` and `turn` say where the next iterator begins: after the batches that `take` was told of. Resumed with the
-    same files, ranks and workers a stream goes on exactly (it reads the file it was in from its begin, but decodes
-    nothing of it twice). With another number of ranks or workers the next pass begins, and what was left of this one is
-    not seen in it.
+    `places` and `turn` are the start of the next iterator: after the batches passed to `take`. Resumed with the same
+    files, ranks and workers, a stream continues exactly (it reads the current file from its start, but decodes nothing
+    twice). With another number of ranks or workers the next pass starts, and the rest of the current one is dropped.
 
     Args:
-        location: parquet or arrow files, or a data set of the hub; see `open_source`.
-        images_root: see there.
-        encode: makes the data set of a block's rows.
-        name: of the source, which samples carry.
-        batch_size: samples a batch, on each rank.
-        steps: batches that count as an epoch.
+        location: parquet or arrow files, or a hub data set; see `open_source`.
+        images_root: see `open_source`.
+        encode: creates the data set of a block's rows.
+        name: name of the source, stored in its samples.
+        batch_size: samples per batch, on each rank.
+        steps: batches per epoch.
         seed: of all shuffling.
-        block: rows that are shuffled together; they are held in memory, each with its images' bytes.
-        workers: processes that read for this rank; 0 is none but the rank's own.
-        rank: this process.
+        block: rows that are shuffled together; they are held in memory with their images' bytes.
+        workers: reader processes of this rank; 0: the rank's own process.
+        rank: rank of this process.
         world: number of ranks.
 
     Raises:
-        LitPruneError: another kind of location, fewer files than streams, or no conversations in them.
+        LitPruneError: the location can't be streamed, or has fewer files than streams, or no conversations.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Stream(IterableDataset):
         self.workers, self.rank, self.world = max(workers, 1), rank, world
         with explained(location):
             data = library().load_dataset(**load_arguments(found), streaming=True)
-            self.data = data.with_format("arrow")  # blocks come as they are stored
+            self.data = data.with_format("arrow")  # blocks as they are stored
         streams = self.world * self.workers
         if self.data.num_shards < streams:
             raise LitPruneError(
@@ -100,19 +99,19 @@ class Stream(IterableDataset):
         while True:
             yield self._batch(number, rows)
 
-    # Where training is
+    # Position in the data
 
     def take(self, place: tuple[int, Place]) -> None:
-        """A batch goes to training; `place` is what it carries."""
+        """Record that a batch is used for training; `place` is stored in the batch."""
         number, self.places[number] = place
         self.turn = (number + 1) % self.workers
         self._states.append(self._state())
 
     def state_dict(self, rewind: int = 0) -> dict[str, Any]:
-        """Where all ranks are; to be called by all of them.
+        """Positions of all ranks. A collective: all ranks must call it.
 
         Args:
-            rewind: how many of the last batches are not trained on yet (1,000 at most).
+            rewind: number of last batches that were not trained on yet (at most 1,000).
         """
         mine = self._states[max(-1 - rewind, -len(self._states))]
         states = [mine]
@@ -170,7 +169,7 @@ class Stream(IterableDataset):
         return fetched
 
     def _samples(self, number: int, place: Place) -> Iterator[tuple[Sample | Skipped, Place]]:
-        """The samples of a stream from a place on, a bad one as `Skipped`, each with the place behind it."""
+        """The samples of a stream from a place on, a bad one as `Skipped`, each with the place after it."""
         run, first, begun, taken = place
         passes = 0  # without a sample; files may be empty, and all of a pass's be so by chance
         while True:

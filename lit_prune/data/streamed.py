@@ -1,4 +1,4 @@
-"""LightningDataModule whose training data are read as they come, for what is too large to keep or to index."""
+"""LightningDataModule with streamed training data, for data too large to store or to index."""
 
 import warnings
 from typing import Any
@@ -15,17 +15,17 @@ from lit_prune.errors import LitPruneError
 class StreamedData(InstructData):
     """Training data read file after file by `Stream`; validation, test and prediction as in `InstructData`.
 
-    What is weaker than there: samples are shuffled within blocks of `block` rows and by files, not over all data; their
-    order depends on the number of ranks and workers; an epoch is a number of steps. A run that is resumed with the same
-    number of both goes on with the very next sample. With another number it begins the next pass over the data.
+    Weaker guarantees than there: samples are shuffled within blocks of `block` rows and by files, not over all data;
+    their order depends on the number of ranks and workers; an epoch is a number of steps. A run resumed with the same
+    number of both continues with the next sample; with another number it starts the next pass over the data.
 
     Args:
         base: see `InstructData`.
         train: parquet or arrow files, or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`; at least as many files as there are
             ranks times workers.
-        steps: training batches of an epoch, on each process.
+        steps: training batches per epoch, on each process.
         block: rows that are shuffled together and held in memory by each worker, with their images' bytes.
-        options: see there; `group_by_length` is for data that can be indexed.
+        options: see `InstructData`; `group_by_length` needs data that can be indexed.
 
     Raises:
         LitPruneError: see `Stream`.
@@ -40,12 +40,12 @@ class StreamedData(InstructData):
         self._stream: Stream | None = None
 
     def train_dataloader(self) -> DataLoader:
-        """Workers are begun anew every epoch, so that they begin where training is."""
+        """Create the loader; workers restart every epoch, at the current training position."""
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")  # it is the epoch's
         return self._loader("train", batch_size=None, persistent_workers=False)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Notes where the stream is, and what `InstructData` does."""
+        """Record the stream's position, then do as `InstructData`."""
         place = batch.pop("place", None)
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if place:
@@ -53,7 +53,7 @@ class StreamedData(InstructData):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is in its data: behind the last optimizer step's batches."""
+        """Position of training in its data, after the batches of the last optimizer step."""
         if self._stream is None or self.trainer is None:
             return {}
         current = self.trainer.fit_loop.epoch_loop.batch_progress.current

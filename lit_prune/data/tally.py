@@ -41,13 +41,13 @@ class Tally:
         return shares | ({"cut_turns": float(self.cut)} if cut_turns else {}) | {"bad": float(bad)}
 
     def warn_without_images(self, enough: int = 1) -> None:
-        """Say it once if none of the samples so far, at least `enough`, had an image."""
+        """Warn once if none of the samples so far, at least `enough`, had an image."""
         total = self.seen.total()
         if total >= enough and not self._images:
             self._warn("", f"none of the {total} samples trained on so far shows an image: nothing is learnt from them")
 
     def warn_of_keys(self, unread: dict[str, tuple[str, Any]]) -> None:
-        """Say it once for each key that samples without an image have and nothing reads; `unread` names one by file."""
+        """Warn once about each unread key of samples without an image; `unread`: a sample for each key."""
         for key, (file, sample) in unread.items():
             self._warn(key, f"{file}: sample {sample} has no image, and nothing reads its {key}")
 

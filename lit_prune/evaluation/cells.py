@@ -66,10 +66,10 @@ def budget(text: Any, visual: int, varies: bool = False) -> int | str:
 
 @dataclass(frozen=True)
 class Method:
-    """A row as it was asked for, in the grammar of `MethodText` without a budget.
+    """A requested row, in the grammar of `MethodText` without a budget.
 
-    Several paths are trained runs of one method, which count as its seeds. `{keep}` and `{seed}` in a path stand for
-    each budget and seed, so that one pattern names many runs. Without a name, "", the method's own stands for it.
+    Several paths are trained runs of one method, which count as its seeds. `{keep}` and `{seed}` in a path are replaced
+    by each budget and seed, so that one pattern names many runs. If the name is "", the method's own is used.
     """
 
     name: str
@@ -78,30 +78,30 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> "Method":
-        """Raises `LitPruneError` where a path is missing."""
+        """Parse a method; raises `LitPruneError` if a path is missing."""
         line = MethodText.parse(text, "--methods")
         if line.keep is not None:
             raise LitPruneError(f"--methods {text}: the budgets of a comparison are given with --keep, for all methods")
         return cls(line.name or (FULL if line.path == FULL else ""), line.paths, line.repair)
 
     def check(self) -> None:
-        """Raises `LitPruneError` for a path that can't be read; patterns stand for several and wait."""
+        """Raise `LitPruneError` for a path that can't be read; patterns are resolved later."""
         for path in self.paths if self.paths != (FULL,) else ():
             if "{" not in path:
                 as_plugin(path)
 
     @property
     def path(self) -> str:
-        """The paths as they were written."""
+        """Paths as given."""
         return ",".join(self.paths) + ("" if self.repair else "!")
 
     def cells(
         self, keeps: Sequence[int | str], seeds: Sequence[int], learns: Callable[[Plugin], bool] = lambda _: False
     ) -> list[Cell]:
-        """The method's cells; what is random is drawn, and untrained weights initialised, once a seed.
+        """Cells of the method; random methods are drawn, and untrained weights initialised, once per seed.
 
-        `learns` says whether a plug-in has weights. Raises `LitPruneError` for a path that can't be read, or a pattern
-        that fits nothing.
+        `learns`: returns whether a plug-in has weights. Raises `LitPruneError` for a path that can't be read, or a
+        pattern without a match.
         """
         if self.paths == (FULL,):
             return [Cell(self.name)]
@@ -129,7 +129,7 @@ class Method:
         return found
 
     def _runs(self, keep: int | str, seeds: Sequence[int]) -> Iterator[tuple[str, int | None]]:
-        """Paths of one budget with the seed that each stands for, if it does."""
+        """Paths of one budget, each with its seed, if any."""
         for place, path in enumerate(self.paths):
             path = path.replace("{keep}", str(keep))
             if "{seed}" in path:
@@ -141,9 +141,9 @@ class Method:
 def cells_of(
     methods: Sequence[Method], keeps: Sequence[int | str], seeds: Sequence[int], learns: Callable[[Plugin], bool]
 ) -> list[Cell]:
-    """The cells of several methods; where two have the same name, their paths are added.
+    """Cells of several methods; paths are added to names that are not unique.
 
-    Raises `LitPruneError` where two were given one.
+    Raises `LitPruneError` if two methods were given the same name.
     """
     named = [method.name for method in methods if method.name]
     if twice := next((name for name in named if named.count(name) > 1), None):
@@ -158,7 +158,7 @@ def cells_of(
 
 
 def _draw(path: str, draw: int) -> Plugin:
-    """A plug-in, its seed moved on by `draw` where its method has one."""
+    """Load a plug-in, with `draw` added to its seed if the method has one."""
     plugin = as_plugin(path)
     if draw:
         plugin.pruner.redraw(draw)
@@ -166,7 +166,7 @@ def _draw(path: str, draw: int) -> Plugin:
 
 
 def _title(plugin: Plugin, method: Method) -> str:
-    """A method's name for people; its file's where it has none."""
+    """Title of a method, or the name of its file."""
     return (plugin.title or Path(method.paths[0]).stem) + ("" if method.repair or not plugin.repair else ", repair off")
 
 
@@ -175,8 +175,8 @@ def _untrained(path: str) -> bool:
 
 
 def _note(plugin: Plugin, path: str, keep: int | str) -> str:
-    """What to know about the weights, if the method has any: that shows when it is built."""
-    if plugin.dims is None:  # a saved one knows the model that it was made for
+    """Remark about the weights; only used if the method has any once it is built."""
+    if plugin.dims is None:  # saved plug-ins have the sizes of their model
         return "untrained"
     return "" if as_json(plugin.keep) == keep else f"trained at {as_json(plugin.keep)} tokens"
 
@@ -185,7 +185,7 @@ def _note(plugin: Plugin, path: str, keep: int | str) -> str:
 
 
 def prepare(cells: Sequence[Cell], vlm: VLM, setting: dict[str, Any]) -> None:
-    """Build each plug-in for the model and give each cell its key; what can't be built or met says so and stays empty.
+    """Build each plug-in for the model and set each cell's key; cells that can't be built or met get a reason.
 
     Untrained weights are drawn from the cell's seed, so that they don't depend on what else is compared.
     """
@@ -214,13 +214,13 @@ def _try(cell: Cell, vlm: VLM) -> None:
 
 
 def describe(vlm: VLM) -> dict[str, Any]:
-    """What a result depends on beside method and data: the frozen model and how it computes."""
+    """Everything a result depends on besides method and data: the frozen model, its dtype and device."""
     model = vlm.model
     return {"base": vlm.name, "weights": fingerprint(model), "dtype": str(model.dtype), "device": model.device.type}
 
 
 def _identity(cell: Cell) -> Any:
-    """The method: its arguments, its weights, and the source of its classes."""
+    """Identity of a method: its arguments, weights, and the source code of its classes."""
     settings = cell.plugin.settings()
     parts = {"pruner": cell.plugin.pruner, "repair": cell.plugin.repair if cell.repair else None}
     found = {

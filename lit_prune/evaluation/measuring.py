@@ -1,4 +1,4 @@
-"""One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
+"""Measure one batch of one method: answers, states, lengths. Shared by validation, test and comparison."""
 
 import time
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ TEACHER = Session(prune=False, repair=False)
 
 @dataclass
 class Measured:
-    """What one method did with a batch: texts, states on answer positions, and its costs per sample."""
+    """Results of one method on a batch: texts, states on answer positions, and costs per sample."""
 
     texts: list[str]
     hidden: dict[int, Tensor]
@@ -44,7 +44,7 @@ class Measured:
 
     @property
     def last(self) -> Tensor | None:
-        """Visual tokens, (batch, N), still there after the last stage; None: nothing was dropped."""
+        """Mask (batch, N) of visual tokens kept after the last stage; None: nothing was dropped."""
         return self.stages[max(self.stages)].bool() if self.stages else None
 
     def first(self, count: int) -> "Measured":

@@ -1,4 +1,4 @@
-"""What an evaluation measures, whatever its data: meters, and the scorer that judges answers."""
+"""Meters of an evaluation on any data, and the scorer of its answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class ExactMatch(SkillAccuracy):
 
 
 class Meters(nn.Module):
-    """What an evaluation measures, over all batches and ranks: of `validate`, `test` and each cell of a comparison.
+    """Metrics of an evaluation, over all batches and ranks: of `validate`, `test` and each cell of a comparison.
 
     Args:
         depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.

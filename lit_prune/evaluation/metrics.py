@@ -34,7 +34,7 @@ class SkillAccuracy(Metric):
         self.add_state("hits", default=[], dist_reduce_fx="cat")
 
     def update(self, hits: Sequence[bool], skills: Sequence[Any]) -> None:
-        """Add answers: right or wrong, with their skills, of whatever type; None where an answer has none."""
+        """Add answers, right or wrong, with their skills of any type; None for an answer without one."""
         names = [None if skill is None else _label(str(skill)) for skill in skills]
         keys = [NO_SKILL if name is None else _digest(name) for name in names]
         self.names.update((key, name) for key, name in zip(keys, names, strict=True) if name is not None)

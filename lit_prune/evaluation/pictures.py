@@ -53,7 +53,7 @@ def as_seen(pixel_values: Float[torch.Tensor, "3 height width"], mean: Sequence[
 
 
 def titled(stages: Mapping[int, Mask]) -> list[tuple[str, Mask]]:
-    """The stages of a `Row`, from the kept tokens behind each pruning layer."""
+    """The stages of a `Row`, from the kept tokens after each pruning layer."""
     counts = {layer: int(kept.sum()) for layer, kept in stages.items()}
     return [(f"layer {i} · {counts[i]} token{'' if counts[i] == 1 else 's'}", kept) for i, kept in stages.items()]
 

@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row], visual: int) -> dict[str, Figure]:
 
 
 def accuracy_tokens(pruned: Sequence[Row], full: Row | None, visual: int) -> Figure:
-    """Accuracy by budget: a line a method, beside one another at each budget; bars where there is one budget."""
+    """Accuracy by budget, one line per method, side by side at each budget; bars for a single budget."""
     keeps = budgets_of(pruned, visual)
     if len(keeps) == 1:
         return _bars(pruned, full, [("accuracy", 100, f"accuracy, % ({keeps[0]} of {visual} visual tokens)")])
@@ -61,7 +61,7 @@ def accuracy_tokens(pruned: Sequence[Row], full: Row | None, visual: int) -> Fig
 
 
 def accuracy_flops(pruned: Sequence[Row], full: Row | None, visual: int) -> Figure:
-    """Accuracy against FLOPs, a line a method; bars of both where there is one budget."""
+    """Accuracy against FLOPs, one line per method; bars of both for a single budget."""
     keeps, label = budgets_of(pruned, visual), "MFLOP of the decoder's prefill with all that pruning adds"
     if len(keeps) == 1:
         first = f"accuracy, % ({keeps[0]} of {visual} visual tokens)"
@@ -219,7 +219,7 @@ def _in_turn(axes: Axes, y: Sequence[float], style: Style, turn: int, takers: in
 
 
 def shift_per_layer(pruned: Sequence[Row], visual: int) -> Figure:
-    """W2 of the answer states behind every decoder layer, a panel a budget, a line a method."""
+    """W2 of the answer states after every decoder layer; one panel per budget, one line per method."""
     styles, keeps = styles_of([each["method"] for each in pruned]), budgets_of(pruned, visual)
     page = Page(len(keeps), size=(3.4, 3.4), right=room(styles))
     for axes, keep in zip(page.axes, keeps, strict=True):

@@ -1,4 +1,4 @@
-"""What a comparison found: a row a cell, their means over seeds, and the flat form that CSV and W&B take."""
+"""Results of a comparison: one row per cell, means over seeds, and the flat form for CSV and W&B."""
 
 import csv
 import io

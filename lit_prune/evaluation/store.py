@@ -1,4 +1,4 @@
-"""Results of a comparison on disk: a file per cell, and its samples in a folder beside."""
+"""Store the results of a comparison on disk: one file per cell, and its samples in a folder next to it."""
 
 import json
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def samples_folder(out: Path) -> Path:
-    """Where a comparison keeps the records of samples, a file per cell, named by its key."""
+    """Folder for the sample records of a comparison, one file per cell, named by its key."""
     return out / "samples"
 
 
 class Store:
-    """Finished cells as one JSON file each, written whole or not at all, and their samples in the folder beside.
+    """Finished cells, one JSON file each, written atomically, and their samples in the folder next to it.
 
-    A cell's file holds the result, its setting for people, and a digest of this package's code. That is no part of the
-    key, since most changes alter no number.
+    A cell's file holds the result, its readable setting, and a digest of this package's code. The digest isn't part of
+    the key, since most code changes don't alter results.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +31,7 @@ class Store:
         self.code = digest_of(sorted(sources))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """The result of a cell measured before; raises `LitPruneError` for a damaged file."""
+        """Read the result of a cell measured earlier; raises `LitPruneError` for a damaged file."""
         file = self._file(cell)
         if not cell.key or not file.is_file():
             return None
@@ -45,11 +45,11 @@ class Store:
 
     @property
     def other_code(self) -> int:
-        """How many of the cells read were measured by other code."""
+        """Number of read cells that were measured by other code."""
         return len(self._others)
 
     def write(self, cell: Cell, result: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
-        """Keep a result and the records of its samples, one a line; these come first, so no result lacks them."""
+        """Write a result and its sample records, one per line; records first, so that no result lacks them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if samples:
             self.samples.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Store:
             file.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")
 
     def read_samples(self, cell: Cell) -> list[dict[str, Any]]:
-        """The records of a cell's samples; none where an earlier version measured it. Raises as `read` does."""
+        """Read the sample records of a cell; empty if an earlier version measured it. Raises as `read` does."""
         file = self.samples / f"{cell.key}.jsonl"
         if not cell.key or not file.is_file():
             return []
@@ -70,7 +70,7 @@ class Store:
             raise LitPruneError(f"{file} is damaged ({error}): --fresh measures the cell again") from error
 
     def others(self, cells: Sequence[Cell]) -> int:
-        """How many files belong to none of these cells: other methods, data or weights, left alone."""
+        """Number of files that belong to none of these cells but to other methods, data or weights."""
         return len({file.stem for file in self.folder.glob("*.json")} - {cell.key for cell in cells})
 
     def _file(self, cell: Cell) -> Path:

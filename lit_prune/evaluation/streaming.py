@@ -31,11 +31,11 @@ class Progress:
 
 
 class _Cancelled(Exception):
-    """Nobody reads the answer any more."""
+    """The reader has stopped."""
 
 
 class _Streamer:
-    """What `generate()` hands each token to, on the thread that it runs on."""
+    """Streamer that `generate()` passes each token to, on its own thread."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[tuple[Tensor, float] | BaseException | None] = SimpleQueue()

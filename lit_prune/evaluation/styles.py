@@ -15,7 +15,7 @@ from lit_prune.evaluation.labels import Line, Name, name_lines
 DPI = 160
 GREY = "#7a828b"
 PANEL = (4.4, 4.0)  # inches, without labels
-COLOURS = [  # twenty that can be told apart, none of them grey
+COLOURS = [  # twenty distinguishable colours, none of them grey
     *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#5b8def"),
     *("#0b3c5d", "#7a0f12", "#0f4d19", "#4b1d73", "#a34f00", "#006d77", "#3e1f17", "#99226b", "#6b6b00", "#3fbf9f"),
 ]

@@ -35,7 +35,7 @@ def _known(value: float | None, scale: float, digits: int) -> str:
 
 
 def loyalty_table(rows: Sequence[Row]) -> list[list[str]]:
-    """How far the answers of one budget's means are the full model's."""
+    """Agreement with the full model's answers, from one budget's means."""
     head = ["method", "same answer %", "right to wrong %", "wrong to right %", "KL, nats"]
     return [
         head,
@@ -72,7 +72,7 @@ def _in_group(group: str, each: Row) -> str:
 
 
 def _group_sizes(rows: Sequence[Row]) -> str:
-    """How many questions each group has: "8 blank, 2 downsampled, 4 rest"; "" where there are no groups."""
+    """Number of questions in each group, "8 blank, 2 downsampled, 4 rest"; "" without groups."""
     known = next((each["groups"] for each in rows if each.get("groups")), None)
     return "" if known is None else ", ".join(f"{known[group]['questions']:g} {group}" for group in GROUPS)
 
@@ -99,7 +99,7 @@ def skills_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def budgets_table(rows: Sequence[Row], text: Callable[[Row], str], visual: int) -> list[list[str]]:
-    """A line a method, a column a budget: `text` of each mean, a dash where there is no result."""
+    """One line per method, one column per budget: `text` of each mean, a dash without a result."""
     keeps = budgets_of(rows, visual)
     lines: dict[str, dict[int | str | None, str]] = {}
     for each in rows:

@@ -108,7 +108,7 @@ def padded_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
     """Pillow's name of the format, one of `formats()`, by the header alone; arguments and errors as `decode_image`."""
     with _header(file, name, max_pixels) as image:
-        return "JPEG" if image.format == "MPO" else image.format  # a phone's: a JPEG with others behind it
+        return "JPEG" if image.format == "MPO" else image.format  # from phones: a JPEG followed by others
 
 
 @cache

@@ -51,7 +51,7 @@ def check_prompts(prompts: Iterable[str], image_token: str | None) -> None:
 
 
 def is_image(value: Any) -> bool:
-    """Whether a value stands for one picture, readable or not, rather than for several."""
+    """True if a value is meant as one picture, readable or not, rather than several."""
     return isinstance(value, str | Path | Image.Image) or (isinstance(value, np.ndarray) and value.ndim < 4)
 
 

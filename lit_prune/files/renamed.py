@@ -1,4 +1,4 @@
-"""Keys that version 0.1 called otherwise: refused where a user writes them, translated where 0.1 saved them."""
+"""Keys renamed since version 0.1: an error in users' files, translated in saved ones."""
 
 import inspect
 from collections.abc import Mapping

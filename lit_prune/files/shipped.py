@@ -48,7 +48,7 @@ def find_config(name: str | Path, kind: str = "") -> Path:
 
 
 def _relatives(path: Path, kind: str) -> list[PurePath]:
-    """Where under `configs/` a path may point: as written, and in the folder of its kind."""
+    """Candidate paths under `configs/`: as written, and in the folder of its kind."""
     if path.is_absolute() or ".." in path.parts:
         return []
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ ASIDE = ".part"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file is put on the disk and takes the place of `path` when the block ends well.
+    """Yield a temporary path, whose file is synced and replaces `path` when the block succeeds.
 
-    A block that fails, or makes no file, leaves `path` as it was. Processes may write the same file at one time: each
-    writes to its own path, and the last one's stays.
+    If the block fails or writes no file, `path` is unchanged. Several processes may write the same file: each uses its
+    own temporary path, and the last one wins.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
     try:
@@ -27,7 +27,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or for a folder the names in it."""
+    """Flush a file's content, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -44,7 +44,7 @@ def local_processor(base: str | Path) -> Any | None:
 def load_model(
     base: str | Path, dtype: torch.dtype | str | None = None, *, strict: bool = True, **options: Any
 ) -> nn.Module:
-    """Model with its weights; `dtype` by default float32 for micro, else what the checkpoint says.
+    """Load a model with its weights; `dtype` by default float32 for micro, otherwise the checkpoint's.
 
     Args:
         base: a folder, a hub id, or the folder of an adapter, which names its base model.
@@ -78,7 +78,7 @@ def load_model(
 
 
 def _check_weights(base: str | Path, info: dict[str, Any]) -> None:
-    """Raise `LitPruneError` where a checkpoint is not the model's, by what `from_pretrained` says about it.
+    """Raise `LitPruneError` if a checkpoint doesn't fit the model, according to `from_pretrained`'s report.
 
     The library leaves out what a model's class itself declares as tied, or as not to be saved.
     """
@@ -166,7 +166,7 @@ def random_model(
 
 
 def load_config(base: Base) -> PreTrainedConfig:
-    """Configuration of a model: of a folder, a shipped shape, or the hub's cache; the network is not asked."""
+    """Load a configuration from a folder, a shipped shape or the hub's cache, without network access."""
     from transformers import AutoConfig
 
     if isinstance(base, PreTrainedConfig):
@@ -200,7 +200,7 @@ def hide_progress() -> None:
 
 
 def load_shape(base: str | Path) -> Config:
-    """What sizes and prices are read off: the fields of a shipped shape as they stand, else the configuration."""
+    """Source of a model's sizes: the fields of a shipped shape as they are, otherwise the configuration."""
     return shipped_shape(str(base)) if is_shipped(base) else load_config(base)
 
 

@@ -19,7 +19,7 @@ PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be rea
 
 
 def resolve(base: str | Path) -> str:
-    """Folder or hub id that a model's name stands for; `micro` is the one shipped with this package.
+    """Resolve a model's name to a folder or hub id; `micro` is shipped with this package.
 
     A folder holds `config.json`, or `adapter_config.json`: an adapter of peft, which names its base model.
     """
@@ -48,7 +48,7 @@ def adapted_from(base: str | Path) -> str | None:
 
 
 def is_shipped(base: str | Path) -> bool:
-    """Whether a name is that of a shipped shape, and of no folder here."""
+    """True if a name is that of a shipped shape, and no local folder."""
     return str(base) in names() and not Path(base).is_dir()
 
 
@@ -70,7 +70,7 @@ def fetch(function: Callable, base: str | Path, local: bool = False, **options: 
 
 
 def place_of(base: str | Path, local: bool, version: dict[str, Any]) -> str:
-    """Folder of a model, or its hub id where the hub is to be asked: not if `local`, nor if it doesn't answer."""
+    """Folder of a model, or its hub id if the hub is to be queried: not if `local`, nor if it is unreachable."""
     name = resolve(base)
     if Path(name).is_dir():
         return name
@@ -94,7 +94,7 @@ def closest_model(name: str) -> str | None:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached: one request, since the library's own retries take most of a minute."""
+    """True if the hub is reachable; a single request, since the library's own retries take most of a minute."""
     if constants.is_offline_mode():
         return False
     try:

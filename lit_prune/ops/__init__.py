@@ -1,1 +1,1 @@
-"""Pure functions of tensors and counts: selection, merging, moments, budgets."""
+"""Pure functions on tensors and counts: selection, merging, moments, budgets."""

@@ -1,4 +1,4 @@
-"""Pure functions for methods that choose and merge tokens by how alike they are. Similarities are the caller's."""
+"""Pure functions for selecting and merging tokens by similarity, which the caller computes."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ from lit_prune.ops import selection
 def centred(
     features: Float[Tensor, "batch visual width"], alive: Bool[Tensor, "batch visual"]
 ) -> Float[Tensor, "batch visual width"]:
-    """Unit vectors (fp32) from the mean of the sample's alive tokens to each token: what all share says nothing."""
+    """Unit vectors (fp32) after centring, which removes the component common to all alive tokens of a sample."""
     features, mask = features.float(), alive[..., None]
     mean = features.masked_fill(~mask, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return normalize(features - mean, dim=-1)
@@ -20,7 +20,7 @@ def centred(
 def squared_distance(
     a: Int[Tensor, "batch some"], b: Int[Tensor, "batch others"], side: int
 ) -> Float[Tensor, "batch some others"]:
-    """Squared distance in patches between places, numbered row by row, on a grid of `side` x `side`."""
+    """Squared distance in patches between positions, numbered row by row, on a grid of `side` x `side`."""
     rows = a[:, :, None] // side - b[:, None] // side
     columns = a[:, :, None] % side - b[:, None] % side
     return (rows.square() + columns.square()).float()
@@ -35,15 +35,16 @@ def spread(
     alive: Bool[Tensor, "batch visual"],
     count: Int[Tensor, " batch"],
 ) -> Bool[Tensor, "batch visual"]:
-    """Pick the `count` best tokens one after the other; each pick lowers the scores of its likes nearby [ours].
+    """Greedily pick the `count` best tokens; each pick lowers the scores of similar tokens nearby [ours].
 
-    A score counts as `score * (1 - a)`, a the largest affinity to a token picked: the cosine of `unit` vectors,
-    0 if negative, times exp(-distance^2 / (2 width^2)) in patches. Scores are not negative. O(visual) a pick, no matrix
-    of all pairs. With a `width` near 0 this is top-k; ties go to the earlier token.
+    The score is multiplied by 1 - a, with a the largest affinity to a picked token: the cosine of `unit` vectors, 0 if
+    negative, times exp(-distance^2 / (2 width^2)) in patches. Scores must be non-negative. O(visual) per pick, without
+    a matrix of all pairs. With `width` near 0 this is top-k; ties go to the earlier token.
     """
     count = torch.minimum(count, alive.sum(1))
     chosen, near = torch.zeros_like(alive), torch.zeros_like(scores, dtype=torch.float32)
     for turn in range(int(count.max())):
+        # Alive tokens have values >= 0, picked ones -1, filler -2: the argmax never picks twice while others are left.
         worth = (scores.float() * (1 - near)).masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
         pick = worth.argmax(1, keepdim=True)
         chosen = chosen | ((turn < count)[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
@@ -60,11 +61,11 @@ def facility_location(
     count: Int[Tensor, " batch"],
     demand: Float[Tensor, "batch tokens"],
 ) -> Bool[Tensor, "batch candidates"]:
-    """Greedy facility location: the `count` candidates that leave every token with one like it.
+    """Greedy facility location: pick `count` candidates so that every token is similar to one of them.
 
-    Candidate j gains `weight_j * sum_i demand_i max(0, similarity_ij - best_i)`, best_i the largest similarity of token
-    i to one picked, 0 at the start. Ties, and picks without any gain, go to the candidate with the larger weight, then
-    to the earlier one. O(tokens x candidates) a pick. `demand` is 0 for tokens that are not there.
+    The gain of candidate j is `weight_j * sum_i demand_i max(0, similarity_ij - best_i)`, with best_i the largest
+    similarity of token i to a picked one, initially 0. Ties, and picks without any gain, go to the candidate with the
+    larger weight, then to the earlier one. O(tokens x candidates) per pick. `demand` is 0 for filler tokens.
     """
     count = torch.minimum(count, alive.sum(1))
     chosen = torch.zeros_like(alive)
@@ -73,6 +74,7 @@ def facility_location(
     for turn in range(int(count.max())):
         gain = torch.einsum("bij,bi->bj", (similarity - best[..., None]).clamp(min=0), demand.to(best)) * weight
         gain = gain.masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
+        # Argmax over candidates sorted by weight, so that ties go to the larger weight.
         pick = order.gather(1, gain.gather(1, order).argmax(1, keepdim=True))
         now = turn < count
         chosen = chosen | (now[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))

@@ -1,4 +1,4 @@
-"""Pure functions for methods that merge tokens: who stands for whom, and means over groups."""
+"""Pure functions for merging tokens: assignment to centres, sizes, and means over groups."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,9 +11,9 @@ from lit_prune.ops import selection
 def nearest(
     features: Float[Tensor, "batch visual width"], centres: Bool[Tensor, "batch visual"], most: int | None = None
 ) -> Int[Tensor, "batch visual"]:
-    """Column of the centre with the largest cosine similarity to each token; a centre's own is itself.
+    """Column of the centre with the largest cosine similarity to each token; a centre is assigned to itself.
 
-    O(visual x centres). Ties go to the earlier centre. `most`: centres of the sample that has most, or more, if known.
+    O(visual x centres). Ties go to the earlier centre. `most`: upper bound on the centres of a sample, if known.
     """
     unit = normalize(features.float(), dim=-1)
     columns, real = selection.compact(centres, most)
@@ -33,9 +33,9 @@ def collect_sizes(
     weighted: bool = False,
     most: int | None = None,
 ) -> Float[Tensor, "batch visual"]:
-    """Size of each token after those alive and not kept were added to the nearest kept one, by cosine.
+    """Size of each token after adding those alive and not kept to the nearest kept one by cosine.
 
-    `weighted`: their size times that cosine, at least 0, is added. Tokens that leave keep their own number.
+    With `weighted`, their size times that cosine (at least 0) is added. Dropped tokens keep their own size.
     """
     centre = nearest(states, kept, most)
     given = sizes * (alive & ~kept)
@@ -50,7 +50,7 @@ def group_means(
     centre: Int[Tensor, "batch visual"],
     weight: Float[Tensor, "batch visual"],
 ) -> Float[Tensor, "batch visual width"]:
-    """At each column, the weighted mean (in fp32) of the tokens whose centre it is; zeros where there are none."""
+    """Weighted mean (in fp32) of the tokens assigned to each column; zeros for columns without any."""
     weight = weight.float()
     index = centre[..., None].expand_as(states)
     sums = torch.zeros_like(states, dtype=torch.float32).scatter_add(1, index, states.float() * weight[..., None])
@@ -59,10 +59,10 @@ def group_means(
 
 
 def evenly(flags: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch visual"]:
-    """`count` of the set flags of each sample, evenly spaced in order; all where fewer are set."""
+    """Keep `count` of the set flags of each sample, evenly spaced in order; all if fewer are set."""
     place, total = flags.long().cumsum(1) - 1, flags.sum(1, keepdim=True)
     count = torch.minimum(count[:, None], total)
-    # Place p starts a new one of `count` equal parts where floor(p count / total) rises: exactly `count` times.
+    # floor(place * count / total) increases exactly `count` times: keep the first place of each of these equal parts.
     part = place * count // total.clamp(min=1)
     return flags & (count > 0) & ((place == 0) | (part != (place - 1) * count // total.clamp(min=1)))
 
@@ -73,16 +73,16 @@ def density_peaks(
     count: Int[Tensor, " batch"],
     neighbours: int,
 ) -> tuple[Bool[Tensor, "batch some"], Int[Tensor, "batch some"]]:
-    """Cluster centres by density peaks, `count` of each sample, and the column of each token's nearest centre.
+    """Cluster by density peaks: `count` centres per sample, and the column of each token's nearest centre.
 
     DPC-KNN: a token's density rho is exp(-mean squared distance to its `neighbours` nearest), its delta the distance to
-    the nearest denser token (the farthest of all for the densest one); centres have the largest rho x delta, compared
-    as logarithms. Distances are in units of the sample's root mean square one [ours]: as they are, those of long states
-    make rho decide alone. Of equally dense tokens the earlier counts as the denser. Holds (some, some) distances.
+    the nearest denser token (for the densest one, the largest distance); centres have the largest rho x delta, compared
+    as logarithms. Distances are divided by the sample's root mean square distance [ours]: otherwise, for states of
+    large norm, rho alone decides. Of equally dense tokens the earlier counts as denser. Holds (some, some) distances.
     """
     number = real.sum(1).clamp(min=1)[:, None, None]
     mean = (features.float() * real[..., None]).sum(1, keepdim=True) / number
-    centred = (features.float() - mean) * real[..., None]  # smaller numbers lose less in the squares' difference
+    centred = (features.float() - mean) * real[..., None]  # centred, the squares' difference below loses less precision
     square = centred.square().sum(2, keepdim=True)
     squared = square + square.transpose(1, 2) - 2 * centred @ centred.transpose(1, 2)
     squared = (squared / (2 * square.sum(1, keepdim=True) / number).clamp(min=1e-30)).clamp(min=0)
@@ -90,15 +90,16 @@ def density_peaks(
     far = torch.finfo(squared.dtype).max
 
     others = squared.masked_fill(own | ~real[:, None], far)
-    nearest_ones = others.topk(min(neighbours, others.shape[2]), largest=False).values
-    there = nearest_ones < far
-    log_rho = -(nearest_ones * there).sum(2) / there.sum(2).clamp(min=1)
+    closest = others.topk(min(neighbours, others.shape[2]), largest=False).values
+    real_neighbour = closest < far
+    log_rho = -(closest * real_neighbour).sum(2) / real_neighbour.sum(2).clamp(min=1)
 
     earlier = own.new_ones(own.shape).tril(-1)
     denser = (log_rho[:, None] > log_rho[..., None]) | ((log_rho[:, None] == log_rho[..., None]) & earlier)
     to_denser = squared.masked_fill(~(denser & real[:, None]), far).amin(2)
     farthest = squared.masked_fill(~real[:, None], 0.0).amax(2)
     delta = torch.where(to_denser < far, to_denser, farthest)
+    # 0.5: `delta` is a squared distance.
     centres = selection.top_k(log_rho + 0.5 * delta.clamp(min=1e-30).log(), real, count)
 
     nearest_centre = squared.masked_fill(~centres[:, None], far).argmin(2)

@@ -1,4 +1,4 @@
-"""First and second moments of token states, over the tokens of all ranks, and the distances built on them."""
+"""First and second moments of token states over the tokens of all ranks, and distances based on them."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,11 @@ class Moments(NamedTuple):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks. Each rank goes on to the same loss, so what the others' tokens get is known without asking them:
-    a rank whose tokens need no gradient, with no image in its batch, keeps nobody waiting in the backward pass."""
+    """Sum over ranks, without communication in backward.
+
+    Every rank computes the same loss from the sum, so all have the same gradient. A rank without an image has nothing
+    to differentiate and would skip a collective in backward, for which the others would wait forever.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -27,7 +30,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * dist.get_world_size()  # strategies average gradients over ranks
+        return gradient * dist.get_world_size()  # cancels the averaging of gradients over ranks
 
 
 def _several_ranks() -> bool:
@@ -35,18 +38,18 @@ def _several_ranks() -> bool:
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum over ranks that gradients flow through; the value itself without a process group."""
+    """Differentiable sum over ranks; the value itself without a process group."""
     return _SumOverRanks.apply(value) if _several_ranks() else value
 
 
 def mean_over_ranks(
     value: Float[Tensor, "*shape"] | float, count: Int[Tensor, ""] | int
 ) -> Float[Tensor, "*shape"] | float:
-    """The mean over the items of all ranks, from this rank's mean `value` over its `count` items.
+    """Mean over the items of all ranks, from this rank's mean `value` over its `count` items.
 
-    With gradients averaged over ranks, as strategies do, training equals that of one process with the whole batch.
-    Every rank must call it and go on to the same loss. One of the two is a tensor, on the device of the ranks' group.
-    Without a group, or without any item, it is the value itself.
+    With gradients averaged over ranks, as by DDP, training equals that of one process with the whole batch. A
+    collective: every rank must call it and compute the same loss from the result. `value` or `count` must be a tensor
+    on the device of the process group. Without a group, or without any item, returns the value itself.
     """
     if not _several_ranks():
         return value
@@ -59,12 +62,13 @@ def mean_over_ranks(
 def moments(tokens: Float[Tensor, "tokens width"]) -> Moments:
     """Mean and variance per channel over the tokens of the global batch (RCP, arXiv 2604.04972, repair loss).
 
-    Two passes in fp32, so the variance can't go negative. Every rank must call it; a rank may hold no tokens.
+    Two passes in fp32, so the variance can't become negative. A collective: every rank must call it, with tokens or
+    without.
     """
     tokens = tokens.float()
     count = _sum_over_ranks(torch.tensor(float(tokens.shape[0]), device=tokens.device)).clamp(min=1.0)
     mean = _sum_over_ranks(tokens.sum(0)) / count
-    centre = mean.detach() if _several_ranks() else mean  # what flows through it sums to zero over all ranks only
+    centre = mean.detach() if _several_ranks() else mean  # its gradient is zero summed over all ranks, but not on each
     var = _sum_over_ranks((tokens - centre).square().sum(0)) / count
     return Moments(mean, var)
 
@@ -75,7 +79,7 @@ def moment_loss(student: Moments, teacher: Moments, variance_weight: float) -> F
 
 
 def w2_squared(student: Moments, teacher: Moments) -> Float[Tensor, ""]:
-    """Squared 2-Wasserstein distance of the two diagonal Gaussians per channel: the shift that is logged."""
+    """Squared 2-Wasserstein distance between the two diagonal Gaussians, per channel: the logged distribution shift."""
     spread = student.var.clamp(min=0).sqrt() - teacher.var.clamp(min=0).sqrt()
     return (student.mean - teacher.mean).square().mean() + spread.square().mean()
 
@@ -87,18 +91,19 @@ def kappa(
     features: Float[Tensor, "batch visual width"] | None = None,
     variance_floor: float = 1e-6,
 ) -> Float[Tensor, " batch"]:
-    """How far the kept visual tokens' distribution lies from that of all: lower is better, 0 when all are kept.
+    """Distribution shift of the kept visual tokens from all of them: lower is better, 0 if all are kept.
 
     KL divergence of the diagonal Gaussian fitted to the kept tokens from the one fitted to all, averaged over channels:
-    `0.5 * mean_c(log(var_f / var_k) + (var_k + (mu_k - mu_f)^2) / var_f - 1)`. That there is such a metric is
-    DCP-Prune's (arXiv 2606.16633), the formula is ours. It doesn't depend on the scale of the features.
+    `0.5 * mean_c(log(var_f / var_k) + (var_k + (mu_k - mu_f)^2) / var_f - 1)`. The idea of such a metric is DCP-Prune's
+    (arXiv 2606.16633), the formula is ours. It is invariant to the scale of the features.
 
     Args:
         full: features of all tokens.
-        kept: which are kept; at least one a sample.
-        real: which are tokens at all, the others being filler. Default: all.
-        features: the kept tokens' own features where a method changed them, as merging does. Default: those of `full`.
-        variance_floor: smallest variance, as a share of the sample's mean variance [ours]: a single token has none.
+        kept: keep mask, with at least one token per sample.
+        real: False for filler. Default: all real.
+        features: features of the kept tokens if a method changed them, as merging does. Default: those of `full`.
+        variance_floor: lower bound of variances, as a share of the sample's mean variance [ours]: that of a single
+            token is 0.
     """
     real = torch.ones_like(kept) if real is None else real
     mean_f, var_f = _masked_moments(full, real)

@@ -1,4 +1,4 @@
-"""Which tokens stay: pure functions from scores to keep masks, gates and packing indices."""
+"""Token selection: pure functions from scores to keep masks, gates and packing indices."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """Several images in one sample: the number of each token's image, and how many tokens each had at the start."""
+    """Images of each sample: the image index of each token, and the number of tokens of each image before pruning."""
 
     number: Int[Tensor, "batch visual"]
     sizes: Int[Tensor, "batch images"]
@@ -20,25 +20,26 @@ class Images:
         return table.scatter_add(1, self.number, values)
 
     def amin(self, values: Tensor) -> Tensor:
-        """Smallest of `values` (batch, visual) in each image, inf where it has none: (batch, images)."""
+        """Smallest of `values` (batch, visual) in each image, inf for an image without tokens: (batch, images)."""
         table = torch.full(self.sizes.shape, float("inf"), dtype=values.dtype, device=values.device)
         return table.scatter_reduce(1, self.number, values, "amin")
 
     def spread(self, table: Tensor) -> Tensor:
-        """The image's entry of `table` (batch, images) for every token: (batch, visual)."""
+        """Entry of `table` (batch, images) for each token's image: (batch, visual)."""
         return table.gather(1, self.number)
 
 
 def rank(
     scores: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], images: Images | None = None
 ) -> Int[Tensor, "batch visual"]:
-    """Place of every token in the descending order of its sample, best = 0; tokens that are not alive come last.
+    """Rank of every token in its sample by descending score, best = 0; tokens that are not alive come last.
 
-    With `images`, its place in the order of its own image. Ties go to the earlier token, whatever the batch looks like.
+    With `images`, the rank within its image. Ties go to the earlier token, independent of the batch.
     """
     order = scores.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     if images is not None:
+        # Stable sort by image, then subtract each image's first place.
         order = order.gather(1, images.number.gather(1, order).argsort(dim=1, stable=True))
         number = images.number.gather(1, order)
         starts = torch.nn.functional.pad(number[:, 1:] != number[:, :-1], (1, 0))
@@ -47,18 +48,18 @@ def rank(
 
 
 def share(count: Int[Tensor, " batch"], sizes: Int[Tensor, "batch images"]) -> Int[Tensor, "batch images"]:
-    """Split `count` over images in proportion to their sizes: whole numbers, never more than a size.
+    """Split `count` over images in proportion to their sizes, in whole numbers that don't exceed the sizes.
 
-    The largest remainders are rounded up, of equal ones the earlier. Where an image would go empty though there is one
-    token for each, every image gets one first and the rest is split in proportion to what is left of them [ours].
+    The largest remainders are rounded up; ties go to the earlier image. If an image would get none although `count`
+    suffices for one each, every image gets one first and the rest is split in proportion to the remaining sizes [ours].
     """
     count = torch.minimum(count, sizes.sum(1))
     first = (sizes > 0).long()
     images = first.sum(1)
     shares = _largest_remainder(count, sizes)
     one_each = first + _largest_remainder((count - images).clamp(min=0), sizes - first)
-    starving = (shares < first).any(1) & (count >= images)
-    return torch.where(starving[:, None], one_each, shares)
+    some_empty = (shares < first).any(1) & (count >= images)
+    return torch.where(some_empty[:, None], one_each, shares)
 
 
 def _largest_remainder(count: Tensor, sizes: Tensor) -> Tensor:
@@ -75,9 +76,9 @@ def top_k(
     count: Int[Tensor, " batch"],
     images: Images | None = None,
 ) -> Bool[Tensor, "batch visual"]:
-    """Keep the `count` best alive tokens of each sample (all of them where fewer are alive).
+    """Keep the `count` best alive tokens of each sample (all if fewer are alive).
 
-    The images of one sample share its count in proportion to their alive tokens and are ranked apart.
+    The images of one sample share its count in proportion to their alive tokens and are ranked separately.
     """
     limit = count[:, None] if images is None else images.spread(share(count, images.sum(alive.long())))
     return (rank(scores, alive, images) < limit) & alive
@@ -89,17 +90,16 @@ def pick(
     order: Int[Tensor, "batch visual"],
     count: Int[Tensor, " batch"],
 ) -> tuple[Int[Tensor, "batch 1"], Bool[Tensor, "batch 1"], Int[Tensor, "batch visual"]]:
-    """One step of a greedy method: the best token that is not picked yet; of equal ones the earlier.
+    """One step of a greedy method: the best token not picked yet; ties go to the earlier one.
 
-    `order` is the step at which each token was picked, -1 where it was not. Returns the column of the pick, whether
-    there was one (not where a sample has its `count` or nothing is left that is `open_to` be picked), and the order
-    with it.
+    `order` is the step at which each token was picked, -1 if it was not. Returns the column of the pick, whether it is
+    valid (False if a sample has reached its `count` or no token that is `open_to` picks is left), and the new order.
     """
     steps = order.amax(1, keepdim=True) + 1
     free = open_to & (order < 0)
     best = gains.masked_fill(~free, float("-inf")).argmax(1, keepdim=True)
-    found = (steps < count[:, None]) & free.any(1, keepdim=True)
-    return best, found, order.scatter(1, best, torch.where(found, steps, order.gather(1, best)))
+    valid = (steps < count[:, None]) & free.any(1, keepdim=True)
+    return best, valid, order.scatter(1, best, torch.where(valid, steps, order.gather(1, best)))
 
 
 def threshold(
@@ -110,7 +110,7 @@ def threshold(
 ) -> Bool[Tensor, "batch visual"]:
     """Keep alive tokens with sigmoid(logit) > 0.5, and always the `at_least` best ones (RCP, arXiv 2604.04972).
 
-    Of several images in a sample, the best ones of each [ours].
+    If a sample has several images, the best ones of each [ours].
     """
     return ((logits > 0) | (rank(logits, alive, images) < at_least)) & alive
 
@@ -118,7 +118,7 @@ def threshold(
 def top_mass(
     logits: Float[Tensor, "batch visual"], alive: Bool[Tensor, "batch visual"], mass: float
 ) -> Bool[Tensor, "batch visual"]:
-    """Keep the fewest alive tokens whose share of softmax(logits) reaches `mass`: few where the logits are sure."""
+    """Keep the fewest alive tokens whose share of softmax(logits) reaches `mass`; confident logits keep few."""
     share = logits.float().masked_fill(~alive, float("-inf")).softmax(1)
     order = share.argsort(dim=1, descending=True, stable=True)
     sorted_share = share.gather(1, order)
@@ -132,26 +132,26 @@ def straight_through(hard: Bool[Tensor, "*shape"], soft: Float[Tensor, "*shape"]
 
 
 def logistic_noise(like: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard logistic noise, the difference of two Gumbels, from the global generator."""
+    """Standard logistic noise, the difference of two Gumbel variables, from the global generator."""
     uniform = torch.rand_like(like).clamp(1e-6, 1 - 1e-6)
     return uniform.log() - torch.log1p(-uniform)
 
 
 def log_gate(gate: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape"]:
-    """log(eps + (1 - eps) gate): what a gate on attention weights adds to the attention logits.
+    """log(eps + (1 - eps) gate): bias on attention logits equivalent to a gate on attention weights.
 
-    With gate in {0, 1} and softmax renormalising, this is the paper's multiplication of visual columns by c. The
-    derivative of log(eps) undoes the eps of the softmax weight, so a dropped token gets the exact gradient of putting
-    it back; eps must not underflow: 1e-8 in fp32 or bf16.
+    With gate in {0, 1} and the softmax's normalisation, this is the paper's multiplication of visual columns by c. The
+    derivative 1/eps of the log cancels the factor eps in the softmax weight, so a dropped token gets the exact gradient
+    of adding it again; eps must not underflow: 1e-8 in fp32 or bf16.
     """
     return (eps + (1.0 - eps) * gate).log()
 
 
 def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[Tensor, "batch visual"]:
-    """The same values; backwards, each sample's gradient is scaled down to at most `norm`."""
+    """Identity in forward; in backward, each sample's gradient is scaled down to a norm of at most `norm`."""
     if not values.requires_grad:
         return values
-    values = values * 1.0
+    values = values * 1.0  # a new tensor, so that the hook doesn't stay on the caller's
 
     def clip(gradient: Tensor) -> Tensor:
         length = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -164,10 +164,10 @@ def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[T
 def pack(
     present: Bool[Tensor, "batch seq"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
-    """Columns that stay, in order and packed to the right, and which of them are real.
+    """Kept columns, in order and packed to the right, and the mask of real ones.
 
-    Samples that keep fewer columns than the fullest one get filler columns on the left, the layout of left padding.
-    `width`: how many the fullest one keeps, if that is known; else the device is asked.
+    Samples that keep fewer columns than the longest one get filler columns on the left, as with left padding.
+    `width`: columns of the longest one, if known; otherwise the device is synchronised.
     """
     counts = present.sum(1)
     width = int(counts.max()) if width is None else width
@@ -179,9 +179,9 @@ def pack(
 def compact(
     flags: Bool[Tensor, "batch seq"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch found"], Bool[Tensor, "batch found"]]:
-    """Columns where `flags` is set, in order and packed to the left, and which of them are real.
+    """Columns where `flags` is set, in order and packed to the left, and the mask of real ones.
 
-    `width`: how many the fullest sample has, or more, if that is known; else the device is asked.
+    `width`: upper bound on the flags set in a sample, if known; otherwise the device is synchronised.
     """
     counts = flags.sum(1)
     width = int(counts.max()) if width is None else width
@@ -195,7 +195,7 @@ def gather_rows(
 ) -> Float[Tensor, "batch some width"]:
     """States at the given columns of each sample.
 
-    Whole rows are copied; `gather` looks every single number up, which took 13 times as long on a CPU.
+    `index_select` copies whole rows; `gather` indexes every element, which took 13 times as long on a CPU.
     """
     batch, length, width = states.shape
     rows = states.reshape(batch * length, width).index_select(0, _flat(columns, length))
@@ -205,19 +205,19 @@ def gather_rows(
 def put_rows(
     states: Float[Tensor, "batch some width"], columns: Int[Tensor, "batch some"], length: int
 ) -> Float[Tensor, "batch {length} width"]:
-    """The way back from `gather_rows`: a sequence of `length` with these states at their columns, zeros elsewhere."""
+    """Inverse of `gather_rows`: a sequence of `length` with these states at their columns, zeros elsewhere."""
     batch, _, width = states.shape
     full = states.new_zeros(batch * length, width)
     return full.index_copy(0, _flat(columns, length), states.flatten(0, 1)).view(batch, length, width)
 
 
 def _flat(columns: Int[Tensor, "batch some"], length: int) -> Int[Tensor, " all"]:
-    """Columns of each sample as rows of all samples' sequences, one behind the other."""
+    """Column indices into the concatenation of all samples' sequences."""
     return (columns + torch.arange(columns.shape[0], device=columns.device)[:, None] * length).flatten()
 
 
 def hashed_uniform(seed: Int[Tensor, " batch"], ordinal: Int[Tensor, "batch visual"]) -> Float[Tensor, "batch visual"]:
-    """Pseudo-random numbers in [0, 1) that depend on (seed, ordinal) alone: no generator, no batch, no worker.
+    """Pseudo-random numbers in [0, 1) that depend on (seed, ordinal) alone, not on generator, batch or worker.
 
     A 32-bit multiply-and-shift mixer in int64, the same on every device.
     """

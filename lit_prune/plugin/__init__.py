@@ -1,5 +1,6 @@
-"""A plug-in: a pruner with its repair, what is saved of them, and the ways to name one."""
+"""Plug-ins: a pruner with its repair adapter, saved as one folder, and loaded by name, file or folder."""
 
-from lit_prune.plugin.plugin import SETTINGS, WEIGHTS, Plugin, fingerprint, learns, unpruned
+from lit_prune.plugin.plugin import Plugin, fingerprint, learns, unpruned
+from lit_prune.plugin.reading import SETTINGS, WEIGHTS
 
 __all__ = ["SETTINGS", "WEIGHTS", "Plugin", "fingerprint", "learns", "unpruned"]

@@ -1,4 +1,4 @@
-"""Methods from whatever names one: an object, a shipped name, a YAML file, a saved folder, a repository of the hub."""
+"""Create a plug-in from an object, a shipped method's name, a YAML file, a saved folder or a hub repository."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class MethodText:
 def as_plugin(
     pruner: PruningMethod | Plugin | str | Path, repair: RepairAdapter | None = None, keep: Any = None
 ) -> Plugin:
-    """A `Plugin` from whatever names one.
+    """Create a `Plugin` from any way of naming a method.
 
     Args:
         pruner: an object, or a line that `MethodText` reads: `full`, the name of a shipped method (`fastv`), a YAML
@@ -69,7 +69,7 @@ def as_plugin(
         keep: budget for a pruner object.
 
     Raises:
-        LitPruneError: nothing of this name, with the closest names that there are, or a file that can't be read.
+        LitPruneError: no method of this name (the message lists the closest names), or the file can't be read.
     """
     if isinstance(pruner, Plugin):
         return pruner
@@ -99,7 +99,7 @@ def _plugin(pruner: str) -> Plugin:
 
 
 def plugin_from_yaml(path: str | Path) -> Plugin:
-    """Untrained plug-in as a file in `configs/pruners/` describes it, built by the parser of the command line."""
+    """Create an untrained plug-in from a file such as those in `configs/pruners/`, with the command line's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     try:
@@ -108,8 +108,8 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
         model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
-    if found := old_keys(model, "model"):
-        raise LitPruneError(f"{path}: {renamed_text(found)}")
+    if renamed := old_keys(model, "model"):
+        raise LitPruneError(f"{path}: {renamed_text(renamed)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=PruningMethod)
     parser.add_argument("--repair", type=RepairAdapter | None)

@@ -1,4 +1,4 @@
-"""The contract of a pruning method, to import from: of the decoder, of the vision tower, and what both are given."""
+"""Public contract of pruning methods, in the decoder and in the vision tower, and the contexts they get."""
 
 from lit_prune.pruners.contexts import AttentionRows, Context, Dims, Kept, VisionContext
 from lit_prune.pruners.full import UNPRUNED, Full

@@ -1,4 +1,4 @@
-"""Several images in one prompt, for methods whose choice of a token depends on the others: each image decides alone."""
+"""Prompts with several images, for methods whose choice of a token depends on the others: prune each image alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,16 +11,16 @@ from torch import Tensor
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Context, Kept, Pruner
 
-BY_TOKEN = ("visual", "ordinal", "visual_embeds", "attention", "states", "visual_keys")  # what has a visual axis second
+BY_TOKEN = ("visual", "ordinal", "visual_embeds", "attention", "states", "visual_keys")  # (batch, visual, ...)
 BY_SAMPLE = ("text", "text_mask", "text_embeds", "text_keys", "seed")
 
 
 def image_by_image(prune: Callable[..., Kept]) -> Callable[..., Kept]:
-    """Make a `prune` that knows nothing of images decide on each image of a sample by itself.
+    """Decorate a `prune` so that it is applied to each image of a sample separately.
 
-    The images of a sample become rows of a larger batch, with the sample's text each and a share of its count in
-    proportion to their alive tokens, as in `selection.top_k`. Contexts without several images pass unchanged. Gates are
-    not carried, and hints are handed on as they are, by sample.
+    Each image becomes a row of a larger batch, with the sample's text and a share of its count in proportion to the
+    image's alive tokens, as in `selection.top_k`. Contexts without several images pass unchanged. Gates aren't
+    supported, and hints are passed per sample, as they are.
     """
 
     @wraps(prune)
@@ -33,6 +33,7 @@ def image_by_image(prune: Callable[..., Kept]) -> Callable[..., Kept]:
         columns, real = columns.reshape(batch, -1), real.reshape(batch, -1)
 
         def back(values: Tensor, fill: float) -> Tensor:
+            # Filler columns point at tokens of other images: with the lowest value they never win the maximum.
             flat = values.reshape(batch, -1).masked_fill(~real, fill)
             full = torch.full(context.alive.shape, fill, dtype=flat.dtype, device=flat.device)
             return full.scatter_reduce(1, columns, flat, "amax")
@@ -45,7 +46,7 @@ def image_by_image(prune: Callable[..., Kept]) -> Callable[..., Kept]:
 
 
 def _rows(context: Context) -> tuple[Context, Tensor, Tensor]:
-    """One row for each image: its context, and the columns of its tokens in the sample, packed to the left."""
+    """Split a context into one row per image; also return its tokens' columns in the sample, packed to the left."""
     images = context.images
     batch, number = images.sizes.shape
     mine = images.number[:, None] == torch.arange(number, device=images.number.device)[:, None]
@@ -55,8 +56,8 @@ def _rows(context: Context) -> tuple[Context, Tensor, Tensor]:
     def split(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        found = values.gather(1, wanted) if values.ndim == 2 else selection.gather_rows(values, wanted)
-        return found.view(*columns.shape, *values.shape[2:])
+        rows = values.gather(1, wanted) if values.ndim == 2 else selection.gather_rows(values, wanted)
+        return rows.view(*columns.shape, *values.shape[2:])
 
     def repeat(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.repeat_interleave(number, 0)
@@ -76,20 +77,21 @@ def _rows(context: Context) -> tuple[Context, Tensor, Tensor]:
 
 
 def _states_back(kept: Kept, context: Context, columns: Tensor, real: Tensor) -> Tensor | None:
-    """New states at their columns; those of no image's tokens stay."""
+    """Scatter new states back to their columns; all others stay."""
     if kept.states is None:
         return None
     batch, width, overflow = columns.shape[0], kept.states.shape[-1], context.alive.shape[1]
+    # Filler goes to one extra column at the end, which is cut off again.
     full = torch.nn.functional.pad(context.states.to(kept.states.dtype), (0, 0, 0, 1))
     index = columns.masked_fill(~real, overflow)[..., None].expand(-1, -1, width)
     return full.scatter(1, index, kept.states.reshape(batch, -1, width))[:, :overflow]
 
 
 class PickedOneByOne(Pruner):
-    """Base of methods that pick visual tokens one after the other, each unlike those picked, image by image.
+    """Base of greedy methods, which pick visual tokens one by one, each unlike those picked, image by image.
 
     Args:
-        layers: decoder layers at whose input tokens are dropped [the papers': before the decoder, so 0].
+        layers: decoder layers at whose input tokens are dropped [papers: before the decoder, so 0].
         stage_ratios, depth: see `Pruner`.
     """
 
@@ -102,12 +104,12 @@ class PickedOneByOne(Pruner):
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
-        """The `context.count` picks of each image."""
+        """Keep the `context.count` picks of each image."""
         return super().prune(context)
 
     @staticmethod
     def picks_first(
         order: Int[Tensor, "batch visual"], count: Int[Tensor, " batch"], rest: Float[Tensor, "batch visual"]
     ) -> Float[Tensor, "batch visual"]:
-        """Scores: the earlier a token was picked the higher, 1 for the last; `rest`, below 1, where it was not (-1)."""
+        """Scores from the order of picks: higher for earlier ones, 1 for the last, `rest` (below 1) for the others."""
         return torch.where(order >= 0, (count[:, None] - order).to(rest.dtype), rest)

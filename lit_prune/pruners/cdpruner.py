@@ -1,4 +1,4 @@
-"""CDPruner: tokens that are different from each other, given what is asked."""
+"""CDPruner: tokens that are relevant to the question and differ from each other."""
 
 import torch
 from jaxtyping import Float
@@ -9,31 +9,32 @@ from lit_prune.ops import selection
 from lit_prune.pruners.base import Context
 from lit_prune.pruners.by_image import PickedOneByOne
 
-NOTHING = 1e-6  # what is left of a token's squared length when the picks span it, in fp32
+NOTHING = 1e-6  # residual squared length (fp32) at which a token counts as spanned by the picks
 
 
 class CDPruner(PickedOneByOne):
     """Conditional diversity: greedy MAP of a determinantal point process (CDPruner, arXiv 2506.10967, section 3).
 
     Kernel r_i cos(i, j) r_j over the projected visual tokens; r is the relevance to the question, min-max per sample.
-    Each pick has the largest part that the picks so far don't span, by an incremental Cholesky factor: O(kept x visual)
-    memory, O(kept^2 x visual) time beside the cosines. Tokens of which nothing is left come last, by relevance [ours].
+    Each pick has the largest residual outside the span of the previous picks, by an incremental Cholesky factor:
+    O(kept x visual) memory, O(kept^2 x visual) time besides the cosines. Tokens without a residual come last, by
+    relevance [ours].
 
-    Relevance [ours]: mean cosine to the question's word embeddings, at the decoder's input. The paper asks CLIP's text
-    tower, which LLaVA doesn't carry. Several images of a prompt are pruned one by one, min-max too [ours]; the price
-    is then an upper bound.
+    Relevance [ours]: mean cosine to the question's word embeddings, at the decoder's input. The paper uses CLIP's text
+    encoder, which LLaVA doesn't contain. Several images of a prompt are pruned one by one, min-max too [ours]; the
+    FLOPs are then an upper bound.
     """
 
     title = "CDPruner"
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """The earlier a token was picked the higher, 1 for the last; of the rest the relevance, moved below 0."""
+        """Higher for earlier picks, 1 for the last; for the others the relevance, shifted below 0."""
         unit, alive = normalize(context.visual_embeds.detach().float(), dim=-1), context.alive
         relevance = self._relevance(unit, context)
         order = torch.full(alive.shape, -1, device=alive.device)
         steps = min(int(context.count.max()), alive.shape[1])
-        factor = unit.new_zeros(*alive.shape, steps)  # of the kernel, one column for each pick
-        left = relevance.square()  # the kernel's diagonal less what the picks span
+        factor = unit.new_zeros(*alive.shape, steps)  # Cholesky factor of the kernel, one column per pick
+        left = relevance.square()  # diagonal of the kernel's Schur complement given the picks
         for step in range(steps):
             best, found, order = selection.pick(left, alive & (left > NOTHING), order, context.count)
             cosine = (unit @ selection.gather_rows(unit, best).transpose(1, 2)).squeeze(2)
@@ -46,7 +47,7 @@ class CDPruner(PickedOneByOne):
 
     @staticmethod
     def _relevance(unit: Tensor, context: Context) -> Tensor:
-        """Mean cosine to the question's words, from 0 to 1 over the sample's alive tokens; 1 where all are equal."""
+        """Mean cosine to the question's words, scaled to [0, 1] over the sample's alive tokens; 1 if all are equal."""
         words = normalize(context.text_embeds.detach().float(), dim=-1) * context.text_mask[..., None]
         mean = words.sum(1, keepdim=True) / context.text_mask.sum(1).clamp(min=1)[:, None, None]
         cosine = (unit @ mean.transpose(1, 2)).squeeze(2)

@@ -1,4 +1,4 @@
-"""One method inside the vision tower, another in the decoder."""
+"""Chain of a method in the vision tower and one in the decoder."""
 
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.ops.budget import Schedule, solve
@@ -6,15 +6,15 @@ from lit_prune.pruners.base import Pruner, PruningMethod, Stage, VisionPruner
 
 
 class Chain(PruningMethod):
-    """A method of the tower down to a middle budget, then a method of the decoder down to the budget [ours].
+    """Prune to a middle budget in the vision tower, then to the budget in the decoder [ours].
 
-    A decoder's first layers in full already cost more than an ultra-low budget; after a tower that lets few tokens
-    through they don't. The host walks the stages of both: the tower's arrival at layer 0 is stage 0, so that a repair
-    adapter's `stages` are those of the decoder's method plus one.
+    With all tokens, a decoder's first layers alone exceed an ultra-low budget; after pruning in the tower they don't.
+    The host walks the stages of both: the tower's arrival at layer 0 is stage 0, so that a repair adapter's `stages`
+    are those of the decoder's method plus one.
 
     Args:
-        first: method of the tower, with one decoder stage at layer 0.
-        then: method of the decoder, from layer 1 on.
+        first: tower method, with one decoder stage at layer 0.
+        then: decoder method, from layer 1 on.
         middle: visual tokens that leave the tower, in multiples of the budget.
     """
 
@@ -29,21 +29,21 @@ class Chain(PruningMethod):
 
     @property
     def title(self) -> str:
-        """Both names, where both have one."""
+        """Both titles, or "" if either method has none."""
         return f"{self.then.title} after {self.first.title}" if self.first.title and self.then.title else ""
 
     @property
     def repairs(self) -> bool:
-        """As the decoder's method says."""
+        """True if the decoder method includes a repair adapter."""
         return self.then.repairs
 
     @property
     def tower(self) -> VisionPruner:
-        """The first method."""
+        """The tower method."""
         return self.first
 
     def walk(self, depth: int) -> tuple[Stage, ...]:
-        """The tower's arrival at layer 0, then the stages of the decoder's method."""
+        """The tower's arrival at layer 0, then the stages of the decoder method."""
         return (*self.first.walk(depth), *self.then.walk(depth))
 
     def leaving(self, keep: int, visual: int) -> int:
@@ -51,7 +51,7 @@ class Chain(PruningMethod):
         return min(visual, max(1, round(keep * self.middle)))
 
     def counts(self, keep: int, visual: int, depth: int) -> Schedule:
-        """What leaves the tower at layer 0, and the decoder's method solved for what is left of the budget."""
-        solve(keep, visual, depth, (0,), (1.0,))  # raises where no method could meet it
+        """The middle budget at layer 0, and counts of the decoder method for the rest of the budget."""
+        solve(keep, visual, depth, (0,), (1.0,))  # raises if no method could meet the budget
         between = self.leaving(keep, visual)
         return {0: between, **self.then.schedule(keep, between, depth)}

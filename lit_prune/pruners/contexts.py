@@ -1,6 +1,6 @@
-"""What a pruner is given and what it returns: sizes of the host, contexts of a stage, the decision.
+"""Inputs and outputs of pruners: sizes of the host, contexts of a stage, decisions.
 
-Shapes: B batch, V visual tokens still present, T question tokens, d hidden size.
+Shapes: B batch, V visual tokens present, T question tokens, d hidden size.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from lit_prune.ops import selection
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of the host's decoder that a pruner or adapter may be built for.
+    """Sizes of the host's decoder for building pruners and adapters.
 
-    `visual`: visual tokens of one image; a nominal number where it `varies` from image to image.
+    `visual`: visual tokens of one image; a nominal number if it `varies` between images.
     """
 
     width: int
@@ -27,11 +27,11 @@ class Dims:
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Which rows of the frozen model's attention a pruner wants, averaged over heads and rows.
+    """Request for rows of the frozen model's attention, averaged over heads and rows.
 
-    `layer`: `own` is the pruning layer's attention, from its own norm, query and key projections, before it runs;
+    `layer`: `own` is the pruning layer's attention, computed from its norm, query and key projections before it runs;
     `previous` is that of the layer before, read while it runs. `rows`: every question token (text after the image, up
-    to the answer) or the `last` prompt token. `each`: also give the rows one by one (own attention only).
+    to the answer) or the `last` prompt token. `each`: also return the rows separately (own attention only).
     """
 
     layer: Literal["own", "previous"]
@@ -41,14 +41,14 @@ class AttentionRows:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may look at. Rows whose mask is False are filler.
+    """Inputs of a decoder stage. Rows whose mask is False are filler.
 
-    `alive` marks the visual tokens that earlier stages kept; with physical dropping that is all real ones. `ordinal` is
-    the token's place among the sample's `total` visual tokens, 0 to total-1; `images` tells several images of one
-    sample apart and is None where no sample of the batch has several. `visual` and `text` are inputs of the stage's
-    layer after its input norm, `states` those before it, `embeds` the inputs of the decoder itself, `keys` the layer's
-    keys before their rotation (which depends on where padding put the sample), heads side by side. What a pruner has
-    not asked for is None. `hints` carries what only the caller can know, such as the asked regions.
+    `alive` marks the visual tokens that earlier stages kept; if tokens are physically dropped, these are all real ones.
+    `ordinal` is the token's index among the sample's `total` visual tokens, 0 to total-1; `images` assigns tokens to
+    images and is None if no sample of the batch has several. `visual` and `text` are inputs of the stage's layer after
+    its input norm, `states` those before it, `embeds` the inputs of the decoder, `keys` the layer's keys before the
+    rotary embedding (which depends on padding), heads concatenated. Fields that a pruner doesn't request are None.
+    `hints` carries information that only the caller has, such as the regions that a question asks about.
     """
 
     stage: int
@@ -73,14 +73,14 @@ class Context:
 
 @dataclass(frozen=True)
 class VisionContext:
-    """What a stage inside the vision tower may look at: patch tokens, one row per tile (an image or one of its crops).
+    """Inputs of a vision-tower stage: patch tokens, one row per tile (an image or one of its crops).
 
-    `states` is the residual stream at the stage. `keys`, `values` (heads side by side; values where a pruner
-    `needs_values`) and `attention` are those of the tower layer just run, None at the tower's entrance; `attention` is
+    `states` is the residual stream at the stage. `keys`, `values` (heads concatenated; values if a pruner
+    `needs_values`) and `attention` are those of the tower layer just run, None at the tower's input; `attention` is
     the class token's, or the mean query's in towers without one [ours], averaged over `heads`. `alive` is False for
-    filler. `ordinal` is the patch's place on the tile's grid of `side` x `side`. `sizes` counts the patches that each
-    one stands for; None as long as no stage has returned `Kept.sizes`. `memory` travels with the forward: later stages
-    find there what a stage left, over all side x side places.
+    filler. `ordinal` is the patch's index on the tile's grid of `side` x `side`. `sizes` is the number of patches that
+    each one represents; None until a stage has returned `Kept.sizes`. `memory` passes values from a stage to later
+    ones of the same forward, over all side x side positions.
     """
 
     stage: int
@@ -99,11 +99,11 @@ class VisionContext:
 
 @dataclass(frozen=True)
 class Kept:
-    """A stage's decision: which alive tokens stay, and the gate (0 or 1 in value) that carries gradients, if any.
+    """Decision of a stage: the keep mask over alive tokens, and the straight-through gate (0 or 1 in value), if any.
 
     `states`, in methods that merge: new states before the layer's norm; only those of kept tokens are used.
-    `sizes`: tokens that each kept one stands for from here on. Layers that follow add log(size) to its attention logits
-    (proportional attention, arXiv 2210.09461).
+    `sizes`: number of tokens that each kept one represents from here on. Later layers add log(size) to its attention
+    logits (proportional attention, arXiv 2210.09461).
     """
 
     mask: Bool[Tensor, "batch visual"]

@@ -1,4 +1,4 @@
-"""DART: tokens that are no duplicates of a few pivots."""
+"""DART: tokens that don't duplicate a few pivots."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,15 @@ class DART(Pruner):
 
     Pivots are the visual and the question tokens with the largest L1 norm of their keys. The visual ones stay; then
     each pivot, by norm, the visual ones first, adds the remaining tokens with the smallest cosine to it. All add
-    equally many; what is left over goes to the first ones [ours: exact counts]. Keys are the pruning layer's own before
-    their rotation, under which the L1 norm would depend on the padding; cosines are between inputs of that layer after
+    equally many; the first ones add the remainder [ours: exact counts]. Keys are the pruning layer's own before the
+    rotary embedding, which would make the L1 norm depend on padding; cosines are between inputs of that layer after
     its norm [ours].
 
-    Several images of a prompt are pruned one by one, each with its own pivots [ours]; the price is then a lower bound.
+    Several images of a prompt are pruned one by one, each with its own pivots [ours]; the FLOPs are then a lower bound.
 
     Args:
-        layers: decoder layers at whose input tokens are dropped. The paper prunes once, before layer 2; more stages
-            apply the same rule again, for budgets that one can't meet.
+        layers: decoder layers at whose input tokens are dropped. The paper prunes once, before layer 2; further
+            stages apply the same rule again, for budgets that a single one can't meet.
         stage_ratios, depth: see `Pruner`.
         visual_pivots: number of visual pivots [paper: 4]. text_pivots: of question tokens [paper: 4].
     """
@@ -49,11 +49,11 @@ class DART(Pruner):
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
-        """The pivots and what they add, image by image."""
+        """Keep the pivots and the tokens they add, image by image."""
         return super().prune(context)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Minus the largest cosine to a pivot; 3 higher for the `context.count` tokens that the pivots chose."""
+        """Minus the largest cosine to a pivot; plus 3 for the `context.count` tokens that the pivots chose."""
         count = torch.minimum(context.count, context.alive.sum(1))
         columns, real = largest(context.visual_keys, context.alive, self.visual_pivots)
         real = real & (torch.arange(columns.shape[1], device=real.device) < count[:, None])
@@ -77,14 +77,14 @@ class DART(Pruner):
 def largest(
     keys: Float[Tensor, "batch some inner"], alive: Bool[Tensor, "batch some"], count: int
 ) -> tuple[Int[Tensor, "batch pivots"], Bool[Tensor, "batch pivots"]]:
-    """Columns of the `count` tokens whose keys have the largest L1 norm, in falling order, and which are real."""
+    """Columns of the `count` tokens whose keys have the largest L1 norm, in descending order, and which are real."""
     norms = keys.float().abs().sum(2).masked_fill(~alive, float("-inf"))
     columns = norms.argsort(dim=1, descending=True, stable=True)[:, :count]
     return columns, alive.gather(1, columns)
 
 
 def equal_parts(total: Int[Tensor, " batch"], takers: Bool[Tensor, "batch some"]) -> Int[Tensor, "batch some"]:
-    """`total` in whole parts for the set flags, as equal as can be; the first ones take what is left over."""
+    """Split `total` into whole parts over the set flags, as equal as possible; the first ones take the remainder."""
     number = takers.sum(1).clamp(min=1)
     place = takers.long().cumsum(1) - 1
     return ((total // number)[:, None] + (place < (total % number)[:, None]).long()) * takers

@@ -1,4 +1,4 @@
-"""DCP-Prune: recovery of dropped patches inside the vision tower, and clusters where that is not enough."""
+"""DCP-Prune: recover dropped patches in the vision tower, and choose by clusters where that isn't enough."""
 
 from collections.abc import Sequence
 
@@ -17,35 +17,35 @@ from lit_prune.pruners.by_image import image_by_image
 class DCPPrune(VisionPruner):
     """Anchor-context graph recovery and text-aware token cluster selection (DCP-Prune, arXiv 2606.16633).
 
-    The paper's parts are ACGR inside the tower, TATCS behind it where the consistency metric kappa asks for it, no
-    training. Their formulas are not known to us; those below are ours, as is every default, chosen on training scenes
-    of the micro world (`jobs/tune_dcp.py`).
+    The paper's parts are ACGR inside the tower and TATCS after it where the consistency metric kappa requires it,
+    without training. The paper's formulas are not known to us; those below are ours, as is every default, chosen on
+    training scenes of the micro world (`jobs/tune_dcp.py`).
 
     ACGR, at each stage: a token's score is the class token's attention in the layer just run times the norm of its
-    value, mixed with its `contrast` (how far it points away from the mean token), each summing to 1, and added up over
-    the stages so far. Anchors are picked by score, each pick lowering the scores of its likes nearby. Every anchor
-    becomes the mean of itself, with weight 1, and its context, with weights `strength` * exp((cosine of the states less
-    their mean - 1) / `temperature` - distance^2 / (2 `width`^2)): one with nothing alike nearby stays as it is. Then
-    the context leaves. Memory is context x anchors.
+    value, mixed with its `contrast` (one minus its cosine to the mean token, less the minimum), each normalised to sum
+    1, accumulated over the stages so far. Anchors are picked by score, each pick lowering the scores of similar tokens
+    nearby. Every anchor becomes the weighted mean of itself, with weight 1, and its context, with weights `strength` *
+    exp((cosine of the centred states - 1) / `temperature` - distance^2 / (2 `width`^2)), so that one without similar
+    tokens nearby stays unchanged. The context is then dropped. Memory is context x anchors.
 
-    TATCS: where kappa of the top-k selection by score, against all tokens at the last stage, exceeds `threshold`, that
-    stage lets `candidates` times the budget through, and the stage before decoder layer 0, where the question is
-    known, picks the budget out of them. So the number of tokens that arrive carries the trigger. Greedy facility
-    location gives cluster centres; a token joins the centre with the largest text-aware similarity, a mix of the
-    cosine of tokens and, with weight `text`, the cosine of their similarities to the question's words; each cluster
-    gives one token, the best by the same mix of likeness to its centre and largest cosine with a word. Several images
-    of a prompt are pruned one by one, with a share of the budget each [ours]; the price is then an upper bound.
+    TATCS: if kappa of the top-k selection by score, against all tokens at the last stage, exceeds `threshold`, that
+    stage keeps `candidates` times the budget, and the stage before decoder layer 0, where the question is known,
+    selects the budget from them. The number of tokens that arrive thus carries the trigger. Greedy facility location
+    gives cluster centres; a token joins the centre with the largest text-aware similarity, a mix of the cosine of
+    tokens and, with weight `text`, the cosine of their similarities to the question's words; each cluster keeps one
+    token, the best by the same mix of similarity to its centre and largest cosine with a word. Several images of a
+    prompt are pruned one by one, with a share of the budget each [ours]; the FLOPs are then an upper bound.
 
     Args:
-        vision_layers: where ACGR acts; not before the first layer, where there is no attention yet.
+        vision_layers: tower layers at whose input ACGR acts; not the first, before which there is no attention.
         vision_stage_ratios: patches after each stage in multiples of the budget; the last is 1.
         vision_depth: see `VisionPruner`.
-        acgr: off: stages keep the best by score and recover nothing.
-        tatcs: off: the budget leaves the tower.
+        acgr: if False, stages keep the best tokens by score and recover nothing.
+        tatcs: if False, the tower itself prunes to the budget.
         contrast: share of contrast in the score, 0 to 1.
-        temperature: how fast weights fall with the cosine.
+        temperature: of the weights, as a function of the cosine.
         width: reach of anchors, in patches.
-        strength: weight of a context token that equals its anchor in state and place.
+        strength: weight of a context token with the same state and position as its anchor.
         threshold: of kappa.
         candidates: tokens that TATCS chooses from, in multiples of the budget.
         text: weight of the question in TATCS, 0 to 1.
@@ -82,12 +82,13 @@ class DCPPrune(VisionPruner):
         self.threshold, self.candidates, self.text = threshold, candidates, text
 
     def prune_vision(self, context: VisionContext) -> Kept:
-        """One stage of ACGR; the last one also asks kappa whether more tokens than the budget go on."""
+        """One stage of ACGR; the last one also keeps more tokens than the budget if kappa requires it."""
         unit = graphs.centred(context.states, context.alive)
         scores = self._scores(context)
         count = context.count
         if self.tatcs and context.stage == len(self.vision_layers) - 1:
             plain = selection.top_k(scores, context.alive, count)
+            # The question isn't known in the tower: keep candidates, of which TATCS selects later.
             triggered = kappa(context.states, plain, context.alive) > self.threshold
             count = torch.where(triggered, (count * self.candidates).round().long(), count)
         if not self.acgr:
@@ -96,12 +97,12 @@ class DCPPrune(VisionPruner):
         return Kept(anchors, scores=scores, states=self._recover(context, unit, anchors))
 
     def _scores(self, context: VisionContext) -> Float[Tensor, "tiles visual"]:
-        """Score of this stage and those before, kept for the next over all places of the tile."""
+        """Score accumulated over this and earlier stages, stored for the next over all positions of the tile."""
         mean = context.states.float().masked_fill(~context.alive[..., None], 0.0).sum(1, keepdim=True)
         away = 1 - torch.nn.functional.cosine_similarity(context.states.float(), mean, dim=-1)
         away = _share(away - away.masked_fill(~context.alive, 2.0).amin(1, keepdim=True), context.alive)
-        noticed = _share(context.attention.float() * context.values.float().norm(dim=-1), context.alive)
-        now = (1 - self.contrast) * noticed + self.contrast * away
+        attended = _share(context.attention.float() * context.values.float().norm(dim=-1), context.alive)
+        now = (1 - self.contrast) * attended + self.contrast * away
         before = context.memory.get("score", now.new_zeros(len(now), context.side**2))
         context.memory["score"] = before.scatter_add(1, context.ordinal, now * context.alive)
         return context.memory["score"].gather(1, context.ordinal)
@@ -109,7 +110,7 @@ class DCPPrune(VisionPruner):
     def _recover(
         self, context: VisionContext, unit: Tensor, anchors: Bool[Tensor, "tiles visual"]
     ) -> Float[Tensor, "tiles visual width"]:
-        """States with the anchors' moved towards their context."""
+        """States, with each anchor moved towards its context."""
         columns, _ = selection.compact(anchors)
         places = context.ordinal.gather(1, columns)
         likeness = selection.gather_rows(unit, columns) @ unit.transpose(1, 2) - 1
@@ -120,7 +121,7 @@ class DCPPrune(VisionPruner):
         states = context.states.float()
         moved = selection.gather_rows(states, columns) + weights @ states
         moved = moved / (1 + weights.sum(-1, keepdim=True))
-        # Filler columns point at tokens that are no anchors, whose states nobody uses.
+        # Filler columns point at tokens that are no anchors, whose states are not used.
         return states.scatter(1, columns[..., None].expand_as(moved), moved)
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
@@ -145,40 +146,40 @@ class TextAwareClusters(Pruner):
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
-        """TATCS on the samples whose tower let more than the budget through; the others keep what arrived."""
+        """Apply TATCS to samples for which the tower kept more than the budget; the others keep all."""
         if not bool((context.alive.sum(1) > context.count).any()):
             return Kept(context.alive)
         columns, real = selection.compact(context.alive)
         visual = normalize(selection.gather_rows(context.visual_embeds, columns).float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1) * context.text_mask[..., None]
-        asked = visual @ words.transpose(1, 2)
+        to_words = visual @ words.transpose(1, 2)
         alike = visual @ visual.transpose(1, 2)
         centres = graphs.facility_location(alike, real.float(), real, context.count, real.float())
-        told = normalize(asked, dim=-1)
-        mixed = torch.lerp(alike, told @ told.transpose(1, 2), self.text)
-        # Padded by one word that is no word, since a prompt may have no question.
-        relevance = pad(asked.masked_fill(~context.text_mask[:, None], -1.0), (0, 1), value=-1.0).amax(-1)
+        profile = normalize(to_words, dim=-1)
+        mixed = torch.lerp(alike, profile @ profile.transpose(1, 2), self.text)
+        # Padded by one dummy word, since `amax` fails if no prompt has a question.
+        relevance = pad(to_words.masked_fill(~context.text_mask[:, None], -1.0), (0, 1), value=-1.0).amax(-1)
         chosen = self._one_each(mixed, relevance, centres, real)
         return Kept(torch.zeros_like(context.alive).scatter(1, columns, chosen & real) & context.alive)
 
     def _one_each(self, alike: Tensor, relevance: Tensor, centres: Tensor, real: Tensor) -> Bool[Tensor, "batch some"]:
-        """Of each centre's cluster the token that is best by likeness to the centre and relevance."""
+        """Select the best token of each cluster by similarity to the centre and relevance."""
         own = torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
         to_centre = alike.masked_fill(~centres[:, None], -2.0).masked_fill(own & centres[:, None], 3.0)
-        home = to_centre.argmax(2)  # a centre's own cluster is its own
+        home = to_centre.argmax(2)  # a centre joins its own cluster
         worth = torch.lerp(alike.gather(2, home[..., None])[..., 0], relevance, self.text)
         member = (home[:, None] == torch.arange(alike.shape[1], device=alike.device)[:, None]) & real[:, None]
         best = worth[:, None].masked_fill(~member, -5.0).argmax(2)
         return torch.zeros_like(centres).long().scatter_add(1, best, centres.long()) > 0
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """TATCS where it chose: tokens with words and with one another, and the greedy gains."""
+        """FLOPs of TATCS where it selected: cosines with words and between tokens, and the greedy gains."""
         visual, text, kept = visual.double(), text.double(), kept.double()
         products = 2 * visual * (visual + text) * width + 2 * visual**2 * text
         return torch.where(visual > kept, products + 2 * kept * visual**2, 0.0)
 
 
 def _share(values: Tensor, alive: Tensor) -> Tensor:
-    """Non-negative values as shares of their sum over the alive tokens."""
+    """Normalise non-negative values to sum 1 over the alive tokens."""
     values = values * alive
     return values / values.sum(1, keepdim=True).clamp(min=1e-12)

@@ -11,7 +11,7 @@ from lit_prune.pruners.base import AttentionRows, Context, Pruner
 class FastV(Pruner):
     """Attention from the last prompt token, read one layer before the stage (FastV, arXiv 2403.06764, section 4.1).
 
-    The paper prunes once, before layer 2; more stages apply the same rule again, for budgets that one can't meet.
+    The paper prunes once, before layer 2; further stages apply the same rule, for budgets that a single one can't meet.
     """
 
     title = "FastV"

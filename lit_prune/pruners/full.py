@@ -1,11 +1,11 @@
-"""The full model: no pruning, as a method like any other."""
+"""Full model: the null pruning method."""
 
 from lit_prune.ops.budget import Budget, Schedule, Share
 from lit_prune.pruners.method import PruningMethod, Stage
 
 
 class Full(PruningMethod):
-    """Keep every visual token: the null method, for teachers, baselines and recordings of the plain model."""
+    """Keep every visual token; for teachers, baselines and recordings of the plain model."""
 
     title = "full model"
     default_keep: Budget | None = Share(100.0)
@@ -15,8 +15,8 @@ class Full(PruningMethod):
         return ()
 
     def counts(self, keep: int, visual: int, depth: int) -> Schedule:
-        """No stages, so no counts; whatever the budget, all tokens stay."""
+        """No counts: all tokens stay, whatever the budget."""
         return {}
 
 
-UNPRUNED = Full()  # has neither parameters nor state, so one serves all
+UNPRUNED = Full()  # shared, since it has neither parameters nor state

@@ -1,7 +1,7 @@
 """The contract between a pruning method of the decoder and the model that hosts it.
 
-A pruner names the decoder layers at which it acts and what it needs there, and scores visual tokens. It never sees the
-model, and nobody above it asks for its class.
+A pruner declares the decoder layers at which it acts and what it needs there, and scores visual tokens. It never
+accesses the model, and no caller depends on its class.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from lit_prune.pruners.contexts import AttentionRows, Context, Dims, Kept
 
 @dataclass(frozen=True)
 class Stage:
-    """One pruning stage of the decoder: the pruner that decides at the input of `layer`, as its stage `index`."""
+    """Pruning stage of the decoder: `pruner` decides at the input of `layer`, as its stage `index`."""
 
     layer: int
     pruner: "Pruner"
@@ -30,34 +30,34 @@ class Stage:
 
 
 class PruningMethod(nn.Module):
-    """Base of everything that can be attached: a `Pruner`, a `VisionPruner`, a `Chain` of both, or `Full`.
+    """Base class of all methods: a `Pruner`, a `VisionPruner`, a `Chain` of both, or `Full`.
 
-    The host asks `walk` for the stages of the decoder and `tower` for the method inside the vision tower, and knows
-    nothing else of how a method is put together. Methods that are made of others need no code to forward to them: what
-    every part has to do (`build`, `anneal`, `redraw`) reaches all parts.
+    The host reads the decoder's stages from `walk` and the vision tower's method from `tower`, and depends on nothing
+    else of a method's structure. Composite methods need no forwarding code: `build`, `anneal` and `redraw` reach all
+    parts.
     """
 
-    title: str = ""  # the method's name as people write it; without one, that of its file stands for it
-    repairs: bool = False  # whether a repair adapter belongs to the method as published
+    title: str = ""  # published name; if empty, the name of the method's file is used
+    repairs: bool = False  # True if the published method includes a repair adapter
     tower: "PruningMethod | None" = None  # the `VisionPruner` that acts inside the vision tower
-    default_keep: Budget | None = None  # budget where none is given; None: one has to be given
+    default_keep: Budget | None = None  # default budget; None: a budget is required
 
     def walk(self, depth: int) -> tuple[Stage, ...]:
-        """Stages in a decoder of `depth` layers, ascending; raises `LitPruneError` if one lies outside."""
+        """Stages in a decoder of `depth` layers, ascending; raises `LitPruneError` if one is outside it."""
         raise NotImplementedError
 
     def stages(self, depth: int) -> tuple[int, ...]:
-        """Pruning layers in a decoder of `depth` layers; raises `LitPruneError` if one lies outside."""
+        """Pruning layers in a decoder of `depth` layers; raises `LitPruneError` if one is outside it."""
         return tuple(stage.layer for stage in self.walk(depth))
 
     def counts(self, keep: int, visual: int, depth: int) -> Schedule:
-        """Counts per stage whose average over the decoder's layers is `keep`; raises `LitPruneError` out of reach."""
+        """Counts per stage that average to `keep` over the decoder's layers; raises `LitPruneError` if out of reach."""
         raise NotImplementedError
 
     def schedule(self, keep: Budget, visual: int, depth: int) -> Schedule:
-        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers, or as given.
+        """Counts per stage for a budget of `keep` visual tokens averaged over the decoder's layers.
 
-        A share is one of `visual`.
+        A share is resolved for `visual` tokens; counts by layer are validated and returned.
         """
         keep = tokens(keep, visual)
         return given(keep, self.stages(depth)) if isinstance(keep, dict) else self.counts(keep, visual, depth)
@@ -65,8 +65,8 @@ class PruningMethod(nn.Module):
     def plan(self, keep: Budget, visual: int, depth: int, images: int = 1) -> Schedule:
         """Schedule of one sample with `visual` visual tokens of `images` images; with `keep` or fewer, all stay.
 
-        Every stage keeps a token of each image. Where that, or the layers before the first stage, take more than
-        `keep`, this is the schedule nearest to it, above it.
+        Every stage keeps at least one token per image. If that, or the layers before the first stage, exceed `keep`,
+        the lowest possible schedule is returned.
         """
         keep = tokens(keep, visual)
         if isinstance(keep, dict):
@@ -76,7 +76,7 @@ class PruningMethod(nn.Module):
             return lowest
         try:
             schedule = self.schedule(keep, visual, depth)
-            # Counts are solved for what is above one token of each image.
+            # Reserve one token per image and solve for the rest.
             if min(schedule.values(), default=images) < images:
                 others = images - 1
                 rest = self.schedule(keep - others, visual - others, depth)
@@ -86,9 +86,9 @@ class PruningMethod(nn.Module):
         return schedule
 
     def nominal_schedule(self, keep: Budget, dims: Dims) -> Schedule | None:
-        """Schedule to show before anything ran; None where images differ and the budget doesn't fit the nominal one.
+        """Schedule to report before any forward; None if image sizes vary and the budget doesn't fit the nominal one.
 
-        Raises `LitPruneError` where all images have `dims.visual` tokens and `keep` can't be met.
+        Raises `LitPruneError` if all images have `dims.visual` tokens and `keep` can't be met.
         """
         if not dims.varies:
             return self.schedule(keep, dims.visual, dims.depth)
@@ -100,55 +100,55 @@ class PruningMethod(nn.Module):
             return None
 
     def leaving(self, keep: int, visual: int) -> int:
-        """Of `visual` patches, how many leave the vision tower for a budget of `keep`."""
+        """Number of patches, of `visual`, that leave the vision tower for a budget of `keep`."""
         return visual if self.tower is None else keep
 
     def arriving(self, schedule: Schedule, visual: int) -> int:
-        """Of `visual` visual tokens, how many arrive at decoder layer 0 under a schedule."""
+        """Number of visual tokens, of `visual`, that arrive at decoder layer 0 under a schedule."""
         return visual if self.tower is None else min(visual, schedule[0])
 
     @property
     def parts(self) -> list["PruningMethod"]:
-        """Methods that this one is made of; none of most."""
+        """Component methods; empty for most methods."""
         return [part for part in self.modules() if isinstance(part, PruningMethod) and part is not self]
 
     @property
     def random(self) -> bool:
-        """True if the method draws from a `seed` of its own, so that several draws are worth measuring."""
+        """True if the method has a random `seed`, so that several draws are worth measuring."""
         return any(hasattr(part, "seed") for part in (self, *self.parts))
 
     def redraw(self, by: int) -> None:
-        """Move the seed on; nothing for methods that draw nothing."""
+        """Add `by` to the seed; does nothing for deterministic methods."""
         for part in (self, *self.parts):
             if hasattr(part, "seed"):
                 part.seed += by
 
     @property
     def free(self) -> bool:
-        """True if the method keeps as many as it likes, so that only a budget loss can hold it to its budget."""
+        """True if the method itself decides how many tokens to keep, so that only a budget loss enforces the budget."""
         return any(part.free for part in self.parts)
 
     def anneal(self, tau: float, noise: float) -> None:
-        """Set temperature and noise of the training gates, between steps; nothing for methods that don't train."""
+        """Set temperature and noise of the training gates, between steps; does nothing for untrained methods."""
         for part in self.parts:
             part.anneal(tau, noise)
 
     def build(self, dims: Dims) -> None:
-        """Create what depends on the host's sizes, once; nothing for methods without parameters."""
+        """Create parameters for the host's sizes, once; does nothing for methods without parameters."""
         for part in self.parts:
             part.build(dims)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as they would stand in a YAML file."""
+        """Constructor arguments, as in a YAML file."""
         return init_args(self)
 
 
 class Pruner(PruningMethod):
-    """Base of methods of the decoder: stages at `layers`, counts solved from the budget, top-k of `score`.
+    """Base class of decoder methods: stages at `layers`, counts solved from the budget, top-k of `score`.
 
     Args:
         layers: decoder layers at whose input tokens are dropped, ascending, counted from 0.
-        stage_ratios: relative counts of the stages, never rising; equal counts by default.
+        stage_ratios: relative counts of the stages, non-increasing; equal counts by default.
         depth: depth of the decoder that `layers` is written for; they are scaled to the host's. `None`: as written.
     """
 
@@ -175,7 +175,7 @@ class Pruner(PruningMethod):
         return layers
 
     def walk(self, depth: int) -> tuple[Stage, ...]:
-        """A stage at each of `stages`."""
+        """One stage at each layer of `stages`."""
         return tuple(Stage(layer, self, index) for index, layer in enumerate(self.stages(depth)))
 
     def counts(self, keep: int, visual: int, depth: int) -> Schedule:
@@ -183,15 +183,15 @@ class Pruner(PruningMethod):
         return dict(solve(keep, visual, depth, self.stages(depth), tuple(self.stage_ratios)))
 
     def exact(self, stage: int) -> bool:
-        """True if a stage keeps `context.count` tokens of each sample, or all where there are fewer."""
+        """True if a stage keeps exactly `context.count` tokens of each sample, or all if it has fewer."""
         return type(self).prune is Pruner.prune
 
     def reads(self, stage: int) -> AttentionRows | None:
-        """Attention rows that a stage, counted from 0, wants; by default the same for all."""
+        """Attention rows that a stage, counted from 0, requests; by default the same for all."""
         return self.attention
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Score of every visual token, higher is kept."""
+        """Score of every visual token; higher is kept."""
         raise NotImplementedError
 
     def prune(self, context: Context) -> Kept:
@@ -200,17 +200,18 @@ class Pruner(PruningMethod):
         return Kept(selection.top_k(scores, context.alive, context.count, context.images), scores=scores)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """FLOPs of deciding one stage (1 MAC = 2), beside the attention rows, which the host counts.
+        """FLOPs of one stage's decision (1 MAC = 2), without the attention rows, which the host counts.
 
-        Per sample: `visual` tokens came, `kept` of them stay, `text` rows were looked at.
+        Per sample: `visual` tokens arrive, `kept` of them stay, `text` question tokens are read.
         """
         return torch.zeros_like(visual, dtype=torch.float64)
 
 
 def init_args(module: nn.Module) -> dict[str, Any]:
-    """Constructor arguments of a plug-in, read back from attributes of the same names."""
+    """Constructor arguments of a method or adapter, read from attributes of the same names."""
     parameters = list(inspect.signature(type(module).__init__).parameters.values())[1:]
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # a class without its own
+    # A class without its own constructor has that of `nn.Module`, which takes *args and **kwargs.
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
         raise LitPruneError(
@@ -222,6 +223,6 @@ def init_args(module: nn.Module) -> dict[str, Any]:
 
 
 def spec(module: nn.Module) -> dict[str, Any]:
-    """A plug-in as a configuration names it: its class and its arguments."""
+    """Class path and arguments of a method or adapter, as in a configuration."""
     kind = type(module)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": module.config()}

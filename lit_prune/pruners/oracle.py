@@ -1,4 +1,4 @@
-"""The ceiling: tokens of the regions that the question is about."""
+"""Oracle: tokens of the regions that the question asks about."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from lit_prune.pruners.base import Context, Pruner
 
 
 class Oracle(Pruner):
-    """Tokens of the regions asked about, as told by the data: a ceiling, not a method.
+    """Tokens of the labelled regions that the question asks about: an upper bound, not a method.
 
-    Reads the hint `regions`: how much of each visual token's patch each region covers, (batch, regions, N) in [0, 1].
-    Every region gives its best-covered token first, then its second, and so on; what is left of the budget is random.
+    Reads the hint `regions`: the share of each visual token's patch that each region covers, (batch, regions, N) in
+    [0, 1]. Every region's best-covered token comes first, then its second, and so on; the rest of the budget is random.
     """
 
     title = "oracle"
@@ -25,11 +25,11 @@ class Oracle(Pruner):
         super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Minus the token's rank inside its region; a random number far below for tokens in none."""
+        """Minus the token's rank inside its region; much lower random numbers for tokens outside all regions."""
         if "regions" not in context.hints:
             raise LitPruneError(
-                "the oracle needs to be told the regions a question asks about: by data with `boxes`, or in "
-                "`lit-prune show` by --boxes or a scene"
+                "the oracle needs the regions that a question asks about: from data with `boxes`, or in "
+                "`lit-prune show` from --boxes or a scene"
             )
         regions = context.hints["regions"].to(context.visual.device)
         places = regions.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).float()

@@ -1,4 +1,4 @@
-"""PruMerge+: what stands out to the class token, evenly spread others, and each with its nearest folded in."""
+"""PruMerge+: outliers of [CLS] attention and evenly spaced tokens, each merged with its nearest neighbours."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ class PruMergePlus(VisionPruner):
     """Outliers of class attention plus spatially uniform tokens, then merging (LLaVA-PruMerge+, arXiv 2403.15388).
 
     Outliers have attention above Q3 + 1.5 (Q3 - Q1). A kept token adds the sum of its `neighbours` nearest other tokens
-    by key (cosine), weighted by their class attention. The paper's count differs from image to image; ours is exact:
-    of too many outliers the best stay, the rest of the budget is evenly spaced over the other tokens in raster order.
+    by key (cosine), weighted by their class attention. The paper's count varies between images; ours is exact: of too
+    many outliers the best stay, the rest of the budget is evenly spaced over the other tokens in raster order.
 
     Args:
-        vision_layers: one stage behind the layer that gives the features; attention and keys are that layer's.
+        vision_layers: one stage after the layer that gives the features; attention and keys are that layer's.
         neighbours: tokens that each kept one adds [paper: 32].
         vision_depth: see `VisionPruner`.
     """
@@ -35,7 +35,7 @@ class PruMergePlus(VisionPruner):
         self.neighbours = neighbours
 
     def prune_vision(self, context: VisionContext) -> Kept:
-        """Outliers and uniform tokens, each with its nearest added."""
+        """Keep outliers and uniform tokens, each with its nearest neighbours added."""
         attention = context.attention.float()
         outliers = (attention > _fence(attention, context.alive)[:, None]) & context.alive
         outliers = selection.top_k(attention, outliers, context.count)
@@ -51,7 +51,7 @@ class PruMergePlus(VisionPruner):
         return Kept(kept, scores=attention, states=states.scatter(1, columns[..., None].expand_as(merged), merged))
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
-        """Cosines of kept with all tokens, and the weighted sums."""
+        """Cosines between kept and all tokens, and the weighted sums."""
         visual, kept = visual.double(), kept.double()
         return 4 * visual * kept * width
 

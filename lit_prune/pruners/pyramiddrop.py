@@ -1,4 +1,4 @@
-"""PyramidDrop: last-token attention, in stages of half the tokens each."""
+"""PyramidDrop: last-token attention, in stages that each halve the tokens."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from lit_prune.pruners.base import AttentionRows, Context, Pruner
 class PyramidDrop(Pruner):
     """Attention from the last instruction token at the end of each segment of layers (arXiv 2410.17247, section 3).
 
-    The paper ranks behind layer l by the norm, queries and keys of the next layer: that is the own attention of the
-    layer whose input is cut. A decoder of 32 has four segments of eight layers, and each is left by half the tokens
-    that came [paper: lambda = 0.5]. The first segment sees all tokens, so the average can't go below a quarter of them:
-    budgets under it are refused, and need earlier `layers`. Counts keep to `stage_ratios` and are scaled to the
-    budget [ours]; positions stay the original ones [ours, the paper counts anew].
+    The paper ranks after layer l with the norm, queries and keys of the next layer: the own attention of the layer at
+    whose input tokens are dropped. A decoder of 32 layers has four segments of eight, each of which passes on half of
+    its tokens [paper: lambda = 0.5]. The first segment sees all tokens, so the average can't go below a quarter of
+    them: smaller budgets raise an error and need earlier `layers`. Counts follow `stage_ratios`, scaled to the budget
+    [ours]; position ids stay the original ones [ours; the paper renumbers].
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 8, 16, 24 of 32].

@@ -1,4 +1,4 @@
-"""Random tokens: the first control."""
+"""Control: random tokens."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from lit_prune.pruners.base import Context, Pruner
 
 
 class Random(Pruner):
-    """Random tokens, drawn once per prompt from (seed, question ids): no table should go without it (2511.02650).
+    """Random tokens, drawn once per prompt from (seed, question ids); every comparison needs it (arXiv 2511.02650).
 
-    The draw depends on the sample alone, never on its batch, a worker or a generator's state.
+    The draw depends on the sample alone, not on batch, worker or generator state.
     """
 
     title = "random"
@@ -30,5 +30,5 @@ class Random(Pruner):
         self.seed = seed
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Uniform numbers of (seed, sample, token)."""
+        """Uniform random numbers from (seed, sample, token)."""
         return hashed_uniform(context.seed + 7919 * self.seed, context.ordinal)

@@ -18,8 +18,9 @@ from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
 class CrossAttentionScorer(nn.Module):
     """Correction of one pruning layer's intrinsic attention: S_a + S_t + bias.
 
-    S_a: learnable queries, shifted by the projected mean of the question, attend to the visual tokens still kept; their
-    weights are folded by a linear layer that starts as the mean. S_t: a score per token, its last layer starts at zero.
+    S_a: learnable queries, shifted by the projected mean of the question, attend to the visual tokens kept so far; a
+    linear layer, initialised as the mean, combines their weights. S_t: a score per token, whose last layer is
+    initialised to zero.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class CrossAttentionScorer(nn.Module):
         self.token_score = nn.Sequential(
             nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, inner // 2), nn.GELU(), nn.Linear(inner // 2, 1)
         )
-        self.bias = nn.Parameter(torch.full((1,), float(bias)))  # DeepSpeed takes no parameter without a dimension
+        self.bias = nn.Parameter(torch.full((1,), float(bias)))  # DeepSpeed doesn't support 0-d parameters
         nn.init.constant_(self.fold.weight, 1.0 / queries)
         nn.init.zeros_(self.token_score[-1].weight)
         nn.init.zeros_(self.token_score[-1].bias)
@@ -62,7 +63,7 @@ class CrossAttentionScorer(nn.Module):
         queries = queries.view(batch, -1, self.heads, queries.shape[-1] // self.heads).transpose(1, 2)
         keys = self.key(visual).view(batch, tokens, self.heads, -1).transpose(1, 2)
         logits = queries @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
-        lowest = torch.finfo(logits.dtype).min  # not -inf: a sample without an image has nothing else, and NaN spreads
+        lowest = torch.finfo(logits.dtype).min  # not -inf, which gives NaN for a sample without an image
         weights = logits.masked_fill(~alive[:, None, None], lowest).softmax(-1).mean(1)
         score = self.fold(weights.transpose(1, 2)).squeeze(-1)
         return score * alive.sum(1, keepdim=True) if self.relative else score
@@ -72,27 +73,27 @@ class CrossAttentionScorer(nn.Module):
 
 
 class RCP(Pruner):
-    """Cross-attention pruners that correct the model's own attention; cumulative masks over several layers.
+    """Cross-attention pruners that correct the model's own attention, with cumulative masks over several layers.
 
-    logits = log att - mean_kept(log att) + S_a + S_t + bias. Training keeps with `select` and passes gradients by
-    straight-through with logistic noise and temperature; a token pruned at one stage never returns (the host
-    multiplies the gates).
+    logits = log att - mean_kept(log att) + S_a + S_t + bias. Training selects with `select` and passes straight-through
+    gradients with logistic noise and temperature; a token pruned at one stage never returns (the host multiplies the
+    gates).
 
     Args:
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
         stage_ratios: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
         select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss), `topk` [ours], or
-            `mass` [ours]: as few as hold the share `keep_mass` of softmax(logits), so that images on which the pruner
-            is sure get fewer tokens; which share gives a budget on average is found by `jobs/adapt.py`.
+            `mass` [ours]: the fewest tokens that hold the share `keep_mass` of softmax(logits), so that images with
+            confident logits keep fewer; `jobs/adapt.py` finds the share for an average budget.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
-        dropout: [R: 0.2]. bias: start of the learnable bias [R: +2, keeps more at the start].
-        baseline: `attention` (paper) or `none`: no intrinsic attention, for the ablation.
-        attention_floor: attention is clamped here before the log [R: 1e-6].
-        attention_layer: whose attention is the baseline: the pruning layer's `own` (paper), whose keys are projected
-            ahead for all tokens, or the `previous` layer's, read where it is computed anyway [ours].
+        dropout: [R: 0.2]. bias: initial value of the learnable bias [R: +2, which keeps more tokens at the start].
+        baseline: `attention` (paper) or `none`, without intrinsic attention, for the ablation.
+        attention_floor: lower clamp of attention before the log [R: 1e-6].
+        attention_layer: layer of the baseline's attention: the pruning layer's `own` (paper), whose keys are projected
+            in advance for all tokens, or the `previous` layer's, which is computed anyway [ours].
         attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
-            the uniform weight 1 / tokens, so that a short training run can move it [ours].
+            the uniform weight 1 / tokens, so that a short training run can change it [ours].
     """
 
     repairs = True
@@ -134,24 +135,24 @@ class RCP(Pruner):
 
     @property
     def title(self) -> str:
-        """An adaptive budget is part of the name."""
+        """Published name, marked if the budget is adaptive."""
         return "RCP, adaptive" if self.select == "mass" else "RCP"
 
     @property
     def free(self) -> bool:
-        """A threshold, or a mass, keeps as many as it likes."""
+        """True for `threshold` and `mass`, whose counts vary."""
         return self.select != "topk"
 
     def exact(self, stage: int) -> bool:
-        """Top-k keeps its count."""
+        """True for `topk`."""
         return not self.free
 
     def anneal(self, tau: float, noise: float) -> None:
-        """Temperature and noise of the straight-through gate."""
+        """Set temperature and noise of the straight-through gate."""
         self.tau, self.noise = tau, noise
 
     def build(self, dims: Dims) -> None:
-        """One scorer for each pruning layer, for the host's hidden size."""
+        """Create one scorer per pruning layer for the host's hidden size."""
         if not self.scorers:
             make = (
                 dims.width,
@@ -178,7 +179,7 @@ class RCP(Pruner):
         return (log_attention - centre).detach()
 
     def prune(self, context: Context) -> Kept:
-        """Hard decision of the logits; a training gate has the gradient of sigmoid((logits - cut + noise) / tau)."""
+        """Keep mask from the logits; the training gate has the gradient of sigmoid((logits - cut + noise) / tau)."""
         logits = self.score(context)
         noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
         noisy = logits + noise
@@ -192,12 +193,13 @@ class RCP(Pruner):
             cut = self._cut(noisy, mask, context.alive, context.images)
         if not self.training:
             return Kept(mask, scores=logits)
+        # Forward is the hard mask; backward is that of the sigmoid around the decision's cut.
         soft = torch.sigmoid((noisy - cut) / self.tau)
         return Kept(mask, selection.straight_through(mask, soft), logits)
 
     @staticmethod
     def _cut(logits: Tensor, mask: Tensor, alive: Tensor, images: selection.Images | None) -> Tensor:
-        """Where top-k cuts: half-way between the worst kept and the best dropped logit, without gradient [ours]."""
+        """Cut of top-k: midway between the lowest kept and the highest dropped logit, without gradient [ours]."""
         logits = logits.detach()
         worst = logits.masked_fill(~mask, float("inf"))
         best = logits.masked_fill(mask | ~alive, float("-inf"))

@@ -1,4 +1,4 @@
-"""SCOPE: coverage of all patches, weighted by what the class token notices."""
+"""SCOPE: coverage of all patches, weighted by [CLS] attention."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 class Scope(VisionPruner):
     """Greedy facility location on patch features times class attention (SCOPE, arXiv 2510.24214).
 
-    A token's gain is how much closer the kept ones come to all tokens, `sum_i max(0, cos(i, j) - best_i)`, times its
-    class attention. The formula wants the cosines of all pairs: 1.3 MB a tile of 576 patches in fp32.
+    A token's gain is the increase in coverage of all tokens, `sum_i max(0, cos(i, j) - best_i)`, times its class
+    attention. The formula needs the cosines of all pairs: 1.3 MB per tile of 576 patches in fp32.
 
     Args:
-        vision_layers: one stage behind the layer that gives the features.
+        vision_layers: one stage after the layer that gives the features.
         power: exponent of the class attention [ours as an argument; 1 is the formula].
         vision_depth: see `VisionPruner`.
     """
@@ -33,7 +33,7 @@ class Scope(VisionPruner):
         self.power = power
 
     def prune_vision(self, context: VisionContext) -> Kept:
-        """Tokens picked one after the other by gain."""
+        """Keep tokens picked greedily by gain."""
         unit = normalize(context.states.float(), dim=-1)
         weight = context.attention.float() ** self.power
         kept = graphs.facility_location(

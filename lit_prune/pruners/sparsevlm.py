@@ -1,4 +1,4 @@
-"""SparseVLM: what the telling words look at, and means of the best of the rest."""
+"""SparseVLM: attention from the visually relevant prompt tokens, and recycling of the best dropped tokens."""
 
 from collections.abc import Sequence
 
@@ -17,23 +17,24 @@ class SparseVLM(Pruner):
 
     Raters are the question's tokens whose similarity to the image is at or above the mean: the softmax over the words
     of visual x word embeddings at the decoder's input, averaged over visual tokens. A token's score is the attention
-    of the raters to it, averaged over heads and raters. Of the tokens dropped, the best ones are clustered by density
-    peaks and come back as the clusters' means.
+    of the raters to it, averaged over heads and raters. The best dropped tokens are clustered by density peaks and
+    replaced by the clusters' means.
 
-    Ours: attention is the pruning layer's own, read before it runs, and tokens leave at its input. Raters are chosen
-    anew among the visual tokens still there. Counts are fixed by the budget instead of the attention's rank, and
-    recycled tokens count within it, at most half of it; the paper adds them to its counts. A mean is over the residual
-    stream, unweighted, and takes the place (column, position) of its cluster's centre. Several images of a prompt are
-    pruned one by one; the price is then approximate.
+    Ours: attention is the pruning layer's own, computed before it runs, and tokens leave at its input. Raters are
+    chosen again at each stage, by the visual tokens still present. Counts are fixed by the budget instead of the
+    attention's rank, and recycled tokens count towards it, at most half of it; the paper adds them to its counts. A
+    mean is over the residual stream, unweighted, and takes column and position of its cluster's centre. Several images
+    of a prompt are pruned one by one; the FLOPs are then approximate.
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 2, 6, 15 of 32].
         stage_ratios: relative counts of the stages [paper: 66, 30, 17 for 64 tokens; 303, 110, 36 for 128; 300, 200,
             110 for 192].
         depth: see `Pruner`.
-        recycled: share of the tokens over the budget that are clustered, the best ones [paper: 0.3].
-        per_cluster: one cluster for so many of them, and one more [paper: 10]. 0: no recycling, for the ablation.
-        neighbours: nearest neighbours in the density [ours: 5].
+        recycled: share of the dropped tokens, the best ones, that are clustered [paper: 0.3].
+        per_cluster: clustered tokens per cluster; there is one cluster more [paper: 10]. 0: no recycling, for the
+            ablation.
+        neighbours: nearest neighbours in the density estimate [ours: 5].
     """
 
     title = "SparseVLM"
@@ -64,7 +65,7 @@ class SparseVLM(Pruner):
 
     @staticmethod
     def _raters(context: Context) -> Bool[Tensor, "batch text"]:
-        """Words that the visual tokens are on average at least as similar to as to the mean word; all if none is."""
+        """Words at least as similar to the visual tokens, on average, as the mean word; all words if none is."""
         products = context.visual_embeds.detach().float() @ context.text_embeds.detach().float().transpose(1, 2)
         words = context.text_mask
         shares = products.masked_fill(~words[:, None], torch.finfo(products.dtype).min).softmax(2)
@@ -75,7 +76,7 @@ class SparseVLM(Pruner):
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
-        """The best tokens, and cluster centres that carry the means of what is recycled."""
+        """Keep the best tokens, and cluster centres with the means of the recycled ones."""
         scores = self.score(context)
         candidates, clusters = self._counts(context.alive.sum(1), context.count)
         best = selection.top_k(scores, context.alive, context.count - clusters)
@@ -90,7 +91,7 @@ class SparseVLM(Pruner):
         return Kept(best | torch.zeros_like(best).scatter(1, columns, centres), scores=scores, states=states)
 
     def _counts(self, visual: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens are clustered, and into how many, where `kept` of `visual` stay."""
+        """Numbers of clustered tokens and of clusters if `kept` of `visual` tokens stay."""
         if not self.per_cluster:
             return torch.zeros_like(visual), torch.zeros_like(visual)
         candidates = ((visual - kept).clamp(min=0) * self.recycled + 1e-6).long()
@@ -98,7 +99,7 @@ class SparseVLM(Pruner):
         return candidates, clusters
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """Visual by word embeddings, the mean over raters, distances between what is clustered."""
+        """Visual x word embeddings, the mean over raters, and distances between clustered tokens."""
         candidates = self._counts(visual, kept)[0].to(torch.float64)
         visual = visual.to(torch.float64)
         return 2 * width * (visual * text + candidates.square()) + 2 * visual * text

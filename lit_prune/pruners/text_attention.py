@@ -9,7 +9,7 @@ from lit_prune.pruners.base import AttentionRows, Context, Pruner
 
 
 class TextAttention(Pruner):
-    """Attention from all question tokens in the pruning layer itself: RCP's baseline without what it learns."""
+    """Attention from all question tokens in the pruning layer itself: RCP's baseline without its learned correction."""
 
     title = "all-question attention"
     attention = AttentionRows("own", "question")

@@ -1,4 +1,4 @@
-"""Word similarity at the decoder's input."""
+"""Similarity to the question's words at the decoder's input."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from lit_prune.pruners.base import Context, Pruner
 
 
 class TextSimilarity(Pruner):
-    """Largest cosine between a visual token and any question word at the decoder's input: needs no layer at all."""
+    """Largest cosine between a visual token and any question word at the decoder's input; needs no attention."""
 
     title = "word similarity"
     needs_embeds = True
@@ -22,13 +22,13 @@ class TextSimilarity(Pruner):
         super().__init__(layers, stage_ratios, depth)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
-        """Maximum over the question's words of the cosine with their embedding."""
+        """Largest cosine with a question word's embedding."""
         visual = normalize(context.visual_embeds.float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1)
         cosine = (visual @ words.transpose(1, 2)).masked_fill(~context.text_mask[:, None], -1.0)
-        # One more column, so that prompts without a question rank all tokens alike.
+        # Padded by one column, since `amax` fails if no prompt has a question.
         return torch.nn.functional.pad(cosine, (0, 1), value=-1.0).amax(-1)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """One product of all visual with all question tokens."""
+        """Product of all visual with all question tokens."""
         return 2.0 * visual.to(torch.float64) * text * width

@@ -12,14 +12,14 @@ from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 class ToMe(VisionPruner):
     """Bipartite soft matching with proportional attention (Token Merging, arXiv 2210.09461, section 3).
 
-    In every layer the patches are split into two sets by turns. Each patch of the first is matched with the most
+    In every layer the patches are split alternately into two sets. Each patch of the first is matched with the most
     similar one of the second, by cosine of the layer's keys averaged over heads; the most similar pairs merge into
     their mean, weighted by size, and later layers add log(size) to attention logits. The class token never merges.
 
-    Ours: pairs merge at the next layer's input, where the paper has them merge between attention and MLP; patches keep
-    raster order, by which they are split, and a merged one stands at the place of its partner in the second set; the
-    budget is reached by (nearly) the same number of pairs in each layer, as the paper's constant r, in several rounds
-    of matching where more than half of the patches have to go.
+    Ours: pairs merge at the next layer's input instead of between attention and MLP; patches keep raster order, by
+    which they are split, and a merged one takes the position of its partner in the second set; each layer merges
+    (nearly) the same number of pairs, as the paper's constant r, in several rounds of matching if more than half of
+    the patches have to be merged.
     """
 
     title = "ToMe"
@@ -29,12 +29,12 @@ class ToMe(VisionPruner):
         super().__init__()
 
     def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
-        """As many patches fewer in each layer, down to the budget after the layer that gives the features."""
+        """Equally many patches fewer in each layer, down to the budget after the layer that gives the features."""
         keep = min(keep, visual)
         return {layer: visual - round((visual - keep) * layer / depth) for layer in range(1, depth + 1)}
 
     def prune_vision(self, context: VisionContext) -> Kept:
-        """Merge pairs until the layer's count is reached; a round can halve the patches at most."""
+        """Merge pairs until the layer's count is reached; a round at most halves the patches."""
         alive, states = context.alive, context.states.float()
         sizes = torch.ones_like(alive, dtype=torch.float32) if context.sizes is None else context.sizes
         keys = context.keys.float().unflatten(2, (context.heads, -1)).mean(2)
@@ -48,7 +48,7 @@ class ToMe(VisionPruner):
         return Kept(alive, states=states, sizes=sizes)
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
-        """Cosines of one half with the other, in each round."""
+        """Cosines between the two sets, in each round."""
         now, total = visual.double(), torch.zeros_like(visual, dtype=torch.float64)
         while bool((now > kept).any()):
             second = (now / 2).ceil()
@@ -58,7 +58,7 @@ class ToMe(VisionPruner):
 
 
 def _rounds(patches: int, count: int) -> int:
-    """Rounds of matching that bring `patches` down to `count`."""
+    """Rounds of matching needed to reduce `patches` to `count`."""
     rounds = 0
     while patches > max(count, 1):
         patches, rounds = max(-(-patches // 2), count), rounds + 1
@@ -66,10 +66,10 @@ def _rounds(patches: int, count: int) -> int:
 
 
 def _match(keys: Tensor, alive: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Which patches merge, at most `excess` of each tile, and the column that each patch goes to: else its own."""
+    """Mask of the patches that merge, at most `excess` per tile, and each patch's target column, by default its own."""
     turn = (alive.long().cumsum(1) - 1) % 2
     unit = normalize(keys, dim=-1)
-    first, is_first = selection.compact(alive & (turn == 1))  # a class token in front of the patches takes turn 0
+    first, is_first = selection.compact(alive & (turn == 1))  # a class token would come first and take turn 0
     second, is_second = selection.compact(alive & (turn == 0))
     likeness = selection.gather_rows(unit, first) @ selection.gather_rows(unit, second).transpose(1, 2)
     best, partner = likeness.masked_fill(~is_second[:, None], -2.0).max(2)

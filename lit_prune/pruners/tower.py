@@ -12,26 +12,26 @@ from lit_prune.pruners.method import Pruner, PruningMethod, Stage
 
 
 class Arrived(Pruner):
-    """The stage at decoder layer 0, where what the vision tower dropped leaves the sequence: keep what arrived."""
+    """Stage at decoder layer 0, where tokens dropped in the vision tower leave the sequence; keeps all others."""
 
     def __init__(self) -> None:
         super().__init__([0])
 
     def prune(self, context: Context) -> Kept:
-        """Everything that the tower let through."""
+        """Keep every token that the tower kept."""
         return Kept(context.alive)
 
 
 class VisionPruner(PruningMethod):
-    """Base of methods inside the vision tower: the decoder gets the final budget from its layer 0 on.
+    """Base class of vision-tower methods: the decoder gets the final budget from layer 0 on.
 
     Args:
         vision_layers: tower layers at whose input patches leave, ascending; -1: after the layer that gives features.
-        vision_stage_ratios: patches after each stage in multiples of the budget, never rising; by default the last
-            stage alone cuts, which is for methods with one.
-        vision_depth: tower layers up to the features that `vision_layers` is written for; they are scaled to the
-            host's. `None`: as written.
-        arrival: decides at decoder layer 0 about what arrived from the tower; by default all of it stays.
+        vision_stage_ratios: patches after each stage in multiples of the budget, non-increasing; by default 1 for all,
+            which suits methods with one stage.
+        vision_depth: number of tower layers, up to the features, that `vision_layers` is written for; they are scaled
+            to the host's. `None`: as written.
+        arrival: pruner at decoder layer 0, applied to the tokens that arrive from the tower; by default keeps all.
     """
 
     needs_values: bool = False
@@ -62,22 +62,22 @@ class VisionPruner(PruningMethod):
 
     @property
     def tower(self) -> "VisionPruner":
-        """The method itself."""
+        """This method."""
         return self
 
     def walk(self, depth: int) -> tuple[Stage, ...]:
-        """The arrival at decoder layer 0, where the tokens that the tower dropped leave the sequence."""
+        """The arrival at decoder layer 0, where tokens dropped in the tower leave the sequence."""
         return self.arrival.walk(depth)
 
     def counts(self, keep: int, visual: int, depth: int) -> Schedule:
-        """The budget, from layer 0 on."""
+        """The budget at layer 0."""
         return dict(solve(keep, visual, depth, self.stages(depth), (1.0,)))
 
     def vision_schedule(self, keep: int, visual: int, depth: int) -> Schedule:
         """{tower layer: patches kept per tile of `visual` from its input on}, at most all.
 
-        `depth` layers lead to the features; a stage at `depth` stands after them. By default each stage keeps its
-        `vision_stage_ratios` times the budget.
+        `depth` layers lead to the features; a stage at `depth` comes after them. By default each stage keeps its
+        entry of `vision_stage_ratios` times the budget.
         """
         inside = tuple(layer for layer in self.vision_layers if layer >= 0)
         layers = scale_layers(inside, self.vision_depth, depth)
@@ -95,12 +95,12 @@ class VisionPruner(PruningMethod):
         raise NotImplementedError
 
     def image_side(self, keep: int, side: int) -> int:
-        """Patches along a side of the image that the tower sees, of `side`; fewer scale the image down."""
+        """Patches along each side of the tower's input, at most `side`; fewer scale the image down."""
         return side
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
-        """FLOPs of a stage in a tower of `width` and so many `heads` that kept `kept` of `visual` patches.
+        """FLOPs of a stage that keeps `kept` of `visual` patches, in a tower of hidden size `width` and `heads` heads.
 
-        The host's projections are counted apart.
+        The host's projections are counted separately.
         """
         return torch.zeros_like(visual, dtype=torch.float64)

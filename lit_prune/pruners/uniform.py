@@ -1,4 +1,4 @@
-"""Evenly spread tokens: the second control."""
+"""Control: evenly spaced tokens."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from lit_prune.pruners.base import Context, Pruner
 
 
 class Uniform(Pruner):
-    """A regular grid over the image, of as many cells as tokens are kept.
+    """Regular grid over the image with as many cells as tokens are kept.
 
-    Ours: papers differ in how they spread a budget that is no square. Where a cell of the grid isn't there (an earlier
-    stage dropped it), the nearest one that is takes its place. An image whose tokens are no square grid (crops,
-    unpadded or wide images, newline tokens) keeps evenly spaced ones in raster order.
+    Ours: papers differ in how they spread a budget that is no square. If a cell of the grid is missing (dropped by an
+    earlier stage), the nearest present one replaces it. An image whose tokens form no square grid (crops, unpadded or
+    wide images, newline tokens) keeps evenly spaced ones in raster order.
     """
 
     title = "uniform"
@@ -43,10 +43,10 @@ class Uniform(Pruner):
 
 @lru_cache(maxsize=1024)
 def _closeness(count: int, total: int) -> Tensor:
-    """Minus the squared distance of each of `total` cells to the nearest of `count` evenly spread ones.
+    """Minus the squared distance of each of `total` cells to the nearest of `count` evenly spaced ones.
 
-    In a square grid about sqrt(count) bands of rows share the count and each band's tokens lie evenly on its middle
-    row; else the cells are a line.
+    A square grid is divided into about sqrt(count) bands of rows that share the count; each band's tokens are evenly
+    spaced on its middle row. Otherwise the cells form a line.
     """
     side = math.isqrt(total)
     if not min(count, total):

@@ -1,4 +1,4 @@
-"""VisionZip: the class token's favourites, and means of the rest."""
+"""VisionZip: dominant tokens by [CLS] attention; the rest merged into contextual tokens."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 class VisionZip(VisionPruner):
     """Dominant tokens by class-token attention, contextual tokens that the others merge into (arXiv 2412.04467).
 
-    Contextual tokens are sampled evenly from what is not dominant, in raster order; every other token joins the one
-    with the most similar keys, and a contextual token becomes the mean of its group, itself included [ours: how it is
-    weighted]. The paper's counts include the class token among the dominant ones; ours are patches alone.
+    Contextual tokens are sampled evenly from the non-dominant ones, in raster order; every other token joins the one
+    with the most similar keys, and a contextual token becomes the mean of its group, itself included [ours: the
+    weights]. The paper's counts include the class token among the dominant ones; ours count patches only.
 
     Args:
-        vision_layers: one stage behind the layer that gives the features; attention and keys are that layer's.
+        vision_layers: one stage after the layer that gives the features; attention and keys are that layer's.
         contextual: share of the budget for contextual tokens [paper: 30 of 192, 20 of 128, 10 of 64].
         vision_depth: see `VisionPruner`.
     """
@@ -33,7 +33,7 @@ class VisionZip(VisionPruner):
         self.contextual = contextual
 
     def prune_vision(self, context: VisionContext) -> Kept:
-        """Dominant and contextual tokens, the latter merged."""
+        """Keep dominant and contextual tokens, the latter merged."""
         contextual = (context.count * self.contextual).round().long()
         dominant = selection.top_k(context.attention, context.alive, context.count - contextual)
         rest = context.alive & ~dominant
@@ -44,6 +44,6 @@ class VisionZip(VisionPruner):
         return Kept(dominant | centres, scores=context.attention, states=states)
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
-        """Cosines of all tokens with the contextual ones."""
+        """Cosines between all and the contextual tokens."""
         visual, kept = visual.double(), kept.double()
         return 2 * visual * (kept * self.contextual).round() * width

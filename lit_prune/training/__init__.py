@@ -9,7 +9,7 @@ __all__ = ["PruneModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module when it is used: its parts serve commands that start without it."""
+    """Import `PruneModule` on first use, since commands that need only other parts must start fast."""
     if name == "PruneModule":
         from lit_prune.training.module import PruneModule
 

@@ -1,4 +1,4 @@
-"""Lightning's averages of weights, kept of the plug-in alone."""
+"""Weight averaging by Lightning's callbacks, restricted to the plug-in."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 class PluginModule(LightningModule):
-    """The plug-in as a module of its own, under the names that checkpoints have."""
+    """The plug-in wrapped as a LightningModule, with parameter names as in checkpoints."""
 
     def __init__(self, plugin: Plugin, device: torch.device) -> None:
         super().__init__()
@@ -26,36 +26,36 @@ class PluginModule(LightningModule):
 
 
 class OfPlugin(Callback):
-    """Shows a callback that averages weights the plug-in alone, in place of the whole module.
+    """Run a weight-averaging callback on the plug-in in place of the whole module.
 
     Lightning's callbacks copy, average and save every weight of a module. The frozen model would be held and saved
-    twice, and its weights would drift by rounding: an average of equal numbers is not always that number.
+    twice, and its weights would drift by rounding: the mean of equal numbers is not always that number.
 
-    `WeightAveraging` and its like put the average into the checkpoint's `state_dict`, and validate it;
-    `StochasticWeightAveraging` puts it into the plug-in when training ends, after the last checkpoint.
+    `WeightAveraging` and its subclasses write the average to the checkpoint's `state_dict` and validate it;
+    `StochasticWeightAveraging` copies it into the plug-in when training ends, after the last checkpoint.
 
     Args:
-        inner: the callback.
+        inner: the averaging callback.
     """
 
     def __init__(self, inner: WeightAveraging | StochasticWeightAveraging) -> None:
         self.inner = inner
         self.view: PluginModule | None = None
-        self.swapped = False  # during validation the module has the average, and the average the weights
-        self.in_use = False  # training is over, and the plug-in has the average
+        self.swapped = False  # during validation the module holds the average, and the averaged model the weights
+        self.in_use = False  # training has ended and the plug-in holds the average
 
     @property
     def name(self) -> str:
-        """The inner callback's class."""
+        """Class name of the inner callback."""
         return type(self.inner).__name__
 
     @property
     def state_key(self) -> str:
-        """The inner callback's, so that checkpoints know nothing of this one."""
+        """State key of the inner callback, so that checkpoints don't depend on this wrapper."""
         return self.inner.state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin an average; raises `LitPruneError` under DeepSpeed, where no rank has the weights it would average."""
+        """Start averaging; raises `LitPruneError` under DeepSpeed, where no rank holds the whole weights."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise LitPruneError(f"{self.name} averages whole weights, which DeepSpeed splits: take DDP")
         if stage == "fit":
@@ -63,21 +63,22 @@ class OfPlugin(Callback):
             self.inner.setup(trainer, self.view, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pass it on, as what follows."""
+        """Forward to the inner callback, as the hooks below do."""
         self.inner.on_fit_start(trainer, self.view)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.inner.on_train_epoch_start(trainer, self.view)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take the average up again in the middle of an epoch, where Lightning would wait for the next one."""
+        """Resume SWA in the middle of an epoch, where Lightning would wait for the next epoch."""
         inner = self.inner
         if not isinstance(inner, StochasticWeightAveraging) or inner._initialized or inner._scheduler_state is None:
             return
         groups = trainer.optimizers[0].param_groups
         rates = [group["lr"] for group in groups]
         inner.on_train_epoch_start(trainer, self.view)
-        for group, rate in zip(groups, rates, strict=True):  # of the checkpoint, not of the schedule that was made now
+        # The new SWA schedule has reset the learning rates: restore the checkpoint's.
+        for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -87,7 +88,7 @@ class OfPlugin(Callback):
         self.inner.on_train_epoch_end(trainer, self.view)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the plug-in have the average, if there is one."""
+        """Copy the average into the plug-in, if averaging has begun."""
         if self._begun:
             before = _copied(self.view.state_dict())
             self.inner.on_train_end(trainer, self.view)
@@ -95,62 +96,62 @@ class OfPlugin(Callback):
             self.in_use = any(not torch.equal(after[name], value) for name, value in before.items())
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the average, if there is one."""
+        """Swap in the average for validation, if averaging has begun."""
         if self.view is not None and self._begun and not trainer.sanity_checking:
             self.inner.on_validation_epoch_start(trainer, self.view)
             self.swapped = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to the weights that train."""
+        """Swap the trained weights back in."""
         if self.swapped:
             self.inner.on_validation_epoch_end(trainer, self.view)
             self.swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner callback's."""
+        """Return the inner callback's state."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand it on."""
+        """Load the inner callback's state."""
         self.inner.load_state_dict(state_dict)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as the module's weights, whatever of the two is in the module now."""
+        """Save the average as the module's weights, whether or not the two are swapped."""
         if self.view is None:
             return
         self.inner.on_save_checkpoint(trainer, self.view, checkpoint)
         if "current_model_state" in checkpoint:
             average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
-            if self.swapped:  # a run that is stopped during validation
+            if self.swapped:  # the run was stopped during validation
                 checkpoint.update(state_dict=current, current_model_state=average)
             elif not self._begun:
                 checkpoint["state_dict"] = current
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Resume both; other verbs use the average, which is the module's weights in the checkpoint."""
+        """Resume weights and average; other verbs load the average, stored as the checkpoint's `state_dict`."""
         if self.view is not None:
             self.inner.on_load_checkpoint(trainer, self.view, checkpoint)
 
     @property
     def _begun(self) -> bool:
-        """Whether anything was averaged yet: until then an average is what the weights were at the start."""
+        """True once something was averaged; before, the "average" holds the initial weights."""
         if isinstance(self.inner, WeightAveraging):
             return int(self.inner._average_model.n_averaged) > 0
         return self.inner.n_averaged is not None
 
 
 def of_plugin(callback: Callback) -> Callback:
-    """A callback, made to average the plug-in alone if it averages weights."""
+    """Wrap a callback that averages weights so that it averages the plug-in alone; return any other as it is."""
     return OfPlugin(callback) if isinstance(callback, AVERAGES) else callback
 
 
 def average_in_use(trainer: Trainer) -> str | None:
-    """Name of the callback whose average the plug-in has at the end of training."""
+    """Name of the callback whose average the plug-in holds at the end of training, or None."""
     return next((c.name for c in trainer.callbacks if isinstance(c, OfPlugin) and c.in_use), None)
 
 
 def stored_average(path: Path) -> str | None:
-    """What to know about the weights of a checkpoint file whose run averaged them; None for any other run."""
+    """Note on the weights in a checkpoint file of a run that averaged them; None for any other run."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if int(checkpoint.get("averaging_state", {}).get("n_averaged", 0)):
         return "weights: the average of the run's weights"
@@ -160,7 +161,7 @@ def stored_average(path: Path) -> str | None:
 
 
 def refuse_whole_averages(trainer: Trainer) -> None:
-    """Raise `LitPruneError` for a callback that would average the frozen model too."""
+    """Raise `LitPruneError` if a callback would average the frozen model too."""
     for callback in trainer.callbacks:
         if isinstance(callback, AVERAGES):
             name = type(callback).__name__

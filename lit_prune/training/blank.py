@@ -1,8 +1,8 @@
-"""A blank sample for ranks that have no image: under DeepSpeed all ranks must run the same modules.
+"""Dummy image for ranks without one: under DeepSpeed all ranks must run the same modules.
 
-With ZeRO-3 a module's weights are gathered from all ranks when it runs: a rank whose batch has texts only, or no sample
-left, would pass by the vision tower, the projector and the pruner, and the others would wait for it for ever. The other
-stages add up the ranks' gradients in the order in which they come, which is that of the modules.
+ZeRO-3 gathers a module's weights from all ranks when it runs. A rank whose batch is text-only or empty would skip the
+vision tower, projector and pruner, and the others' all-gather would deadlock. ZeRO-1 and -2 reduce gradients in the
+order in which they arrive, which depends on the modules that ran.
 """
 
 from typing import Any
@@ -18,25 +18,26 @@ from lit_prune.vlm import VLM
 
 
 def has_image(batch: dict[str, Any]) -> bool:
-    """Whether any sample of a batch has an image."""
+    """True if any sample of the batch has an image."""
     return not set(batch["inputs"]) <= set(TOKEN_KEYS)
 
 
 def with_blank(batch: dict[str, Any], vlm: VLM) -> dict[str, Any]:
-    """A batch without images with one more sample behind the others: a grey image, a word, and no answer to learn."""
+    """Append a dummy sample to a batch without images: a grey image, one word, and no answer to learn."""
     blank = dict(vlm.encode([Image.new("RGB", (32, 32), "grey")], ["?"]))
     fill = {"input_ids": pad_token(vlm.processor), "labels": IGNORED}
     labels = torch.full_like(blank["input_ids"], IGNORED)
     rows, columns = len(batch["ids"]) + 1, blank["input_ids"].shape[1]
-    nowhere = torch.zeros(rows, 1, columns, device=blank["input_ids"].device)
-    found = {**batch, "boxes": [*batch["boxes"], []], "hints": {"regions": nowhere}}
-    found["inputs"] = _joined(batch["inputs"], {**blank, "labels": labels}, fill, left=False)
+    no_regions = torch.zeros(rows, 1, columns, device=blank["input_ids"].device)
+    extended = {**batch, "boxes": [*batch["boxes"], []], "hints": {"regions": no_regions}}
+    extended["inputs"] = _joined(batch["inputs"], {**blank, "labels": labels}, fill, left=False)
     if "prompts" in batch:
-        found["prompts"] = _joined(batch["prompts"], blank, fill, left=True)
-    return found
+        extended["prompts"] = _joined(batch["prompts"], blank, fill, left=True)
+    return extended
 
 
 def _joined(inputs: dict[str, Tensor], blank: dict[str, Tensor], fill: dict[str, int], left: bool) -> dict[str, Tensor]:
+    """Concatenate the token tensors of a batch and the dummy sample, padded to equal length on one side."""
     joined = dict(blank)
     for key in TOKEN_KEYS:
         if key in inputs and key in blank:

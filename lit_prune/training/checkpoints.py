@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, made durable, renamed, and checked before they are used.
+"""Atomic checkpoints: written under a temporary name, synced, renamed, and verified before use.
 
-A checkpoint is a file, or with DeepSpeed a folder of one file a rank. A file is PyTorch's zip archive, and the
-archive's comment is the SHA-256 of all bytes before it: one file, one rename, and any reader of zip archives still
-reads it. A folder has a `SHA256SUMS` of all its files, in the format of the command `sha256sum -c`.
+A checkpoint is a file, or with DeepSpeed a folder with one file per rank. A file is PyTorch's zip archive with the
+SHA-256 of all preceding bytes as the archive's comment: one file, one rename, and any zip reader still reads it. A
+folder has a `SHA256SUMS` of all its files, in the format of `sha256sum -c`.
 """
 
 import hashlib
@@ -24,33 +24,34 @@ SUMS = "SHA256SUMS"
 COMMENT = b"sha256 "
 COMMENT_SIZE = len(COMMENT) + 64
 CHUNK = 1 << 20
-BEFORE = ".old"  # after a checkpoint's name, while another takes its place
+BEFORE = ".old"  # suffix of a checkpoint while another replaces it
 
 
 class SafeTrainer(Trainer):
-    """Lightning's Trainer, with checkpoints that are whole or not there, whoever saves them and with any strategy.
+    """Lightning's Trainer with atomic checkpoints, for any strategy and any caller.
 
-    All ranks must see the same folder. A write that fails ends the run: the checkpoints before it are untouched, and a
-    disk that is too full for a checkpoint is too full for logs too.
+    All ranks must see the same folder. A failed write ends the run: earlier checkpoints stay untouched, and a disk too
+    full for a checkpoint is too full for logs as well.
     """
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """Save under a temporary name beside `filepath`, then put it in the place of what is there.
+        """Save under a temporary name next to `filepath`, then replace `filepath` with it.
 
         Raises:
             LitPruneError: the checkpoint could not be written.
         """
-        if "://" in str(filepath):  # an object store, where a write is whole or not there
+        if "://" in str(filepath):  # an object store, whose writes are atomic
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         path = Path(filepath)
         if self.is_global_zero:
             _remove(_beside(path, ASIDE))
-        name, resumed = self.strategy.broadcast((str(path), self.ckpt_path))  # and nobody writes before the old is gone
+        # Ranks agree on the path; the broadcast also keeps them from writing before rank zero has removed leftovers.
+        name, resumed = self.strategy.broadcast((str(path), self.ckpt_path))
         if resumed != self.ckpt_path:
-            raise LitPruneError(f"ranks went on from different checkpoints: {resumed} and {self.ckpt_path}")
+            raise LitPruneError(f"ranks resumed from different checkpoints: {resumed} and {self.ckpt_path}")
         path = Path(name)
         aside = _beside(path, ASIDE)
         try:
@@ -64,20 +65,20 @@ class SafeTrainer(Trainer):
             with suppress(OSError):
                 _remove(aside)
             raise LitPruneError(
-                f"{path}: the checkpoint could not be written: {error}; those before it are untouched: make room, and "
-                "go on with --ckpt_path last"
+                f"{path}: the checkpoint could not be written: {error}; earlier ones are untouched: free disk space, "
+                "and resume with --ckpt_path last"
             ) from error
         self.strategy.barrier("SafeTrainer.save_checkpoint")
 
 
 def saving_folder(trainer: Trainer) -> Path | None:
-    """Where a run's (first) `ModelCheckpoint` saves; None where there is none."""
+    """Folder of a run's (first) `ModelCheckpoint`, or None."""
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(folder) if folder else None
 
 
 def seal(path: Path) -> None:
-    """Give a written checkpoint its checksums and put every file on the disk itself."""
+    """Add checksums to a written checkpoint and sync every file to disk."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -91,10 +92,10 @@ def seal(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Read a checkpoint from end to end and compare its checksums; nothing of it is executed.
+    """Read a whole checkpoint and compare its checksums; nothing in it is executed.
 
     Raises:
-        LitPruneError: it is not there, not whole, or not what was written.
+        LitPruneError: the checkpoint is missing, incomplete or damaged.
     """
     if not path.exists():
         raise LitPruneError(f"{path}: there is no such checkpoint")
@@ -112,31 +113,31 @@ def verify(path: Path) -> None:
 
 
 def newest(folders: Iterable[Path]) -> Path | None:
-    """The newest whole checkpoint in some folders, by time of writing; None if there is none at all.
+    """Newest intact checkpoint in the folders, by modification time; None if they hold no checkpoint.
 
-    A damaged one that is newer is warned about and passed over.
+    Newer damaged ones are skipped with a warning.
 
     Raises:
-        LitPruneError: there are checkpoints, all of them damaged.
+        LitPruneError: all checkpoints are damaged.
     """
-    found = {path for folder in folders for end in ("", BEFORE) for path in folder.glob(f"*.ckpt{end}")}
+    paths = {path for folder in folders for end in ("", BEFORE) for path in folder.glob(f"*.ckpt{end}")}
     damaged = []
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             verify(path)
         except LitPruneError as error:
             damaged.append(str(error))
             continue
         for text in damaged:
-            rank_zero_warn(f"{text}. Going on from the one before: {path}")
+            rank_zero_warn(f"{text}. Resuming from the one before: {path}")
         return path
     if damaged:
-        raise LitPruneError(f"no whole checkpoint is left ({'; '.join(damaged)}); remove them to start anew")
+        raise LitPruneError(f"no intact checkpoint is left ({'; '.join(damaged)}); remove them to start from scratch")
     return None
 
 
 def _seal_archive(path: Path) -> None:
-    """Announce a comment in the last two bytes of the archive, its length, and append it."""
+    """Append the checksum as the archive's comment, after writing its length to the last two bytes of the archive."""
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(COMMENT_SIZE.to_bytes(2, "little"))
@@ -155,14 +156,14 @@ def _verify_archive(path: Path) -> None:
         if comment != COMMENT + _digest(path, size).encode():
             raise LitPruneError(f"{path}: the checkpoint is damaged: its checksum differs")
         return
-    if not b"PK".startswith(begin):  # as archives do
+    if not b"PK".startswith(begin):  # the magic bytes of zip archives
         raise LitPruneError(f"{path} is no checkpoint")
-    if not comment.endswith(b"\0\0"):  # the end of an archive that announces no comment
+    if not comment.endswith(b"\0\0"):  # an archive without a comment ends with its length, 0
         raise LitPruneError(f"{path}: the checkpoint is cut short")
-    try:  # saved by another Trainer: the checksums of the archive's records have to do
+    try:  # saved by another Trainer: fall back to the CRCs of the archive's records
         with ZipFile(path) as archive:
             bad = archive.testzip()
-    except Exception as error:  # a damaged directory of the archive may raise nearly anything
+    except Exception as error:  # a damaged central directory may raise nearly anything
         raise LitPruneError(f"{path}: the checkpoint is damaged: {error}") from error
     if bad is not None:
         raise LitPruneError(f"{path}: the checkpoint is damaged: the checksum of its record {bad} differs")
@@ -183,7 +184,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Rename `new` to `path`. A folder can't be replaced in one step: for a moment it has another name."""
+    """Rename `new` to `path`. A folder can't be replaced atomically, so the old one is briefly renamed."""
     old = _beside(path, BEFORE)
     _remove(old)
     if path.is_dir() or (new.is_dir() and path.exists()):

@@ -1,4 +1,4 @@
-"""What a training run is given, checked before it costs time: settings, batches, parameters, checkpoints."""
+"""Validate settings, batches, parameters and checkpoints of a training run."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ def check_settings(
     plugin: str | None,
     **numbers: float | None,
 ) -> None:
-    """Raise `LitPruneError` for settings of `PruneModule` that contradict one another, and numbers out of range.
+    """Raise `LitPruneError` if settings of `PruneModule` contradict each other or a number is out of range.
 
     Args:
         loss: weights of the losses.
         watch: decoder layers to read.
         pruner: the method.
-        plugin: a folder in place of it.
-        numbers: the others, by name.
+        plugin: a plug-in folder in its place.
+        numbers: the numeric settings, by name.
     """
     for name, limits in RANGES.items():
         check_number(f"model.{name}", numbers[name], **limits)
@@ -51,7 +51,7 @@ RANGES: dict[str, dict[str, Any]] = {
 
 
 def check_batch(batch: Any) -> None:
-    """Raise `LitPruneError` for what another project's data module gives."""
+    """Raise `LitPruneError` unless the batch is a mapping as the data modules here give it."""
     if not isinstance(batch, dict) or not {"inputs", "ids"} <= batch.keys():
         raise LitPruneError(
             f"data: the data module gives batches of type {type(batch).__name__}; this module takes those of "
@@ -60,10 +60,10 @@ def check_batch(batch: Any) -> None:
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Make sure that every parameter of a module with `plugin` and `model` is either trained or frozen on purpose.
+    """Check that the parameters of `plugin` train and all others of the module are frozen.
 
     Raises:
-        LitPruneError: nothing to train, or the wrong thing.
+        LitPruneError: there is nothing to train, or the wrong parameters would train.
     """
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     stray = [name for name in trained if not name.startswith("plugin.")]
@@ -77,7 +77,7 @@ def check_parameters(module: nn.Module) -> None:
 
 
 def check_checkpoint(state: dict[str, Tensor], module: nn.Module) -> None:
-    """Raise `LitPruneError` for a checkpoint whose trainable names or shapes differ from the module's."""
+    """Raise `LitPruneError` if the checkpoint's trainable names or shapes differ from the module's."""
     saved = {name: value.shape for name, value in state.items()}
     own = {name: value.shape for name, value in module.state_dict().items()}
     own |= {f"plugin.{name}": whole_shape(p) for name, p in module.plugin.named_parameters()}

@@ -1,13 +1,13 @@
-"""Modes of the Trainer that try or time a run: they write nothing and replace nothing."""
+"""Debug modes of the Trainer, in which a run writes and replaces nothing."""
 
 from lightning import Trainer
 
-DEBUG_MODES = ("fast_dev_run", "overfit_batches", "barebones")  # options of the Trainer, and its attributes
+DEBUG_MODES = ("fast_dev_run", "overfit_batches", "barebones")  # Trainer options, and attributes of the same names
 
 
 def leaves_no_trace(trainer: Trainer) -> bool:
-    """Whether a run is for debugging or timing, in one of `DEBUG_MODES`.
+    """True if the Trainer is in one of `DEBUG_MODES`.
 
-    Such a run, started in the folder of a trained one, must not replace its plug-in, its checkpoints or its answers.
+    Such a run, started in the folder of a real one, must not replace its plug-in, checkpoints or answers.
     """
     return any(getattr(trainer, mode) for mode in DEBUG_MODES)

@@ -1,4 +1,4 @@
-"""What a run logs: the names of its figures, and those of a training step."""
+"""Figures of a training step, and the names of everything that a run logs."""
 
 from collections.abc import Hashable
 
@@ -18,7 +18,7 @@ from lit_prune.vlm import VLM
 
 MEASURED = ("accuracy/*", "agreement", "kappa", "visual_tokens", "flops", "kv_bytes")
 MEASURED += tuple(f"{name}/layer_*" for name in ("kept", "w2", "w2_without_repair"))
-NAMES = (  # of all that a run may log, as patterns: what a callback may watch
+NAMES = (  # patterns of all names that a run may log, which callbacks may monitor
     *(f"val/{name}" for name in MEASURED),
     *("val_accuracy", "loss", "kept"),  # on the progress bar
     *("loss/*", "tau", "budget/target", "budget/actual", "kept/layer_*", "flops/sample", "shift/layer_*"),
@@ -28,13 +28,14 @@ NAMES = (  # of all that a run may log, as patterns: what a callback may watch
 
 @torch.no_grad()
 def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> dict[str, Tensor | float]:
-    """What one training step found and ran, means over the samples or answer tokens of all ranks; all must call it.
+    """Compute the figures of one training step, means over the samples or answer tokens of all ranks.
 
-    Losses, temperature, visual tokens asked and kept, FLOPs of the student's prefill, shift at the recorded layers.
+    Losses, temperature, visual tokens requested and kept, FLOPs of the student's prefill, shift at the recorded layers.
+    A collective call: all ranks must make it.
 
     Args:
-        teaching: how the step was run. step: what it left. done: share of all steps before it.
-        samples: of this rank's batch; a blank one behind them doesn't count.
+        teaching: the training settings. step: the step's result. done: share of all steps completed before it.
+        samples: number of samples in this rank's batch, without a dummy one after them.
     """
     vlm, student, teacher = teaching.vlm, step.student, step.teacher
     values = {"loss/total": step.total, **{f"loss/{name}": value for name, value in step.losses.items()}}
@@ -57,15 +58,15 @@ WORK = ("samples", "text_tokens", "visual_tokens", "kept_tokens", "flops")
 
 
 class Work:
-    """What the training steps of this process have run so far.
+    """Totals over the training steps of this process: samples, tokens and FLOPs.
 
-    Steps leave their traces, and are priced together when somebody asks for `totals`, so that they wait for nothing.
+    Traces are collected and priced together when `totals` is read, so that no step waits for the device.
 
     Args:
-        vlm: the model that runs them. plugin: what is attached to it.
+        vlm: the model that runs the steps. plugin: the plug-in attached to it.
     """
 
-    MOST = 100  # steps that wait for their price
+    MOST = 100  # unpriced steps held at most
 
     def __init__(self, vlm: VLM, plugin: Plugin) -> None:
         self.vlm, self.plugin = vlm, plugin
@@ -73,27 +74,28 @@ class Work:
         self._steps: list[tuple[Trace, Trace, int, int]] = []
 
     def add(self, student: Record, teacher: Record, samples: int) -> None:
-        """Take a step into account; `samples` without a blank one, whose tokens and FLOPs count."""
+        """Add a step. `samples` leaves out a dummy sample, whose tokens and FLOPs still count."""
         self._steps.append((student.trace, teacher.trace, len(student.targets), samples))
         if len(self._steps) == self.MOST:
             self._price()
 
     @property
     def totals(self) -> Tensor:
-        """A float64 number for each name in `WORK`, on the device.
+        """Totals in the order of `WORK`, float64, on the device.
 
-        Samples; text tokens, answers included; visual tokens before pruning, and averaged over the decoder layers'
-        inputs; FLOPs of teacher, student and backward, NaN where the model's arithmetic isn't known.
+        Text tokens include answers. Visual tokens are counted before pruning; kept tokens are averaged over the inputs
+        of the decoder layers. FLOPs are those of teacher, student and backward; NaN if the model's sizes are unknown.
         """
         self._price()
         return self._priced
 
     @torch.no_grad()
     def _price(self) -> None:
-        alike: dict[Hashable, list[tuple[Trace, Trace, int, int]]] = {}
+        # Traces of equal structure (stages, layers) can be concatenated and priced in one call.
+        groups: dict[Hashable, list[tuple[Trace, Trace, int, int]]] = {}
         for step in self._steps:
-            alike.setdefault(structure(list(step[:2])), []).append(step)
-        for steps in alike.values():
+            groups.setdefault(structure(list(step[:2])), []).append(step)
+        for steps in groups.values():
             students, teachers, answers, counts = zip(*steps, strict=True)
             student, teacher = joined(students), joined(teachers)
             visual, parts = student.total_visual.sum(), (self.plugin.pruner, self.plugin.repair)
@@ -108,15 +110,15 @@ class Work:
 
 
 def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:
-    """Scalars as float64 on the CPU: those on a device come in one transfer, so that it is waited for once."""
-    there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    here = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if name not in there}
-    if there:
-        stacked = torch.stack([value.detach().double() for value in there.values()]).cpu()
-        here |= dict(zip(there, stacked.unbind(), strict=True))
-    return {name: here[name] for name in values}
+    """Move scalars to the CPU as float64, those on a device in a single transfer."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    scalars = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if name not in tensors}
+    if tensors:
+        stacked = torch.stack([value.detach().double() for value in tensors.values()]).cpu()
+        scalars |= dict(zip(tensors, stacked.unbind(), strict=True))
+    return {name: scalars[name] for name in values}
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The step at which Lightning logs the figures of now: it counts from 0."""
+    """Step number under which Lightning logs the current figures; it counts from 0."""
     return max(0, trainer.global_step - 1)

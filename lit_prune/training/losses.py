@@ -1,4 +1,4 @@
-"""What RCP trains for: the losses and how temperature, noise and target move during a run (arXiv 2604.04972).
+"""Losses of RCP, and the schedules of temperature, noise and budget target (arXiv 2604.04972).
 
 Values marked [R] were read in drafts of the method; all are arguments.
 """
@@ -24,18 +24,18 @@ class LossWeights:
 
     Args:
         task: cross entropy of the answers [R: 1.5].
-        repair: moment repair loss [R: 3.0].
+        repair: moment matching on answer states [R: 3.0].
         budget: |actual - target| share of visual tokens; only `select: threshold` needs it [R: 200].
         variance: weight `a` of the variances inside the repair loss [R: 3.0]; 0 matches means only.
-        relative: measure the repair loss in units of the teacher's root mean square of that layer, so that one weight
-            suits models whose states differ in scale [ours; the paper's loss is absolute].
+        relative: divide the states by the teacher's root mean square in that layer before matching moments, so that one
+            weight suits models whose states differ in scale [ours; the paper's loss is absolute].
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
-        attention: KL of each stage's scores from the attention that the teacher's later layers pay (`model.watch`):
-            tells every token at once whether it will be looked at; not in the paper, off by default [ours].
-        sharpen: power of that attention, since most of it lies thinly on tokens that nobody needs [ours].
+        attention: KL of each stage's scores from the attention in the teacher's later layers (`model.watch`), a direct
+            training signal for every token; not in the paper, off by default [ours].
+        sharpen: exponent applied to that attention, most of which is spread thinly over irrelevant tokens [ours].
 
     Raises:
-        LitPruneError: a weight below 0, or one that is not finite.
+        LitPruneError: a weight is negative or not finite.
     """
 
     task: float = 1.5
@@ -55,18 +55,18 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Anneal:
-    """Schedules over the share of steps done, in [0, 1].
+    """Schedules over the share of completed steps, in [0, 1].
 
     Args:
         tau_start: temperature of the straight-through gate at the start [R: 1.5].
         tau_end: temperature at the end [R: 0.2].
-        tau_share: share of the steps over which it falls, linearly [R: 0.6].
+        tau_share: share of the steps over which it decreases linearly [R: 0.6].
         noise: scale of the logistic noise; 0 turns it off.
-        quiet_share: last share of the steps without noise, so that training equals the inference rule [R: 0.2].
-        target_share: share of the steps over which the budget's target falls from 1, along a cosine [R: 0.1].
+        quiet_share: final share of the steps without noise, so that training matches the inference rule [R: 0.2].
+        target_share: share of the steps over which the budget's target decreases from 1, along a cosine [R: 0.1].
 
     Raises:
-        LitPruneError: a temperature that is not above 0, a share outside of [0, 1], a negative noise.
+        LitPruneError: a temperature is not above 0, a share is outside [0, 1], or the noise is negative.
     """
 
     tau_start: float = 1.5
@@ -88,7 +88,7 @@ class Anneal:
         return self.tau_end + (self.tau_start - self.tau_end) * max(0.0, 1.0 - done / max(self.tau_share, 1e-9))
 
     def noise_scale(self, done: float) -> float:
-        """Scale of the logistic noise."""
+        """Scale of the logistic noise after a share `done` of the steps."""
         return self.noise if done < 1.0 - self.quiet_share else 0.0
 
     def target(self, final: float | Tensor, done: float) -> float | Tensor:
@@ -99,8 +99,8 @@ class Anneal:
 
 
 def answer_loss(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
-    """Cross entropy per answer token, in float32; 0 where nothing is to be answered."""
-    if not len(targets):
+    """Cross entropy per answer token, in float32; 0 without answer tokens."""
+    if not len(targets):  # an empty sum keeps the graph, so that backward runs on every rank
         return logits.float().sum()
     return torch.nn.functional.cross_entropy(logits.float(), targets)
 
@@ -112,16 +112,16 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
         with torch.no_grad():
             target = moments(teacher.hidden[layer])
             power = (target.mean.square() + target.var).mean() if weights.relative else torch.ones_like(target.var[0])
-        found = moments(student.hidden[layer])
-        found, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (found, target))
-        parts.append(moment_loss(found, target, weights.variance))
+        own = moments(student.hidden[layer])
+        own, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (own, target))
+        parts.append(moment_loss(own, target, weights.variance))
     return torch.stack(parts).mean()
 
 
 def budget_share(keep: Budget, total: Int[Tensor, " batch"], depth: int = 1) -> float:
-    """Share of its own visual tokens that a budget leaves a sample: the mean over the samples with an image.
+    """Share of a sample's visual tokens that a budget keeps, averaged over the samples with an image; 1 without any.
 
-    1 where no sample has one: there is nothing to drop. `depth`: decoder layers, over which a schedule is averaged.
+    `depth`: number of decoder layers, over which a schedule is averaged.
     """
     shares = [asked(keep, n, depth) / n for n in total.tolist() if n]
     return mean(shares) if shares else 1.0
@@ -130,9 +130,9 @@ def budget_share(keep: Budget, total: Int[Tensor, " batch"], depth: int = 1) -> 
 def tokens_asked(
     keep: Budget, total: Int[Tensor, " batch"], anneal: Anneal, done: float, depth: int = 1
 ) -> Float[Tensor, " batch"]:
-    """Visual tokens that a budget asks of each sample after a share `done` of the steps, float64; to log, not to train.
+    """Visual tokens requested of each sample after a share `done` of the steps, float64; for logging, not training.
 
-    `total` are its own; 0 where it has no image. `depth`: see `budget_share`. The device is asked nothing.
+    `total`: the sample's visual tokens, 0 without an image. `depth`: see `budget_share`. The device isn't synchronised.
     """
     own = total.double()
     if isinstance(keep, Share):
@@ -150,8 +150,8 @@ def tokens_asked(
 def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
     """Share of visual tokens over the decoder layers: (n_0 + sum_i n_i mean(c_i)) / depth, with gradients.
 
-    The mean of a sample's cumulative gate is over its own visual tokens, then over the samples with an image; 1
-    where no sample has one.
+    The cumulative gate is averaged over each sample's visual tokens, then over the samples with an image; 1 if none
+    has one.
     """
     layers = [stage.layer for stage in record.stages]
     total = record.trace.total_visual
@@ -173,14 +173,15 @@ def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, 
 
 
 def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Tensor, ""]:
-    """KL of each stage's scores, as a distribution over the tokens then alive, from the teacher's watched attention.
+    """KL of each stage's scores, a distribution over the tokens present there, from the teacher's watched attention.
 
     The target is the mean over the watched layers to the power `sharpen`, renormalised over those tokens; samples
-    without an image count 0. Stages whose scores don't train are left out.
+    without an image contribute 0. Stages whose scores have no gradient are left out.
     """
     if not student.stages:
         return torch.zeros((), device=student.trace.total_visual.device)
     watched = torch.stack(list(teacher.attention.values())).mean(0)
+    # Divide by the maximum first, so that the power doesn't underflow.
     watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
     parts = []
     for stage in student.stages:
@@ -189,6 +190,7 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
         alive = stage.scores.isfinite()
         target = watched.masked_fill(~alive, 0.0)
         target = target / target.sum(1, keepdim=True).clamp(min=1e-9)
+        # The lowest finite value, not -inf: a sample without an image has no other entry, and softmax would give NaN.
         scores = stage.scores.masked_fill(~alive, torch.finfo(stage.scores.dtype).min).log_softmax(1)
         parts.append(
             torch.nn.functional.kl_div(scores, target, reduction="none").masked_fill(~alive, 0.0).sum(1).mean()

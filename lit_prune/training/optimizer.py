@@ -1,4 +1,4 @@
-"""What moves the plug-in's weights: AdamW, and the course of its learning rate."""
+"""AdamW and its learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from lit_prune.plugin import Plugin
 
 
 def adamw(plugin: Plugin, lr: float, repair_lr: float | None, weight_decay: float) -> AdamW:
-    """AdamW with a group for the pruner and one for the repair adapter, whose learning rate is `lr` unless given."""
+    """Create AdamW with one group for the pruner and one for the repair adapter, whose rate is `lr` by default."""
     groups = [{"params": list(plugin.pruner.parameters()), "lr": lr, "name": "pruner"}]
     if plugin.repair is not None:
         rate = lr if repair_lr is None else repair_lr
@@ -26,9 +26,9 @@ def follow_settings(
     repair_lr: float | None,
     weight_decay: float,
 ) -> None:
-    """Set the rates, their course and the weight decay of the settings; a checkpoint may have replaced them by its own.
+    """Set learning rates, schedule and weight decay from the settings, in place of those loaded from a checkpoint.
 
-    Where they are the same nothing changes, bit for bit.
+    If they are equal, nothing changes, bit for bit.
     """
     schedule.lr_lambdas = [factor] * len(optimizer.param_groups)
     schedule.base_lrs = [
@@ -40,7 +40,7 @@ def follow_settings(
 
 
 def warm_cosine(steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
-    """Learning rate over its peak at a step: linear warm-up over a share `warmup` of `steps`, cosine to `final_lr`."""
+    """Learning-rate factor per step: linear warm-up over a share `warmup` of `steps`, then cosine to `final_lr`."""
     warm = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:

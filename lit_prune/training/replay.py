@@ -1,7 +1,7 @@
-"""One training step in one file, to run it again and see where a number first stops being one.
+"""Save one training step to a file, and replay it to find where the first NaN or infinity occurs.
 
-The file is safetensors: the batch's inputs, the plug-in's weights before the step, and as JSON in its header what else
-the step depends on. Nothing in it is executed. The frozen weights are not in it: the run's configuration names them.
+The file is safetensors: the batch's inputs, the plug-in's weights before the step, and as JSON in its header everything
+else the step depends on. Nothing in it is executed. It holds no frozen weights: the run's configuration names them.
 """
 
 import json
@@ -29,10 +29,10 @@ INPUTS, WEIGHTS = "inputs.", "plugin."
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A step as it was about to change the weights.
+    """Everything a training step depends on, taken before it changes the weights.
 
-    `inputs`: of the model, those that are tensors. `weights`: of the plug-in, before the step. `loss`: what the run
-    found, of all its ranks. `config`: where the run's configuration was written.
+    `inputs`: the model's tensor inputs. `weights`: the plug-in's, before the step. `loss`: the run's total loss over
+    all ranks. `config`: path of the run's saved configuration.
     """
 
     inputs: dict[str, Tensor]
@@ -46,7 +46,7 @@ class SavedStep:
 
 
 def save_step(path: Path, saved: SavedStep) -> None:
-    """Write a step to `path`, whole or not at all."""
+    """Write a step to `path` atomically."""
     named = {INPUTS: saved.inputs, WEIGHTS: saved.weights}
     tensors = {
         f"{prefix}{name}": value.detach().cpu().contiguous().clone()
@@ -60,10 +60,10 @@ def save_step(path: Path, saved: SavedStep) -> None:
 
 
 def load_step(path: Path) -> SavedStep:
-    """Read a file of `save_step`.
+    """Read a file written by `save_step`.
 
     Raises:
-        LitPruneError: it is not there, is damaged, or is something else.
+        LitPruneError: the file is missing, damaged, or of another kind.
     """
     if not path.is_file():
         raise LitPruneError(f"{path} is no step that `fit` has saved: there is no such file")
@@ -82,8 +82,8 @@ def load_step(path: Path) -> SavedStep:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a step that ran again gave: each loss, where the first NaN or infinity came up, and bad gradients."""
+class Replayed:
+    """Result of a replay: the losses, the first value with a NaN or infinity, and parameters with such gradients."""
 
     total: float
     losses: dict[str, float]
@@ -92,15 +92,15 @@ class Found:
 
     @property
     def finite(self) -> bool:
-        """Whether the step would have gone through."""
+        """True if loss, activations and gradients are finite."""
         return self.first is None and not self.gradients and torch.tensor([self.total]).isfinite().item()
 
 
-def replay(module: PruneModule, saved: SavedStep) -> Found:
-    """Run a step again, forward and backward, on the module's device.
+def replay(module: PruneModule, saved: SavedStep) -> Replayed:
+    """Run a saved step again, forward and backward, on the module's device.
 
     Raises:
-        LitPruneError: the step is of another plug-in.
+        LitPruneError: the step belongs to another plug-in.
     """
     own = {name: value.shape for name, value in module.plugin.state_dict().items()}
     if own != {name: value.shape for name, value in saved.weights.items()}:
@@ -117,19 +117,19 @@ def replay(module: PruneModule, saved: SavedStep) -> Found:
     step.total.backward()
     bad = [name for name, p in module.plugin.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     module.zero_grad()
-    return Found(step.total.item(), losses, first or next(iter(seen), None), bad)
+    return Replayed(step.total.item(), losses, first or next(iter(seen), None), bad)
 
 
 @contextmanager
 def _watched(module: PruneModule, ids: list[str]) -> Iterator[list[str]]:
-    """Collects, in order, the modules whose output is not finite: the innermost comes first."""
+    """Collect the modules whose output is not finite, in order of execution: the innermost comes first."""
     seen: list[str] = []
 
     def watch(name: str):
         def hook(part: nn.Module, args: tuple, output: Any) -> None:
             who = "student" if module.host.session.prune else "teacher"
-            found = _first_bad({f"the {who}'s {name}": leaf for leaf in tree_leaves(output)}, ids)
-            seen.extend([found] if found else [])
+            bad = _first_bad({f"the {who}'s {name}": leaf for leaf in tree_leaves(output)}, ids)
+            seen.extend([bad] if bad else [])
 
         return hook
 
@@ -142,7 +142,7 @@ def _watched(module: PruneModule, ids: list[str]) -> Iterator[list[str]]:
 
 
 def _first_bad(values: Mapping[str, Any], ids: list[str]) -> str | None:
-    """The first value that is not finite, with the samples it belongs to, where its rows are samples."""
+    """Name of the first non-finite value, with its samples where rows are samples; None if all are finite."""
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all()):
             continue

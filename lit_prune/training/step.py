@@ -1,4 +1,4 @@
-"""One training step: teacher and student over a batch, and the losses between them, of weights and batch alone."""
+"""One training step: teacher and student over a batch, and the losses between them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +28,7 @@ from lit_prune.vlm import VLM
 
 @dataclass(frozen=True)
 class StepKey:
-    """Where in a run a step stands: the seed of its noise and dropout, and the share of all steps done before it."""
+    """Position of a step in a run: seed of its noise and dropout, and the share of all steps completed before it."""
 
     seed: int
     done: float
@@ -36,7 +36,7 @@ class StepKey:
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step found: the weighted total, each loss, and what student and teacher left."""
+    """Result of a training step: the weighted total, each loss, and the records of student and teacher."""
 
     total: Tensor
     losses: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Teaching:
-    """How the plug-in that is attached to `vlm` is trained; the options are those of `PruneModule`."""
+    """Training of the plug-in attached to `vlm`; the options are those of `PruneModule`."""
 
     vlm: VLM
     keep: Budget
@@ -66,16 +66,16 @@ class Teaching:
         in_step: bool = False,
         part: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> Step:
-        """The losses of one batch.
+        """Compute the losses of one batch.
 
-        What teacher and student have in common runs once: the images, and the decoder layers below the first stage. The
-        teacher stops behind the last layer that is looked at, and only answer positions get logits.
+        Teacher and student share the image features and the decoder layers before the first stage. The teacher stops
+        after the last layer that a loss reads, and only answer positions get logits.
 
         Args:
-            batch: its `inputs`. key: where in a run it stands.
-            ranks: over which gradients are averaged afterwards.
-            in_step: whether all of them must run the same modules.
-            part: names a section for a profiler.
+            batch: a batch with `inputs`. key: position of the step in the run.
+            ranks: number of ranks over which gradients are averaged afterwards.
+            in_step: all ranks must run the same modules.
+            part: opens a named section of a profiler.
         """
         vlm, plugin = self.vlm, self.vlm.plugin
         if blank := in_step and not has_image(batch):
@@ -89,24 +89,26 @@ class Teaching:
             target = vlm.model(**inputs, use_cache=False).logits[0]
         with part("student forward"), vlm.using(pruned):
             inputs = vlm.encode_images(batch["inputs"], plain=inputs)
-            again = checkpointing.checkpointed(vlm.model, vlm.host.shared)
-            with again if self.checkpoint_activations else nullcontext():
+            recompute = checkpointing.checkpointed(vlm.model, vlm.host.shared)
+            with recompute if self.checkpoint_activations else nullcontext():
                 logits = vlm.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
             losses = self.losses(logits, target, student, teacher, key.done, blank)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())
-        if not student.stages:  # no image in this batch: ranks that have some wait for this one's gradients, of zero
+        # Without an image no stage ran. DDP would wait for this rank's gradients: give every parameter one of zero.
+        if not student.stages:
             total = total + 0.0 * sum(parameter.sum() for parameter in plugin.parameters())
         return Step(total, losses, student, teacher)
 
     def sessions(self, ranks: int) -> tuple[Session, Session]:
-        """How the teacher and the student run, each with a record of its own."""
+        """Sessions of teacher and student, each with its own record."""
         host = self.vlm.host
         layers = frozenset(host.feeds) or frozenset([self.vlm.plugin.dims.depth - 1])
         teacher, student = Record(keep_hidden=layers), Record(keep_hidden=layers)
         common = {"answers_only": True, "prefix": Prefix(host.shared) if host.shared else None}
         stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
         plain = replace(measuring.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
+        # Gradients are averaged over ranks after backward, so here a sample's gradient is `ranks` times its final size.
         clip = None if self.gate_clip is None else self.gate_clip * ranks
         soft = {"soft": self.train_mode == "soft", "contenders": self.contenders, "gate_clip": clip}
         return plain, Session(record=student, **soft, **common)
@@ -114,7 +116,7 @@ class Teaching:
     def losses(
         self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool = False
     ) -> dict[str, Tensor]:
-        """Each over the samples or answer tokens of all ranks. Where the one image is a `blank`, it doesn't count."""
+        """Losses by name, means over all ranks' samples or answer tokens; a dummy image (`blank`) doesn't count."""
         total, answers, plugin = student.trace.total_visual, len(student.targets), self.vlm.plugin
         losses = {"task": mean_over_ranks(answer_loss(logits, student.targets), answers)}
         if self.vlm.host.feeds:

@@ -1,4 +1,4 @@
-"""DeepSpeed for a frozen model with plug-ins: on CPUs too, and pruning in every verb."""
+"""DeepSpeed strategy for a frozen model with a plug-in, on GPUs and CPUs; checks of the Trainer's settings."""
 
 import os
 import shutil
@@ -24,33 +24,33 @@ from lit_prune.errors import LitPruneError
 from lit_prune.plugin import Plugin
 
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-UNIVERSAL = ".universal"  # after a checkpoint's name: its copy for another number of ranks
+UNIVERSAL = ".universal"  # suffix of a checkpoint's copy for another number of ranks
 NO_ZERO, ZERO_2, ZERO_3 = "another strategy than DeepSpeed", "DeepSpeed's ZeRO-1 or -2", "DeepSpeed's ZeRO-3"
 
 
 class OwnTypes(DeepSpeedPrecision):
-    """Leaves every weight in its type: Lightning casts whole modules, a frozen model of 14 GB in bf16 to 28 GB.
+    """Keep the dtype of every weight: Lightning would cast a frozen model of 14 GB in bf16 to 28 GB in float32.
 
-    With a `bf16` precision DeepSpeed itself casts all weights, and no buffers: rotary frequencies stay float32.
+    With `bf16` precision DeepSpeed itself casts all weights but no buffers, so rotary frequencies stay float32.
     """
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module as it is."""
+        """Return the module unchanged."""
         return module
 
 
 class PruneDeepSpeed(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy, with what this project needs beside it.
+    """Lightning's DeepSpeed strategy, extended for frozen models with plug-ins.
 
-    On GPUs training is Lightning's own. On CPUs, where Lightning refuses, the same stages run over gloo: slowly, but so
-    a cluster's configuration can be tried anywhere. The hooks that prune stay on the model in validation and test.
+    On GPUs training is Lightning's own. On CPUs, which Lightning refuses, the same ZeRO stages run over gloo: slowly,
+    but a cluster's configuration can be tried anywhere. The pruning hooks stay on the model in validation and test.
 
     Args:
-        stage: of ZeRO: 1 splits the optimizer's states over the ranks, 2 gradients too, 3 parameters too.
+        stage: ZeRO stage: 1 shards the optimizer state over the ranks, 2 gradients too, 3 parameters too.
         exclude_frozen_parameters: leave the frozen model out of checkpoints.
-        logging_batch_size_per_gpu: only for DeepSpeed's own lines on throughput; Lightning's "auto" makes a data loader
-            to ask it, and fails where that has no batch size.
-        options: of Lightning's `DeepSpeedStrategy`.
+        logging_batch_size_per_gpu: only used in DeepSpeed's own throughput logs; Lightning's "auto" builds a data
+            loader to read it, and fails if that has no batch size.
+        options: passed to Lightning's `DeepSpeedStrategy`.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             logging_batch_size_per_gpu=logging_batch_size_per_gpu,
             **options,
         )
-        # Offloaded states are PyTorch's AdamW's, as all others: DeepSpeed's own Adam is compiled at the start, and a
-        # plug-in is small.
+        # Use PyTorch's AdamW for offloaded states too: DeepSpeed's CPU Adam is compiled at start-up, which doesn't pay
+        # off for a small plug-in.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     def setup(self, trainer: Trainer) -> None:
-        """Hand the model to DeepSpeed with the types of weights that it has."""
+        """Set up DeepSpeed, keeping the dtypes of the weights."""
         self.precision_plugin = OwnTypes(self.precision_plugin.precision)
         super().setup(trainer)
 
     def setup_environment(self) -> None:
-        """Join the other ranks; on CPUs without Lightning's check for CUDA, and with devices that have a number."""
+        """Initialise the process group; on CPUs without Lightning's CUDA check, and with indexed devices."""
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
@@ -84,26 +84,26 @@ class PruneDeepSpeed(DeepSpeedStrategy):
         from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-        set_accelerator(CPU_Accelerator())  # else DeepSpeed takes the GPU of a machine that has one
-        # Else this one is compiled at every start, for half a minute.
+        set_accelerator(CPU_Accelerator())  # otherwise DeepSpeed uses a GPU if the machine has one
+        # Otherwise this op is compiled at every start, which takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         super(DeepSpeedStrategy, self).setup_environment()
 
     def _initialize_deepspeed_inference(self, model: LightningModule) -> None:
-        """Wrap the model to validate or test. Lightning takes every hook off it first: ours go back on, in front."""
+        """Wrap the model for validation or test, keeping the pruning hooks, which Lightning removes with all others."""
         ours = [(module, kind, _own(getattr(module, kind))) for module in model.modules() for kind in HOOKS]
         super()._initialize_deepspeed_inference(model)
         for module, kind, hooks in ours:
-            hooks.update(getattr(module, kind))
+            hooks.update(getattr(module, kind))  # DeepSpeed's hooks run after ours
             setattr(module, kind, hooks)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Without DeepSpeed's division by the number of accumulated batches: Lightning has divided the loss by it."""
+        """Run backward without DeepSpeed's division by the number of accumulated batches, which Lightning has done."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write DeepSpeed's folder, a file for each rank. It is a plug-in folder too: whole weights, and no pickle."""
+        """Write DeepSpeed's folder with one file per rank, and into it the unsharded plug-in, without pickle."""
         plugin = self.lightning_module.plugin
         with whole(plugin):
             if self.is_global_zero:
@@ -112,9 +112,9 @@ class PruneDeepSpeed(DeepSpeedStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Go on from a folder of `save_checkpoint`, also one that another number of ranks wrote.
+        """Load a folder written by `save_checkpoint`, by any number of ranks.
 
-        Validation and test take nothing from it but the plug-in.
+        Validation and test load the plug-in alone.
 
         Raises:
             LitPruneError: no such folder, or one of another pruner.
@@ -127,17 +127,18 @@ class PruneDeepSpeed(DeepSpeedStrategy):
             return {**weights, "pytorch-lightning_version": lightning.__version__}
         try:
             with _data_only(), self._for_these_ranks(folder) as readable:
-                found = super().load_checkpoint(readable, weights_only)
+                checkpoint = super().load_checkpoint(readable, weights_only)
         except UnpicklingError as error:
             raise LitPruneError(f"{folder} is no checkpoint that can be read safely: {error}") from error
-        # From a universal checkpoint ZeRO-3 gives all groups of parameters one counter of steps, and each counts it up.
+        # Loaded from a universal checkpoint, all parameter groups of ZeRO-3 share one step counter, and each would
+        # increment it: give each its own.
         for state in self.deepspeed_engine.optimizer.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
-        return {**found, **weights}
+        return {**checkpoint, **weights}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """In training DeepSpeed has loaded them by now."""
+        """Load the plug-in for validation and test; in training DeepSpeed has already loaded it."""
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             plugin = self.lightning_module.plugin
             weights = {name.removeprefix("plugin."): value for name, value in checkpoint["state_dict"].items()}
@@ -146,12 +147,12 @@ class PruneDeepSpeed(DeepSpeedStrategy):
 
     @contextmanager
     def _for_these_ranks(self, folder: Path) -> Iterator[Path]:
-        """The folder; a universal copy of it where another number of ranks wrote it, for as long as it is read."""
-        wrote = len(list((folder / "checkpoint").glob("*_optim_states.pt")))
-        if wrote == self.world_size:
+        """Yield the folder, or a temporary universal copy of it if another number of ranks wrote it."""
+        saved = len(list((folder / "checkpoint").glob("*_optim_states.pt")))
+        if saved == self.world_size:
             yield folder
             return
-        rank_zero_info(f"{folder} was written by {wrote} processes, there are {self.world_size} now: converting it")
+        rank_zero_info(f"{folder} was written by {saved} processes, there are {self.world_size} now: converting it")
         copy = folder.with_name(folder.name + UNIVERSAL)
         if self.is_global_zero:
             _make_universal(folder / "checkpoint", copy / "checkpoint")
@@ -169,9 +170,9 @@ class PruneDeepSpeed(DeepSpeedStrategy):
 
 @contextmanager
 def _data_only() -> Iterator[None]:
-    """Let `torch.load` read tensors, plain values and the four classes of DeepSpeed's states, whatever it is asked for.
+    """Restrict `torch.load` to tensors, plain values and the four classes in DeepSpeed's states.
 
-    DeepSpeed asks for `weights_only=False`, which would run code that a file brings.
+    DeepSpeed passes `weights_only=False`, which would execute code from the file.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -189,7 +190,7 @@ def _data_only() -> Iterator[None]:
 
 
 def _make_universal(source: Path, out: Path) -> None:
-    """Convert a checkpoint of DeepSpeed so that any number of ranks can read it."""
+    """Convert a DeepSpeed checkpoint to the universal format, which any number of ranks can read."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     shutil.rmtree(out.parent, ignore_errors=True)
@@ -209,9 +210,9 @@ def _make_universal(source: Path, out: Path) -> None:
 
 @contextmanager
 def whole(module: nn.Module, changed: bool = False) -> Iterator[None]:
-    """The parameters of a module in whole on every rank, where ZeRO-3 keeps them in parts. All ranks must enter.
+    """Gather a module's parameters on every rank if ZeRO-3 has sharded them. A collective: all ranks must enter.
 
-    With `changed`, what rank zero has made of them is what all ranks have afterwards.
+    With `changed`, rank zero's values are scattered to all ranks on exit.
     """
     parts = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not parts:
@@ -224,21 +225,21 @@ def whole(module: nn.Module, changed: bool = False) -> Iterator[None]:
 
 
 def in_step(strategy: Any) -> bool:
-    """Whether all ranks must run the same modules, and so get gradients in the same order: under DeepSpeed.
+    """True under DeepSpeed, where all ranks must run the same modules and so get gradients in the same order.
 
-    ZeRO-3 gathers a module's parameters from all ranks when it runs; the other stages add up gradients in buckets that
-    they fill as gradients come.
+    ZeRO-3 gathers a module's parameters from all ranks when it runs; the other stages reduce gradients in buckets,
+    filled in the order in which gradients arrive.
     """
     return isinstance(strategy, DeepSpeedStrategy)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, of which ZeRO-3 may have left this rank a part."""
+    """Shape of a parameter before sharding by ZeRO-3."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def refuse_unusable(trainer: Trainer) -> None:
-    """Raise `LitPruneError` for settings of the trainer that would train badly without a word, or fail late."""
+    """Raise `LitPruneError` for Trainer settings that would silently train badly or fail late."""
     deepspeed, precision = isinstance(trainer.strategy, DeepSpeedStrategy), str(trainer.precision)
     instead = "take 32-true, and model.dtype=bfloat16 or float16 for the frozen model alone"
     if precision in ("16-true", "16-mixed"):
@@ -255,9 +256,9 @@ def refuse_unusable(trainer: Trainer) -> None:
 
 
 def refuse_foreign(path: Path, trainer: Trainer, fit: bool = True) -> None:
-    """Raise `LitPruneError` for a checkpoint of another strategy: a file under DeepSpeed, a folder elsewhere.
+    """Raise `LitPruneError` for a checkpoint of another strategy: a file under DeepSpeed, a folder otherwise.
 
-    To `fit` on from it, for a folder of ZeRO-3 under another stage too, and the other way round.
+    Resuming `fit` also requires that both or neither be of ZeRO-3.
     """
     if not path.exists():
         return
@@ -273,7 +274,7 @@ def refuse_foreign(path: Path, trainer: Trainer, fit: bool = True) -> None:
 
 
 def _kind(checkpoint: Path) -> str:
-    """What wrote a checkpoint; ZeRO-1 and -2 read each other's."""
+    """Strategy that wrote a checkpoint; ZeRO-1 and -2 read each other's."""
     if not checkpoint.is_dir():
         return NO_ZERO
     return ZERO_3 if any((checkpoint / "checkpoint").glob("zero_pp_rank_*_model_states.pt")) else ZERO_2
@@ -283,12 +284,12 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def _own(hooks: dict) -> dict:
-    """The same dictionary, to which its handles point, without the hooks of an engine that has gone."""
+    """Remove the hooks of a previous DeepSpeed engine in place, since the hooks' handles refer to this dictionary."""
     for key in [key for key, hook in hooks.items() if (hook.__module__ or "").startswith("deepspeed")]:
         del hooks[key]
     return hooks
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module, whole."""
+    """Number of a module's parameters before sharding."""
     return sum(whole_shape(p).numel() for p in module.parameters())

@@ -264,7 +264,7 @@ def test_templates_that_break_the_rules():
     glued = make_processor(
         UNMARKED.replace("'ASSISTANT:'", "'ASSISTANT: '")
     )  # the answer's first token takes the space
-    with pytest.raises(BadSample, match="cannot be told"):
+    with pytest.raises(BadSample, match="cannot be separated"):
         encode(glued, TEXT)
 
 

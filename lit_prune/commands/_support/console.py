@@ -1,4 +1,4 @@
-"""What the commands print: tables and results on stdout, messages on stderr."""
+"""Output of the commands: tables and results on stdout, messages on stderr."""
 
 from rich.console import Console
 
@@ -7,5 +7,5 @@ err = Console(stderr=True)
 
 
 def say(message: str) -> None:
-    """Print a message for people on stderr, so that stdout can be piped; commands in it can be copied whole."""
+    """Print a message on stderr, so that stdout can be piped; not wrapped, so that commands can be copied."""
     err.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `lit-prune cost` shows: a table, JSON, a picture."""
+"""Output of `lit-prune cost`: table, JSON, plot."""
 
 from pathlib import Path
 from typing import Any

@@ -54,7 +54,7 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows of a question: both answers with their times, and the stages' pictures."""
+    """Contents of the page for a question: both answers with their times, and the stages' pictures."""
 
     full: str = ""
     full_facts: str = ""
@@ -174,7 +174,7 @@ class Demo:
             try:
                 self.vlm.attach(plugin, keep="50%")
                 self.vlm.answer(Image.new("RGB", (64, 64), "grey"), "Is it grey?", 1)
-            except LitPruneError:  # an oracle has to be told what is asked about
+            except LitPruneError:  # an oracle needs the regions asked about
                 continue
             found.append(Path(path).stem)
         self.vlm.detach()
@@ -237,7 +237,7 @@ class Demo:
             return text, gr.Markdown(elem_id=f"{name}-facts", elem_classes="facts")
 
     def _show(self, *asked: Any) -> Iterator[tuple[Any, ...]]:
-        """The steps of `answer` as gradio's outputs; what the user can mend is a message on the page."""
+        """The steps of `answer` as gradio's outputs; user errors become a message on the page."""
         try:
             yield ("", "", "", "", [], "answering in full …")
             for shown in self.answer(*asked):

@@ -1,7 +1,7 @@
-"""What is wrong with the settings of a Lightning verb: the key, the file and the closest right key, on one line.
+"""Explain a wrong setting of a Lightning verb in one line: the key, the file and the closest valid key.
 
-When the parser refuses something, the settings are walked along its keys and the types of their classes. jsonargparse
-raises text alone, and its text differs between versions.
+If parsing fails, the settings are checked along the parser's keys and the types of their classes. jsonargparse only
+raises text, which differs between versions.
 """
 
 import re
@@ -105,7 +105,7 @@ class Settings:
         return sorted(name for name in names if not name.endswith(("help", "+", "print_config")))
 
     def problems(self, given: Given) -> Iterator[Problem]:
-        """What is wrong with a file or an option, given what was read before it."""
+        """Find the error in a file or an option, given the settings read before it."""
         if not given.key:
             yield from self._problems(self.parser, given.content or {}, "", "")
             return
@@ -132,7 +132,7 @@ class Settings:
                 yield Problem(key, f"`{key}`: {kind.__name__} needs {', '.join(absent)}")
 
     def _problems(self, parser: ArgumentParser, content: dict, prefix: str, place: str) -> Iterator[Problem]:
-        """What is wrong below one of the parser's keys; `place` is that key with what stands before it in a file."""
+        """Find the error below one of the parser's keys; `place` is that key with its prefix in a file."""
         hints, groups = types_of(parser), self._groups(parser)
         for key, value in content.items():
             name = f"{prefix}{key}"
@@ -148,7 +148,7 @@ class Settings:
                 yield Problem(full, f"unknown key `{full}`{self._renamed(full) or self._meant(full)}")
 
     def _wrong(self, place: str, hint: Any, value: Any) -> Iterator[Problem]:
-        """What is wrong with a value: of a class, its path and its arguments; of anything else, its type."""
+        """Find the error in a value: in path and arguments of a class, otherwise in its type."""
         kinds = classes_of(hint)
         if isinstance(value, list) and kinds:
             for i, each in enumerate(value):
@@ -164,7 +164,7 @@ class Settings:
                 yield Problem(place, problem)
 
     def _wrong_spec(self, place: str, kinds: list[type], value: dict) -> Iterator[Problem]:
-        """What is wrong with `class_path` and `init_args`."""
+        """Find the error in `class_path` and `init_args`."""
         plain = re.sub(r"\[\d+\]", "", place)
         if unknown := next((key for key in value if key not in SPEC), None):
             meant = closest(str(unknown), SPEC)

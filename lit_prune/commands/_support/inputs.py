@@ -1,4 +1,4 @@
-"""What `generate` and `show` are given: a model, images, prompts, a pruner. No verb itself."""
+"""Inputs of `generate` and `show`: model, images, prompts, pruner."""
 
 import copy
 import re
@@ -31,7 +31,7 @@ def image_pixels(image_size: list[int] | None) -> tuple[int, int] | None:
 
 
 def load_model(model: Base, dtype: Dtype = "auto", device: str = "auto", random_weights: bool = False) -> VLM:
-    """The frozen model on its device; `auto` is the GPU if there is one."""
+    """Load the frozen model on a device; `auto` is the GPU if available."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.empty(0, device=wanted)
@@ -63,7 +63,7 @@ class Choice:
 
 
 def attach(vlm: VLM, choice: Choice) -> str:
-    """Attach a method; returns its name for people."""
+    """Attach a method; returns its title."""
     plugin = choice.plugin
     described = plugin.dims is None  # a saved one knows the model that it was made for
     with torch.random.fork_rng(devices=[]):

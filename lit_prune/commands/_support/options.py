@@ -109,7 +109,7 @@ def _typed_parser(verb: str, run: Callable[..., None]) -> ArgumentParser:
 
 
 def _word_parser(run: Callable[..., None]) -> argparse.ArgumentParser:
-    """How many words each option takes; what they mean is the typed parser's part."""
+    """Parser for the number of words of each option; the typed parser interprets them."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
@@ -233,7 +233,7 @@ def _merged(parts: list[dict[str, Any]], run: Callable[..., None]) -> dict[str, 
 
 
 def _explained(error: Exception, sources: list[tuple[str, dict[str, Any]]], run: Callable[..., None]) -> str:
-    """The first value that its option doesn't take, with the file it stands in; else what the parser says."""
+    """Report the first value that its option rejects, with its file; otherwise the parser's message."""
     hints = _hints(run)
     for file, values in sources:
         for name, value in values.items():
@@ -249,13 +249,13 @@ def _explained(error: Exception, sources: list[tuple[str, dict[str, Any]]], run:
 
 
 def _own_config(run: Callable[..., None]) -> bool:
-    """Whether `--config` is a parameter, rather than the file of a verb's options."""
+    """True if `--config` is a parameter of the verb, rather than a file with its options."""
     return "config" in inspect.signature(run).parameters
 
 
 @cache
 def _hints(run: Callable[..., None]) -> dict[str, Any]:
-    """The type of every option: of the parameters, and as `group.name` of the fields of those that are dataclasses."""
+    """Types of all options: of parameters, and of dataclass parameters' fields as `group.name`."""
     hints = {"config": str, **typing.get_type_hints(run)}
     hints.pop("return", None)
     for name, kind in list(hints.items()):
@@ -266,7 +266,7 @@ def _hints(run: Callable[..., None]) -> dict[str, Any]:
 
 @cache
 def _is(kind: Any, wanted: type) -> bool:
-    """Whether a type is ``wanted``, ``wanted[...]`` or either of them or None."""
+    """True if a type is ``wanted``, ``wanted[...]``, or a union with one of them."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_is(part, wanted) for part in typing.get_args(kind))
     return kind is wanted or typing.get_origin(kind) is wanted

@@ -59,7 +59,7 @@ def seen_as(data: Any, split: str, view: Callable[[Image.Image], Image.Image]) -
 
 
 def run_pass(comparison: Comparison, data: Any, split: str, title: str) -> None:
-    """One pass over the data; where there is no terminal, its bars come at its end, so its title comes first."""
+    """Run one pass over the data. Without a terminal the bars only appear at the end, so print the title first."""
     cells = len(comparison.tallies) - 1
     title = f"{title}: {cells} cells" if cells else title
     if not console.err.is_terminal:
@@ -78,13 +78,13 @@ def run_pass(comparison: Comparison, data: Any, split: str, title: str) -> None:
 
 
 class Work:
-    """What is measured on one split, and the results so far by the cell's key.
+    """Measure cells on one split; `results` holds those so far, by the cell's key.
 
     Args:
-        made: model and data, the data set up.
+        made: model and data, after `setup`.
         split: of the data.
-        store: where results are kept.
-        images: names the samples' images.
+        store: store of the results.
+        images: gives the digests of the samples' images.
     """
 
     def __init__(self, made: PruneCLI, split: str, store: Store, images: SampleImages) -> None:
@@ -93,7 +93,7 @@ class Work:
         self.full, self.results = Cell(FULL), {}
 
     def recall(self, cells: Sequence[Cell]) -> None:
-        """Take over what was measured before."""
+        """Read results measured earlier."""
         self.results = {cell.key: found for cell in cells if (found := self.store.read(cell))}
         if self.results:
             console.say(f"{len(self.results)} cells were measured before")
@@ -107,7 +107,7 @@ class Work:
             )
 
     def measure(self, cells: Sequence[Cell], keeps: Sequence[int | str], done: Callable[[], None]) -> None:
-        """Measure what is left, a pass for each budget; `done` is called after each."""
+        """Measure the remaining cells, one pass per budget; `done` is called after each."""
         visual = find(self.vlm.model).dims.visual
         passes = [keep for keep in keeps if self._pending(cells, keep)]
         for number, keep in enumerate(passes or ([] if self.full.key in self.results else [None])):
@@ -128,13 +128,13 @@ class Work:
             self.results[cell.key] = json.loads(json.dumps(result))
 
     def _pending(self, cells: Sequence[Cell], keep: int | str | None) -> list[Cell]:
-        """What is left to measure at a budget; a cell that was asked for twice is measured once."""
+        """Cells left to measure at a budget, without duplicates."""
         here = (cell for cell in cells if cell.keep == keep and cell.key != self.full.key)
         left = {cell.key: cell for cell in here if not cell.reason and cell.key not in self.results}
         return list(left.values())
 
     def views(self, factor: int | None, setting: dict[str, Any]) -> dict[str, Cell]:
-        """A cell for each view of the images that the full model answers from; none without a factor."""
+        """Cells of the full model on each changed view of the images; none without a factor."""
         names = {} if factor is None else {BLANK: "a blank image", DOWNSAMPLED: f"sides / {factor}"}
         cells = {view: Cell(f"{FULL}, {name}") for view, name in names.items()}
         for view, cell in cells.items():

@@ -1,4 +1,4 @@
-"""What `lit-prune cost` prices: a prompt and its answer on a model's shape, full and under a method's budgets."""
+"""Price a prompt and its answer on a model's shape, full and at a method's budgets (`lit-prune cost`)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What is priced, in words."""
+        """Describe what is priced."""
         prompt = self.prompt
         return f"{self.model}: {prompt.visual} visual and {prompt.text} text tokens, an answer of {prompt.answer}"
 

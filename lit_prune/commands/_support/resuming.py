@@ -1,4 +1,4 @@
-"""Which checkpoint a Lightning verb begins from."""
+"""Choose the checkpoint from which a Lightning verb starts."""
 
 import os
 from collections.abc import Iterable
@@ -13,23 +13,23 @@ from lit_prune.errors import LitPruneError
 from lit_prune.training.checkpoints import newest, saving_folder, verify
 from lit_prune.training.strategies import refuse_foreign
 
-LIGHTNINGS = ("best", "hpc")  # what Lightning itself finds a checkpoint for
+LIGHTNINGS = ("best", "hpc")  # keywords that Lightning itself resolves
 
 
 def choose_checkpoint(trainer: Trainer, folders: Iterable[Path], verb: str, given: str | None) -> str | None:
-    """The checkpoint to load, checked; a run that resumes one of its own folder stays the same run in W&B.
+    """Choose and verify the checkpoint to load; a run resumed from its own folder continues the same W&B run.
 
     Args:
         trainer: before it runs.
-        folders: where callbacks save checkpoints, beside the trainer's own folders.
-        verb: fit, validate, test or predict. Only `fit` may begin where `last` finds nothing.
+        folders: where callbacks save checkpoints, besides the trainer's own folders.
+        verb: fit, validate, test or predict. Only `fit` may start if `last` finds nothing.
         given: a path, `last`, `best` or `hpc`, or None.
 
     Raises:
-        LitPruneError: a checkpoint that is damaged, not there, or of another model.
+        LitPruneError: the checkpoint is damaged, missing, or of another model.
     """
     if given is None and verb == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        given = "last"  # a job that Slurm has put back into the queue
+        given = "last"  # a job requeued by Slurm
     if given == "last":
         given = _newest(trainer, folders, verb)
     elif given is not None and given not in LIGHTNINGS and "://" not in given:
@@ -45,7 +45,7 @@ def choose_checkpoint(trainer: Trainer, folders: Iterable[Path], verb: str, give
 
 @rank_zero_only
 def note_untrained(trainer: Trainer, folders: Iterable[Path]) -> None:
-    """Say first that a method that learns is measured without a checkpoint."""
+    """Print a note if a trainable method is measured without a checkpoint."""
     text = "note: untrained plug-in: neither --ckpt_path nor --model.plugin is given"
     if any(any(folder.glob("*.ckpt")) for folder in _all(trainer, folders)):
         text += f"; {trainer.default_root_dir} has a trained one: --ckpt_path last"
@@ -63,13 +63,13 @@ def _newest(trainer: Trainer, folders: Iterable[Path], verb: str) -> str | None:
 
 
 def _all(trainer: Trainer, folders: Iterable[Path]) -> set[Path]:
-    """Folders where checkpoints of a run may be, whoever saved them."""
+    """Folders that may hold checkpoints of a run."""
     root = Path(trainer.default_root_dir)
     return {*folders, root, root / "checkpoints"}
 
 
 def _continue_in_wandb(trainer: Trainer, file: Path) -> None:
-    """Give a resumed run its id in W&B, unless it was given one; a checkpoint of another folder is another run's."""
+    """Set the W&B id of a resumed run, unless one is given or the checkpoint is from another run's folder."""
     own = saving_folder(trainer)
     same = own is not None and file.parent.resolve() == own.resolve()  # the folder of a new run is not there yet
     if same and file.exists() and "WANDB_RUN_ID" not in os.environ:
@@ -83,6 +83,6 @@ def _warn_of_earlier(trainer: Trainer) -> None:
     folder = saving_folder(trainer)
     if folder is not None and any(folder.glob("*.ckpt")):
         rank_zero_info(
-            f"{folder} has checkpoints of an earlier run, and this one begins anew beside them: to go on with that "
-            "one, --ckpt_path last; to keep them apart, another --trainer.default_root_dir"
+            f"{folder} has checkpoints of an earlier run, and this one starts from scratch next to them: resume the "
+            "earlier one with --ckpt_path last, or choose another --trainer.default_root_dir"
         )

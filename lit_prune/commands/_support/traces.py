@@ -1,4 +1,4 @@
-"""What loggers have begun to write for a run that never came to its first batch."""
+"""Remove what loggers have written for a run that failed before its first batch."""
 
 import shutil
 from pathlib import Path

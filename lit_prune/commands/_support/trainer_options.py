@@ -133,7 +133,7 @@ def prepare_finders(callbacks: list[Callback], verb: str | None, streamed: bool)
 
 
 def checkpoint_folders(options: dict[str, Any]) -> list[Path]:
-    """Where the configuration's callbacks save checkpoints, also those that an option turns off."""
+    """Folders where the configuration's callbacks save checkpoints, including callbacks turned off by an option."""
     folders = [getattr(callback, "dirpath", None) for callback in options["callbacks"]]
     return [Path(folder) for folder in folders if folder]
 

@@ -1,4 +1,4 @@
-"""LightningCLI's parser with configuration files looked up, checked, and free of what a swapped class leaves behind.
+"""LightningCLI's parser, which finds and checks configuration files and drops arguments of a replaced class.
 
 jsonargparse keeps equally named ``init_args`` of the old class when a later file or option swaps a ``class_path``: a
 budget or a list of layers meant for one method would silently serve another. So the old class goes first.
@@ -26,7 +26,7 @@ class Given(NamedTuple):
 
 
 class PruneParser(LightningArgumentParser):
-    """Keeps what it was given, for whoever explains why it can't be read."""
+    """Record the given settings, for explaining errors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What `lit-prune cost --train` prints: an estimate of a training run, and what it assumes."""
+"""Estimate of a training run and its assumptions (`lit-prune cost --train`)."""
 
 import copy
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from lit_prune.commands._support.pricing import Bill, Case
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.plan import Training
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.training import Estimate, Weights, estimate, plan_step
+from lit_prune.cost.training import Estimate, TokenCounts, Weights, estimate, plan_step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import parts
 from lit_prune.loading import load_config, random_model
@@ -21,7 +21,7 @@ from lit_prune.pruners.base import Dims
 
 
 def check(training: Training, method: str | None) -> None:
-    """Raise `LitPruneError` for a run that can't be."""
+    """Raise `LitPruneError` for invalid settings of a run."""
     if method is None:
         raise LitPruneError("--train estimates the training of a method: give --pruner too")
     for name, value in asdict(training).items():
@@ -30,7 +30,7 @@ def check(training: Training, method: str | None) -> None:
 
 
 def built(plugin: Plugin, size: ModelSize) -> Plugin:
-    """The plug-in with the parameters it has on this model, which get no memory."""
+    """Build the plug-in for a model's sizes on the meta device, without allocating memory."""
     made = copy.deepcopy(plugin)
     with torch.device("meta"):
         made.build(Dims(size.width, size.depth, size.image.visual if size.image else 1), [])
@@ -39,10 +39,10 @@ def built(plugin: Plugin, size: ModelSize) -> Plugin:
     return made
 
 
-def count_weights(config: Config, plugin: Plugin) -> Weights:
-    """Parameters of a model, which gets no memory, and of a plug-in built for it."""
+def count_weights(config: Config, plugin: Plugin, bytes_per_value: int = 2) -> Weights:
+    """Count the parameters of a model, on the meta device, and of a plug-in built for it."""
     model = random_model(config, torch.bfloat16, "meta")
-    return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin))
+    return Weights(_count(model), _count(parts.find(model).layers[0]), _count(plugin), bytes_per_value)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -58,22 +58,20 @@ def show(training: Training, case: Case, bills: dict[str, Bill]) -> list[dict[st
 
 
 def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:
-    """The estimate under each bill's schedule."""
+    """Estimate a run for each bill's schedule."""
     size, prompt, plugin = case.size, case.prompt, built(case.plugin, case.size)
-    weights, pruner, repair = count_weights(load_config(case.model), plugin), plugin.pruner, plugin.repair
-    found = {}
-    for name, made in bills.items():
-        tokens = (prompt.visual, prompt.text, prompt.answer)
-        teacher, student = plan_step(made.schedule, *tokens, size.depth, pruner, repair, training.mode)
-        student.tower = made.tower
-        found[name] = estimate(
-            training, teacher, student, size, weights, pruner, repair, prompt.answer, prompt.bytes_per_value
-        )
-    return found
+    weights = count_weights(load_config(case.model), plugin, prompt.bytes_per_value)
+    tokens = TokenCounts(prompt.visual, prompt.text, prompt.answer)
+    estimates = {}
+    for name, bill in bills.items():
+        step = plan_step(bill.schedule, tokens, size.depth, plugin.pruner, plugin.repair, training.mode)
+        step.student.tower = bill.tower
+        estimates[name] = estimate(training, step, size, weights, plugin.pruner, plugin.repair)
+    return estimates
 
 
 def as_table(training: Training, found: dict[str, Estimate]) -> Table:
-    """A column for each budget."""
+    """Table with one column per budget."""
     sum_ = training.gpus * training.batch_size * training.accumulate
     title = (
         f"ESTIMATE of training on {training.gpus} GPUs, {training.strategy}, {training.mode}: steps of {sum_} samples"
@@ -102,15 +100,15 @@ def as_table(training: Training, found: dict[str, Estimate]) -> Table:
 
 
 def assumptions(training: Training, bytes_per_value: int) -> str:
-    """What the estimate rests on, in words."""
+    """Describe the assumptions of the estimate."""
     return (
         f"Assumed: {training.peak:g} TFLOP/s a GPU, of which {training.utilisation:.0%} are reached; "
-        f"{training.bandwidth:g} GB/s to the others, behind computing where that is longer; {training.reserve:g} GB "
+        f"{training.bandwidth:g} GB/s to the others, overlapped with computing; {training.reserve:g} GB "
         f"for the CUDA context, workspaces and fragmentation; frozen weights of {bytes_per_value} bytes, what trains "
         f"and Adam in float32; every sample of this length; data loading hidden; no validation, no checkpoints."
     )
 
 
 def as_report(training: Training, made: Estimate) -> dict[str, Any]:
-    """The same for JSON, with the settings."""
+    """Convert an estimate to JSON, with the settings."""
     return {"settings": asdict(training), **asdict(made), "bytes": sum(made.memory.values())}

@@ -1,4 +1,4 @@
-"""What every benchmark offers: its questions from the official files, and how answers name them."""
+"""Base class of benchmarks: questions from the official files, and the ids that answers refer to."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
@@ -17,14 +17,14 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclass
 class Labels:
-    """A benchmark's questions, the files that they were read from, and remarks about these."""
+    """Questions of a benchmark, the files they were read from, and remarks about these."""
 
     questions: list[Question]
     files: list[Path]
     remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check that there are questions, and that each can be told from the others."""
+        """Check that there are questions with unique ids."""
         names = ", ".join(map(str, self.files))
         if not self.questions:
             raise LitPruneError(f"{names}: no questions")

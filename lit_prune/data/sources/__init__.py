@@ -1,4 +1,4 @@
-"""Where instruction data come from: one module a kind of storage, `open_source` to choose."""
+"""Sources of instruction data: one module per storage format, chosen by `open_source`."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ __all__ = ["ImageFile", "Source", "open_source", "sample_name", "spread"]
 
 
 def open_source(location: str | Path, images_root: str | Path | None = None) -> Source:
-    """The records at a location.
+    """Open the records at a location.
 
     Args:
         location: a JSON list (`.json`) or JSON lines file (`.jsonl`); `.parquet` or `.arrow` files or `.tar` shards,
             given as a file, their folder or a pattern (`train-*.parquet`); a folder that `Dataset.save_to_disk` wrote;
             or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
-        images_root: folder of the images that records name by a path; by default the one that holds the file. Data of
-            the hub have no such folder.
+        images_root: folder that image paths in records are relative to; by default that of the file. Hub data have no
+            such folder.
 
     Raises:
-        LitPruneError: nothing there, nothing readable, no records at all, or an image root that is no folder.
+        LitPruneError: the location doesn't exist, can't be read or has no records, or the image root is no folder.
     """
     root = Path(images_root) if images_root is not None else None
     if root is not None and not root.is_dir():

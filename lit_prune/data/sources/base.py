@@ -1,4 +1,4 @@
-"""What every source of instruction data offers: records by index, their images, and names for messages."""
+"""Base class of instruction data sources: records by index, their images, and names for messages."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from lit_prune.data.records import own_images, similar_keys
 from lit_prune.data.references import ImageFile
 from lit_prune.errors import LitPruneError
 
-SAMPLED = 64  # records of a source that are looked at to know it
+SAMPLED = 64  # records of a source that are inspected
 
 
 def spread(size: int, count: int = SAMPLED) -> list[int]:
@@ -23,10 +23,9 @@ def spread(size: int, count: int = SAMPLED) -> list[int]:
 
 
 class Source(ABC):
-    """Records that can be had in any order, with their images.
+    """Records with random access, and their images.
 
-    Memory does not grow with the number of records but for a few bytes each. A source pickles and can be forked: every
-    process opens its files for itself.
+    Memory grows by a few bytes per record only. A source can be pickled and forked: every process opens its own files.
     """
 
     @abstractmethod
@@ -35,31 +34,31 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict:
-        """A record as `read_conversation` takes it. Reading a record reads none of the images beside its turns.
+        """Read a record for `read_conversation`, without the images next to its turns.
 
         Raises:
-            BadSample: nothing that could be a record; with file and index.
+            BadSample: the data is no record; with file and index.
             IndexError: no such index.
         """
 
     @abstractmethod
     def images(self, index: int, record: dict) -> list[ImageFile]:
-        """The images of a record in the order of `image_paths`, opened by nobody yet.
+        """Images of a record in the order of `image_paths`, not opened yet.
 
         Args:
             index: of the record.
-            record: what `source[index]` gave.
+            record: the result of `source[index]`.
 
         Raises:
-            BadSample: images that are neither a path nor bytes. File and sample are left open.
+            BadSample: an image is neither a path nor bytes. File and sample are not set.
         """
 
     @abstractmethod
     def file_of(self, index: int) -> str:
-        """The file or location that messages about a record name."""
+        """File or location of a record, for messages."""
 
     def similar_keys(self) -> list[str]:
-        """Keys of records without an image that look as if they held some, of 64 records, evenly spaced."""
+        """Keys that look like images in records without an image, among 64 evenly spaced records."""
         found: dict[str, None] = {}
         for index in spread(len(self)):
             with suppress(Exception):  # a bad sample, whatever it is
@@ -70,11 +69,11 @@ class Source(ABC):
     @property
     @abstractmethod
     def files(self) -> Sequence[Path]:
-        """The files that hold the records, in their order (not those of an image folder)."""
+        """Files of the records, in their order (without those of an image folder)."""
 
 
 def sample_name(record: dict, index: int) -> str | int:
-    """What messages call a record: its `id`, a number or one line of text, else its index."""
+    """Name of a record in messages: its `id`, if that is a number or one line of text, otherwise its index."""
     name = record.get("id")
     if isinstance(name, str):
         return name if name and name.isprintable() else index
@@ -82,10 +81,10 @@ def sample_name(record: dict, index: int) -> str | int:
 
 
 class FileReader:
-    """Reads spans of files. Keeps a bounded number of them open, in each process anew. Pickles.
+    """Read spans of files, with a bounded number of open files per process. Can be pickled.
 
     Args:
-        limit: most files open at a time; the one that was read longest ago is closed.
+        limit: most files open at a time; the least recently read one is closed.
     """
 
     def __init__(self, limit: int = 16):
@@ -94,7 +93,7 @@ class FileReader:
         self._owner: int | None = None
 
     def read(self, path: Path, size: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on.
+        """Read `length` bytes from `offset` on.
 
         Raises:
             LitPruneError: the file cannot be opened or read, or is not `size` bytes long any more.
@@ -107,7 +106,7 @@ class FileReader:
             raise LitPruneError(f"{path}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close what is open; reading opens again."""
+        """Close all files; reading reopens them."""
         while self._open:
             self._open.popitem()[1].close()
 

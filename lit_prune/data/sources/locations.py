@@ -1,4 +1,4 @@
-"""What a location is: by its name and what lies there."""
+"""Resolve a location by its name and the files there."""
 
 from dataclasses import dataclass
 from glob import glob
@@ -30,17 +30,17 @@ class Location:
 
     @property
     def folder(self) -> Path | None:
-        """Where images lie unless told otherwise; None for the hub."""
+        """Default image root; None for the hub."""
         if not self.files:
             return None
         return self.files[0] if self.kind == "saved" else self.files[0].parent
 
 
 def locate(location: str | Path) -> Location:
-    """The kind and the files of a location: see `open_source`.
+    """Find kind and files of a location, see `open_source`.
 
     Raises:
-        LitPruneError: nothing there, or files of an unknown or of several kinds.
+        LitPruneError: there are no files, or files of an unknown kind or of several kinds.
     """
     name, path = str(location), Path(location)
     if name.startswith(HUB):

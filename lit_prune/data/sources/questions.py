@@ -1,4 +1,4 @@
-"""The questions of public benchmarks as a source: records with LLaVA-1.5's prompts, and their images."""
+"""Questions of public benchmarks as a source: records with LLaVA-1.5's prompts, and their images."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -33,21 +33,21 @@ class Part:
 
     @property
     def rule(self) -> Rule | None:
-        """How answers are scored; None: not offline."""
+        """Scoring rule; None if answers can't be scored offline."""
         return None if self.reader.rule is None else rule_of(self.reader.rule)
 
     def processed(self, answer: str) -> str:
-        """An answer in the form that is submitted."""
+        """Convert an answer to the form that is submitted."""
         return answer if self.rule is None else self.rule.prepare(answer)
 
 
 def key_of(question: Question) -> tuple[str, str]:
-    """What names a question within its benchmark."""
+    """Key of a question within its benchmark."""
     return question.group, str(question.id)
 
 
 class Questions(Source):
-    """The questions of benchmarks, one after the other. Pickles.
+    """Questions of several benchmarks, concatenated. Can be pickled.
 
     Args:
         parts: the benchmarks.
@@ -100,7 +100,7 @@ class Questions(Source):
         return [path for part in self.parts for path in part.labels.files]
 
     def indices(self) -> dict[tuple[str, Hashable], int]:
-        """Where every question is, by label and key."""
+        """Index of every question, by label and key."""
         found = (self.place(index) for index in range(len(self)))
         return {(part.label, key_of(question)): index for index, (part, question) in enumerate(found)}
 

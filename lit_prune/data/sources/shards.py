@@ -87,7 +87,7 @@ class Shards(Source):
 
 
 def _names_images(record: dict) -> bool:
-    """Whether the record names images; also where it cannot be read, which is said later."""
+    """True if the record names images, or is unreadable, which is reported later."""
     try:
         return bool(image_paths(record))
     except BadSample:

@@ -157,14 +157,14 @@ def _saved_files(folder: Path) -> list[Any]:
 
 
 def load_arguments(location: Location) -> dict[str, Any]:
-    """What `datasets.load_dataset` is told. Code of a data set is never run.
+    """Arguments for `datasets.load_dataset`. Code of a data set is never executed.
 
     Raises:
-        LitPruneError: a name that is not `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
+        LitPruneError: the name is not `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`.
     """
     if location.kind != "hub":
-        batches = {"batch_size": BATCH} if location.kind == "parquet" else {}  # by default that of the file, even if 0
-        files = [escape(str(file)) for file in location.files]  # they are taken for patterns
+        batches = {"batch_size": BATCH} if location.kind == "parquet" else {}  # default: the file's own, even 0
+        files = [escape(str(file)) for file in location.files]  # file names are interpreted as patterns
         return {"path": location.kind, "data_files": files, "split": "train", **batches}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?", location.name.removeprefix(HUB))
     if not found:
@@ -181,7 +181,7 @@ def _check_inside(folder: Path, files: Sequence[dict[str, str]]) -> None:
 
 
 def library() -> ModuleType:
-    """Hugging Face `datasets`. Raises LitPruneError where it is not installed."""
+    """Import Hugging Face `datasets`. Raises LitPruneError if it is not installed."""
     try:
         import datasets
     except ImportError as error:
@@ -191,7 +191,7 @@ def library() -> ModuleType:
 
 @contextmanager
 def explained(location: str) -> Iterator[None]:
-    """What `datasets` raises for a broken file or an unreachable hub, as one sentence with the location."""
+    """Convert errors of `datasets`, for broken files or an unreachable hub, to one sentence with the location."""
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it logs the same error
@@ -210,7 +210,7 @@ def explained(location: str) -> Iterator[None]:
 
 
 def _without_bytes(scalar: Any) -> Any:
-    """A pyarrow scalar of an image column as Python has it, but with empty bytes: reads no image."""
+    """Convert a pyarrow scalar of an image column to Python with empty bytes, so that no image is read."""
     import pyarrow
 
     if not scalar.is_valid:

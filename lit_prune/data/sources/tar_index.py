@@ -1,6 +1,6 @@
-"""Where the samples of a tar shard lie: read from its headers once, kept in a small file beside it.
+"""Index of the samples in a tar shard, read from its headers once and stored in a small file next to it.
 
-By hand, since libraries of tar shards read them in a row, and an order of samples needs any of them at any time.
+Written by hand, since libraries for tar shards only read sequentially, while shuffled samples need random access.
 """
 
 import tarfile
@@ -42,20 +42,20 @@ class TarIndex:
 
 
 def index_of(path: Path) -> TarIndex:
-    """The index of a shard: the one beside it, or made anew where that is missing, broken, older or of another size.
+    """Load the index next to a shard, or rebuild it if it is missing, broken, older or of another size.
 
-    A new one is kept beside the shard where the folder can be written.
+    A new index is stored next to the shard if the folder is writable.
 
     Raises:
-        LitPruneError: no plain tar file, one that is cut short, one with members that are no regular files, or with two
-            records of one key.
+        LitPruneError: the shard is no plain tar file, is truncated, has members other than regular files, or has two
+            records with the same key.
     """
     beside = path.with_name(path.name + SUFFIX)
     index = _load(beside, path)
     if index is None:
         index = _build(path)
         numbers = np.concatenate([[VERSION, index.size, len(index)], index.firsts, index.spans.ravel()])
-        with suppress(OSError), written_whole(beside) as name, name.open("wb") as file:  # or a folder only for reading
+        with suppress(OSError), written_whole(beside) as name, name.open("wb") as file:  # the folder may be read-only
             np.save(file, numbers)
     return index
 
@@ -69,7 +69,7 @@ def _load(file: Path, shard: Path) -> TarIndex | None:
         version, known_size, samples = numbers[:3].tolist()
         firsts, spans = np.split(numbers[3:], [samples + 1])
         spans = spans.reshape(-1, 2)
-    except Exception:  # none there, or numpy's reader on a broken header, which raises anything
+    except Exception:  # no file, or a broken header, for which numpy raises anything
         return None
     whole = numbers.dtype == np.int64 and (version, known_size) == (VERSION, size) and len(firsts) == samples + 1
     if not whole or firsts[0] != 0 or firsts[-1] != len(spans) or (np.diff(firsts) < 1).any():

@@ -41,7 +41,7 @@ class Prompt:
 
 @dataclass
 class Spent:
-    """What answering took: seconds and tokens of all batches, visual tokens of each sample."""
+    """Cost of answering: seconds and tokens of all batches, visual tokens of each sample."""
 
     seconds: float = 0.0
     generated: int = 0
@@ -192,7 +192,7 @@ class LitPrune(lmms):
         ]
 
     def _config(self, settings: Mapping[str, Any]) -> Any:
-        """How a task wants its answers generated; what transformers doesn't know, such as `until`, is left out."""
+        """Generation settings of a task, without those unknown to transformers, such as `until`."""
         config = copy.copy(self.vlm.model.generation_config)
         asked = {name: value for name, value in settings.items() if hasattr(config, name)}
         sampled = asked.get("do_sample", bool(asked.get("temperature"))) and asked.get("temperature") != 0

@@ -21,9 +21,9 @@ BENCHED = (
 
 @dataclass(frozen=True)
 class Figure:
-    """What a cell of a table shows: `text`, `more` in small print, `order` to sort by, `strong` in bold type.
+    """Cell of a table: `text`, `more` in small print, `order` to sort by, `strong` for bold type.
 
-    `ends` are those of the figure's interval, in its unit.
+    `ends`: ends of the figure's interval, in its unit.
     """
 
     text: str

@@ -33,7 +33,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method at a budget answered; `kind` is one of `KINDS`."""
+    """Answer of a method at a budget; `kind` is one of `KINDS`."""
 
     method: str
     label: str
@@ -66,7 +66,7 @@ class Card:
 
 
 def kind_of(sample: Sample) -> str:
-    """How an answer stands to the full model's, see `KINDS`."""
+    """Kind of an answer relative to the full model's, see `KINDS`."""
     if sample["full_right"] != sample["right"]:
         return "lost" if sample["full_right"] else "gained"
     return "same" if sample.get("agrees", sample["full"] == sample["answer"]) else "differs"

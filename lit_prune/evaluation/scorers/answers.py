@@ -1,4 +1,4 @@
-"""Answers made elsewhere: the formats in which people keep them, and how they are joined to the questions."""
+"""Read answers made elsewhere, in common formats, and join them to the questions."""
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -192,7 +192,7 @@ class Joined:
         return [question for question, answer in self.answers if answer is None]
 
     def pairs(self, missing: Missing) -> list[tuple[Question, str | None]]:
-        """What a rule scores: all questions, or, for "skip", those that are answered."""
+        """Questions to score: all, or, for "skip", those that are answered."""
         given = [(question, answer and answer.text) for question, answer in self.answers]
         return [pair for pair in given if pair[1] is not None] if missing == "skip" else given
 

@@ -32,7 +32,7 @@ def check(rule: Rule, path: Path) -> int:
 
 
 def evaluate(rule: Rule, case: dict[str, Any], where: str) -> tuple[Any, Any]:
-    """What a case expects, and what the rule makes of it; an error of either side is {"error": its text}."""
+    """Expected and actual result of a case; an error is {"error": its text}."""
     if not isinstance(case, dict) or not isinstance(case.get("kind"), str):
         raise LitPruneError(f'{where}: an object with a "kind" is expected')
     outcomes = {name: case[name] for name in ("parsed", "index") if name in case}

@@ -46,7 +46,7 @@ class Score:
         return {name: self.named[name]} if name in self.named else {}
 
     def report(self) -> dict[str, Any]:
-        """What a results file says of it."""
+        """Entry in a results file."""
         return {
             "benchmark": self.label,
             "headline": self.rule.headline,

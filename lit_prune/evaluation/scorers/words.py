@@ -34,7 +34,7 @@ you'dve:you'd've youll:you'll youre:you're youve:you've
 """
 CONTRACTIONS = dict(pair.split(":") for pair in _CONTRACTIONS.split())
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The official expression also means to spare full stops after a digit, but its look-behind is written as a look-ahead.
+# The official expression should also keep full stops after a digit, but uses a lookahead in place of a lookbehind.
 FULL_STOP = re.compile(r"\.(?!\d)")
 MOST_FULL_STOPS = 32  # the official code passes re.UNICODE, which is 32, where `sub` takes a count
 CACHED = 1 << 16  # answers: most are given many times

@@ -1,4 +1,4 @@
-"""How long a model takes, plain and pruned: clocks, memory, and methods timed side by side."""
+"""Time models, plain and pruned: clocks, memory, and interleaved benchmarks."""
 
 from lit_prune.evaluation.timing.benchmark import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import NOISY, clock_for, noisy

@@ -1,8 +1,8 @@
-"""How long a model takes, plain and pruned, side by side in one process on one set of weights.
+"""Time a model, plain and pruned, in one process on one set of weights.
 
-A round measures every method at every batch size once: the prefill with the image's features given, the plain model cut
-to the same lengths, and a whole request from pixels to the last token. Each round begins one method later, so none
-always runs in the wake of the same neighbour. Nothing is timed while plug-ins are attached or detached.
+A round measures every method at every batch size once: the prefill with precomputed image features, the plain model cut
+to the same lengths, and a whole request from pixels to the last token. Each round starts with the next method, so that
+none always follows the same one. Attaching and detaching plug-ins is not timed.
 """
 
 import time
@@ -55,7 +55,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Ran:
-    """What one prefill did: FLOPs of the batch, bytes in its cache, lengths at each decoder layer, tokens per stage."""
+    """Costs of one prefill: FLOPs of the batch, bytes in its cache, lengths at each decoder layer, tokens per stage."""
 
     flops: float | None  # None: the model's arithmetic isn't known
     kv_bytes: int
@@ -69,7 +69,7 @@ class Benchmark:
 
     Args:
         vlm: the model; plug-ins are attached to it in turn, and it is left plain.
-        methods: the rows of each batch size; the full model is put in front if it is missing.
+        methods: rows of each batch size; the full model is prepended if missing.
         batch_sizes: numbers of prompts at once.
         text_tokens: of each prompt, beside its image's.
         new_tokens: answered in each request, at least 2.
@@ -104,7 +104,7 @@ class Benchmark:
         self.too_large: list[tuple[int, str]] = []
 
     def order(self, turn: int) -> Iterator[tuple[int, Method]]:
-        """What a round measures, one after the other."""
+        """Batch sizes and methods of a round, in order."""
         shift = turn % len(self.methods)
         for batch in self.batch_sizes:
             for method in (*self.methods[shift:], *self.methods[:shift]):
@@ -114,7 +114,7 @@ class Benchmark:
     def run(
         self, repeats: int, warmup: int = 1, time_limit: float | None = None, tick: Callable[[], None] = lambda: None
     ) -> bool:
-        """Measure `repeats` rounds after `warmup` unmeasured ones; whether that ended before `time_limit` seconds."""
+        """Measure `repeats` rounds after `warmup` unmeasured ones; False if `time_limit` seconds ended it early."""
         deadline = None if time_limit is None else time.monotonic() + time_limit
         for turn in range(-warmup, repeats):
             for batch, method in self.order(turn):

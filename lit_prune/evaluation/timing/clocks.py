@@ -1,4 +1,4 @@
-"""Clocks for the CPU and for CUDA, and what is too noisy to say."""
+"""Clocks for the CPU and for CUDA, and a threshold for noise."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,27 +9,27 @@ import torch
 
 from lit_prune.errors import LitPruneError
 
-NOISY = 0.1  # spread (interquartile range over median) above which a time says little
+NOISY = 0.1  # spread (interquartile range over median) above which a time is unreliable
 
 Clock = Callable[[Callable[[], Any]], tuple[float, Any]]  # runs some work; its seconds and its result
 
 
 def wall_clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    """What a user waits."""
+    """Time by wall clock."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
 def cpu_clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time of this thread: what a machine shared with others can measure, with one thread only."""
+    """Processor time of this thread, for shared machines; valid for single-threaded work only."""
     start = time.thread_time()
     result = work()
     return time.thread_time() - start, result
 
 
 def cuda_clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    """From an idle device to the end of its last kernel, by CUDA events: what a user waits."""
+    """Wall time from an idle device to the end of its last kernel, by CUDA events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -40,7 +40,7 @@ def cuda_clock(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def clock_for(name: str, device: torch.device) -> Clock:
-    """`wall` (on CUDA by events) or `cpu`; raises `LitPruneError` where processor time would mislead."""
+    """Clock `wall` (on CUDA by events) or `cpu`; raises `LitPruneError` if processor time would be misleading."""
     if name == "wall":
         return cuda_clock if device.type == "cuda" else wall_clock
     if device.type != "cpu" or torch.get_num_threads() != 1:
@@ -57,5 +57,5 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def noisy(spread: float | None) -> bool:
-    """Whether a time with this spread says little."""
+    """True if a time with this spread is unreliable."""
     return spread is None or spread > NOISY

@@ -1,4 +1,4 @@
-"""How much memory some work takes at its peak, beyond what is held when it starts."""
+"""Peak memory of some work, beyond what is allocated when it starts."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Peak of what PyTorch's allocator hands out while `work` runs, less what was held before, in bytes.
+    """Peak bytes allocated by PyTorch while `work` runs, minus those allocated before.
 
-    On the CPU by the profiler's record of every allocation, which is exact and slow: don't time the same run.
+    On the CPU from the profiler's record of every allocation, which is exact and slow: don't time the same run.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

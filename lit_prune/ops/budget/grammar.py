@@ -1,4 +1,4 @@
-"""One grammar for budgets in YAML files, on command lines and in Python."""
+"""Parse and format budgets, with one grammar for YAML files, command lines and Python."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,14 +11,14 @@ import numpy as np
 from lit_prune.errors import LitPruneError
 
 ALLOWED = "a number of visual tokens such as 16, a share such as 11.1%, or counts by layer such as 2:192,4:64"
-MOST = 10**12  # counts are below
+MOST = 10**12  # exclusive upper bound of counts
 COUNT = re.compile(r"\d{1,12}", re.ASCII)
 SHARE = re.compile(r"(\d{1,12}(?:\.\d*)?|\.\d+)\s*%", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A budget in per cent of each sample's own visual tokens, above 0 and at most 100."""
+    """Budget in per cent of each sample's own visual tokens, above 0 and at most 100."""
 
     percent: float
 
@@ -35,11 +35,11 @@ Budget = int | Share | Schedule  # an average to solve for, as a count or a shar
 
 
 def parse_budget(value: Any, key: str = "keep", visual: int | None = None) -> Budget:
-    """A budget from whatever a YAML file, a command line or Python gives for it.
+    """Parse a budget from a YAML file, a command line or Python.
 
-    Read are `64` (an average), `11.1%` (a share), `2:192,4:64,8:16` or `{2: 192, 4: 64, 8: 16}` (layer:count of each
-    stage), numbers also as text. Raises `LitPruneError`, which names `key`, for anything else; `visual`, where it is
-    known, says how many tokens the model's images have.
+    Accepts `64` (an average), `11.1%` (a share), `2:192,4:64,8:16` or `{2: 192, 4: 64, 8: 16}` (layer:count of each
+    stage), numbers also as text. Raises `LitPruneError`, naming `key`, for anything else; `visual`: number of tokens
+    of the model's images, if known, for the message.
     """
     if isinstance(value, Share):
         budget = value if 0 < value.percent <= 100 else None
@@ -60,23 +60,23 @@ def parse_budget(value: Any, key: str = "keep", visual: int | None = None) -> Bu
 
 
 def format_budget(budget: Budget) -> str:
-    """A budget as text that `parse_budget` reads: `64`, `11.1%` or `2:192,4:64`."""
+    """Format a budget for `parse_budget`: `64`, `11.1%` or `2:192,4:64`."""
     return format_schedule(budget) if isinstance(budget, dict) else str(budget)
 
 
 def format_schedule(schedule: Schedule) -> str:
-    """A schedule as text that `parse_budget` reads: `2:192,4:64`."""
+    """Format a schedule for `parse_budget`: `2:192,4:64`."""
     return ",".join(f"{layer}:{count}" for layer, count in schedule.items())
 
 
 def as_json(budget: Budget | None) -> int | str | Schedule | None:
-    """A budget as JSON and YAML have it, which `parse_budget` reads too."""
+    """Convert a budget to a JSON or YAML value that `parse_budget` accepts."""
     return str(budget) if isinstance(budget, Share) else budget
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number of any type of numbers; True is none."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real) or not abs(value) < MOST:  # nor is nan
+    """Convert a whole number of any numeric type to int; None for anything else, and for booleans."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real) or not abs(value) < MOST:  # also false for NaN
         return None
     return int(value) if value == int(value) else None
 
@@ -91,11 +91,11 @@ def _from_text(text: str) -> Budget | None:
 
 
 def _from_pairs(pairs: Iterable[Any]) -> Schedule | None:
-    found = [[_number(part) for part in pair] for pair in pairs]
-    if not found or any(len(pair) != 2 or None in pair or pair[0] < 0 or pair[1] < 1 for pair in found):
+    numbers = [[_number(part) for part in pair] for pair in pairs]
+    if not numbers or any(len(pair) != 2 or None in pair or pair[0] < 0 or pair[1] < 1 for pair in numbers):
         return None
-    schedule = dict(found)
-    return schedule if len(schedule) == len(found) else None
+    schedule = dict(numbers)
+    return schedule if len(schedule) == len(numbers) else None  # None if a layer occurs twice
 
 
 def _number(value: Any) -> int | None:
@@ -105,14 +105,14 @@ def _number(value: Any) -> int | None:
 
 
 def tokens(budget: Budget, visual: int) -> int | Schedule:
-    """The count that a budget asks of a sample with `visual` tokens, possibly above `visual`; or its schedule."""
+    """Count that a budget requests of a sample with `visual` tokens, possibly above `visual`; or its schedule."""
     return budget.of(visual) if isinstance(budget, Share) else budget
 
 
 def resolve(budget: Budget, visual: int, key: str = "keep") -> int | Schedule:
-    """A budget for a model whose images all have `visual` tokens: shares become counts.
+    """Convert a share to a count for a model whose images all have `visual` tokens.
 
-    Raises `LitPruneError`, which names `key`, for a share of less than a token.
+    Raises `LitPruneError`, naming `key`, for a share of less than one token.
     """
     if isinstance(budget, Share) and not round(budget.percent / 100 * visual):
         raise LitPruneError(f"{key} {budget}: 0 visual tokens; it must lie between 1 and the model's {visual}")

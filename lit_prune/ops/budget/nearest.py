@@ -1,21 +1,21 @@
-"""Whole counts of a schedule, the nearest to an average and then to ratios, in milliseconds for a stage per layer."""
+"""Whole counts of a schedule, nearest to an average and then to ratios; takes milliseconds for one stage per layer."""
 
 from collections.abc import Iterator
 from itertools import accumulate, islice
 
 import numpy as np
 
-FEW = 4  # stages: up to so many get counts within `REACH` tokens of the real-valued ones, more get what comes nearest
+FEW = 4  # up to this many stages, counts stay within `REACH` tokens of the real-valued ones
 REACH = 3
-TIES = 1000  # schedules that are equally good up to rounding, of which at most so many are looked at
+TIES = 1000  # of schedules that are equal up to rounding, at most this many are compared
 
 
 def nearest_counts(room: int, ruled: list[int], ideal: list[float], visual: int) -> tuple[int, ...] | None:
-    """Whole counts near `ideal` that spend what is nearest to `room`; None where `ideal` rises.
+    """Whole counts near `ideal` whose total is nearest to `room`; None if `ideal` rises.
 
-    Each count times the layers that it rules, `ruled`, is spent. Counts of more than four stages are the nearest that
-    there are, in the smallest window around `ideal` that holds some; of fewer stages, where farther counts would bend
-    the ratios, they are the nearest within three tokens of `ideal`.
+    The total is the sum over stages of count times the number of layers it applies to, `ruled`. With up to four stages,
+    counts stay within three tokens of `ideal`, since others would distort the ratios; with more, the nearest possible
+    total is reached in the smallest window around `ideal` that contains it.
     """
     if len(ruled) <= FEW:
         return _within(REACH, room, ruled, ideal, visual)
@@ -34,10 +34,10 @@ def _spent(counts: tuple[int, ...], ruled: list[int]) -> int:
 
 
 def _within(reach: int, room: int, ruled: list[int], ideal: list[float], visual: int) -> tuple[int, ...] | None:
-    """Falling counts within `reach` of `ideal` that spend what is nearest to `room`; of these the nearest to `ideal`.
+    """Non-increasing counts within `reach` of `ideal` with a total nearest to `room`; of these the nearest to `ideal`.
 
-    Of two sums that are equally near the lower one; distances are relative; of equal ones what comes first in order.
-    None: no such counts fall.
+    Of two equally near totals the lower one wins; distances are relative; of equal ones the first in order wins. None
+    if no such counts are non-increasing.
     """
     choices = [range(max(1, int(k) - reach), min(visual, int(k) + reach + 1) + 1) for k in ideal]
     costs = [[((count - k) / k) ** 2 for count in counts] for counts, k in zip(choices, ideal, strict=True)]
@@ -47,7 +47,7 @@ def _within(reach: int, room: int, ruled: list[int], ideal: list[float], visual:
     if not sums:
         return None
     left = min(sums, key=lambda more: (abs(least + more - room), more))
-    limit = cheapest[0][:, left].min() * (1 + 1e-9)  # the tables add up in another order, so round otherwise
+    limit = cheapest[0][:, left].min() * (1 + 1e-9)  # the tables sum in another order, so they round differently
 
     def walk(stage: int, most: int, left: int, cost: float) -> Iterator[tuple[int, ...]]:
         if stage == len(ruled):
@@ -67,13 +67,13 @@ def _within(reach: int, room: int, ruled: list[int], ideal: list[float], visual:
 
 
 def _cheapest(ruled: list[int], choices: list[range], costs: list[list[float]]) -> list[np.ndarray]:
-    """For each stage a table (its counts, sums): the lowest cost of this and all later stages, infinite where none.
+    """For each stage a table (counts, sums): lowest cost of this and all later stages, infinite if impossible.
 
-    A sum is what they spend, from this stage on, beyond the lowest count of each; counts never rise.
+    A sum is the total from this stage on, minus that of each stage's lowest count; counts never rise.
     """
     size = 1 + sum(n * (len(counts) - 1) for n, counts in zip(ruled, choices, strict=True))
     tables: list[np.ndarray] = []
-    below, lowest = np.full((1, size), np.inf), 0  # after the last stage nothing more is spent
+    below, lowest = np.full((1, size), np.inf), 0  # after the last stage the remaining total is 0
     below[0, 0] = 0.0
     for n, counts, prices in zip(reversed(ruled), reversed(choices), reversed(costs), strict=True):
         table = np.full((len(counts), size), np.inf)
@@ -86,11 +86,11 @@ def _cheapest(ruled: list[int], choices: list[range], costs: list[list[float]]) 
 
 
 def _nearest_sum(room: int, ruled: list[int], visual: int) -> int:
-    """The sum nearest to `room` that falling counts from 1 to `visual` can spend, of two equally near the lower.
+    """Total nearest to `room` that non-increasing counts from 1 to `visual` can reach; of two equally near, the lower.
 
-    Falling counts are made of steps: one more token in the first i stages spends what these stages rule, and there are
-    at most `visual - 1` steps. So this is change in coins, and fewer small coins than the largest one is worth are
-    enough: of as many, some add up to a multiple of the largest, which fewer of the largest spend too.
+    Non-increasing counts are built from steps: one more token in the first i stages adds the layers of these stages,
+    and there are at most `visual - 1` steps. So this is the change-making problem. Fewer small coins than the value of
+    the largest suffice: among as many, some add up to a multiple of the largest, and can be replaced by fewer of it.
     """
     *coins, largest = accumulate(ruled)
     change, most = room - sum(ruled), visual - 1

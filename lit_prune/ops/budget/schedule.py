@@ -1,4 +1,4 @@
-"""Schedules: whole counts per stage, solved from an average or given as they are."""
+"""Schedules: whole counts per stage, solved from an average or given explicitly."""
 
 from functools import lru_cache
 from itertools import pairwise
@@ -9,11 +9,11 @@ from lit_prune.ops.budget.nearest import nearest_counts
 
 
 class OutOfReach(LitPruneError):
-    """A budget that the layers before the first stage use up."""
+    """A budget that the layers before the first stage alone exceed."""
 
 
 def average(schedule: Schedule, visual: int, depth: int) -> float:
-    """Visual tokens averaged over the inputs of `depth` decoder layers, of `visual` at the start."""
+    """Visual tokens averaged over the inputs of `depth` decoder layers, starting from `visual`."""
     total, now = 0, visual
     for layer in range(depth):
         now = min(now, schedule.get(layer, now))
@@ -22,18 +22,18 @@ def average(schedule: Schedule, visual: int, depth: int) -> float:
 
 
 def asked(budget: Budget, visual: int, depth: int) -> float:
-    """Visual tokens on average over `depth` decoder layers that a budget asks of a sample with `visual` of them."""
+    """Visual tokens, averaged over `depth` decoder layers, that a budget requests of a sample with `visual` tokens."""
     count = tokens(budget, visual)
     return average(count, visual, depth) if isinstance(count, dict) else float(min(count, visual))
 
 
 def spans(layers: tuple[int, ...], depth: int) -> list[int]:
-    """How many decoder layers each stage rules: from its own layer up to the next stage or the end."""
+    """Number of decoder layers to which each stage's count applies: from its layer to the next stage or the end."""
     return [end - start for start, end in zip(layers, (*layers[1:], depth), strict=True)]
 
 
 def check_layers(layers: tuple[int, ...], depth: int) -> None:
-    """Raise `LitPruneError` unless the pruning layers ascend and lie inside a decoder of `depth` layers."""
+    """Raise `LitPruneError` unless the pruning layers ascend and are within a decoder of `depth` layers."""
     if not layers or list(layers) != sorted(set(layers)):
         raise LitPruneError(f"pruning layers {list(layers)} must ascend, each once, and there must be at least one")
     if layers[0] < 0 or layers[-1] >= depth:
@@ -45,14 +45,14 @@ def check_layers(layers: tuple[int, ...], depth: int) -> None:
 
 @lru_cache(maxsize=4096)
 def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: tuple[float, ...]) -> Schedule:
-    """Schedule whose average is `keep`: counts near a multiple of `ratios`, never rising, at least one token.
+    """Schedule whose average is `keep`: counts near a multiple of `ratios`, non-increasing, at least one token.
 
-    The average is exact where whole counts allow it, else the nearest one, of two equally near the lower; up to four
-    stages keep within three tokens of the real-valued solution, since farther counts would bend the ratios. Among those
-    of the best average the one closest to `ratios` wins.
+    The average is exact if whole counts allow it, otherwise the nearest possible, of two equally near ones the lower.
+    With up to four stages, counts stay within three tokens of the real-valued solution, since others would distort the
+    ratios. Among schedules of the best average the one closest to `ratios` wins.
 
-    Raises `LitPruneError` if `keep` is above `visual` or below one, `OutOfReach` if it is used up by the layers before
-    the first stage.
+    Raises `LitPruneError` if `keep` is above `visual` or below one, `OutOfReach` if the layers before the first stage
+    alone exceed it.
     """
     check_layers(layers, depth)
     if len(ratios) != len(layers):
@@ -80,7 +80,7 @@ def solve(keep: int, visual: int, depth: int, layers: tuple[int, ...], ratios: t
 
 
 def given(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
-    """The schedule itself, if it fits the pruning `layers`; a sample with fewer tokens than a count keeps them all.
+    """Validate a schedule for the pruning `layers` and return it; a sample with fewer tokens than a count keeps all.
 
     Raises `LitPruneError` for counts at other layers, below one, or rising.
     """
@@ -96,7 +96,7 @@ def given(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
 
 
 def _ideal(room: int, ruled: list[int], ratios: tuple[float, ...], visual: int) -> list[float]:
-    """Real-valued counts t * ratios, clipped to [1, visual], that spend `room`; t by bisection."""
+    """Real-valued counts t * ratios, clipped to [1, visual], whose total is `room`; t by bisection."""
 
     def counts(t: float) -> list[float]:
         return [min(float(visual), max(1.0, t * s)) for s in ratios]
@@ -110,7 +110,7 @@ def _ideal(room: int, ruled: list[int], ratios: tuple[float, ...], visual: int) 
 
 
 def scale_layers(layers: tuple[int, ...], depth: int | None, host_depth: int) -> tuple[int, ...]:
-    """Layers written for a decoder of `depth` layers, moved to one of `host_depth`; `None` means as written."""
+    """Scale layers written for a decoder of `depth` layers to one of `host_depth`; `None` means as written."""
     if depth is None or depth == host_depth:
         return layers
     return tuple(max(min(layer, 1), round(layer * host_depth / depth)) for layer in layers)

@@ -1,4 +1,4 @@
-"""A sweep file of Weights & Biases, read for Optuna: what varies, how it is searched, and the command of a trial."""
+"""Read a Weights & Biases sweep file for Optuna: search space, search method, and the command of a trial."""
 
 import json
 import sys
@@ -22,10 +22,10 @@ OURS = ("lit-prune", "lightning")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says.
+    """Contents of a sweep file.
 
-    `fixed` are options that every trial gets, `space` those that vary. `halving` is (reports before a trial may be
-    stopped, factor between the rungs) or None. `cap`: trials in all, None where the file doesn't say.
+    `fixed` are options of every trial, `space` those that vary. `halving` is (reports before a trial may be stopped,
+    factor between the rungs) or None. `cap`: total number of trials, or None.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Sweep:
     cap: int | None
 
     def line(self, params: Mapping[str, Any], more: list[str]) -> list[str]:
-        """The command of one trial, as W&B's agent would write it; `more` options stand behind its own."""
+        """Build the command of one trial as W&B's agent would, with `more` options appended."""
         options = [f"--{name}={value}" for name, value in {**self.fixed, **params}.items()] + more
         ours = [sys.executable, "-m", "lit_prune"]
         macros = {"${env}": [], "${interpreter}": [sys.executable], "${program}": [self.program], "${args}": options}
@@ -48,7 +48,7 @@ class Sweep:
         return ours + parts[1:] if parts[0] in OURS else parts
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination of the values; raises `LitPruneError` for a parameter with infinitely many."""
+        """All combinations of the values; raises `LitPruneError` for a parameter given as a continuous range."""
         values = []
         for name, kind in self.space.items():
             if isinstance(kind, CategoricalDistribution):
@@ -60,25 +60,25 @@ class Sweep:
         return [dict(zip(self.space, chosen, strict=True)) for chosen in product(*values)]
 
     def sampler(self, seed: int | None) -> optuna.samplers.BaseSampler:
-        """What proposes a trial: random draws, or for `bayes` Optuna's tree-structured Parzen estimator."""
+        """Create Optuna's sampler: random draws, or for `bayes` a tree-structured Parzen estimator."""
         kind = optuna.samplers.TPESampler if self.method == "bayes" else optuna.samplers.RandomSampler
         return kind(seed=seed)
 
     def pruner(self) -> optuna.pruners.BasePruner:
-        """What stops a trial early. W&B's hyperband is asynchronous successive halving, as Optuna's is here."""
+        """Create Optuna's pruner of trials. W&B's hyperband is asynchronous successive halving, as is Optuna's here."""
         if self.halving is None:
             return optuna.pruners.NopPruner()
         first, factor = self.halving
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=factor)
 
     def settings(self) -> str:
-        """What must not change while a sweep goes on."""
+        """Serialise the settings that must not change when a sweep is resumed."""
         space = {name: optuna.distributions.distribution_to_json(kind) for name, kind in self.space.items()}
         return json.dumps([self.metric, self.goal, self.method, space], sort_keys=True)
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read a sweep file; raises `LitPruneError` naming the key that W&B or Optuna could not use."""
+    """Read a sweep file; raises `LitPruneError` naming the key that W&B or Optuna couldn't use."""
     raw = read_yaml(path)
     if not isinstance(raw.get("parameters"), dict):
         raise LitPruneError(f"{path} is no sweep: it needs `parameters`, options of the command with their values")
@@ -113,7 +113,7 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def _distribution(path: str | Path, name: str, spec: Any) -> BaseDistribution:
-    """A parameter's values or range."""
+    """Convert a parameter's values or range to an Optuna distribution."""
     if isinstance(spec, dict) and isinstance(spec.get("values"), list) and spec["values"]:
         if all(isinstance(value, str | int | float | bool) for value in spec["values"]):
             return CategoricalDistribution(spec["values"])
@@ -135,7 +135,7 @@ def _distribution(path: str | Path, name: str, spec: Any) -> BaseDistribution:
 
 
 def _halving(path: str | Path, early: Any) -> tuple[int, int]:
-    """First rung and factor of W&B's hyperband: from `min_iter`, or `max_iter` halved `s` times."""
+    """First rung and factor of W&B's hyperband, from `min_iter`, or from `max_iter` divided by `eta` `s` times."""
     try:
         factor = int(early.get("eta", 3))
         first = early["min_iter"] if "min_iter" in early else early["max_iter"] // factor ** early.get("s", 1)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a process of its own, followed by what it logs."""
+"""One trial of a sweep: a subprocess, monitored through the metrics it logs."""
 
 import csv
 import difflib
@@ -13,40 +13,41 @@ from pathlib import Path
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 120.0  # for a stopped trial to end by itself
+GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL
 
 
 class TrialFailed(Exception):
-    """A trial whose process failed or reported nothing; the sweep goes on."""
+    """A trial whose process failed or logged no value of the metric; the sweep continues."""
 
 
 def values_of(folder: Path, metric: str) -> list[float]:
-    """What a run has logged under a name so far, in order: from the CSV files in its folder."""
-    found = []
+    """Values of a metric that a run has logged so far, in order, from the CSV files in its folder."""
+    values = []
     for file in sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime):
         whole = file.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
-        found += [row[metric] for row in csv.DictReader(whole.splitlines()) if row.get(metric)]
-    return [float(value) for value in found]
+        values += [row[metric] for row in csv.DictReader(whole.splitlines()) if row.get(metric)]
+    return [float(value) for value in values]
 
 
 def names_in(folder: Path) -> list[str]:
-    """What a run has logged anything under."""
+    """Names of all metrics that a run has logged."""
     heads = [file.read_text(encoding="utf-8").partition("\n")[0] for file in folder.rglob("metrics.csv")]
     return sorted({name for head in heads for name in head.split(",")})
 
 
 def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int, float], bool]) -> tuple[float, bool]:
-    """Run a trial in a process of its own, its output in `folder`/log.txt, which is touched while it runs.
+    """Run a trial as a subprocess, with its output in `folder`/log.txt, which is touched while it runs.
 
     Args:
-        line: the command. folder: where it logs, of its own.
-        report: told each new value of the metric with its number, from 1; True stops the trial.
+        line: the command. folder: the trial's own log folder.
+        metric: name of the metric to follow.
+        report: called with the number (from 1) and value of each new value of the metric; True stops the trial.
 
     Returns:
         The last value, and whether the trial was stopped.
 
     Raises:
-        TrialFailed: it ended with an error, or without a value.
+        TrialFailed: the process ended with an error or without a value.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("w", encoding="utf-8") as log:
@@ -77,19 +78,19 @@ def run_trial(line: list[str], folder: Path, metric: str, report: Callable[[int,
 
 
 def _last_error(log: Path) -> str:
-    """What a trial of ours said last, if it failed by a mistake that a user can mend."""
+    """Last error message in a trial's log, in parentheses; empty without one."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if re.match(r"(\[rank: \d+\] )?error: ", line)]
-    return f" ({said[-1]})" if said else ""
+    errors = [line for line in lines if re.match(r"(\[rank: \d+\] )?error: ", line)]
+    return f" ({errors[-1]})" if errors else ""
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ask a process and its children to end, and make sure that they do."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+    """Terminate a process and its children, and kill them after a grace period."""
+    for number, timeout in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
         if process.poll() is not None:
             return
         os.killpg(process.pid, number)
         try:
-            process.wait(patience)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
             continue
