@@ -103,6 +103,10 @@ class Region:
     colour: str
     place: str
 
+    @property
+    def look(self) -> tuple[str, str]:
+        return self.texture, self.colour
+
     def holds(self, box: Box) -> bool:
         x0, y0, x1, y1 = self.box
         return x0 <= box[0] and y0 <= box[1] and box[2] <= x1 and box[3] <= y1
@@ -197,9 +201,12 @@ def _looks(rng: np.random.Generator, least: int, most: int) -> list[Look]:
     looks: list[Look] = []
     crowd, kind = int(rng.integers(0, 5)), int(rng.integers(3))
     shared = _look(rng)
+    rare = [(pick(rng, COLOURS), pick(rng, INNER), pattern) for pattern in ("figures", "dots")]
     while len(looks) < count:
         look = _look(rng)
-        if len(looks) < min(crowd, count):
+        if rare and count > len(rare):  # few shapes have room for these, and two skills need them
+            look = rare.pop()
+        elif len(looks) < min(crowd + 2, count):
             look = _with(look, kind, shared[kind])
         elif looks and rng.random() < 0.45:  # a look-alike: one property differs
             other, differs = pick(rng, looks), int(rng.integers(3))
