@@ -121,8 +121,10 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         labels["column"][on], labels["row"][on] = (int(v // PATCH_SIZE) for v in thing.centre)
         for value, (x0, y0, x1, y1) in zip(thing.figures or [1] * len(thing.dots), thing.part_boxes, strict=False):
             if thing.figures:
-                rows, columns = ((slice(round(a / PATCH_SIZE), max(round(b / PATCH_SIZE), round(a / PATCH_SIZE) + 1)))
-                                 for a, b in ((y0, y1), (x0, x1)))
+                rows, columns = (
+                    (slice(round(a / PATCH_SIZE), max(round(b / PATCH_SIZE), round(a / PATCH_SIZE) + 1)))
+                    for a, b in ((y0, y1), (x0, x1))
+                )
                 labels["figure"][rows, columns] = 1 + value
             elif thing.dots:
                 labels["dot"][int((y0 + y1) / 2 // PATCH_SIZE), int((x0 + x1) / 2 // PATCH_SIZE)] += 1

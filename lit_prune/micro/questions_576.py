@@ -216,7 +216,9 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Drawn:
 def place_of(thing: Thing) -> str | None:
     """One of nine places of an object's centre, None if it is near a line between two."""
     names = []
-    for value, words in zip(reversed(thing.centre), (("top", "middle", "bottom"), ("left", "centre", "right")), strict=True):
+    for value, words in zip(
+        reversed(thing.centre), (("top", "middle", "bottom"), ("left", "centre", "right")), strict=True
+    ):
         if min(abs(value - IMAGE_SIZE * i / 3) for i in (1, 2)) < NEAR / 2:
             return None
         names.append(words[int(3 * value // IMAGE_SIZE)])

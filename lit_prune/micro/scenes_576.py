@@ -37,7 +37,9 @@ VALIDATION_SEED = 25_000_000
 TEST_SEED = 26_000_000
 SAMPLE_SEED = 28_000_000
 RESERVED_SEED = 29_000_000  # outside checks: nothing in this project uses these
-GATE_SEED = PRETRAIN_SEED + 9_000_000  # held out from pretraining, for tuning world and recipe: no method is chosen here
+GATE_SEED = (
+    PRETRAIN_SEED + 9_000_000
+)  # held out from pretraining, for tuning world and recipe: no method is chosen here
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,7 @@ def _ground(rng: np.random.Generator) -> list[Region]:
         "whole": {"": (0, 0, end, end)},
         "columns": {"left": (0, 0, x, end), "right": (x, 0, end, end)},
         "rows": {"top": (0, 0, end, y), "bottom": (0, y, end, end)},
-        "quarters": dict(
-            zip(CORNERS, ((0, 0, x, y), (x, 0, end, y), (0, y, x, end), (x, y, end, end)), strict=True)
-        ),
+        "quarters": dict(zip(CORNERS, ((0, 0, x, y), (x, 0, end, y), (0, y, x, end), (x, y, end, end)), strict=True)),
     }[form]
     looks: list[tuple[str, str]] = []
     same = form == "quarters" and rng.random() < 0.6  # opposite or neighbouring quarters may look alike
