@@ -1,5 +1,6 @@
 """The world of 576 visual tokens: seeds, places, balance, boxes, and answers derived again from what a scene shows."""
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def test_ranges_of_seeds_are_disjoint_from_each_other_and_from_the_small_world()
         scenes.RESERVED_SEED,
     ]
     assert starts == sorted(starts)
-    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 1_000_000
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= 1_000_000
     assert scenes.PRETRAIN_SEED > world.RESERVED_SEED
 
 
@@ -336,9 +337,8 @@ def test_boxes_cover_what_is_asked(asked: list[tuple[Scene, Question]]) -> None:
     """Objects named in a question, their parts where these are asked for, the ground where it is."""
     for scene, question in asked:
         boxes = set(question.boxes)
-        if question.skill in WORDS_ALONE or question.answer in ("no", "0", "nowhere") and question.skill in (
-            "existence", "counting", "region"
-        ):  # fmt: skip
+        absent = question.skill in ("existence", "counting", "region") and question.answer in ("no", "0", "nowhere")
+        if question.skill in WORDS_ALONE or absent:
             assert not boxes
         elif question.skill in ("figures", "dots"):
             thing = one(scene, phrases_in(question.text)[0])
@@ -442,4 +442,4 @@ def test_samples_are_instruction_data(some: list[Scene]) -> None:
 def test_geometry() -> None:
     assert GRID * PATCH_SIZE == IMAGE_SIZE
     assert GRID * GRID == 576
-    assert FULL_LEVEL == len(LEVELS) - 1
+    assert LEVELS[FULL_LEVEL] == max(LEVELS)

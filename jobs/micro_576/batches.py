@@ -225,7 +225,8 @@ def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 3) -> Iter
     def put(item: object) -> None:
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.2)
+                ready.put(item, timeout=0.2)
+                return
             except queue.Full:
                 continue
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from jobs.micro_576.batches import FIRST_PATCH, NAMES, NONE, PATCH_CLASSES, PIXELS, PREFIX, Batch, tokenizer
+from lit_prune.micro.model import EOS
 from lit_prune.micro.model_576 import WIDTH
 
 PATCH_WEIGHT = {"colour": 1.0, "shape": 1.5, "pattern": 1.0, "figure": 1.5, "dot": 0.7, "row": 0.4, "column": 0.4}
@@ -22,7 +23,7 @@ class PatchHeads(nn.Module):
     """Linear read-outs of the visual tokens at the decoder's input. Thrown away at the end.
 
     They make what a patch shows readable by a dictionary that the decoder never sees. Texture, ground and pixels of
-    every patch are read out to the end of training, so that the tower can't turn background into one and the same token.
+    every patch are read out to the end of training, so that the tower can't map background to a single token.
     """
 
     def __init__(self):
@@ -113,11 +114,12 @@ def read(model: LlavaForConditionalGeneration, batch: Batch, visual: Tensor) -> 
         decoder.config._attn_implementation = before
 
 
-def answer_loss(model: LlavaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy on the answers, and bool[answer positions]: whether the best token is the right one."""
+def answer_loss(model: LlavaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Cross entropy on the answers, and the share of answer tokens before the end whose best guess is right."""
     asked = labels != NONE
-    logits = model.lm_head(hidden[asked]).float()
-    return F.cross_entropy(logits, labels[asked]), logits.argmax(-1) == labels[asked]
+    logits, wanted = model.lm_head(hidden[asked]).float(), labels[asked]
+    right = (logits.argmax(-1) == wanted)[wanted != EOS]
+    return F.cross_entropy(logits, wanted), right.float().mean().item()
 
 
 # Figures of the gates that training logs

@@ -75,8 +75,8 @@ STAGES = (
         "tower", 8, (0.1, 0.2, 0.7), 1200, 16, 1e-2, 3e-3, flat=0.7,
         terms=(("objects", 1.0), ("ground", 1.0), ("pixels", 1.0), ("words", 0.2)),
     ),
-    Stage("easy", 8, (0.8, 0.2, 0.0), 900, 8, 5e-3, 3e-3, enough=0.93),
-    Stage("middle", 16, (0.1, 0.6, 0.3), 900, 8, 5e-3, 3e-3, enough=0.90),
+    Stage("easy", 8, (0.8, 0.2, 0.0), 900, 8, 5e-3, 3e-3, enough=0.90),
+    Stage("middle", 16, (0.1, 0.6, 0.3), 900, 8, 5e-3, 3e-3, enough=0.85),
     Stage("full", 32, (0.0, 0.1, 0.9), 1800, 8, 4e-3, 2e-3, flat=0.5, terms=(("words", 0.0),)),
 )  # fmt: skip
 SMOKE = tuple(replace(stage, steps=2, images=2, enough=None) for stage in STAGES)
@@ -265,8 +265,7 @@ def losses_of(trainer: Trainer, stage: Stage, batch: Batch, autocast: bool) -> t
     terms |= cloud_loss(visual)
     terms["words"] = trainer.heads.presence(visual, model.get_input_embeddings().weight, batch.patches["names"])
     if hidden is not None:
-        terms["ce"], right = answer_loss(model, hidden, batch.labels)
-        figures = {"right": right.float().mean().item()}
+        terms["ce"], figures["right"] = answer_loss(model, hidden, batch.labels)
     return terms, figures
 
 

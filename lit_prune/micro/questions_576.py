@@ -215,10 +215,8 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 def place_of(thing: Thing) -> str | None:
     """One of nine places of an object's centre, None if it is near a line between two."""
-    names = []
-    for value, words in zip(
-        reversed(thing.centre), (("top", "middle", "bottom"), ("left", "centre", "right")), strict=True
-    ):
+    names, (x, y) = [], thing.centre
+    for value, words in ((y, ("top", "middle", "bottom")), (x, ("left", "centre", "right"))):
         if min(abs(value - IMAGE_SIZE * i / 3) for i in (1, 2)) < NEAR / 2:
             return None
         names.append(words[int(3 * value // IMAGE_SIZE)])
@@ -420,8 +418,8 @@ WORDS_ALONE = ("words",)  # skills that need no image
 GROUND_SKILLS = ("texture", "ground", "region", "behind", "layout")
 
 _TEXT = """is there a an yes no what colour the object objects how many are where relative to which on left right above
-below top middle bottom centre larger smaller or largest smallest with plain do and have same stand on figures does arrow
-point way stripes run dots up down across upright texture at ground behind parts like that corners number comes after
+below top middle bottom centre larger smaller or largest smallest with plain do and have same stand on figures does
+arrow point way stripes run dots up down across upright texture at ground behind parts like that corners number comes after
 than shape nowhere has it size image ? . , user: assistant:"""
 WORDS = sorted({*COLOURS, *SHAPES, *PLURAL.values(), *PATTERNS, *TEXTURES, *GROUNDS, *"0123456789", *_TEXT.split()})
 """Every word of questions, answers and the prompt, in lower case: the tokenizer's vocabulary."""
