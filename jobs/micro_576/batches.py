@@ -1,0 +1,250 @@
+"""Batches of pretraining: scenes as tensors, with about twenty questions an image that share one prefix.
+
+A sequence is `<s> USER: <576 visual tokens>`, followed by all questions of the image one after the other. A question
+sees the prefix and itself only, and its position ids restart after the prefix, so its logits are those of the question
+asked alone while the visual tokens are computed once. Nothing of the boxes reaches the decoder.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_prune.micro.drawing import COLOURS
+from lit_prune.micro.drawing_576 import GROUNDS, SHAPES, TEXTURES, shape_576
+from lit_prune.micro.model import BOS, EOS, IMAGE, PAD
+from lit_prune.micro.model_576 import VISUAL_TOKENS, build_tokenizer
+from lit_prune.micro.questions_576 import SKILLS, Question, questions
+from lit_prune.micro.scenes_576 import GRID, IMAGE_SIZE, PATCH_SIZE, PATTERNS, Scene, Thing, make_scene
+
+PREFIX = 2 + VISUAL_TOKENS  # <s>, USER:, the image
+FIRST_PATCH = 2
+NONE = -100  # a label that counts nowhere
+COVERED = 0.35  # share of a patch from which an object's look is its label
+BLOCKS = 4  # the pixels of a patch that are read out: brightness in 4 x 4 blocks, colour in 2 x 2
+# Questions of each skill and image. The decoder learns to find things by those that name one object; "words" are easy.
+MIX = dict.fromkeys(SKILLS, 1) | {"existence": 2, "colour": 2, "shape": 2, "counting": 2, "pattern": 2, "figures": 2}
+NAMES = (*COLOURS, *SHAPES, *TEXTURES, *GROUNDS)  # words whose presence in a scene is an image-level label
+
+INDEX = {name: i for names in (COLOURS, SHAPES, PATTERNS, TEXTURES, GROUNDS) for i, name in enumerate(names)}
+PATCH_CLASSES = {
+    "colour": len(COLOURS) + 1,
+    "shape": len(SHAPES) + 1,
+    "pattern": len(PATTERNS) + 1,
+    "figure": 11,
+    "dot": 3,
+    "row": GRID,
+    "column": GRID,
+    "texture": len(TEXTURES),
+    "ground": len(GROUNDS),
+}
+PIXELS = BLOCKS * BLOCKS + 3 * 4
+
+
+@cache
+def tokenizer():
+    return build_tokenizer()
+
+
+@dataclass
+class Batch:
+    """All tensors of a step; `patches` holds the label maps by name."""
+
+    pixels: Tensor  # float[batch, 3, 192, 192]
+    patches: dict[str, Tensor]  # int[batch, 576]; "pixels" float[batch, 576, 28]; "names" float[batch, names]
+    input_ids: Tensor | None = None  # int[batch, length]
+    positions: Tensor | None = None  # int[batch, length]
+    mask: Tensor | None = None  # bool[batch, 1, text, length]: where the rows after the prefix may look
+    labels: Tensor | None = None  # int[batch, length], the next token at positions that predict an answer
+    segments: Tensor | None = None  # int[batch, length], 0 prefix, 1.. questions, -1 padding
+    questions: list[list[Question]] = field(default_factory=list)
+
+
+def pixel_values(scene: Scene) -> np.ndarray:
+    """float32[3, 192, 192], exactly what the image processor makes of the scene's image."""
+    return ((scene.pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)
+
+
+def vision_batch(seeds: Sequence[int], levels: Sequence[int] | None = None) -> Batch:
+    """Images and patch labels alone, for the tower's stage."""
+    return _images(_scenes(seeds, levels))
+
+
+def question_batch(
+    seeds: Sequence[int], levels: Sequence[int] | None = None, mix: dict[str, int] | int | None = None
+) -> Batch:
+    """Images with their questions; `mix` as in `questions_576.questions`, by default `MIX`."""
+    scenes = _scenes(seeds, levels)
+    batch = _images(scenes)
+    batch.questions = [questions(scene, MIX if mix is None else mix) for scene in scenes]
+    _pack(batch, [[encode(question) for question in asked] for asked in batch.questions])
+    return batch
+
+
+def _scenes(seeds: Sequence[int], levels: Sequence[int] | None) -> list[Scene]:
+    if levels is None:
+        return [make_scene(seed) for seed in seeds]
+    return [make_scene(seed, level) for seed, level in zip(seeds, levels, strict=True)]
+
+
+# What patches show
+
+
+def _images(scenes: list[Scene]) -> Batch:
+    labels = [patch_labels(scene) for scene in scenes]
+    patches = {name: torch.from_numpy(np.stack([one[name] for one in labels])) for name in labels[0]}
+    pixels = torch.from_numpy(np.stack([pixel_values(scene) for scene in scenes]))
+    return Batch(pixels, patches | {"pixels": patch_pixels(pixels)})
+
+
+def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """What each patch shows: int[576] by name, and "names": which words name something in the scene.
+
+    Details are labelled where they are: a figure on the patches that it covers, dots on the patches of their centres.
+    Patches that an object covers have no texture or ground.
+    """
+    labels = {name: np.zeros((GRID, GRID), np.int64) for name in ("colour", "shape", "pattern", "figure", "dot")}
+    labels |= {name: np.full((GRID, GRID), NONE, np.int64) for name in ("row", "column")}
+    labels |= _ground_labels(scene)
+    present = np.zeros(len(NAMES), np.float32)
+    for thing in scene.things:
+        cover = object_cover(thing)
+        on = cover >= min(COVERED, 0.8 * cover.max())
+        labels["colour"][on] = 1 + INDEX[thing.colour]
+        labels["shape"][on] = 1 + INDEX[thing.shape]
+        labels["pattern"][on] = 1 + INDEX[thing.pattern]
+        labels["column"][on], labels["row"][on] = (int(v // PATCH_SIZE) for v in thing.centre)
+        for value, (x0, y0, x1, y1) in zip(thing.figures or [1] * len(thing.dots), thing.part_boxes, strict=False):
+            if thing.figures:
+                rows, columns = (
+                    (slice(round(a / PATCH_SIZE), max(round(b / PATCH_SIZE), round(a / PATCH_SIZE) + 1)))
+                    for a, b in ((y0, y1), (x0, x1))
+                )
+                labels["figure"][rows, columns] = 1 + value
+            elif thing.dots:
+                labels["dot"][int((y0 + y1) / 2 // PATCH_SIZE), int((x0 + x1) / 2 // PATCH_SIZE)] += 1
+        for name in ("texture", "ground"):
+            labels[name][cover > 0.1] = NONE
+        present[[NAMES.index(thing.colour), NAMES.index(thing.shape)]] = 1
+    for region in scene.regions:
+        present[[NAMES.index(region.texture), NAMES.index(region.colour)]] = 1
+    np.minimum(labels["dot"], 2, out=labels["dot"])
+    return {name: values.reshape(-1) for name, values in labels.items()} | {"names": present}
+
+
+def _ground_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """Texture and colour of the region that holds each patch's middle."""
+    labels = {name: np.zeros((GRID, GRID), np.int64) for name in ("texture", "ground")}
+    for region in scene.regions:
+        x0, y0, x1, y1 = (round(v / PATCH_SIZE) for v in region.box)
+        labels["texture"][y0:y1, x0:x1] = INDEX[region.texture]
+        labels["ground"][y0:y1, x0:x1] = INDEX[region.colour]
+    return labels
+
+
+def object_cover(thing: Thing) -> np.ndarray:
+    """float[24, 24]: the share of each patch that an object's shape covers."""
+    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    x0, y0, x1, y1 = thing.box
+    mask[y0:y1, x0:x1] = shape_576(thing.shape, thing.size)
+    return mask.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean((1, 3))
+
+
+def patch_pixels(pixels: Tensor) -> Tensor:
+    """float[batch, 576, 28]: each patch's brightness in 4 x 4 blocks and colours in 2 x 2."""
+    count = pixels.shape[0]
+
+    def blocks(values: Tensor, side: int) -> Tensor:
+        small = torch.nn.functional.avg_pool2d(values, PATCH_SIZE // side)
+        tiles = small.unfold(2, side, side).unfold(3, side, side)  # batch, channels, rows, columns, side, side
+        return tiles.permute(0, 2, 3, 1, 4, 5).reshape(count, VISUAL_TOKENS, -1)
+
+    return torch.cat([blocks(pixels.mean(1, keepdim=True), BLOCKS), blocks(pixels, 2)], -1)
+
+
+# Text
+
+
+def words(text: str) -> list[str]:
+    """The words of a question as the tokenizer splits it."""
+    return text.lower().replace("?", " ?").replace(",", " ,").split()
+
+
+def encode(question: Question) -> tuple[list[int], list[int]]:
+    """Token ids of "question ASSISTANT:" and of "answer</s>"."""
+    ids = tokenizer().convert_tokens_to_ids
+    return ids([*words(question.text), "assistant:"]), [*ids(question.answer.split()), EOS]
+
+
+def _pack(batch: Batch, texts: list[list[tuple[list[int], list[int]]]]) -> None:
+    """Fill ids, positions, segments, labels and the mask of a batch."""
+    length = PREFIX + max(sum(len(p) + len(a) - 1 for p, a in image) for image in texts)
+    shape = (len(texts), length)
+    ids, positions = np.full(shape, PAD), np.zeros(shape, np.int64)
+    segments, labels = np.full(shape, -1), np.full(shape, NONE)
+    ids[:, :PREFIX] = [BOS, tokenizer().convert_tokens_to_ids("user:"), *[IMAGE] * VISUAL_TOKENS]
+    positions[:, :PREFIX] = range(PREFIX)
+    segments[:, :PREFIX] = 0
+    for b, image in enumerate(texts):
+        start = PREFIX
+        for number, (prompt, answer) in enumerate(image, 1):
+            tokens = prompt + answer[:-1]
+            stop = start + len(tokens)
+            ids[b, start:stop] = tokens
+            positions[b, start:stop] = np.arange(PREFIX, PREFIX + len(tokens))
+            segments[b, start:stop] = number
+            labels[b, stop - len(answer) : stop] = answer
+            start = stop
+    batch.input_ids, batch.positions, batch.segments, batch.labels = map(
+        torch.from_numpy, (ids, positions, segments, labels)
+    )
+    batch.mask = text_rows_mask(batch.segments)
+
+
+def text_rows_mask(segments: Tensor) -> Tensor:
+    """bool[batch, 1, text, length]: a question sees the prefix and, causally, itself."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[PREFIX:]
+    same = segments[:, PREFIX:, None] == segments[:, None, :]
+    return ((same | (segments == 0)[:, None, :]) & causal)[:, None]
+
+
+# A thread that makes batches ahead
+
+
+def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 3) -> Iterator[Batch]:
+    """The batches of these steps, made by a thread; an exception in the thread is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(item: object) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in steps:
+                put(make(step))
+                if stop.is_set():
+                    return
+        except BaseException as error:  # handed to the consumer: a silent end would hang it
+            put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()

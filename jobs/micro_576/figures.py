@@ -1,0 +1,39 @@
+"""Figures of a model that boxes are needed for: they measure, and teach nothing."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from jobs.micro_576.batches import PREFIX, Batch
+from jobs.micro_576.losses import auc
+from lit_prune.data.regions import regions
+from lit_prune.micro.questions_576 import Question
+from lit_prune.micro.scenes_576 import GRID, IMAGE_SIZE
+
+ASKED = 0.3  # share of a patch that a box covers from which the patch is asked about
+
+
+def asked_patches(question: Question) -> Tensor:
+    """bool[576]: the patches of what a question asks about; the best-covered one of a box that covers none by 0.3."""
+    cover = regions(question.boxes, GRID, IMAGE_SIZE)
+    best = cover.amax(1, keepdim=True) if len(cover) else cover
+    return (cover >= torch.clamp(best, max=ASKED)).any(0)
+
+
+@torch.no_grad()
+def word_auc(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch) -> list[float]:
+    """For each question with boxes: how well its words' largest cosine finds the patches asked about, 0.5 by chance."""
+    embeddings = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
+    cosines = F.normalize(visual.float(), dim=-1) @ embeddings.T
+    found = []
+    for b, asked in enumerate(batch.questions):
+        for number, question in enumerate(asked, 1):
+            wanted = asked_patches(question)
+            if not wanted.any() or wanted.all():
+                continue
+            own = batch.segments[b, PREFIX:] == number
+            answer = int((batch.labels[b, PREFIX:][own] >= 0).sum()) - 1  # answer tokens among the question's
+            tokens = batch.input_ids[b, PREFIX:][own]
+            found.append(auc(cosines[b][:, tokens[: len(tokens) - answer]].amax(-1), wanted))
+    return found
