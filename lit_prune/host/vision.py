@@ -285,7 +285,7 @@ class TowerHost:
             return
         tiles = torch.ones_like(state.present())
         final, taps = state.real.sum(1), self.tower.taps
-        rows = sum(state.merged, final * (1 + len(taps) - len(state.merged))) / (1 + len(taps))
+        rows = sum(state.merged, final * (1 + len(taps) - len(state.merged))).double() / (1 + len(taps))
         # transformers runs the layers behind the features too; they see no fewer tokens than the features have.
         record.trace.tower = TowerTrace(
             patches=state.entered.to(tiles),
