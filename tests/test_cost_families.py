@@ -266,12 +266,13 @@ def test_pruned_prefill(family, kind):
     assert counted == found
 
 
-@pytest.mark.parametrize("name", [FIXED, CROPPED[0]])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_pruned_tower(name):
     """A method inside the tower, over all crops of two images: fewer tokens in its last layers and the projector."""
     torch.manual_seed(0)
     config = shrunk(name)
-    config.vision_feature_layer = -2
+    if name in (FIXED, CROPPED[0]):
+        config.vision_feature_layer = -2
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     vlm = VLM(model, None).attach(VisionZip(), keep=20)
     inputs, record = prompt(name, config, SIZES), Record()
@@ -280,10 +281,16 @@ def test_pruned_tower(name):
     parts = price(record.trace, vlm.size, vlm.plugin.pruner)
     total = sum(image_load(config, *size).visual for size in SIZES)
     full = price(plan({}, total, TEXT, 4), vlm.size)
-    assert as_counted(parts) == found
+    counted = as_counted(parts)
+    if name in (TILED, *GRIDS):  # the stage runs while the tower does, so PyTorch counts it there, with its padding
+        decided = (parts["scoring"] + parts["pruner"]).item()
+        assert 0 < found["vision"] - counted["vision"] < 2 * decided
+        counted["vision"] = found["vision"]
+    assert counted == found
     ran = record.trace.tower
-    planned = tower_trace(config, vlm.plugin.pruner, 20, int(ran.patches.sum()))
-    assert torch.equal(torch.stack(ran.tokens), torch.stack(planned.tokens))
-    assert torch.equal(ran.projected, planned.projected)
+    if name not in GRIDS:  # whose images differ
+        planned = tower_trace(config, vlm.plugin.pruner, 20, int(ran.patches.sum()))
+        assert torch.equal(torch.stack(ran.tokens), torch.stack(planned.tokens))
+        assert torch.equal(ran.projected, planned.projected)
     assert parts["scoring"] > 0
     assert found["projector"] < 0.7 * full["projector"]

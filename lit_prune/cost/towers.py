@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_prune.cost.shapes import Config
+from lit_prune.cost.sizes import TOWERS
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.ops.budget import Budget, tokens
@@ -26,7 +27,8 @@ class TowerSize:
 
     `features` layers of `layers` lead to what the projector gets; `prefix` tokens (the class token) precede the patches
     of a tile, which become `side` x `side` visual tokens, each out of `merge` x `merge` patches; an image has nominally
-    `tiles` tiles: that of LLaVA-NeXT and four crops. Where images keep their own size, `side` is that of a usual one.
+    `tiles` tiles: the whole image and four crops where the model cuts it up. Where images keep their own size, `side`
+    is that of a usual one.
     """
 
     layers: int
@@ -76,9 +78,9 @@ def tower_size(config: Config) -> TowerSize:
     return TowerSize(
         layers=layers,
         features=max(features),
-        prefix=int(getattr(vision, "model_type", "") == "clip_vision_model"),
+        prefix=TOWERS.get(getattr(vision, "model_type", ""), (0, 2))[0],
         side=max(1, image // (patch * merge)),
-        tiles=5 if getattr(config, "image_grid_pinpoints", None) else 1,
+        tiles=5 if getattr(config, "image_grid_pinpoints", None) or hasattr(config, "downsample_ratio") else 1,
         merge=merge,
     )
 
@@ -118,7 +120,8 @@ def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: in
     tiles, leaving = max(1, patches // (full * members)), pruner.leaving(size.share(keep, full), full)
     schedule = method.vision_schedule(leaving, full, size.features)
     now = full if _own_size(config) else method.image_side(leaving, size.side) ** 2
-    lengths, scored, rated, stages = [], 0, 0, []
+    lengths, scored, rated, stages, merged = [], 0, 0, [], []
+    taps = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
     entered, one = now, torch.ones(tiles, dtype=torch.long)
     for layer in range(size.features + 1):
         if layer == size.features:  # the layers behind the features run too, before the stage there
@@ -129,9 +132,11 @@ def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: in
                 rated += now * members + size.prefix
             stages.append((one * now, one * schedule[layer]))
             now = schedule[layer]
+        merged += [now] * (layer in taps and layer + 1 < size.layers)
         if layer < size.features:
             lengths.append(torch.full((tiles,), now * members + size.prefix))
-    ends = (entered * members, now, scored, rated)
+    rows = (sum(merged) + now * (1 + len(taps) - len(merged))) / (1 + len(taps)) if taps else now
+    ends = (entered * members, rows, scored, rated)
     patches_in, projected, scored_all, rated_all = (one * end for end in ends)
     return TowerTrace(patches_in, lengths, projected, scored_all, rated_all, stages, unit=members)
 

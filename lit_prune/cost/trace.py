@@ -73,7 +73,7 @@ class TowerTrace:
 
     patches: Int[Tensor, " tiles"]
     tokens: list[Int[Tensor, " tiles"]]
-    projected: Int[Tensor, " tiles"]
+    projected: Num[Tensor, " tiles"]
     scored: Int[Tensor, " tiles"]
     rated: Int[Tensor, " tiles"]
     stages: list[tuple[Int[Tensor, " tiles"], Int[Tensor, " tiles"]]] = field(default_factory=list)

@@ -81,9 +81,6 @@ class TowerHost:
             if index + 1 in self.schedule and not tower.clip_like:
                 for kind, part in attention_of(layer)[1].items():
                     yield part.register_forward_hook(partial(self._see, kind))
-        for module in tower.between:
-            yield module.register_forward_pre_hook(self._enter_between)
-            yield module.register_forward_hook(self._leave_between)
         for module in tower.tail:
             yield module.register_forward_pre_hook(self._enter_tail)
             yield module.register_forward_hook(self._leave_tail)
@@ -113,6 +110,8 @@ class TowerHost:
             return None
         name = next(iter(parameters(type(module).forward).keys() - {"self"}), None) if not args else None
         hidden, rest = (args[0], args[1:]) if args else (kwargs[name], ())
+        if state.tapped:
+            hidden, state.tapped = state.again(hidden), False
         if index == 0:
             rope = kwargs.get("position_embeddings")
             begin(state, self.tower, hidden, rope, self.orders, self.side)
@@ -240,17 +239,21 @@ class TowerHost:
         if state is None or state.left:
             return None
         state.past.append(None if state.columns is None else (state.columns, state.there))
+        hidden = output[0] if isinstance(output, tuple) else output
+        if index in self.tower.taps and index + 1 < len(self.tower.layers):
+            state.merged.append(state.real.sum(1))
+            if state.columns is None:
+                return None
+            state.tapped, whole = True, state.whole(hidden)
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
         if index + 1 < len(self.tower.layers) or state.late:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
         if self.tower.size.features in self.schedule:
             hidden = self._stage(self.tower.size.features, hidden, state)
         self._note(state)
         if state.columns is None:
             return None
-        state.left, flat = True, hidden.ndim == 2
-        hidden = state.back(hidden[None] if flat else hidden)
-        state.final = hidden[0] if flat else hidden
+        state.left, state.final = True, state.whole(hidden)
         return (state.final, *output[1:]) if isinstance(output, tuple) else state.final
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
@@ -281,11 +284,13 @@ class TowerHost:
         if record is None or record.trace.tower is not None:
             return
         tiles = torch.ones_like(state.present())
+        final, taps = state.real.sum(1), self.tower.taps
+        rows = sum(state.merged, final * (1 + len(taps) - len(state.merged))).double() / (1 + len(taps))
         # transformers runs the layers behind the features too; they see no fewer tokens than the features have.
         record.trace.tower = TowerTrace(
             patches=state.entered.to(tiles),
             tokens=state.lengths,
-            projected=state.real.sum(1),
+            projected=rows if taps else final,
             scored=tiles * state.scored,
             rated=tiles * state.rated,
             stages=state.stages,
@@ -295,25 +300,11 @@ class TowerHost:
 
     # -- what follows -------------------------------------------------------------------------------------------
 
-    def _enter_between(self, module: nn.Module, args: tuple):
-        """Features that a merger takes from between two layers get all rows too."""
-        state = self.current
-        if state is None or state.left or state.columns is None:
-            return None
-        features = args[0]
-        state.left = True
-        whole = state.back(features[None] if features.ndim == 2 else features)
-        return (whole[0] if features.ndim == 2 else whole, *args[1:])
-
-    def _leave_between(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.current is not None and len(self.current.past) < len(self.tower.layers):
-            self.current.left = False
-
     def _enter_tail(self, module: nn.Module, args: tuple):
-        return tail.enter(module, args) if self.current is not None and self.current.left else None
+        return tail.enter(module, args) if self.current is not None and self.current.marked else None
 
     def _leave_tail(self, module: nn.Module, args: tuple, output: Tensor):
-        return tail.leave(module, args, output) if self.current is not None and self.current.left else None
+        return tail.leave(module, args, output) if self.current is not None and self.current.marked else None
 
     def _arrive(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The features are in the decoder's input: raise `LitPruneError` if none of those dropped is marked there."""

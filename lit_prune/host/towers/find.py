@@ -18,17 +18,17 @@ from lit_prune.host.towers.tail import leaves
 class Tower:
     """The parts of a model that pruning inside its vision tower touches.
 
-    `between` takes features from between two layers, `tail` what follows the last, row by row. `packed`: images stand
-    one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
-    attention inside windows. `masked`: layers take a mask for their keys. `picks`: features are a layer's recorded
-    states. `newline`: put behind each row of crops.
+    `taps`: layers behind which mergers take features too; `tail`: what follows the last, row by row; `packed`: images
+    stand one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
+    attention inside windows; `masked`: layers take a mask for their keys; `picks`: features are a layer's recorded
+    states; `newline`: put behind each row of crops.
     """
 
     size: TowerSize
     module: nn.Module
     layers: nn.ModuleList
     decoder: nn.Module
-    between: tuple[nn.Module, ...]
+    taps: tuple[int, ...]
     tail: tuple[nn.Module, ...]
     patch: int
     packed: bool
@@ -46,17 +46,17 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
     Raises:
         LitPruneError: it has none whose layers are attention over patches, or several.
     """
-    module, layers = _stack(model, decoder)
+    module, layers = vision_tower(model, decoder)
     vision, taken = model.config.vision_config, parameters(type(layers[0]).forward)
-    size, packed = tower_size(model.config), "cu_seqlens" in taken
+    size = tower_size(model.config)
+    packed = "cu_seqlens" in taken or "cu_seqlens" in parameters(type(attention_of(layers[0])[0]).forward)
     if len(layers) != size.layers:
         raise _refused(
             model, f"has {len(layers)} layers in its vision tower, where its configuration says {size.layers}"
         )
     check_tower()
-    base, inside = getattr(model, "model", model), set(layers.modules())
+    base = getattr(model, "model", model)
     _check_tail(model, decoder, module, layers)
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and part not in inside]
     apart = {decoder, layers, model.get_output_embeddings()}
     apart |= {part for part in model.modules() if _another(part, module)}
     tail = tuple(leaves(model, apart))
@@ -66,7 +66,7 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         module=module,
         layers=layers,
         decoder=decoder,
-        between=tuple(item for part in lists for item in part),
+        taps=tuple(getattr(vision, "deepstack_visual_indexes", None) or ()),
         tail=tail,
         patch=first_side(vision.patch_size),
         packed=packed,
@@ -79,7 +79,7 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
     )
 
 
-def _stack(model: nn.Module, decoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def vision_tower(model: nn.Module, decoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that encodes images, and its layers."""
     found = dict(_towers(model, decoder))
     if len(found) > 1:

@@ -80,10 +80,11 @@ def read_again(layer: nn.Module, state: TowerPass, prefix: int, values: bool) ->
     Not every family hands keywords down to its attention function, where queries and keys could be read for free.
     """
     own, normed = layer.self_attn, layer.layer_norm1(state.before)
-    there = torch.ones(normed.shape[:2], dtype=torch.bool, device=normed.device) if state.there is None else state.there
+    there = state.there if prefix else state.patches(normed.shape[:2])
+    there = torch.ones(normed.shape[:2], dtype=torch.bool, device=normed.device) if there is None else there
     keys = own.k_proj(normed)
     query = own.q_proj(normed[:, :1] if prefix else normed)
-    if state.filled and not prefix:
+    if not prefix and not bool(there.all()):
         query = (query * there[..., None]).sum(1) / there.sum(1, keepdim=True)
     else:
         query = query.mean(1)

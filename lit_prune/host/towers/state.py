@@ -48,7 +48,9 @@ class TowerPass:
     rated: Tensor | int = 0  # tokens whose attention they read
     stages: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # units that each stage found and kept
     final: Tensor | None = None  # features behind the last stage, all rows
-    left: bool = False  # features have left the layers, and what follows skips rows of zeros
+    merged: list[Tensor] = field(default_factory=list)  # units of each tile that a merger took from between two layers
+    tapped: bool = False  # the last layer's output has all rows
+    left: bool = False  # features have left the layers
 
     @property
     def members(self) -> int:
@@ -63,6 +65,12 @@ class TowerPass:
     def present(self) -> Int[Tensor, " tiles"]:
         """Rows of each tile that are left."""
         return self.real.sum(1) * self.members + self.others
+
+    def patches(self, shape: tuple[int, int]) -> Bool[Tensor, "samples rows"]:
+        """Rows that are patches of some unit."""
+        found = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=self.rows.device)
+        found[self.rows[self.real].flatten()] = True
+        return found.view(shape)
 
     def units(self, values: Tensor) -> Tensor:
         """Rows of values (rows, ...) of each unit: (tiles, units, members, ...)."""
@@ -98,6 +106,21 @@ class TowerPass:
         self.columns = columns if self.columns is None else self.columns.gather(1, columns)
         self.filled = samples > 1 and not bool(self.there.all())
         return hidden
+
+    @property
+    def marked(self) -> bool:
+        """True once rows of zeros stand for what left."""
+        return self.columns is not None and (self.left or self.tapped)
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """`back`, of states with or without a dimension of samples."""
+        return self.back(hidden[None])[0] if hidden.ndim == 2 else self.back(hidden)
+
+    def again(self, hidden: Tensor) -> Tensor:
+        """The way back from `whole`."""
+        if hidden.ndim == 2:
+            return hidden[self.columns[0]]
+        return selection.gather_rows(hidden, self.columns)
 
     def back(self, hidden: Tensor, columns: Tensor | None = None, there: Tensor | None = None) -> Tensor:
         """All rows of features (samples, left, width), zeros for those that left; at other `columns`, of earlier ones.
