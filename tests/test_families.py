@@ -425,7 +425,7 @@ def test_contenders_of_a_soft_mask_are_those_of_each_image():
     finally:
         spy.remove()
         vlm.detach()
-    columns = seen[0]["lit_prune_forward"].columns[0]
+    columns = seen[0]["lit_prune_forward"].packed.columns[0]
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
     there = torch.isin(visual, columns)
     assert [int(there[:32].sum()), int(there[32:].sum())] == [8, 12]

@@ -113,10 +113,10 @@ def test_the_states_of_dropped_tokens_pass_on_no_gradient_to_speak_of():
     def without(rows: str) -> list[torch.Tensor]:
         def detach(module, args: tuple, kwargs: dict):
             forward = kwargs[FORWARD]
-            if forward.gone is None:
+            if forward.packed.gone is None:
                 return None
-            gone = forward.gone if rows == "dropped" else forward.visual & ~forward.gone
-            cut.append(float(gone.sum() / forward.valid.sum()))
+            gone = forward.packed.gone if rows == "dropped" else forward.packed.visual & ~forward.packed.gone
+            cut.append(float(gone.sum() / forward.packed.valid.sum()))
             return (torch.where(gone[..., None], args[0].detach(), args[0]), *args[1:]), kwargs
 
         handles = [layer.register_forward_pre_hook(detach, with_kwargs=True) for layer in vlm.host.parts.layers]

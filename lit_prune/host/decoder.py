@@ -275,7 +275,7 @@ class DecoderHost:
         if forward is not None:
             self._check_soft(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
-            setattr(cache, CACHE, CacheState.of(cache, real, forward.valid, self.stages, self.counted))
+            setattr(cache, CACHE, CacheState.of(cache, real, forward.packed.valid, self.stages, self.counted))
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
             self._count_tower(module, kwargs, forward)
@@ -315,9 +315,9 @@ class DecoderHost:
                 setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
-            forward.embeds = kwargs["inputs_embeds"]
+            forward.packed.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
-            columns, _ = selection.compact(forward.visual, forward.most_visual)
+            columns, _ = selection.compact(forward.packed.visual, forward.most_visual)
             forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
         return args, kwargs
 
@@ -343,9 +343,9 @@ class DecoderHost:
             forward.essence, forward.pictured = state.essence, state.pictured
         if state.seen and state.counted in state.valid:
             if kwargs.get("position_ids") is None:
-                new = torch.arange(forward.length, device=forward.valid.device) + state.seen
+                new = torch.arange(forward.length, device=forward.packed.valid.device) + state.seen
                 kwargs["position_ids"] = new[None]
-            kwargs["attention_mask"] = torch.cat([state.valid[state.counted], forward.valid], dim=1)
+            kwargs["attention_mask"] = torch.cat([state.valid[state.counted], forward.packed.valid], dim=1)
         state.seen += forward.length
         positions = kwargs.get("position_ids")
         if self.counted is not None and positions is not None and positions.ndim == 3:
@@ -358,10 +358,10 @@ class DecoderHost:
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_answers(output.last_hidden_state)[None]
             return output
-        if forward is None or forward.columns.shape[1] == forward.length:
+        if forward is None or forward.packed.columns.shape[1] == forward.length:
             return None
-        states = output.last_hidden_state * forward.valid[..., None].to(output.last_hidden_state.dtype)
-        output.last_hidden_state = selection.put_rows(states, forward.columns, forward.length)
+        states = output.last_hidden_state * forward.packed.valid[..., None].to(output.last_hidden_state.dtype)
+        output.last_hidden_state = selection.put_rows(states, forward.packed.columns, forward.length)
         return output
 
     def _leave_model(self, module: nn.Module, args: tuple, kwargs: dict, output):

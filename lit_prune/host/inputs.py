@@ -10,7 +10,7 @@ from lit_prune.host.lengths import Lengths
 from lit_prune.host.parts import INPUTS, ModelParts
 from lit_prune.host.plans import Plans
 from lit_prune.host.session import Session
-from lit_prune.host.state import Forward
+from lit_prune.host.state import Attended, Forward, Packed
 
 
 def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real: Tensor | None) -> Forward | None:
@@ -43,17 +43,12 @@ def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real:
     forward = Forward(
         session=session,
         record=record,
-        columns=columns,
-        valid=valid,
-        visual=visual,
-        text=text,
-        answer_mask=answer_mask,
-        ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
+        packed=Packed(columns, valid, visual, text, answer_mask, (visual.long().cumsum(1) - 1).clamp(min=0)),
+        keys=Attended(start=None if real is None else padding(real)),
         seed=_seed(ids, prompt & ~visual),
         total=total,
         pictured=total > 0,
         length=ids.shape[1],
-        start=None if real is None else padding(real),
         counts=plans.counts(totals, separate) if session.prune and any(totals) else {},
     )
     if pictured:
@@ -63,8 +58,8 @@ def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real:
     elif ids.shape[1] == 1:
         forward.most_answers = 1
     if max(images) > 1:
-        forward.image = (starts.long().cumsum(1) - 1).clamp(min=0)
-        forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.image, visual.long())
+        forward.packed.image = (starts.long().cumsum(1) - 1).clamp(min=0)
+        forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.packed.image, visual.long())
     return forward
 
 

@@ -84,7 +84,9 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
-        check_layer_call(module, args, kwargs, forward.columns.shape[1], self._lengths(forward), forward.rope is None)
+        check_layer_call(
+            module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), forward.keys.rope is None
+        )
         forward.reached = True
         if forward.session.idle(index):
             forward.trace_layer(None)
@@ -149,8 +151,8 @@ class Layers:
         own = {name: value for name, value in kwargs.items() if name not in (FORWARD, REQUEST)}
         own["attention_mask"] = None  # causal over the real columns: rows are read so anyway
         if not self.masks.kinds[reader].plain:
-            count, whole = forward.columns.shape[1], forward.slices is None and mask is not None
-            span = Span(forward.valid, forward.columns, count, forward.start, None, whole)
+            count, whole = forward.packed.columns.shape[1], forward.keys.slices is None and mask is not None
+            span = Span(forward.packed.valid, forward.packed.columns, count, forward.keys.start, None, whole)
             own["attention_mask"] = self.masks.of(reader, hidden, span, mask, None)
         return {**dict(zip(names, rest, strict=True)), **own}
 
@@ -165,13 +167,17 @@ class Layers:
         state = forward.cache_state
         past = state.valid.get(index)
         remember(index, forward, 0 if past is None else past.shape[1])
-        columns = forward.columns + (state.seen - forward.length)
+        columns = forward.packed.columns + (state.seen - forward.length)
         if past is None:
-            state.valid[index], state.columns[index], state.first[index] = forward.valid, columns, columns.shape[1]
+            state.valid[index], state.columns[index], state.first[index] = (
+                forward.packed.valid,
+                columns,
+                columns.shape[1],
+            )
         else:
-            state.valid[index] = torch.cat([past, forward.valid], dim=1)
+            state.valid[index] = torch.cat([past, forward.packed.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
-            forward.key_slices = Slices(state.columns[index], state.seen)
+            forward.keys.key_slices = Slices(state.columns[index], state.seen)
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
@@ -182,63 +188,67 @@ class Layers:
             state.essence.update(forward.essence)
             state.pictured = forward.pictured
         if state.start is None:
-            state.start = forward.start
-        if forward.slices is not None or past is not None:
+            state.start = forward.keys.start
+        if forward.keys.slices is not None or past is not None:
             # The decoder's own mask fits the columns of layer 0, so these layers take theirs, also where it is None.
-            whole = past is None and forward.slices is None
+            whole = past is None and forward.keys.slices is None
             keys = (state.valid[index], state.columns[index], state.first[index])
-            forward.enter_span(Span(*keys, state.start, padded, whole))
+            forward.keys.enter(Span(*keys, state.start, padded, whole))
 
     def _cut(
         self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict[str, Any]]:
         """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
         rest, kwargs = self._sliced(forward, rest, kwargs)
-        if forward.span is not None:
+        if forward.keys.span is not None:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
             if not self.reads_positions:
                 kwargs["position_ids"] = None
-            if PADDING in kwargs and forward.length > 1 and forward.span.padded is not False:
-                kwargs[PADDING] = forward.valid.long()
+            if PADDING in kwargs and forward.length > 1 and forward.keys.span.padded is not False:
+                kwargs[PADDING] = forward.packed.valid.long()
         return rest, kwargs
 
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
         """What has a row per token, at the columns that are left."""
         kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
-        if forward.slices is not None:
-            rest = forward.slices.of(tuple(rest))
-            kwargs = {name: value if name in kept else forward.slices.of(value) for name, value in kwargs.items()}
-        if forward.key_slices is not None:
-            kwargs = {name: value if name in kept else forward.key_slices.of(value) for name, value in kwargs.items()}
-        if forward.rope is not None:
-            kwargs["position_embeddings"] = forward.rope
+        if forward.keys.slices is not None:
+            rest = forward.keys.slices.of(tuple(rest))
+            kwargs = {name: value if name in kept else forward.keys.slices.of(value) for name, value in kwargs.items()}
+        if forward.keys.key_slices is not None:
+            kwargs = {
+                name: value if name in kept else forward.keys.key_slices.of(value) for name, value in kwargs.items()
+            }
+        if forward.keys.rope is not None:
+            kwargs["position_embeddings"] = forward.keys.rope
         return rest, kwargs
 
     def _mask(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> Any:
         """The mask of a layer, built once for all layers of its kind between two stages."""
         kind = self.masks.kinds[index]
-        if kind not in forward.masks:
-            by_bias = forward.cache_state is None and forward.key_bias is not None
-            forward.masks[kind] = self.masks.of(
-                index, hidden, forward.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
+        if kind not in forward.keys.masks:
+            by_bias = forward.cache_state is None and forward.packed.key_bias is not None
+            forward.keys.masks[kind] = self.masks.of(
+                index, hidden, forward.keys.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
             )
-        return forward.masks[kind]
+        return forward.keys.masks[kind]
 
     def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
         """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
-        forward.watched, tap = None, None
+        forward.keys.watched, tap = None, None
         limited = not self.masks.kinds[index].plain
         if forward.counts and (stage := self.tapped.get(index)) is not None:
             rows, mask = self.runner.rows(forward, stage)
             cache = cache_of(kwargs)
             past = 0 if cache is None else int(cache.get_seq_length(index))
-            tap = forward.taps[stage] = Tap(rows, mask, forward.valid, past, limited)
+            tap = forward.keys.taps[stage] = Tap(rows, mask, forward.packed.valid, past, limited)
         if index in forward.session.watch and forward.record is not None and forward.grid:
-            forward.watched = Tap(*selection.compact(forward.text, forward.most_text), forward.valid, limited=limited)
-        if forward.key_bias is not None and self.masks.config._attn_implementation == "eager":
+            forward.keys.watched = Tap(
+                *selection.compact(forward.packed.text, forward.most_text), forward.packed.valid, limited=limited
+            )
+        if forward.packed.key_bias is not None and self.masks.config._attn_implementation == "eager":
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
-        asked = (forward.key_bias, tap, forward.past_bias, forward.watched)
+        asked = (forward.packed.key_bias, tap, forward.keys.past_bias, forward.keys.watched)
         if any(part is not None for part in asked):
             kwargs[REQUEST] = Request(*asked)
 
@@ -263,16 +273,18 @@ class Layers:
     def _leave(self, index: int, output: Tensor, forward: Forward) -> Tensor:
         """A layer's states, repaired, and what a caller wants to know of them."""
         if forward.session.idle(index):
-            return stretched(output, forward.columns.shape[1])
+            return stretched(output, forward.packed.columns.shape[1])
         before = mean_stream(output, self.width)
         after = self._repair(index, before, forward)
         repaired = output if after is before else gained(output, before, after)
         record = forward.record
         if record is not None and record.keeps(index):
             record.hidden[index] = forward.at_answers(after)
-        if record is not None and index in forward.session.watch and forward.watched is not None:
-            columns, real = selection.compact(forward.visual, forward.most_visual)
-            record.attention[index] = forward.on_grid(forward.watched.scores.gather(1, columns), columns, real, 0.0)
+        if record is not None and index in forward.session.watch and forward.keys.watched is not None:
+            columns, real = selection.compact(forward.packed.visual, forward.most_visual)
+            record.attention[index] = forward.on_grid(
+                forward.keys.watched.scores.gather(1, columns), columns, real, 0.0
+            )
         return repaired
 
     def _repair(self, index: int, output: Tensor, forward: Forward) -> Tensor:
@@ -282,7 +294,7 @@ class Layers:
         essence = forward.essence.get(stage)
         if essence is None:
             return output
-        answer_mask = forward.answer_mask & forward.pictured[:, None]
+        answer_mask = forward.packed.answer_mask & forward.pictured[:, None]
         if forward.record is not None and forward.counts:
             trace = forward.record.trace
             trace.repaired = answer_mask.sum(1)

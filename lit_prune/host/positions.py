@@ -31,8 +31,8 @@ class Renumbering:
 
     def enter(self, forward: Forward, kwargs: dict) -> None:
         """Take the position ids that the decoder gave its layers, before the first stage changes any."""
-        if forward.positions is None:
-            forward.positions = kwargs["position_ids"].expand(forward.columns.shape[0], -1)
+        if forward.packed.positions is None:
+            forward.packed.positions = kwargs["position_ids"].expand(forward.packed.columns.shape[0], -1)
 
     def leave(self, index: int, hidden: Tensor, forward: Forward) -> None:
         """Give the layers from `index` on, a stage's, the embeddings of the new numbers, if any token has left."""
@@ -40,7 +40,9 @@ class Renumbering:
         past = None if state is None else state.removed.get(index)
         if removed is None and past is None:
             return
-        forward.rope = self.rotary(hidden, forward.positions if past is None else forward.positions - past[:, None])
+        forward.keys.rope = self.rotary(
+            hidden, forward.packed.positions if past is None else forward.packed.positions - past[:, None]
+        )
         if removed is not None and state is not None:
             state.removed[index] = removed if past is None else past + removed
 

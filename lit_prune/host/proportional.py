@@ -33,13 +33,13 @@ class ProportionalAttention:
         columns, dead = selected.columns, selected.dead
         states = selection.gather_rows(hidden, columns)
         known = (
-            torch.ones(forward.valid.shape, device=hidden.device)
-            if forward.token_sizes is None
-            else forward.token_sizes
+            torch.ones(forward.packed.valid.shape, device=hidden.device)
+            if forward.packed.token_sizes is None
+            else forward.packed.token_sizes
         )
         before = known
         if dead is not None:
-            arrived = forward.visual & ~dead
+            arrived = forward.packed.visual & ~dead
             each = forward.total / arrived.sum(1).clamp(min=1)
             before = torch.where(arrived, each[:, None], known)
         most = None if forward.session.soft else forward.most_visual
@@ -57,8 +57,8 @@ class ProportionalAttention:
 @torch.no_grad()
 def merged(selected: Selected, forward: Forward) -> None:
     """Take the sizes that a merging method gave its kept tokens."""
-    ones = torch.ones(forward.valid.shape, device=forward.valid.device)
-    known = ones if forward.token_sizes is None else forward.token_sizes
+    ones = torch.ones(forward.packed.valid.shape, device=forward.packed.valid.device)
+    known = ones if forward.packed.token_sizes is None else forward.packed.token_sizes
     given = torch.where(selected.alive, selected.kept.sizes.float(), known.gather(1, selected.columns))
     _grow(known.scatter(1, selected.columns, given), known, forward)
 
@@ -67,19 +67,19 @@ def remember(index: int, forward: Forward, past: int) -> None:
     """Bias of the `past` cached keys of the layers from `index` on, and what later forwards find there."""
     state = forward.cache_state
     cached = state.bias.get(index)
-    if cached is None and forward.token_sizes is None:
+    if cached is None and forward.packed.token_sizes is None:
         return
-    if forward.key_bias is not None and past:
-        cached = forward.key_bias.new_zeros(len(forward.valid), 0) if cached is None else cached
+    if forward.packed.key_bias is not None and past:
+        cached = forward.packed.key_bias.new_zeros(len(forward.packed.valid), 0) if cached is None else cached
         cached = pad(cached, (0, past - cached.shape[1]))
-    forward.past_bias = cached
-    if forward.token_sizes is not None:
-        own = forward.token_sizes.log()
+    forward.keys.past_bias = cached
+    if forward.packed.token_sizes is not None:
+        own = forward.packed.token_sizes.log()
         state.bias[index] = own if cached is None else torch.cat([cached, own], dim=1)
 
 
 def _grow(sizes: Float[Tensor, "batch columns"], known: Float[Tensor, "batch columns"], forward: Forward) -> None:
     """Set the columns' sizes, and add what log(size) gained to the bias of their keys."""
-    forward.token_sizes = sizes
+    forward.packed.token_sizes = sizes
     gained = sizes.log() - known.log()
-    forward.key_bias = gained if forward.key_bias is None else forward.key_bias + gained
+    forward.packed.key_bias = gained if forward.packed.key_bias is None else forward.packed.key_bias + gained

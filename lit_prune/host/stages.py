@@ -74,11 +74,11 @@ class Stages:
         """
         stage = self.layers.index(index)
         # 1. Find the visual columns; those that the vision tower dropped arrive at the first stage as marks.
-        columns, real = selection.compact(forward.visual, forward.most_visual)
+        columns, real = selection.compact(forward.packed.visual, forward.most_visual)
         dead = None
         if stage == 0 and self.tower is not None:
-            dead = forward.visual & absent(hidden, self.tower.newline)
-            forward.gone = dead
+            dead = forward.packed.visual & absent(hidden, self.tower.newline)
+            forward.packed.gone = dead
         alive = forward.alive.gather(1, columns) & real
         # 2. Read the frozen layer: its normed input, and the attention rows and keys that the method asked for.
         norm, states = pre_norm(module), mean_stream(hidden, self.width)
@@ -117,13 +117,15 @@ class Stages:
         if asked is None:
             return Read(keys=keys)
         if asked.layer == "previous":
-            return Read(forward.taps[stage].scores, keys=keys)
+            return Read(forward.keys.taps[stage].scores, keys=keys)
         columns, real = rows
         with torch.no_grad():
             own = own_rows(handed, hidden, normed, columns)
             limits = mask_rows(own.mask, columns, 0, own.key.shape[2])
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
-            each = row_attention(own.query, own.key, columns, forward.valid, own.scaling, forward.key_bias, limits)
+            each = row_attention(
+                own.query, own.key, columns, forward.packed.valid, own.scaling, forward.packed.key_bias, limits
+            )
             return Read(row_mean(each, real), each if asked.each else None, keys)
 
     def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
@@ -141,11 +143,11 @@ class Stages:
             stage=self.walk[stage].index,
             visual=visual(normed),
             alive=seen.alive,
-            ordinal=forward.ordinal.gather(1, columns) * seen.real,
+            ordinal=forward.packed.ordinal.gather(1, columns) * seen.real,
             text=text(normed),
             text_mask=row_mask,
-            visual_embeds=visual(forward.embeds),
-            text_embeds=text(forward.embeds),
+            visual_embeds=visual(forward.packed.embeds),
+            text_embeds=text(forward.packed.embeds),
             attention=None if read.attention is None else read.attention.gather(1, columns),
             count=on_device(forward.counts[self.layers[stage]], hidden.device),
             total=forward.total,
@@ -192,16 +194,16 @@ class Stages:
 
     def _apply(self, hidden: Tensor, selected: Selected, forward: Forward) -> Tensor:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
-        leaving = dropped = selected.dropped(forward.valid)
+        leaving = dropped = selected.dropped(forward.packed.valid)
         self._add_bias(selected, forward)
         # In soft training nothing leaves, unless it has no chance to come back.
         if forward.session.soft:
-            forward.gone = dropped if forward.gone is None else forward.gone | dropped
+            forward.packed.gone = dropped if forward.packed.gone is None else forward.packed.gone | dropped
             dropped = self._hopeless(selected, forward)
         dead = selected.dead
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
             dropped, leaving = dead if dropped is None else dropped | dead, leaving | dead
-            forward.gone = forward.gone if forward.session.soft else None
+            forward.packed.gone = forward.packed.gone if forward.session.soft else None
         there = dropped is not None and forward.shorten(dropped, selected.exact)
         if not there and not forward.session.soft:
             return hidden
@@ -222,11 +224,13 @@ class Stages:
 
         A mask of booleans, where there is one, becomes a float mask of seq x seq in every layer, which autograd keeps.
         """
-        if forward.key_bias is not None:
-            forward.key_bias = forward.key_bias.masked_fill(~forward.valid, HIDDEN)
-        whole = forward.slices is None
-        count = forward.columns.shape[1]
-        forward.enter_span(Span(forward.valid, forward.columns, count, forward.start, forward.padded, whole))
+        if forward.packed.key_bias is not None:
+            forward.packed.key_bias = forward.packed.key_bias.masked_fill(~forward.packed.valid, HIDDEN)
+        whole = forward.keys.slices is None
+        count = forward.packed.columns.shape[1]
+        forward.keys.enter(
+            Span(forward.packed.valid, forward.packed.columns, count, forward.keys.start, forward.padded, whole)
+        )
 
     @staticmethod
     def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
@@ -239,7 +243,7 @@ class Stages:
             kept_here = images.spread(images.sum(kept.mask.long()))
         most = (kept_here * forward.session.contenders).ceil()
         far = alive & ~kept.mask & (selection.rank(kept.scores.detach(), alive, images) >= most)
-        return torch.zeros_like(forward.valid).scatter(1, selected.columns, far)
+        return torch.zeros_like(forward.packed.valid).scatter(1, selected.columns, far)
 
     @staticmethod
     def _add_bias(selected: Selected, forward: Forward) -> None:
@@ -253,9 +257,9 @@ class Stages:
         if forward.session.gate_clip is not None:
             gate = selection.clip_gradient(gate, forward.session.gate_clip)
         bias = selection.log_gate(gate, forward.session.eps) * selected.alive
-        zeros = torch.zeros(forward.valid.shape, dtype=bias.dtype, device=bias.device)
+        zeros = torch.zeros(forward.packed.valid.shape, dtype=bias.dtype, device=bias.device)
         bias = zeros.scatter_add(1, selected.columns, bias * selected.real)
-        forward.key_bias = bias if forward.key_bias is None else forward.key_bias + bias
+        forward.packed.key_bias = bias if forward.packed.key_bias is None else forward.packed.key_bias + bias
 
     def reads(self, stage: int) -> AttentionRows | None:
         """Attention rows that the pruner of a stage asked for."""
@@ -265,9 +269,11 @@ class Stages:
         """Columns whose attention the pruner asked for at a stage, and which of them are real."""
         asked = self.reads(stage)
         if asked is None or asked.rows == "question":
-            return selection.compact(forward.text, forward.most_text)
-        last = forward.text.flip(1).long().cumsum(1).flip(1) == 1
-        return selection.compact(forward.text & last, None if forward.most_text is None else min(1, forward.most_text))
+            return selection.compact(forward.packed.text, forward.most_text)
+        last = forward.packed.text.flip(1).long().cumsum(1).flip(1) == 1
+        return selection.compact(
+            forward.packed.text & last, None if forward.most_text is None else min(1, forward.most_text)
+        )
 
 
 def _per_row(hints: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

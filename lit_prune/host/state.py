@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lit_prune.cost.trace import StageTrace
@@ -45,67 +45,127 @@ class Selected:
 
 
 @dataclass
+class Packed:
+    """What a forward has for each column that is present, packed along with the states.
+
+    `columns`: where each stood at the start; `valid`: no padding or filler; `visual`, `text`: an image's token, one of
+    the question; `answer_mask`: predicts an answer's token; `ordinal`: its place among the sample's visual tokens.
+    `image`: number of its image, where some sample has several. `positions`: where tokens are numbered anew, position
+    ids less those that left in front. `gone`: soft mode, pruned so far. `token_sizes`: tokens that it stands for, where
+    attention is proportional or a method merges. `key_bias`: what is added to the logits of attention to it. `embeds`:
+    its embedding, where a method asks for it.
+    """
+
+    columns: Int[Tensor, "batch columns"]
+    valid: Bool[Tensor, "batch columns"]
+    visual: Bool[Tensor, "batch columns"]
+    text: Bool[Tensor, "batch columns"]
+    answer_mask: Bool[Tensor, "batch columns"]
+    ordinal: Int[Tensor, "batch columns"]
+    image: Int[Tensor, "batch columns"] | None = None
+    positions: Int[Tensor, "batch columns"] | None = None
+    gone: Bool[Tensor, "batch columns"] | None = None
+    token_sizes: Float[Tensor, "batch columns"] | None = None
+    key_bias: Float[Tensor, "batch columns"] | None = None
+    embeds: Float[Tensor, "batch columns width"] | None = None
+
+    def pack(self, dropped: Bool[Tensor, "batch columns"], most: int | None) -> Int[Tensor, "batch left"]:
+        """Leave out the `dropped` columns and all padding; returns the columns that stay.
+
+        `most`: how many the fullest sample keeps; None: the device is asked.
+        """
+        left, real = selection.pack(self.valid & ~dropped, most)
+        for name in ("visual", "text", "answer_mask"):
+            setattr(self, name, getattr(self, name).gather(1, left) & real)
+        self.valid = real
+        for name in ("columns", "ordinal", "image", "positions", "gone", "token_sizes", "key_bias"):
+            values = getattr(self, name)
+            setattr(self, name, None if values is None else values.gather(1, left))
+        if self.embeds is not None:
+            self.embeds = selection.gather_rows(self.embeds, left)
+        return left
+
+
+@dataclass
+class Attended:
+    """What the layers from the last stage on attend to, and what is read of their attention.
+
+    `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by kind of layer. `past_bias`: what is
+    added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have left, `key_slices`
+    what has a row per key, cached ones included. `rope`: where tokens are numbered anew. `start`: padding to the left
+    of each sample; None: there is none. `taps`: attention rows by the stage that reads them; `watched`: those that a
+    caller wants of the layer that runs now.
+    """
+
+    span: Span | None = None
+    masks: dict[Kind, Any] = field(default_factory=dict)
+    past_bias: Float[Tensor, "batch past"] | None = None
+    slices: Slices | None = None
+    key_slices: Slices | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    start: Int[Tensor, " batch"] | None = None
+    taps: dict[int, Tap] = field(default_factory=dict)
+    watched: Tap | None = None
+
+    def enter(self, span: Span) -> None:
+        """Layers from here on attend to these keys."""
+        self.span, self.masks = span, {}
+
+
+@dataclass
 class Forward:
-    """One language-model forward as the hooks see it; flags are (batch, columns now), packed along with the states."""
+    """One language-model forward as the hooks see it.
+
+    `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
+    visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
+    `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
+    are numbered anew, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
+    tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers.
+    """
 
     session: Session
-    columns: Tensor  # original column of each present one
-    valid: Tensor
-    visual: Tensor
-    text: Tensor
-    answer_mask: Tensor
-    ordinal: Tensor
-    seed: Tensor
-    total: Tensor
-    pictured: Tensor
+    packed: Packed
+    keys: Attended
+    seed: Int[Tensor, " batch"]
+    total: Int[Tensor, " batch"]
+    pictured: Bool[Tensor, " batch"]
     length: int
-    image: Tensor | None = None  # number of the image of each column, where some sample has several
-    sizes: Tensor | None = None  # (batch, images) visual tokens of each image at the start
+    sizes: Int[Tensor, "batch images"] | None = None
     record: Record | None = None
-    counts: dict[int, list[int]] = field(default_factory=dict)  # {pruning layer: kept per sample}; empty: no stages
-    counter: Counter | None = None  # of a tower's FLOPs, while that runs
-    reached: bool = False  # it has come down to the decoder's layers
-    grid: int = 0  # visual tokens of the sample that has most, at the start
-    lengths: Lengths | None = None  # None: only the device knows
+    counts: dict[int, list[int]] = field(default_factory=dict)
+    grid: int = 0
+    lengths: Lengths | None = None
     most_answers: int | None = None
-    all_answers: int | None = None  # positions of all samples
+    all_answers: int | None = None
     most_text: int | None = None
     cache_state: CacheState | None = None
-    embeds: Tensor | None = None
-    start: Tensor | None = None  # padding to the left of each sample; None: there is none
-    rope: tuple[Tensor, Tensor] | None = None  # where tokens are numbered anew
-    slices: Slices | None = None  # cuts what layers are handed, once columns have left
-    key_slices: Slices | None = None  # cuts what has a row per key, cached ones included
-    span: Span | None = None  # keys of the layers from the last stage on; None: as the decoder thinks
-    masks: dict[Kind, Any] = field(default_factory=dict)  # those of this span, by kind of layer
-    positions: Tensor | None = None  # where tokens are numbered anew: position ids, less those that left in front
-    removed: Tensor | None = None  # and how many have left of each sample
-    key_bias: Tensor | None = None
-    past_bias: Tensor | None = None  # that of the cached keys
-    token_sizes: Tensor | None = None  # with proportional attention: tokens that each column stands for
-    gone: Tensor | None = None  # soft mode: visual columns pruned so far
-    watched: Tap | None = None  # of the layer that runs now
-    taps: dict[int, Tap] = field(default_factory=dict)  # by the stage that reads it
+    removed: Int[Tensor, " batch"] | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
-    cumulative: Tensor | None = None  # (batch, N) gate on the image's grid
+    cumulative: Float[Tensor, "batch grid"] | None = None
+    counter: Counter | None = None
+    reached: bool = False
 
     def on_grid(self, values: Tensor, columns: Tensor, real: Tensor, fill: float) -> Tensor:
         """Values of visual columns on the image's grid of N tokens, `fill` elsewhere."""
         width = self.grid
-        place = self.ordinal.gather(1, columns).masked_fill(~real, width)
+        place = self.packed.ordinal.gather(1, columns).masked_fill(~real, width)
         grid = torch.full((values.shape[0], width + 1), fill, dtype=values.dtype, device=values.device)
         return grid.scatter(1, place, values)[:, :width]
 
     def images(self, columns: Tensor, real: Tensor) -> selection.Images | None:
         """The images of some visual columns, where some sample has several."""
-        if self.image is None:
+        if self.packed.image is None:
             return None
-        return selection.Images(self.image.gather(1, columns) * real, self.sizes)
+        return selection.Images(self.packed.image.gather(1, columns) * real, self.sizes)
 
     @property
     def alive(self) -> Tensor:
         """Visual columns that no stage has pruned."""
-        return self.visual & self.valid if self.gone is None else self.visual & self.valid & ~self.gone
+        return (
+            self.packed.visual & self.packed.valid
+            if self.packed.gone is None
+            else self.packed.visual & self.packed.valid & ~self.packed.gone
+        )
 
     @property
     def most_visual(self) -> int | None:
@@ -115,13 +175,13 @@ class Forward:
     @property
     def padded(self) -> bool | None:
         """Whether there is padding or filler among the columns, if known."""
-        return None if self.lengths is None else min(self.lengths.valid) < self.columns.shape[1]
+        return None if self.lengths is None else min(self.lengths.valid) < self.packed.columns.shape[1]
 
     def at_answers(self, values: Tensor) -> Tensor:
         """Values (batch, columns, ...) of the positions that predict answer tokens, row by row over the batch."""
         if self.all_answers is None:
-            return values[self.answer_mask]
-        rows = (~self.answer_mask).flatten().to(torch.uint8).argsort(stable=True)[: self.all_answers]
+            return values[self.packed.answer_mask]
+        rows = (~self.packed.answer_mask).flatten().to(torch.uint8).argsort(stable=True)[: self.all_answers]
         return values.flatten(0, 1).index_select(0, rows)
 
     def shorten(self, dropped: Tensor, exact: list[int] | None) -> bool:
@@ -136,30 +196,18 @@ class Forward:
 
     def move_up(self, leaving: Tensor) -> None:
         """Number the columns behind `leaving` ones anew, if this forward does so."""
-        if self.positions is not None:
-            self.positions = (self.positions - leaving.long().cumsum(1)).clamp(min=0)  # padding may go below
+        if self.packed.positions is not None:
+            self.packed.positions = (self.packed.positions - leaving.long().cumsum(1)).clamp(
+                min=0
+            )  # padding may go below
             left = leaving.sum(1)
             self.removed = left if self.removed is None else self.removed + left
 
-    def pack(self, dropped: Tensor) -> Tensor:
+    def pack(self, dropped: Bool[Tensor, "batch columns"]) -> Int[Tensor, "batch left"]:
         """Leave out the `dropped` columns and all padding; returns the columns that stay, for the states."""
-        columns, real = selection.pack(self.valid & ~dropped, None if self.lengths is None else max(self.lengths.valid))
-        for name in ("visual", "text", "answer_mask"):
-            setattr(self, name, getattr(self, name).gather(1, columns) & real)
-        self.columns = self.columns.gather(1, columns)
-        self.ordinal = self.ordinal.gather(1, columns)
-        self.valid = real
-        for name in ("key_bias", "token_sizes", "gone", "image", "positions"):
-            flags = getattr(self, name)
-            setattr(self, name, None if flags is None else flags.gather(1, columns))
-        if self.embeds is not None:
-            self.embeds = selection.gather_rows(self.embeds, columns)
-        self.slices = Slices(self.columns, self.length)
-        return columns
-
-    def enter_span(self, span: Span) -> None:
-        """Layers from here on attend to these keys."""
-        self.span, self.masks = span, {}
+        left = self.packed.pack(dropped, None if self.lengths is None else max(self.lengths.valid))
+        self.keys.slices = Slices(self.packed.columns, self.length)
+        return left
 
     def trace_layer(self, hidden: Tensor | None) -> None:
         """Note the lengths at a layer's input, and what it will compute; nothing without `hidden`: it idles."""
@@ -169,8 +217,8 @@ class Forward:
         trace.queries.append(present)
         trace.keys.append(present)
         trace.visual.append(self.alive.sum(1))
-        trace.ran.append(torch.zeros_like(present) if hidden is None else self.valid.sum(1))
-        learning = (part for part in (hidden, self.key_bias) if hidden is not None and part is not None)
+        trace.ran.append(torch.zeros_like(present) if hidden is None else self.packed.valid.sum(1))
+        learning = (part for part in (hidden, self.packed.key_bias) if hidden is not None and part is not None)
         trace.learns.append(any(part.requires_grad for part in learning))
 
     def trace_stage(
@@ -183,5 +231,5 @@ class Forward:
 
     def _present(self) -> Tensor:
         """Real tokens per sample that no stage has pruned, text included."""
-        pruned = 0 if self.gone is None else (self.visual & self.gone).sum(1)
-        return self.valid.sum(1) - pruned
+        pruned = 0 if self.packed.gone is None else (self.packed.visual & self.packed.gone).sum(1)
+        return self.packed.valid.sum(1) - pruned
