@@ -10,6 +10,7 @@ import pytest
 from tiny import ROOT
 
 from lit_prune.cli import main
+from lit_prune.cost.shapes import shipped_fields
 
 RCP = str(ROOT / "configs" / "pruners" / "rcp.yaml")
 LLAVA = "llava-hf/llava-1.5-7b-hf"
@@ -89,6 +90,34 @@ def test_local_folder_and_micro_agree(tmp_path, micro_folder):
 def test_visual_tokens_scale_the_tower(tmp_path):
     one, five = (report(tmp_path, "--visual-tokens", str(576 * n)) for n in (1, 5))
     assert five["parts"]["vision"] == 5 * one["parts"]["vision"]
+
+
+def test_a_pruned_decoder_behind_an_unknown_tower(tmp_path):
+    """Without the tower's price, but not without an answer."""
+    fields = shipped_fields(LLAVA)
+    fields["vision_config"]["model_type"] = "dinov2"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = report(tmp_path, "--model", str(tmp_path), "--pruner", RCP, "--keep", "64", "--visual-tokens", "576")
+    known = report(tmp_path, "--model", LLAVA, "--pruner", RCP, "--keep", "64")
+    assert found["parts"]["vision"] is None
+    assert (found["decoder_flops"], found["schedule"]) == (known["decoder_flops"], known["schedule"])
+
+
+def test_a_method_inside_an_unknown_tower_is_refused(tmp_path, capsys):
+    visionzip = str(ROOT / "configs" / "pruners" / "visionzip.yaml")
+    with pytest.raises(SystemExit):
+        report(
+            tmp_path,
+            "--model",
+            "zai-org/GLM-4.6V-Flash",
+            "--pruner",
+            visionzip,
+            "--keep",
+            "64",
+            "--visual-tokens",
+            "576",
+        )
+    assert "stages inside the tower can't say which visual tokens go" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_plugins_own_budget(tmp_path, micro_folder):

@@ -95,7 +95,9 @@ class Case:
         schedule = pruner.schedule(prompt.visual if budget is None else budget, prompt.visual, size.depth)
         trace = plan(schedule, prompt.visual, prompt.text, size.depth, pruner, repair)
         if budget is not None:
-            trace.tower = tower_trace(self.config, pruner, budget, size.image.patches)
+            # Of a tower whose price isn't known, only a method that prunes inside it needs the patches: it is refused.
+            patches = 0 if size.image is None else size.image.patches
+            trace.tower = tower_trace(self.config, pruner, budget, patches)
         prices = [
             price(trace, size, pruner, repair),
             price(step(trace, 1), size, repair=repair),
