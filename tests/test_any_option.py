@@ -83,7 +83,7 @@ def assert_one_line(code: int, text: str) -> None:
         (("show", "--pruner=fastv", "--keep=16", "--out=k.jpg"), "pictures are written as .png, .pdf, .svg"),
         (("show", "--pruner=fastv", "--keep=16", "--out=k.png", "--max-new-tokens=-1"), "--max-new-tokens is -1"),
         (("compare", "--methods", "full", "fastw"), "did you mean `fastv`?"),
-        (("compare", "--methods", "full", "FastV="), "write full, PATH, or NAME=PATH"),
+        (("compare", "--methods", "full", "FastV="), "write PATH or NAME=PATH"),
         (("compare", "--seeds", "0", "-1"), "--seeds[1] is -1"),
         (("compare", "--limit=0"), "--limit 0: at least one sample"),
         (("compare", "--keep", "16", "200%"), "--keep 200%"),

@@ -56,7 +56,7 @@ def run(
     check_picture("--plot", plot)
     case = pricing.describe(model, pruner, visual_tokens, image_size, text_tokens, answer_tokens, dtype)
     if train is not None:
-        training_bill.check(train, case.plugin)
+        training_bill.check(train, case.method)
     full = case.bill()
     bills = {name: case.bill(budget) for name, budget in case.budgets(keep).items()}
     columns = {"full": full} | {f"keep {name}": made for name, made in bills.items()}

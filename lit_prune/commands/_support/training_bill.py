@@ -20,9 +20,9 @@ from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Dims
 
 
-def check(training: Training, plugin: Plugin | None) -> None:
+def check(training: Training, method: str | None) -> None:
     """Raise `LitPruneError` for a run that can't be."""
-    if plugin is None:
+    if method is None:
         raise LitPruneError("--train estimates the training of a method: give --pruner too")
     for name, value in asdict(training).items():
         if not isinstance(value, str | bool) and value <= 0 and name != "reserve":
