@@ -16,7 +16,6 @@ HELP = "a verb's signature and docstring are its options and their help; the res
 FILES = dict.fromkeys(
     [
         "cost/sizes.py",
-        "evaluation/cells.py",
         "host/compat.py",
         "plugin/plugin.py",
         "training/module.py",
@@ -29,7 +28,10 @@ FUNCTIONS = {
     "training.module.PruneModule.__init__": "takes what a configuration may set, and keeps it",
 }
 SIGNATURES = {
-    **{f"commands.{verb}.run": OPTIONS for verb in ("bench", "compare", "cost", "generate", "score", "show")},
+    **{
+        f"commands.{verb}.run": OPTIONS
+        for verb in ("bench", "compare", "cost", "demo", "generate", "report", "score", "show")
+    },
     "vlm.load": "the public door: what may be chosen as a model is loaded",
     "cost.training.plan_step": SHRINK,
     "cost.training.estimate": SHRINK,

@@ -1,7 +1,6 @@
 """Samples of a source and the batches made of them, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,13 +56,7 @@ class InstructDataset(Dataset):
         self.source, self.processor, self.square = source, processor, square
         self.too_long: TooLong = too_long if mode == "train" else "skip"
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
-        self.view: Callable[[Image.Image], Image.Image] | None = None
-
-    def seen_as(self, view: Callable[[Image.Image], Image.Image]) -> "InstructDataset":
-        """The same samples with each image changed by `view`, which keeps its size and pickles."""
-        other = copy(self)
-        other.view = view
-        return other
+        self.view: Callable[[Image.Image], Image.Image] | None = None  # changes each image, not its size
 
     def __len__(self) -> int:
         return len(self.source)
