@@ -16,7 +16,6 @@ HELP = "a verb's signature and docstring are its options and their help; the res
 FILES = dict.fromkeys(
     [
         "cost/sizes.py",
-        "evaluation/cells.py",
         "host/compat.py",
     ],
     SHRINK,

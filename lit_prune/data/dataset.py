@@ -1,7 +1,6 @@
 """Encode the samples of a source and collate batches, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -56,13 +55,7 @@ class InstructDataset(Dataset):
         self.source, self.processor, self.square = source, processor, square
         self.too_long: TooLong = too_long if mode == "train" else "skip"
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
-        self.view: Callable[[Image.Image], Image.Image] | None = None
-
-    def seen_as(self, view: Callable[[Image.Image], Image.Image]) -> "InstructDataset":
-        """Copy of the data set that applies `view` to each image; `view` keeps the size and can be pickled."""
-        other = copy(self)
-        other.view = view
-        return other
+        self.view: Callable[[Image.Image], Image.Image] | None = None  # changes each image, not its size
 
     def __len__(self) -> int:
         return len(self.source)

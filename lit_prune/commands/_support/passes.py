@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from PIL import Image
@@ -51,7 +52,9 @@ def seen_as(data: Any, split: str, view: Callable[[Image.Image], Image.Image]) -
 
     whole = data.datasets[split]
     cut = isinstance(whole, Subset)
-    data.datasets[split] = Subset(whole.dataset.seen_as(view), whole.indices) if cut else whole.seen_as(view)
+    changed = copy(whole.dataset if cut else whole)
+    changed.view = view
+    data.datasets[split] = Subset(changed, whole.indices) if cut else changed
     try:
         yield
     finally:
