@@ -156,8 +156,9 @@ def together(small, further, tmp_path_factory) -> Callable[[Path], Path]:
         if strategy in DEEPSPEED:
             return further(strategy.stem)
         if strategy not in runs:
-            runs[strategy] = tmp_path_factory.mktemp(strategy.stem)
-            launch(runs[strategy], small, strategy)
+            folder = tmp_path_factory.mktemp(strategy.stem)
+            launch(folder, small, strategy)
+            runs[strategy] = folder
         return runs[strategy]
 
     return run

@@ -86,7 +86,7 @@ def test_training_is_limited(processor, tmp_path, amount, batches, resumed):
     options = {"limit_train_batches": amount, "max_epochs": 2}
     whole = fit(processor, path, tmp_path, callbacks=[SaveEverywhere(tmp_path)] if resumed else [], **options)
     assert len(whole.seen) == 2 * batches
-    for checkpoint in sorted(tmp_path.glob("*.ckpt")):
+    for checkpoint in sorted(tmp_path.glob("*.ckpt"))[::3]:  # test_instruct goes on from every moment
         done = int(checkpoint.stem.rsplit("-", 1)[1])
         again = fit(processor, path, tmp_path, str(checkpoint), **options)
         assert again.seen == whole.seen[done:], checkpoint.name
