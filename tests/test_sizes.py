@@ -13,13 +13,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 7
 SHRINK = "not split yet"
 OPTIONS = "a verb's parameters are its options"
 HELP = "a verb's signature and docstring are its options and their help; the rest is short"
-FILES = dict.fromkeys(
-    [
-        "cost/sizes.py",
-        "host/compat.py",
-    ],
-    SHRINK,
-)
+FILES = dict.fromkeys(["cost/sizes.py", "host/compat.py"], SHRINK)
 FUNCTIONS = {
     "commands.bench.run": HELP,
     "commands.compare.run": HELP,
@@ -29,7 +23,7 @@ SIGNATURES = {
         f"commands.{verb}.run": OPTIONS
         for verb in ("bench", "compare", "cost", "demo", "generate", "report", "score", "show")
     },
-    "vlm.load": "the public door: what may be chosen as a model is loaded",
+    "vlm.load": "public entry point with keyword-only options",
 }
 
 

@@ -48,14 +48,14 @@ class BadSampleLog:
         """Count the good and the skipped samples of a batch.
 
         Args:
-            stage: what the samples are used for.
-            current: tells the passes of a stage apart.
-            good: how many good samples the batch has, without those that stand in for bad ones.
-            skipped: its bad ones.
-            size: how many samples a whole pass has on this rank.
+            stage: name of the loop, such as train.
+            current: key of the current pass of a stage.
+            good: number of good samples in the batch, without replacements of bad ones.
+            skipped: its bad samples.
+            size: number of samples in a whole pass on this rank.
 
         Raises:
-            LitPruneError: too large a share of bad samples.
+            LitPruneError: the share of bad samples is too large.
         """
         if (stage, current) != self.current:
             self.current, self.good, self.bad = (stage, current), 0, set()

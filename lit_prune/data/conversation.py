@@ -1,4 +1,4 @@
-"""From a record to model inputs: conversation, prompt by the processor's own template, labels on the answers."""
+"""Encode a record as model inputs: conversation, prompt by the processor's own template, labels on the answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_tok
 class Conversation:
     """Chat messages whose contents are lists of parts, up to and including the last answer, or the last question.
 
-    `answer` is the text of the last answer, also where the messages end before it; "" if there is none. `shown` are the
-    numbers of the images in `image_paths(record)`, in the order in which the messages show them; `trained` says of
-    every answer whether it is one to learn.
+    `answer` is the text of the last answer, even if the messages end before it; "" if there is none. `shown` are
+    indices into `image_paths(record)`, in the order in which the messages show the images; `trained` is True for every
+    answer that has labels in training.
     """
 
     messages: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """The text of the last question, without its images."""
+        """Text of the last question, without its images."""
         parts = next(m for m in reversed(self.messages) if m["role"] == "user")["content"]
         return " ".join(part["text"].strip() for part in parts if part["type"] == "text")
 
@@ -51,16 +51,16 @@ class Conversation:
         return sum(message["role"] == "assistant" for message in self.messages)
 
     def first(self, answers: int) -> "Conversation":
-        """The conversation up to and including its `answers`-th answer."""
+        """Conversation up to and including its `answers`-th answer."""
         ends = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
         messages = self.messages[: ends[answers - 1] + 1]
         return Conversation(messages, _text(messages[-1]["content"]), self.shown, self.trained[:answers])
 
 
 def read_conversation(record: dict, answered: bool = True) -> Conversation:
-    """The conversation of a record in one of the layouts of `lit_prune.data.records`.
+    """Read a record in one of the layouts of `lit_prune.data.records`.
 
-    Images without any marker go to the start of the first question. What follows the last answer is left out.
+    Images without any marker go to the start of the first question. Turns after the last answer are left out.
 
     Args:
         record: `conversations` (`from`: human/gpt/system, `value`) or `messages` (`role`, `content`: text or parts),
@@ -75,7 +75,7 @@ def read_conversation(record: dict, answered: bool = True) -> Conversation:
     number_images(record, turns)
     system = turns[:1] if turns and turns[0].role == "system" else []
     turns = turns[len(system) :]
-    if turns and turns[0].role == "assistant":  # as LLaVA does: what comes before the first question is left out
+    if turns and turns[0].role == "assistant":  # as in LLaVA, turns before the first question are left out
         turns = turns[1:]
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise _bad("its turns do not alternate between question and answer")
@@ -103,14 +103,14 @@ def encode(
     answered: bool = True,
     too_long: TooLong = "skip",
 ) -> dict[str, Tensor]:
-    """One record as model inputs without a batch dimension, to train on.
+    """Encode one record as model inputs without a batch dimension.
 
     Args:
         processor: see `encode_conversation`.
         record: see `read_conversation`.
         images: its images in the order of `image_paths`.
-        max_length: most tokens a sample may have.
-        answered: whether the text ends with the last answer or with the generation prompt after the last question.
+        max_length: most tokens of a sample.
+        answered: end with the last answer; otherwise with the generation prompt after the last question.
         too_long: see `encode_conversation`.
 
     Raises:
@@ -123,7 +123,7 @@ def encode(
 class Encoded:
     """Model inputs of a conversation.
 
-    `ends` are the numbers of tokens up to and including each answer that is left, `prompt` that before the last one.
+    `ends` are the numbers of tokens up to and including each remaining answer, `prompt` that before the last answer.
     """
 
     inputs: dict[str, Tensor]
@@ -139,26 +139,26 @@ def encode_conversation(
     too_long: TooLong = "skip",
     weighted: bool = True,
 ) -> Encoded:
-    """A conversation as model inputs without a batch dimension; see `render` for its text.
+    """Encode a conversation as model inputs without a batch dimension; see `render` for its text.
 
     `inputs` are `input_ids`, `attention_mask`, `labels` (tokens,): labels are the tokens of every answer with the
-    special token that closes it, else -100 (all -100 without answers). With images `pixel_values` (images, ...) and
-    whatever else the processor returns.
+    special token that closes it, otherwise -100 (all -100 without answers). With images also `pixel_values`
+    (images, ...) and other keys that the processor returns.
 
     Args:
         processor: a processor with a chat template that expands every image to a run of image tokens.
-        conversation: what `read_conversation` gave.
+        conversation: the result of `read_conversation`.
         images: the images of its record, in the order of `image_paths`.
-        max_length: most tokens a sample may have.
-        too_long: what becomes of a longer sample. "skip": it is a bad one. "cut_turns": its last turns are cut, each a
-            whole question and answer, as many as it takes; a turn that shows an image is never cut, so that the sample
-            is bad if it does not fit by then, or if its first turn is too long already. (LLaVA's own training cuts at
-            the token, also in the middle of an answer.)
-        weighted: leave the answers that are not to be learnt out of the labels.
+        max_length: most tokens of a sample.
+        too_long: handling of longer samples. "skip": bad sample. "cut_turns": as many of the last turns (question and
+            answer) as necessary are removed; turns with an image are never removed, so the sample is bad if it still
+            doesn't fit, or if its first turn is too long. (LLaVA's own training truncates at the token, even in the
+            middle of an answer.)
+        weighted: leave answers with weight 0 out of the labels.
 
     Raises:
-        BadSample: the sample is too long, the template or the processor cannot take it, its prompts are no prefixes of
-            it, or no answer is to be learnt.
+        BadSample: the sample is too long, the template or the processor rejects it, its prompts are no prefixes of it,
+            or all answers have weight 0.
     """
     text, spans = render(processor, conversation.messages)
     if conversation.shown and max(conversation.shown) >= len(images):
@@ -199,7 +199,7 @@ def _text(parts: Sequence[Part]) -> str:
 
 
 def _match_images(turns: list[Turn], record: dict) -> None:
-    """Number the image parts that have no number yet: they show the record's own images that no other part shows."""
+    """Number image parts without a number, in order, by the record's own images that no other part shows."""
     for turn in turns:
         if turn.role != "user" and images_in(turn.parts):
             place = "an answer" if turn.role == "assistant" else "a system prompt"
@@ -229,12 +229,12 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
             raise _bad(f"a text with {token}, which the processor takes for a video or a sound")
     token = getattr(processor, "image_token", None) or IMAGE_MARKER
     written = text.count(token)
-    if written and written != len(images):  # some templates write another token for an image, and none of these
+    if written and written != len(images):  # some templates use another image token, and none of these
         passed = f"{len(images)} were passed" if images else "no images were passed"
         raise _bad(f"the prompt has {written} times {token}, the processor's own token for an image, but {passed}")
     extra = text_options(processor.tokenizer, text)
     try:
-        # nested, so that processors know these as the images of one sample: LLaVA-OneVision's cuts no tiles of several
+        # Nested, so that the processor sees them as images of one sample: LLaVA-OneVision tiles single images only.
         inputs = processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **extra)
     except ValueError as error:  # a marker of this processor inside the text, an image of impossible shape
         raise _bad(str(error)) from error
@@ -245,7 +245,7 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
 
 
 def _trained_labels(labels: Tensor, ends: list[int], trained: Sequence[bool]) -> Tensor:
-    """The labels without those of answers that are not to be learnt."""
+    """Remove the labels of answers with weight 0."""
     labels = labels.clone()
     for before, end, learnt in zip([0, *ends], ends, trained, strict=False):
         if not learnt:
@@ -256,9 +256,9 @@ def _trained_labels(labels: Tensor, ends: list[int], trained: Sequence[bool]) ->
 
 
 def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor, limit: int) -> Tensor:
-    """Labels of the answers that end within `limit` tokens, found by tokenizing the text up to both ends of each.
+    """Label the answers that end within `limit` tokens, by tokenizing the text up to both ends of each.
 
-    The text's own tokens stand in `input_ids` in the same order, with more image tokens between them.
+    `input_ids` has the text's own tokens in the same order, with more image tokens between them.
     """
     added = set(getattr(processor, "image_token_ids", None) or [processor.image_token_id])  # InternVL: brackets too
 
@@ -278,9 +278,9 @@ def _labels(processor: Any, text: str, spans: list[Span], input_ids: Tensor, lim
         if whole[: len(before)] != before or whole[: len(until)] != until or len(before) == len(until):
             raise _bad("the tokens of an answer cannot be separated from those of its prompt")
         chosen = places[len(before) : len(until)]
-        if chosen[-1] >= limit:  # or a record of many turns would be tokenized once for each
+        if chosen[-1] >= limit:  # avoids tokenizing a long record once per turn
             break
-        if chosen[-1] - chosen[0] + 1 != len(chosen):  # InternVL's <img>: it would seem to be two answers
+        if chosen[-1] - chosen[0] + 1 != len(chosen):  # InternVL's <img>: would look like two answers
             raise _bad("an answer with a token of images in its text")
         labels[chosen] = input_ids[chosen]
     return labels

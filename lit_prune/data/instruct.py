@@ -38,47 +38,46 @@ REQUIRED = {"fit": "train", "validate": "val", "test": "test", "predict": "predi
 class InstructData(LightningDataModule):
     """Batches of instruction data for the processors of LLaVA, LLaVA-NeXT and -OneVision, InternVL and Qwen-VL.
 
-    A batch is a dict; B samples, each list with one entry a sample:
+    A batch of B samples is a dict; its lists have one entry per sample:
         inputs: `input_ids`, `attention_mask`, `labels` (B, tokens), prompt and answers padded on the right, labels -100
-            but for the answers; `pixel_values` (images, 3, height, width) if any sample has an image, and whatever else
-            the processor returns.
-        prompts: in evaluation only, the same keys without labels, padded on the left: up to and including the
-            generation prompt of the last answer. Image tensors are the very objects of `inputs`.
-        hints: in evaluation only, if records have boxes and the places of visual tokens are known: `regions` (B,
-            regions, visual tokens), how much of each token's patch each box covers.
-        ids, questions, answers (the last ones' text), skills (None if the record names none), boxes (pixels),
-        records (index in the file), sources (the mixture's, by name; "" in evaluation).
-        figures: in training only, what to log of the data, on this rank since the run began or was resumed:
-            `share/NAME`, the share of the samples that came of each source of a mixture; `bad`, distinct bad samples;
-            with `too_long: cut_turns` also `cut_turns`, the turns that were cut.
-    A bad sample is replaced by the next good one in training, and left out in evaluation, where a batch may come out
-    empty (`ids == []`, no tensors). It is warned about, listed in the run's folder, and counted: see `BadSampleLog`.
+            except for answers; `pixel_values` (images, 3, height, width) if any sample has an image, and other keys
+            that the processor returns.
+        prompts: in evaluation only, the same keys without labels, padded on the left, up to and including the
+            generation prompt of the last answer. Image tensors are shared with `inputs`.
+        hints: in evaluation only, if records have boxes and the positions of visual tokens are known: `regions` (B,
+            regions, visual tokens), the share of each token's patch that each box covers.
+        ids, questions, answers (text of the last ones), skills (None if the record has none), boxes (pixels),
+        records (index in the file), sources (name in the mixture; "" in evaluation).
+        figures: in training only, metrics of the data on this rank since the run was started or resumed:
+            `share/NAME`, the share of samples from each source of a mixture; `bad`, distinct bad samples; with
+            `too_long: cut_turns` also `cut_turns`, the number of removed turns.
+    A bad sample is replaced by the next good one in training, and left out in evaluation, where a batch may be empty
+    (`ids == []`, no tensors). Bad samples are warned about, listed in the run's folder, and counted: `BadSampleLog`.
 
-    Resuming continues with the very next batch: the checkpoint knows how much of which epoch was trained on.
+    Resuming continues with the next batch: a checkpoint holds the epoch and the number of its samples trained on.
 
     Args:
-        base: model whose processor makes the inputs: a hub id, a folder, or "micro".
-        train: what to train on, a location that `open_source` takes; or several, each a location or `data`, `images`,
-            `weight`, `name`. See `Order` for how they are mixed.
-        val: the same for validation.
-        test: the same for testing.
-        predict: the same for prediction; its samples need no answers.
-        images: image root of all locations that name none; by default each one's own folder.
-        batch_size: samples a training batch, on each process.
-        eval_batch_size: samples a batch elsewhere.
-        num_workers: worker processes a loader; the order of samples does not depend on it.
+        base: model whose processor encodes the inputs: a hub id, a folder, or "micro".
+        train: training data: a location for `open_source`, or several, each a location or a mapping with `data`,
+            `images`, `weight`, `name`. See `Order` for how they are mixed.
+        val: location of the validation data.
+        test: location of the test data.
+        predict: location of the prediction data, which needs no answers.
+        images: image root of all locations that specify none; by default each one's own folder.
+        batch_size: samples per training batch, on each process.
+        eval_batch_size: samples per evaluation or prediction batch, on each process.
+        num_workers: worker processes per loader; the order of samples doesn't depend on it.
         prefetch_factor: batches that each worker reads ahead; by default torch's 2.
         seed: of the training order.
-        group_by_length: let training batches hold samples of similar length, for less padding; see `Order` and
-            `estimate_lengths`.
-        max_length: most tokens a sample may have; by default the context of the base model.
-        too_long: what becomes of a longer training sample: "skip", it is bad, or "cut_turns", it loses its last turns;
-            see `encode`.
-        max_bad_share: largest share of bad samples, judged from 100 samples seen in an epoch on.
+        group_by_length: group samples of similar length in training, for less padding; see `Order`.
+        max_length: most tokens of a sample; by default the context length of the base model.
+        too_long: handling of longer training samples: "skip" makes them bad samples, "cut_turns" removes their last
+            turns; see `encode`.
+        max_bad_share: largest share of bad samples, checked from 100 samples of an epoch on.
 
     Raises:
-        LitPruneError: a file that is missing or cannot be indexed, a split that a command needs and is not given,
-            a number that cannot be, too many bad samples, or a checkpoint of other training data.
+        LitPruneError: a file is missing or can't be indexed, a required split is not given, a number is out of range,
+            there are too many bad samples, or a checkpoint is of other training data.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Data loaders whose workers outlive the signals of a job, and whose dead workers are reported in words."""
+"""Data loaders whose workers ignore a job's signals, and with readable errors for dead workers."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from lit_prune.errors import LitPruneError
 
 @contextmanager
 def dead_workers_explained() -> Iterator[None]:
-    """Turns torch's error about a worker that died, which may come at any moment of training, into one message.
+    """Convert torch's error about a dead worker, which may occur at any point of training, to one message.
 
     Raises:
         LitPruneError: a worker process of a data loader died.
@@ -41,7 +41,7 @@ class Loader(DataLoader):
 def make_loader(
     dataset: Dataset, collate: Callable, workers: int, prefetch: int | None, seed: int, **order: Any
 ) -> Loader:
-    """A loader of index batches.
+    """Create a loader of index batches.
 
     Args:
         dataset: gives an index batch.
@@ -52,7 +52,7 @@ def make_loader(
         order: arguments of the loader that say what a batch is made of.
     """
     if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn about every fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warn about every fork
     return Loader(
         dataset,
         num_workers=workers,
@@ -60,12 +60,12 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_outlive_first_signal,
         prefetch_factor=prefetch if workers else None,
-        generator=torch.Generator().manual_seed(seed),  # loaders shall not draw from the global one
+        generator=torch.Generator().manual_seed(seed),  # don't draw from the global generator
         **{"persistent_workers": workers > 0, **order},
     )
 
 
 def _outlive_first_signal(_: int) -> None:
-    """For workers: the signals of a job reach them too, but are the main process's affair. A second one ends them."""
+    """Ignore a job's signals in workers, since the main process handles them; a second one ends the worker."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

@@ -1,4 +1,4 @@
-"""The content of a turn as text and image parts in their order."""
+"""Split the content of a turn into text and image parts, in order."""
 
 import json
 import math
@@ -43,19 +43,19 @@ def read_parts(content: Any, role: str) -> list[Part]:
 
 
 def joined(parts: list[Part]) -> list[Part]:
-    """Text in one part: templates mark an answer part by part. With images as it is, to be refused later."""
+    """Join text to one part, since templates mark an answer part by part; unchanged with images, rejected later."""
     if len(parts) < 2 or any(part["type"] == "image" for part in parts):
         return parts
     return [{"type": "text", "text": " ".join(part["text"].strip() for part in parts)}]
 
 
 def images_in(parts: Sequence[Part]) -> list[Part]:
-    """The image parts among these."""
+    """Image parts among the parts."""
     return [part for part in parts if part["type"] == "image"]
 
 
 def kind_of_value(value: Any) -> str:
-    """A value of JSON in a word, for messages."""
+    """Describe the type of a JSON value, for messages."""
     kinds = {
         type(None): "null",
         bool: "true or false",
@@ -84,7 +84,7 @@ def _read(item: Any, role: str) -> list[Part]:
 
 
 def _image(references: dict[str, Any], index: Any) -> Part:
-    """An image part with its reference, or the index of the record's image that it shows, if it has either."""
+    """Create an image part with its reference, or the index of the record's image, if it has either."""
     if references:
         struct = references.keys() <= {"bytes", "path"}  # as Hugging Face `datasets` stores an image
         values = [references] if struct else list(references.values())
@@ -107,7 +107,7 @@ def _text(value: Any, role: str) -> str:
 def _split(text: str, role: str) -> list[Part]:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON may hold halves of characters; tokenizers take none
+    except UnicodeEncodeError as error:  # JSON may hold lone surrogates, which tokenizers reject
         raise _bad(f"a turn whose text is no Unicode: {error.reason}") from error
     if role != "assistant":
         for marker, reason in OTHER_MARKERS.items():

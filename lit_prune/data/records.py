@@ -1,4 +1,4 @@
-"""Records in the layouts that people use, read into turns: who speaks, text and images, and what is trained on.
+"""Read records in common layouts into turns: role, text and images, and whether an answer is trained on.
 
 `conversations` (LLaVA, ShareGPT) and `messages` (OpenAI, Hugging Face) hold turns, whose keys may be those of either;
 `texts` (The Cauldron, FineVision) pairs of them; `instruction`, `input`, `output` (Alpaca) and their relatives one
@@ -46,7 +46,7 @@ KNOWN = ("id", "skill", "boxes", *TURN_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS, *PAIR_KE
 
 @dataclass
 class Turn:
-    """One turn of a conversation; `trained`: whether an answer is one to learn."""
+    """One turn of a conversation; `trained`: False for an answer without labels in training."""
 
     role: Role
     parts: list[Part]
@@ -85,7 +85,7 @@ def image_paths(record: dict) -> list[Any]:
 
 
 def _images_inside(record: dict) -> bool:
-    """True if turns may hold image references of their own. Much faster than reading the turns."""
+    """True if turns may hold their own image references; much faster than reading the turns."""
     held = (record.get(key) for key in TURN_KEYS)
     turns = [turn for value in held if isinstance(value, list) for turn in value if isinstance(turn, dict)]
     return any(
@@ -132,13 +132,13 @@ def number_images(record: dict, turns: list[Turn]) -> list[Any]:
         if index is not None:
             part["number"] = index
             left = [number for number in left if number != index]
-        if index == len(references):  # else it is one of those beside the turns, named again
+        if index == len(references):  # otherwise it repeats an image next to the turns
             references.append(reference)
     return references
 
 
 def without_images(record: dict) -> dict:
-    """The record with names in place of the images that it holds itself, whether beside its turns or in them.
+    """Replace the images embedded in a record, next to its turns or in them, by names.
 
     Its turns become `messages`, whose image parts have the index of their image. Other records stay as they are.
 
@@ -165,7 +165,7 @@ def without_images(record: dict) -> dict:
 
 
 def similar_keys(record: dict) -> list[str]:
-    """Keys that nothing reads, but that look as if they held images."""
+    """Unread keys that look as if they held images."""
     found = []
     for key, value in record.items():
         if key not in KNOWN and isinstance(value, str | list | dict) and as_list(value):
@@ -186,7 +186,7 @@ def _turns(value: Any) -> list[Turn]:
 
 
 def _both(item: Any) -> list[Any]:
-    """An item of a list of turns as turns: one, or a question and its answer (`user`, `assistant`)."""
+    """Convert an item of a list of turns to one turn, or to a question and its answer (`user`, `assistant`)."""
     if isinstance(item, dict) and {"user", "assistant"} <= item.keys():
         return [{"role": role, "content": item[role]} for role in ("user", "assistant")]
     return [item]
@@ -218,7 +218,7 @@ def _role(value: Any) -> Role:
 
 
 def _with_images(turn: dict, parts: list[Part]) -> list[Part]:
-    """The parts of a turn with the images that stand beside its text: at its markers, else before it."""
+    """Insert images given next to a turn's text at its markers, or before the text if it has none."""
     held = own_images(turn)
     markers = [part for part in images_in(parts) if len(part) == 1]
     if not held or not markers:
@@ -239,7 +239,7 @@ def _trained(turn: dict) -> bool:
 
 
 def _pair(record: dict, answered: bool) -> list[Turn] | None:
-    """The turns of a record that holds one question and its answer, None if it does not."""
+    """Turns of a record that holds one question and its answer; None if it doesn't."""
     for asked, answer in PAIRS:
         if is_absent(record.get(asked)) or (answered and record.get(answer) is None):
             continue
@@ -265,7 +265,7 @@ def _history(record: dict) -> list[list[Any]]:
 
 
 def _with_system(record: dict, turns: list[Turn]) -> list[Turn]:
-    """The turns with the system prompt that stands beside them."""
+    """Prepend the system prompt given next to the turns."""
     given = [record[key] for key in SYSTEM_KEYS if not is_absent(record.get(key))]
     if not given:
         return turns

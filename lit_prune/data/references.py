@@ -1,4 +1,4 @@
-"""References to images as records hold them: paths, file URLs, data URLs, base64, bytes, and objects around these."""
+"""Resolve image references of records: paths, file URLs, data URLs, base64, bytes, and objects around these."""
 
 import base64
 import binascii
@@ -20,7 +20,7 @@ EMBEDDED_KEYS = ("bytes", "base64", "data")
 LARGEST_EMBEDDED = 1 << 26  # characters of an image inside a record
 LEAST_BASE64 = 64  # characters; a shorter text is a path
 LONGEST_PATH = 4096  # characters; no file system takes more
-DEEPEST = 3  # objects around a reference, as in {"image_url": {"url": ...}}
+DEEPEST = 3  # nested objects around a reference, as in {"image_url": {"url": ...}}
 
 # Base64 of the first bytes of JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC, SVG, XML and PDF.
 _BASE64_IMAGE = re.compile(r"/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk[0-3]|SUkqA|TU0AK|AAAA..Z0eXB|PHN2Z|PD94bW|JVBERi")
@@ -30,7 +30,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image's file as it stands, not decoded: `name` for messages, `open` for a binary file at its begin.
+    """Image file, not decoded: `name` for messages, `open` returns a binary file at its start.
 
     `open` raises BadSample for an image that is missing or may not be read.
     """
@@ -49,7 +49,7 @@ def is_absent(value: Any) -> bool:
 
 
 def as_list(value: Any) -> list[Any]:
-    """One reference or several as a list, without those that are absent; an object of nulls alone is none."""
+    """Convert one or several references to a list, without absent ones; an object of nulls is absent."""
     if isinstance(value, list | tuple):
         return [item for item in value if not is_absent(item)]
     empty = is_absent(value) or (
@@ -59,7 +59,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def name_of(value: Any, number: int) -> str:
-    """The name of an image in messages: its path or URL if it has one, else its number.
+    """Name of an image in messages: its path or URL if it has one, otherwise its number.
 
     Raises:
         BadSample: it is no reference. File and sample are left open.
@@ -77,7 +77,7 @@ def is_embedded(value: Any, number: int = 0) -> bool:
 
 
 def image_file(value: Any, number: int, root: Path | None) -> ImageFile:
-    """The image that a reference of a record stands for.
+    """Resolve an image reference of a record.
 
     Args:
         value: the reference.
@@ -97,7 +97,7 @@ def image_file(value: Any, number: int, root: Path | None) -> ImageFile:
 
 
 def _unwrapped(value: Any, number: int) -> tuple[str | bytes, bool]:
-    """A reference without the objects around it, and whether it holds the image itself. Bytes come before a path."""
+    """Unwrap a reference, and tell if it holds the image itself. Bytes take precedence over a path."""
     held, key = value, None
     for _ in range(DEEPEST):
         if isinstance(held, dict):
@@ -110,7 +110,7 @@ def _unwrapped(value: Any, number: int) -> tuple[str | bytes, bool]:
 
 
 def _open_path(reference: str, root: Path | None) -> BinaryIO:
-    """The file of a path or a file URL. Raises BadSample for other URLs: nothing is downloaded."""
+    """Open the file of a path or a file URL. Raises BadSample for other URLs: nothing is downloaded."""
     scheme = _URL.match(reference)
     if scheme and scheme[1].lower() != "file":
         raise _bad(f"image {short(reference)} is a URL; nothing is downloaded: give its file")

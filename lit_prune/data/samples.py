@@ -10,10 +10,10 @@ from torch import Tensor
 class Sample:
     """One encoded record.
 
-    `prompt` is the number of tokens before the last answer, `record` its index in its source and `file` the file there,
-    `source` that one's name in a mixture, `cut` how many turns it lost for its length, `unread` which of its keys seem
-    to hold images that nothing reads. `skill` is None where the record names none; `regions` are its boxes on the grid
-    of its visual tokens, None where it has none or the grid isn't known.
+    `prompt` is the number of tokens before the last answer, `record` its index in its source and `file` its file there,
+    `source` the source's name in a mixture, `cut` the number of turns removed for length, `unread` its keys that look
+    like images but are not read. `skill` is None if the record has none; `regions` are its boxes on the grid of its
+    visual tokens, None without boxes or if the grid isn't known.
     """
 
     inputs: dict[str, Tensor]
@@ -44,8 +44,8 @@ class Skipped(NamedTuple):
 class Fetched:
     """The result of one index batch.
 
-    `replaced` counts the samples that stand in for bad ones, `failure` is why a training batch could not be filled,
-    `place` that in a `Stream`.
+    `replaced` counts replacements of bad samples, `failure` is the reason why a training batch could not be filled,
+    `place` the position in a `Stream`.
     """
 
     samples: list[Sample]

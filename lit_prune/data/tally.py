@@ -22,7 +22,7 @@ class Tally:
         self._warned: set[str] = set()
 
     def add(self, batch: dict[str, Any], cut: int) -> None:
-        """Count a training batch, of whose samples `cut` turns are left out."""
+        """Count a training batch, from whose samples `cut` turns were removed."""
         self.seen.update(batch["sources"])
         self.cut += cut
         self._images |= any(key not in TOKEN_KEYS for key in batch["inputs"])
@@ -34,7 +34,7 @@ class Tally:
         Args:
             names: of the sources; the share of each is logged where there are several.
             bad: distinct bad samples.
-            cut_turns: whether turns are cut at all.
+            cut_turns: log the number of removed turns.
         """
         total = self.seen.total()
         shares = {f"share/{name}": self.seen[name] / total for name in names} if len(names) > 1 else {}

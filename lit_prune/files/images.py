@@ -1,4 +1,4 @@
-"""Reading images that others made: inside their root only, of a sane size, and whole."""
+"""Read untrusted images: only inside their root, of limited size, and complete."""
 
 import re
 import warnings
@@ -40,13 +40,13 @@ _MAGIC = (
 
 
 def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `root/relative_path` in RGB; see `open_image` and `decode_image` for arguments and errors."""
+    """Read the image at `root/relative_path` in RGB; see `open_image` and `decode_image` for arguments and errors."""
     with open_image(root, relative_path) as file:
         return decode_image(file, relative_path, max_pixels)
 
 
 def open_image(root: str | Path, relative_path: str) -> BinaryIO:
-    """The file at `root/relative_path`, for reading.
+    """Open the file at `root/relative_path` for reading.
 
     Args:
         root: the folder that the path may not leave.
@@ -63,7 +63,7 @@ def open_image(root: str | Path, relative_path: str) -> BinaryIO:
 
 
 def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in RGB, upright if its EXIF says how, transparency left away, the first one if there are several.
+    """Decode an image to RGB: rotated by EXIF, without transparency, the first of several frames.
 
     Args:
         file: a binary file at its begin.
@@ -83,7 +83,7 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image that is open already, as `decode_image` gives it; name and errors as there."""
+    """Convert an opened image as `decode_image` does; name and errors as there."""
     try:
         _check_size(image, name, max_pixels)
         decoded = _rgb(image, name)
@@ -97,7 +97,7 @@ def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def padded_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """An RGB image in the middle of a square of one colour, as LLaVA-1.5 was trained and evaluated with."""
+    """Pad an RGB image to a square with one colour, as in LLaVA-1.5's training and evaluation."""
     width, height = image.size
     side = max(width, height)  # by hand: ImageOps.pad rounds the place of odd margins, LLaVA rounds it down
     square = Image.new(image.mode, (side, side), colour)
@@ -106,14 +106,14 @@ def padded_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.
 
 
 def image_format(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> str:
-    """Pillow's name of the format, one of `formats()`, by the header alone; arguments and errors as `decode_image`."""
+    """Read the format from the header, by Pillow's name, one of `formats()`; arguments and errors as `decode_image`."""
     with _header(file, name, max_pixels) as image:
         return "JPEG" if image.format == "MPO" else image.format  # from phones: a JPEG followed by others
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that are decoded, by Pillow's names for them."""
+    """Supported formats, by Pillow's names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an older Pillow warns about features that it has never heard of
         return (*FORMATS, *(name for name, feature in OPTIONAL.items() if features.check(feature)))
@@ -125,7 +125,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def short(name: object) -> str:
-    """A name for a message: one line of at most 100 characters, the middle left out."""
+    """Shorten a name for a message to one line of at most 100 characters, without its middle."""
     text = str(name)
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[-LONGEST_NAME // 4 :]}"
@@ -133,7 +133,7 @@ def short(name: object) -> str:
 
 @contextmanager
 def _header(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read; what decoding raises inside becomes a bad sample too."""
+    """Open an image and read its header; errors inside the block become bad samples too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of transparency, and of what is broken beside the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -168,7 +168,7 @@ def _unidentified(file: BinaryIO) -> str:
 
 
 def resolve_image(root: str | Path, relative_path: str) -> Path:
-    """The real path of an image, which lies inside the root and is a file. Raises BadSample otherwise."""
+    """Resolve the path of an image; raises BadSample unless it is a file inside the root."""
     if not isinstance(relative_path, str) or not relative_path or "\0" in relative_path:
         raise _bad(f"{short(repr(relative_path))} is no image path")
     name = short(relative_path)

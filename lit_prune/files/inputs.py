@@ -1,4 +1,4 @@
-"""Images and questions as callers give them, one or many, as two lists of equal length."""
+"""Convert images and questions, one or many, to two lists of equal length."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -43,7 +43,7 @@ def pair(images: Any, prompts: Any) -> tuple[list[Image.Image], list[str]]:
 
 
 def check_prompts(prompts: Iterable[str], image_token: str | None) -> None:
-    """Raise `LitPruneError` for a prompt that is empty, or holds the token that stands for an image."""
+    """Raise `LitPruneError` for a prompt that is empty or contains the image token."""
     for prompt in prompts:
         if not prompt.strip() or (image_token and image_token in prompt):
             token = f" or hold {image_token}" if image_token else ""
@@ -56,7 +56,7 @@ def is_image(value: Any) -> bool:
 
 
 def as_image(value: Any, name: str = "1") -> Image.Image:
-    """A picture from whatever a caller has, in RGB and upright.
+    """Convert any supported image input to an upright RGB image.
 
     Args:
         value: path of a file wherever it lies, a PIL image, or an array of uint8, height x width or height x width x
@@ -76,7 +76,7 @@ def as_image(value: Any, name: str = "1") -> Image.Image:
 
 
 def _read(path: str | Path) -> Image.Image:
-    """An image file that the user names: wherever it lies and wherever its links lead."""
+    """Read an image file given by the user, from any folder and through any links."""
     if not str(path):
         raise LitPruneError("the path of an image is empty")
     if URL.match(str(path)):

@@ -1,4 +1,4 @@
-"""Configurations that come with the package: the repository's `configs/`, which a wheel carries too."""
+"""Shipped configurations: the repository's `configs/`, which is part of the wheel too."""
 
 import difflib
 import re
@@ -21,7 +21,7 @@ def config_names(kind: str = "") -> tuple[str, ...]:
 
 
 def find_config(name: str | Path, kind: str = "") -> Path:
-    """The file that a path or a name of a configuration stands for.
+    """Find the file of a configuration by path or name.
 
     A file that exists is taken as it is. Otherwise `micro.yaml`, `configs/micro.yaml`, `pruners/fastv` or, with `kind`
     "pruners", `fastv` is looked up in `configs/` of the working directory, then among the shipped ones.
@@ -64,7 +64,7 @@ def _relatives(path: Path, kind: str) -> list[PurePath]:
 
 
 def closest_configs(path: str | Path, kind: str = "") -> list[str]:
-    """Names nearly like a path that isn't there: files beside it, then shipped ones; at most two."""
+    """Names similar to a missing path: files next to it, then shipped ones; at most two."""
     path = Path(path)
     beside = {file.name: str(file) for suffix in SUFFIXES for file in path.parent.glob(f"*{suffix}")}
     if found := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7):
@@ -82,7 +82,7 @@ def closest_configs(path: str | Path, kind: str = "") -> list[str]:
 
 
 def config_or_text(value: str) -> str:
-    """The value of `--config` with the file that it names looked up; what is here, or text of its own, as it is."""
+    """Resolve the value of `--config` to a shipped file; local files and inline text are returned unchanged."""
     try:
         return value if Path(value).is_file() else str(find_config(value))
     except (LitPruneError, OSError, ValueError):
@@ -90,12 +90,12 @@ def config_or_text(value: str) -> str:
 
 
 def meant(names: list[str]) -> str:
-    """The end of a message that suggests names; empty without any."""
+    """End of a message that suggests names; empty without any."""
     return f"; did you mean {' or '.join(f'`{name}`' for name in names)}?" if names else ""
 
 
 def description(path: Path) -> str:
-    """First sentence of the comment that a file begins with; empty without one."""
+    """First sentence of the comment at the start of a file; empty without one."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     comment = " ".join(line.lstrip("# ") for line in lines)
     return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0].strip()

@@ -17,11 +17,11 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 class NoMapping(LitPruneError):
-    """Valid YAML that holds no mapping: nothing at all, a list, a single value."""
+    """Valid YAML that is no mapping: an empty file, a list, or a single value."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file.
+    """Read the mapping in a YAML (or JSON) file.
 
     Raises:
         LitPruneError: one line with the file's name: it is missing or no file, no UTF-8 text, empty, not valid YAML, no
@@ -31,7 +31,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping in a text; `name` says in messages where the text is from. Raises as `read_yaml` does."""
+    """Parse the mapping in a text; `name`: its source, for messages. Raises as `read_yaml` does."""
     try:
         text = pairs_as_text(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -55,7 +55,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def pairs_as_text(text: str) -> str:
-    """YAML in which `2:30` is text: YAML 1.1 reads it as a number to the base of 60, here 150."""
+    """YAML loader that keeps `2:30` as text, which YAML 1.1 reads as a base-60 number, 150."""
     if not PAIR.search(text):
         return text
     try:
@@ -68,12 +68,12 @@ def pairs_as_text(text: str) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A name as it may stand in a message: printable, and not too long."""
+    """Make a name printable and short, for messages."""
     return shorten(repr(str(path))[1:-1], 200)
 
 
 def shorten(text: str, most: int) -> str:
-    """A text of at most `most` characters: its end is left out."""
+    """Truncate a text to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -106,7 +106,7 @@ def _text(path: Path) -> str:
 
 
 def _size(node: yaml.Node, known: dict[int, int | None], name: str) -> int:
-    """Values below a node with aliases expanded, each node visited once; refuses repeated keys and loops."""
+    """Expand aliases below a node, visiting each node once; rejects repeated keys and loops."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in known:
@@ -132,7 +132,7 @@ def _refuse_repeated(node: yaml.MappingNode, name: str) -> None:
 
 
 def _reason(error: yaml.YAMLError, text: str) -> str:
-    """PyYAML's complaint in one line, with the line's number."""
+    """Format PyYAML's error in one line, with the line number."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return f"line {line}: the control character #x{error.character:02x}"
