@@ -37,12 +37,14 @@ PATCH_CLASSES = {
     "shape": len(SHAPES) + 1,
     "pattern": len(PATTERNS) + 1,
     "figure": 11,
+    "figure_odd": 11,
     "dot": 3,
     "row": GRID,
     "column": GRID,
     "texture": len(TEXTURES),
     "ground": len(GROUNDS),
 }
+OBJECT_LABELS = ("colour", "shape", "pattern", "figure", "figure_odd", "dot")  # 0 where there is none
 PIXELS = BLOCKS * BLOCKS + 3 * 4
 
 
@@ -108,7 +110,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     Details are labelled where they are: a figure on the patches that it covers, dots on the patches of their centres.
     Patches that an object covers have no texture or ground.
     """
-    labels = {name: np.zeros((GRID, GRID), np.int64) for name in ("colour", "shape", "pattern", "figure", "dot")}
+    labels = {name: np.zeros((GRID, GRID), np.int64) for name in OBJECT_LABELS}
     labels |= {name: np.full((GRID, GRID), NONE, np.int64) for name in ("row", "column")}
     labels |= _ground_labels(scene)
     present = np.zeros(len(NAMES), np.float32)
@@ -119,15 +121,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         labels["shape"][on] = 1 + INDEX[thing.shape]
         labels["pattern"][on] = 1 + INDEX[thing.pattern]
         labels["column"][on], labels["row"][on] = (int(v // PATCH_SIZE) for v in thing.centre)
-        for value, (x0, y0, x1, y1) in zip(thing.figures or [1] * len(thing.dots), thing.part_boxes, strict=False):
-            if thing.figures:
-                rows, columns = (
-                    (slice(round(a / PATCH_SIZE), max(round(b / PATCH_SIZE), round(a / PATCH_SIZE) + 1)))
-                    for a, b in ((y0, y1), (x0, x1))
-                )
-                labels["figure"][rows, columns] = 1 + value
-            elif thing.dots:
-                labels["dot"][int((y0 + y1) / 2 // PATCH_SIZE), int((x0 + x1) / 2 // PATCH_SIZE)] += 1
+        _label_parts(labels, thing)
         for name in ("texture", "ground"):
             labels[name][cover > 0.1] = NONE
         present[[NAMES.index(thing.colour), NAMES.index(thing.shape)]] = 1
@@ -135,6 +129,18 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         present[[NAMES.index(region.texture), NAMES.index(region.colour)]] = 1
     np.minimum(labels["dot"], 2, out=labels["dot"])
     return {name: values.reshape(-1) for name, values in labels.items()} | {"names": present}
+
+
+def _label_parts(labels: dict[str, np.ndarray], thing: Thing) -> None:
+    """Figures on the patches of which they cover a good part, every second one in a map of its own; dots by centre."""
+    for index, (x0, y0, x1, y1) in enumerate(thing.part_boxes):
+        middle = int((y0 + y1) / 2 // PATCH_SIZE), int((x0 + x1) / 2 // PATCH_SIZE)
+        if thing.figures:
+            rows, columns = (slice(round(a / PATCH_SIZE), round(b / PATCH_SIZE)) for a, b in ((y0, y1), (x0, x1)))
+            figure = labels[("figure", "figure_odd")[index % 2]]
+            figure[rows, columns] = figure[middle] = 1 + thing.figures[index]
+        elif thing.dots:
+            labels["dot"][middle] += 1
 
 
 def _ground_labels(scene: Scene) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from jobs.micro_576.batches import FIRST_PATCH, NAMES, NONE, PATCH_CLASSES, PIXE
 from lit_prune.micro.model import EOS
 from lit_prune.micro.model_576 import WIDTH
 
-PATCH_WEIGHT = {"colour": 1.0, "shape": 1.5, "pattern": 1.0, "figure": 1.5, "dot": 0.7, "row": 0.4, "column": 0.4}
+PATCH_WEIGHT = {"colour": 1.0, "shape": 1.5, "pattern": 1.0, "figure": 1.0, "figure_odd": 1.0, "dot": 0.7}
+PATCH_WEIGHT |= {"row": 0.4, "column": 0.4}
 GROUND_WEIGHT = {"texture": 1.0, "ground": 0.7}
 PIXEL_WEIGHT = 1.0
 LIKENESS, LENGTH = 0.2, 2.0  # mean cosine among an image's tokens, and root mean square of a token, that cost nothing
@@ -44,7 +45,7 @@ class PatchHeads(nn.Module):
             objects = objects + weight * 0.5 * each[on_object].mean()
             if name not in ("row", "column"):
                 objects = objects + weight * 0.5 * each[~on_object].mean()
-            counted = target > 0 if name in ("figure", "dot") else on_object
+            counted = target > 0 if name in ("figure", "figure_odd", "dot") else on_object
             accuracy[name] = (logits.argmax(-1) == target)[counted].float().mean().item()
         ground = tokens.new_zeros(())
         for name, weight in GROUND_WEIGHT.items():

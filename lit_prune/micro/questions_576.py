@@ -418,8 +418,8 @@ WORDS_ALONE = ("words",)  # skills that need no image
 GROUND_SKILLS = ("texture", "ground", "region", "behind", "layout")
 
 _TEXT = """is there a an yes no what colour the object objects how many are where relative to which on left right above
-below top middle bottom centre larger smaller or largest smallest with plain do and have same stand on figures does
-arrow point way stripes run dots up down across upright texture at ground behind parts like that corners number comes
-after than shape nowhere has it size image ? . , user: assistant:"""
+below top middle bottom centre larger smaller or largest smallest with plain do and have same stand on figures
+does arrow point way stripes run dots up down across upright texture at ground behind parts like that corners
+number comes after than shape nowhere has it size image ? . , user: assistant:"""
 WORDS = sorted({*COLOURS, *SHAPES, *PLURAL.values(), *PATTERNS, *TEXTURES, *GROUNDS, *"0123456789", *_TEXT.split()})
 """Every word of questions, answers and the prompt, in lower case: the tokenizer's vocabulary."""
