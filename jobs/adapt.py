@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lit_prune.commands.trainer import build
-from lit_prune.data.dataset import move_batch
+from lit_prune.data.loader import move_batch
 from lit_prune.host import Record, Session
 from lit_prune.vlm import VLM, as_plugin
 

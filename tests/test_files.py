@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,19 @@ def test_two_writers_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             second.write_text("second")
     assert path.read_text() == "first"
     assert names(tmp_path) == ["a.json"]
+
+
+def test_links_pipes_and_devices_are_written_to_and_stay(tmp_path: Path) -> None:
+    """Such as `--json /dev/stdout`, which is a link."""
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        with written_whole(path) as file:
+            file.write_text("new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    assert (pipe.is_fifo(), os.read(reader, 10)) == (True, b"new")
+    os.close(reader)
+    assert names(tmp_path) == ["link", "pipe", "target"]

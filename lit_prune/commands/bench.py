@@ -1,7 +1,6 @@
 """Time several methods beside the full model: first token, prefill, decoding, memory."""
 
 import datetime
-import json as json_format
 import os
 import shlex
 import sys
@@ -18,7 +17,7 @@ from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Dtype, image_pixels, load_model
 from lit_prune.commands._support.machine import cpu_name
 from lit_prune.commands._support.machine import threads as set_threads
-from lit_prune.commands._support.outputs import check_file, check_picture
+from lit_prune.commands._support.outputs import check_file, check_picture, write_json
 from lit_prune.cost.sizes import USUAL
 from lit_prune.errors import LitPruneError, check_number, check_numbers
 from lit_prune.evaluation.timing import NOISY, Benchmark, Method, clock_for, noisy
@@ -100,7 +99,7 @@ def run(
     header["load_average_after"] = os.getloadavg()[0]
     header["notes"] = _notes(bench, rows, header, None if done else time_limit)
     if json is not None:
-        _write(json, {"header": header, "rows": rows})
+        write_json(json, {"header": header, "rows": rows}, indent=1)
     if plot is not None:
         _plot(plot, rows, header)
     _print(rows, header)
@@ -194,11 +193,6 @@ def _notes(bench: Benchmark, rows: list[Row], header: dict[str, Any], limit: flo
     if load > header["cores"]:
         notes.append(f"the machine was busy: load average {load:.1f} on {header['cores']} cores")
     return notes
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_format.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 PREFILL = ("batch", "method", "prefill ms", "± %", "speed-up", "FLOPs", "eff. %", "over. %", "±", "n")

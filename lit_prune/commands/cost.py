@@ -1,11 +1,10 @@
 """Price a model's prompt and answer, full and pruned, without weights."""
 
-import json as json_format
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_prune.commands._support import console
-from lit_prune.commands._support.outputs import check_file, check_picture
+from lit_prune.commands._support.outputs import check_file, check_picture, write_json
 from lit_prune.cost.plan import Training
 
 
@@ -66,11 +65,6 @@ def run(
         for report, training in zip(reports, training_bill.show(train, case, bills), strict=True):
             report["training"] = training
     if json is not None:
-        _write(json, reports)
+        write_json(json, reports[0] if len(reports) == 1 else reports)
     if plot is not None:
         cost_report.draw(plot, case, columns)
-
-
-def _write(path: Path, reports: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_format.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n", "utf-8")

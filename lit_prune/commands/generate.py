@@ -1,6 +1,5 @@
 """Answer prompts about images with fewer visual tokens."""
 
-import json as json_format
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
-from lit_prune.commands._support.outputs import check_file
+from lit_prune.commands._support.outputs import check_file, write_json
 from lit_prune.cost.flops import ModelSize, decoder_total, price
 from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError, check_number
@@ -93,8 +92,7 @@ def run(
     for sample in report["samples"]:
         console.out.print(as_table(sample, report))
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_format.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(json, report)
 
 
 def pair(images: list[str], prompts: list[str]) -> tuple[list[str], list[str]]:

@@ -1,6 +1,5 @@
 """Score answers to a public benchmark by its official rule."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_prune.commands._support import console
+from lit_prune.commands._support.outputs import write_json
 from lit_prune.data.benchmarks import Benchmark, Labels, benchmark
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import scorers
 from lit_prune.evaluation.scorers.answers import Answer, Joined, complete, join, read_answers
 from lit_prune.evaluation.scorers.cases import check
 from lit_prune.evaluation.scorers.rule import Figures, Missing, Rule
-from lit_prune.files.writing import written_whole
 
 
 def run(
@@ -75,7 +74,7 @@ def run(
     remarks += rule.remarks(figures)
     _print(rule, figures, len(joined.answers), remarks)
     if out is not None:
-        _write(out, _report(benchmark, rule, figures, joined, labels, answers) | {"remarks": remarks})
+        write_json(out, _report(benchmark, rule, figures, joined, labels, answers) | {"remarks": remarks})
 
 
 def _check_cases(chosen: Benchmark, cases: Path, alone: bool) -> None:
@@ -176,9 +175,3 @@ def _report(
         "labels": [str(path) for path in labels.files],
         "answers": [str(path) for path in answers],
     }
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -274,13 +274,3 @@ def pad_token(processor: Any) -> int:
 def error_text(skipped: Skipped) -> str:
     """Describe a skipped sample."""
     return str(BadSample(skipped.file, skipped.sample, skipped.reason))
-
-
-def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:
-    """Apply `move` to the tensors of a batch; the images shared by prompts and inputs are moved once."""
-    if "prompts" not in batch:
-        return move(batch)
-    tokens = {key: value for key, value in batch["prompts"].items() if key in TOKEN_KEYS}
-    moved = move({**batch, "prompts": tokens})
-    moved["prompts"] |= {key: moved["inputs"][key] for key in batch["prompts"] if key not in TOKEN_KEYS}
-    return moved

@@ -15,9 +15,9 @@ from torchmetrics import Metric
 from lit_prune.data.bad_samples import BadSampleLog
 from lit_prune.data.checks import check_sources
 from lit_prune.data.conversation import TooLong
-from lit_prune.data.dataset import Collate, InstructDataset, Mode, move_batch, pad_token
+from lit_prune.data.dataset import Collate, InstructDataset, Mode, pad_token
 from lit_prune.data.lengths import estimate_lengths
-from lit_prune.data.loader import make_loader
+from lit_prune.data.loader import make_loader, move_batch
 from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
 from lit_prune.data.progress import restore_place, resumes, saved_place

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lit_prune.data.conversation import TOKEN_KEYS
 from lit_prune.errors import LitPruneError
 
 
@@ -69,3 +70,13 @@ def _outlive_first_signal(_: int) -> None:
     """Ignore a job's signals in workers, since the main process handles them; a second one ends the worker."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def move_batch(batch: dict[str, Any], move: Callable[[Any], Any]) -> dict[str, Any]:
+    """The batch with `move` applied to its tensors; the prompts' images are the inputs' own, moved once."""
+    if "prompts" not in batch:
+        return move(batch)
+    tokens = {key: value for key, value in batch["prompts"].items() if key in TOKEN_KEYS}
+    moved = move({**batch, "prompts": tokens})
+    moved["prompts"] |= {key: moved["inputs"][key] for key in batch["prompts"] if key not in TOKEN_KEYS}
+    return moved

@@ -13,8 +13,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path, whose file is synced and replaces `path` when the block succeeds.
 
     If the block fails or writes no file, `path` is unchanged. Several processes may write the same file: each uses its
-    own temporary path, and the last one wins.
+    own temporary path, and the last one wins. A link, a pipe or a device (`/dev/stdout`) is written to as it is.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
     try:
         yield aside

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune.cost.shapes import Config, shipped_fields, shipped_shape
 from lit_prune.errors import LitPruneError, extra
-from lit_prune.loading.places import adapted_from, fetch, first_line, is_shipped
+from lit_prune.loading.locations import adapted_from, fetch, first_line, is_shipped
 
 Base = str | Path | PreTrainedConfig  # a folder, a hub id, a configuration
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default

@@ -1,9 +1,12 @@
 """Files that verbs write their results to, refused before the work that the results take. No verb itself."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.writing import written_whole
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -15,6 +18,13 @@ def check_file(option: str, path: Path | None) -> None:
     if path.is_dir():
         raise LitPruneError(f"{option}: {path} is a folder; give a file")
     _check_parent(option, path)
+
+
+def write_json(path: Path, report: Any, indent: int = 2) -> None:
+    """Write a report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(report, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_picture(option: str, path: Path | None) -> None:
