@@ -17,8 +17,8 @@ def run(kinds: list[str] | None = None, laws: bool = False, out: Path | None = N
         kinds: Model types, e.g. --kinds gemma3 qwen3_vl; by default all of the list.
         laws: Measure the laws of pruning on each, seconds a class: keep-all = plain model bit for bit, dropping =
             masking, batch = alone, cached = recomputed, a training step, detach, e.g. --laws true.
-        out: Markdown file whose table between the marks <!-- classes --> and <!-- end of classes --> is to be written
-            anew, e.g. --out docs/models.md.
+        out: Markdown file with a table between the marks <!-- classes --> and <!-- end of classes -->, whose rows are
+            to be written, e.g. --out docs/models.md.
 
     Examples:
         lit-prune models

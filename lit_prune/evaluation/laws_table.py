@@ -23,17 +23,20 @@ def as_rows(found: Sequence[Findings]) -> list[tuple[str, ...]]:
 
 
 def write_markdown(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Write the table between its marks in a page, anew.
+    """Write the table between its marks in a page; rows of classes that were not measured now stay as they are.
 
     Raises:
         LitPruneError: a file without the marks.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else BEGIN + END + "\n"
     before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    table, end, after = rest.partition(END)
     if not mark or not end:
         raise LitPruneError(f"{path} has no marks {BEGIN.strip()} and {END} to write the table between")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
+    lines = {line.split(" ")[1]: line for line in table.splitlines() if line.startswith("| ")}
+    lines |= {cells[0]: "| " + " | ".join(cells) + " |" for cells in rows}
+    head = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER))]
+    lines = [*head, *(lines[kind] for kind in listed() if kind in lines)]
     path.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
 
 

@@ -141,7 +141,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "granite_docling": {"vision_config.image_size": 128},
     "inkling2_loop": {
         "text_config.loop_layer_index_start": 2,
-        "text_config.loop_layer_index_end": 5,
+        "text_config.loop_layer_index_end": 6,
+        "text_config.n_layers_per_attn_res_block": 2,
         "vision_config.projection_hidden_dim": 64,
         "vision_config.posemb_grid_size": 8,
     },
