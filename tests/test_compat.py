@@ -129,17 +129,19 @@ def test_a_module_without_a_rotation(model, monkeypatch):
     refused("the module of LlamaAttention has no apply_rotary_pos_emb", model, TextAttention([2]))
 
 
-@pytest.mark.parametrize("name", ["layer_norm1", "self_attn.v_proj", "self_attn.scale"])
-def test_a_tower_that_lacks_something(model, name):
-    owner, _, attribute = f"model.vision_tower.encoder.layers.1.{name}".rpartition(".")
-    delattr(model.get_submodule(owner), attribute)
-    refused(f"has no {attribute}", model, VisionZip())
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_tower_whose_attention_lacks_something(model, name):
+    delattr(model.get_submodule("model.vision_tower.encoder.layers.1.self_attn"), name)
+    with pytest.raises(LitPruneError, match="no vision tower whose layers are attention"):
+        VLM(model, None).attach(VisionZip(), keep=KEEP)
 
 
-def test_a_tower_in_another_place(model):
+def test_a_tower_in_another_place_is_found(model):
     model.model.vision_model = model.model.vision_tower
     del model.model.vision_tower
-    refused("LlavaModel has no vision_tower", model, VisionZip())
+    vlm = VLM(model, None).attach(VisionZip(), keep=KEEP)
+    assert vlm.host.tower.tower.module is model.model.vision_model
+    vlm.detach()
 
 
 # -- libraries ------------------------------------------------------------------------------------------------------
