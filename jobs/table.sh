@@ -25,6 +25,7 @@ P=configs/pruners
 lit-prune compare -c configs/micro.yaml --split test --keep 48 32 16 8 4 --seeds "${SEEDS[@]}" --out "$RUN" "$@" --methods full \
     random=$P/random.yaml uniform=$P/uniform.yaml downsampling=$P/downsample.yaml FastV=$P/fastv.yaml \
     PyramidDrop=$P/pyramiddrop.yaml SparseVLM=$P/sparsevlm.yaml VisionZip=$P/visionzip.yaml PruMerge+=$P/prumerge_plus.yaml \
+    ToMe=$P/tome.yaml \
     DivPrune=$P/divprune.yaml DART=$P/dart.yaml CDPruner=$P/cdpruner.yaml SCOPE=$P/scope.yaml DCP-Prune=$P/dcp.yaml \
     "DCP-Prune, proportional attention=$P/dcp_proportional.yaml" "all-question attention=$P/text_attention.yaml" \
     "word similarity=$P/text_similarity.yaml" "RCP=runs/seeds/keep_{keep}/seed_{seed}/plugin" \

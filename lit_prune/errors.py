@@ -13,7 +13,11 @@ class LitPruneError(Exception):
 
 
 class UsageError(Exception):
-    """A command line or configuration that cannot be read; exit code 2."""
+    """A command line or configuration that cannot be read; exit code 2. `key` is the dotted key at fault, if known."""
+
+    def __init__(self, text: str, key: str = ""):
+        super().__init__(text)
+        self.key = key
 
 
 class BadSample(LitPruneError):

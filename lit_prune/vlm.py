@@ -140,8 +140,8 @@ class VLM:
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
-                `model.keep` and so on), a folder or hub id written by `save_pretrained`, a pruner object, or a
-                `Plugin`.
+                `model.keep` and so on), a folder or hub id written by `save_pretrained`, each also as `PATH@BUDGET` or
+                `PATH!` without its repair adapter, "full" for the plain model, a pruner object, or a `Plugin`.
             repair: repair adapter for a pruner object.
             keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
@@ -16,12 +17,13 @@ from tiny import ROOT
 from lit_prune import cli, vlm
 from lit_prune.commands import sample
 from lit_prune.commands import trainer as trainer_verbs
-from lit_prune.commands._support import inputs, options, overlays
-from lit_prune.commands._support.explain import keys_of
-from lit_prune.commands._support.overlays import with_resets
+from lit_prune.commands._support import inputs, options
+from lit_prune.commands._support.diagnosis import keys_of
 from lit_prune.errors import LONGEST_WORD, LitPruneError, one_line
 from lit_prune.training import module as training
 
+DATA = trainer_verbs.DATA
+MICRO = ROOT / "configs" / "micro.yaml"
 SHORT = 1000  # characters of a message, with a value that may be a long path
 ASK = ("--image=0.png", "--prompt=What colour is the tile?")
 
@@ -81,7 +83,7 @@ def assert_one_line(code: int, text: str) -> None:
         (("show", "--pruner=fastv", "--keep=16", "--out=k.jpg"), "pictures are written as .png, .pdf, .svg"),
         (("show", "--pruner=fastv", "--keep=16", "--out=k.png", "--max-new-tokens=-1"), "--max-new-tokens is -1"),
         (("compare", "--methods", "full", "fastw"), "did you mean `fastv`?"),
-        (("compare", "--methods", "full", "FastV="), "write full, PATH, or NAME=PATH"),
+        (("compare", "--methods", "full", "FastV="), "write PATH or NAME=PATH"),
         (("compare", "--seeds", "0", "-1"), "--seeds[1] is -1"),
         (("compare", "--limit=0"), "--limit 0: at least one sample"),
         (("compare", "--keep", "16", "200%"), "--keep 200%"),
@@ -143,7 +145,8 @@ def test_a_file_that_is_data_is_not_read_as_a_configuration(place: Path, content
     """As JSON files of any kind are, given to any option but `--config`; results are written over."""
     sample.run(place, 1)
     (place / "some.json").write_text(content)
-    overlays.check_files(["--data.init_args.train=some.json", "--ckpt_path", "some.json"])
+    options_ = (f"--data={DATA}", "--data.init_args.train=some.json", "--ckpt_path", "some.json", "--print_config")
+    assert said("fit", *options_) == (0, "")
     with pytest.raises(Loaded):
         cli.main(["generate", *ASK, "--json=some.json"])
     assert_one_line(*said("generate", *ASK, "--config=some.json", "--kee=3"))
@@ -242,21 +245,65 @@ class Parsed(trainer_verbs.PruneCLI):
         pass
 
     def read(self, line: list[str]) -> None:
-        self.args = line
-        self.parse_arguments(self.parser, [self.verb, *with_resets(line, {"data": trainer_verbs.DATA})])
+        self._subcommand_parsers[self.verb].given.clear()
+        self.parse_arguments(self.parser, [self.verb, *line])
 
 
 @pytest.fixture(scope="module")
 def parsed() -> Parsed:
-    return Parsed("fit", ["-c", str(ROOT / "configs" / "micro.yaml")])
+    cli_ = Parsed("fit", ["-c", str(MICRO)])
+    cli_.keys = keys_of(cli_._subcommand_parsers["fit"])
+    return cli_
 
 
 @settings(MANY, max_examples=300)
 @given(data=st.data())
 def test_any_value_of_a_lightning_verb_is_read_or_refused_in_one_line(parsed: Parsed, data: st.DataObject) -> None:
-    key = data.draw(st.sampled_from(keys_of(parsed._subcommand_parsers["fit"])))
+    key = data.draw(st.sampled_from(parsed.keys))
     value = data.draw(VALUES)
     try:
         parsed.read([f"--{key}={value}"])
+    except (cli.UsageError, LitPruneError) as error:
+        assert_one_line(2, f"error: {one_line(str(error))}\n")
+
+
+CONTENT = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([*ODD, f"{DATA}", "${model.keep}", "RCP"]),
+    lambda part: (
+        st.lists(part, max_size=2)
+        | st.dictionaries(st.sampled_from(["class_path", "init_args", "dict_kwargs", "keep", "a.b", "", "x y"]), part)
+    ),
+    max_leaves=5,
+)
+
+
+@st.composite
+def edited(draw: st.DrawFn) -> dict[str, Any]:
+    """A shipped configuration of which one key has another name, or one value is another."""
+    content = node = yaml.safe_load(MICRO.read_text())
+    while True:
+        places = [*range(len(node))] if isinstance(node, list) else [*node]
+        place = draw(st.sampled_from(places))
+        inner = isinstance(node[place], dict | list) and node[place] and draw(st.booleans())
+        if not inner:
+            break
+        node = node[place]
+    if isinstance(node, dict) and draw(st.booleans()):
+        node[f"{place}{draw(st.sampled_from(['s', '.x', ' ', '+']))}"] = node.pop(place)
+    else:
+        node[place] = draw(CONTENT)
+    return content
+
+
+@settings(MANY, max_examples=100)
+@given(content=edited())
+def test_any_configuration_is_read_or_refused_in_one_line(place: Path, parsed: Parsed, content: dict[str, Any]) -> None:
+    (place / "edited.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
+    try:
+        parsed.read(["-c", "edited.yaml"])
     except (cli.UsageError, LitPruneError) as error:
         assert_one_line(2, f"error: {one_line(str(error))}\n")

@@ -32,6 +32,7 @@ SCHEDULE = {1: 20, 3: 9, 5: 4}
 SINGLE, SEVERAL = "FastV 2:8", "RCP 1:20 3:9 5:4"
 FIELDS = {
     "method": str,
+    "keep": int | str | dict | None,
     "batch": int,
     "prefill_ms": float,
     "ttft_ms": float,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lit_prune import cli
 from lit_prune.commands import trainer
-from lit_prune.commands._support import options, overlays
+from lit_prune.commands._support import options
 from lit_prune.errors import LitPruneError
 
 ME = __name__
@@ -43,6 +43,11 @@ class Fast(Pruner):
 
 class Other(Pruner):
     def __init__(self, keep: int = 99, depth: float = 0.0) -> None:
+        super().__init__()
+
+
+class Outer(Pruner):
+    def __init__(self, inner: Pruner, keep: int = 1) -> None:
         super().__init__()
 
 
@@ -281,10 +286,22 @@ def test_an_overlay_of_the_same_class_keeps_the_rest(run: Callable[[str], Result
     assert config["model"]["pruner"]["init_args"] == {"layers": [1], "keep": 2}
 
 
-def test_resets_leave_the_rest_of_the_line_as_written() -> None:
-    line = ["--print_config", "-c", "x.yaml", "--a.b=-1", "--flag", "--c", "d", "extra"]
-    assert overlays.with_resets(line, {}) == line
-    assert overlays.config_files(["-c", "a", "--config=b", "--config", "c", "-cd"]) == ["a", "b", "c", "d"]
+@pytest.mark.parametrize("option", ["pruner.init_args.inner", "pruner.inner", "pruner.init_args.inner.class_path"])
+def test_a_class_within_a_class_is_swapped_in_the_same_way(run: Callable[[str], Result], option: str) -> None:
+    inner = {"class_path": f"{ME}.Fast", "init_args": {"keep": 7}}
+    outer = {"class_path": f"{ME}.Outer", "init_args": {"inner": inner, "keep": 5}}
+    Path("outer.yaml").write_text(yaml.safe_dump({"model": {"pruner": outer}}))
+    config = run(f"fit -c base.yaml -c outer.yaml --model.{option}={ME}.Other --print_config").config
+    found = config["model"]["pruner"]["init_args"]
+    assert found == {"inner": {"class_path": f"{ME}.Other", "init_args": {"keep": 99, "depth": 0.0}}, "keep": 5}
+    Path("inner.yaml").write_text(yaml.safe_dump({"class_path": f"{ME}.Other", "init_args": {"depth": 2}}))
+    config = run("fit -c base.yaml -c outer.yaml --model.pruner.init_args.inner inner.yaml --print_config").config
+    assert config["model"]["pruner"]["init_args"]["inner"]["init_args"] == {"keep": 99, "depth": 2}
+
+
+def test_a_default_class_that_is_swapped_and_chosen_again_has_its_defaults(run: Callable[[str], Result]) -> None:
+    line = f"fit -c base.yaml --model.pruner={ME}.Other --model.pruner={ME}.Fast --print_config"
+    assert run(line).config["model"]["pruner"]["init_args"] == {"layers": [2], "keep": 4}
 
 
 def test_base_model_reaches_the_data_module(folder: Path) -> None:
@@ -504,7 +521,7 @@ def test_a_resumed_run_is_the_same_in_wandb(run: Callable[[str], Result], monkey
         ("layers:", "laers:", f"unknown key `model.pruner.init_args.laers` of {ME}.Fast; did you mean `layers`?"),
         ("size:", "sise:", "bad.yaml: unknown key `data.init_args.sise`"),
         ("max_steps", "max_stps", "unknown key `trainer.max_stps`; did you mean `trainer.max_steps`?"),
-        ("trainer:", "trainr:", "did you mean `trainer.max_steps`?"),
+        ("trainer:", "trainr:", "bad.yaml: unknown key `trainr`; did you mean `trainer`?"),
         ("save_last", "save_lst", "ModelCheckpoint; did you mean `save_last`?"),
         (f"{ME}.Fast", f"{ME}.Fats", f"no class `{ME}.Fats`"),
         (f"{ME}.Fast", f"{ME}.Fats", f"did you mean `{ME}.Fast`?"),

@@ -20,11 +20,15 @@ from torch import nn
 
 from lit_prune import cli
 from lit_prune.commands import compare
+from lit_prune.commands._support import passes as passes_module
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import measuring, plots, tables
-from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, prepare
-from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation import rows as rows_module
+from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, describe, prepare
+from lit_prune.evaluation.comparison import TIMES, Comparison
+from lit_prune.evaluation.groups import Groups, downsampled, views
+from lit_prune.evaluation.store import Store
 from lit_prune.ops.moments import kappa
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
@@ -116,7 +120,7 @@ def test_csv_and_markdown_say_the_same(measured):
     lines = list(csv.DictReader((measured / "results.csv").open()))
     assert [line["w2"] for line in lines] == ["" if row["w2"] is None else str(row["w2"]) for row in rows]
     text = (measured / "table.md").read_text()
-    chance = next(each for each in tables.means(rows) if each["method"] == "chance" and each["keep"] == 16)
+    chance = next(each for each in rows_module.means(rows) if each["method"] == "chance" and each["keep"] == 16)
     assert f"| chance | {100 * chance['accuracy']:.1f} ± {100 * chance['accuracy_std']:.1f} |" in text
     assert "| FastV | – |" in text
     assert "at least 9.9" in text
@@ -180,12 +184,26 @@ def test_untrained_weights_are_initialised_once_a_seed(config, tmp_path):
 
 
 def test_table_and_plots_go_to_wandb(config, measured, tmp_path, monkeypatch):
-    shutil.copytree(measured / "cells", tmp_path / "cells")
+    for part in ("cells", "samples"):
+        shutil.copytree(measured / part, tmp_path / part)
     compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, wandb=True, split="test")
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/cells_*.table.json")
     logged = json.loads(table.read_text())
     at = logged["columns"].index("w2")
     assert [line[at] for line in logged["data"]] == [row["w2"] for row in rows_of(measured)]
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/report/Methods*.table.json")
+    logged = json.loads(table.read_text())
+    lines = [dict(zip(logged["columns"], line, strict=True)) for line in logged["data"]]
+    assert [(line["method"], line["tokens kept"]) for line in lines] == [
+        ("full", "all"), ("chance", "16"), ("chance", "8"), ("FastV", "16"),
+    ]  # fmt: skip
+    full, chance = lines[0], lines[1]
+    mean = rows_module.means(rows_of(measured))[1]["accuracy"]
+    assert chance["accuracy %"] == pytest.approx(100 * mean)
+    assert chance["minus full"] == pytest.approx(chance["accuracy %"] - full["accuracy %"])
+    assert chance["minus full, low"] <= chance["minus full"] <= chance["minus full, high"]
+    assert (full["minus full"], full["minus full, low"]) == (None, None)
+    assert chance["latency ms"] > 0
     images = {path.name.rpartition("_")[0][:-2] for path in tmp_path.glob("wandb/*/files/media/images/*.png")}
     assert images == {"accuracy_tokens", "accuracy_flops", "shift_accuracy", "tokens_per_layer"}
 
@@ -223,6 +241,63 @@ def test_every_answer_has_a_record(measured):
     assert "right to wrong %" in (measured / "table.md").read_text()
 
 
+def test_questions_are_grouped_by_how_much_of_the_image_the_plain_model_needs(config, measured, micro, small, tmp_path):
+    """The groups are those of its own answers to a grey and a coarse image, and the figures those of their records."""
+    for part in ("cells", "samples"):
+        shutil.copytree(measured / part, tmp_path / part)
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, split="test", groups=6)
+    data = MicroData("micro", **small)
+    data.setup("test")
+    source, expected = data.datasets["test"].source, {"blank": [], "downsampled": [], "rest": []}
+    for index, record in enumerate(source):
+        question, answer = (turn["value"].replace("<image>", "").strip() for turn in record["conversations"])
+        with source.images(index, record)[0].open() as file:
+            image = Image.open(file).convert("RGB")
+        side = image.width // 6
+        coarse = image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
+        views = {"blank": Image.new("RGB", image.size, (128, 128, 128)), "downsampled": coarse, "rest": None}
+        group = next(g for g, view in views.items() if view is None or micro.answer(view, question, 8) == answer)
+        expected[group].append(index)
+    found = json.loads((tmp_path / "groups.json").read_text())
+    assert found == {"factor": 6, **expected}
+    assert expected["downsampled"]
+    assert expected["rest"]
+    chance = rows_of(tmp_path)[1]
+    samples = samples_of(tmp_path, chance)
+    for group, held in expected.items():
+        mine = [samples[record] for record in held]
+        assert chance["groups"][group]["questions"] == len(held)
+        if not held:
+            assert chance["groups"][group]["accuracy"] is None
+            continue
+        assert chance["groups"][group]["accuracy"] == pytest.approx(np.mean([each["right"] for each in mine]))
+        assert chance["groups"][group]["agreement"] == pytest.approx(np.mean([each["agrees"] for each in mine]))
+    line = list(csv.DictReader((tmp_path / "results.csv").open()))[1]
+    assert float(line["groups/rest/accuracy"]) == pytest.approx(chance["groups"]["rest"]["accuracy"])
+    sizes = ", ".join(f"{len(held)} {group}" for group, held in expected.items())
+    assert f"**groups of questions at 16: {sizes};" in (tmp_path / "table.md").read_text()
+    compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, split="test")
+    assert not (tmp_path / "groups.json").exists(), "they belong to the results of a run that asked for them"
+    assert rows_of(tmp_path)[1]["groups"] is None
+
+
+def test_a_group_is_that_of_the_poorest_view_that_is_enough(tmp_path):
+    right = {"blank": {0: True, 1: False, 2: True, 3: False}, "downsampled": {0: False, 1: True, 2: True, 3: False}}
+    found = Groups.divide(4, right)
+    assert found.of == {0: "blank", 1: "downsampled", 2: "blank", 3: "rest"}
+    found.write(tmp_path)
+    assert Groups.read(tmp_path) == found
+    assert Groups.read(tmp_path / "none") is None
+    (tmp_path / "groups.json").write_text('{"factor": 4, "blank": 1}')
+    with pytest.raises(LitPruneError, match=r"groups\.json is damaged .*compare --groups"):
+        Groups.read(tmp_path)
+    picture = Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3))
+    assert downsampled(picture, 100).getextrema() == tuple(
+        (mean, mean) for mean in downsampled(picture, 100).getpixel((0, 0))
+    )
+    assert {view(picture).size for view in views(4).values()} == {(12, 8)}
+
+
 def test_cells_of_before_are_read_and_their_loyalty_is_unknown(config, measured, tmp_path):
     """Those that an earlier version measured have neither flips nor divergence."""
     shutil.copytree(measured / "cells", tmp_path / "cells")
@@ -237,7 +312,7 @@ def test_cells_of_before_are_read_and_their_loyalty_is_unknown(config, measured,
     assert rows[1]["agreement"] == rows_of(measured)[1]["agreement"]
     assert re.search(r"\| chance \| [\d.]+ \| unknown \| unknown \| unknown \|", (tmp_path / "table.md").read_text())
     old = {**rows[1], "seed": 0}
-    (mean,) = tables.means([old, {**rows_of(measured)[2]}])
+    (mean,) = rows_module.means([old, {**rows_of(measured)[2]}])
     assert (mean["kl"], mean["runs"]) == (None, 2)
 
 
@@ -248,7 +323,8 @@ def test_cells_of_before_are_read_and_their_loyalty_is_unknown(config, measured,
 KILLED = """
 import os, signal, sys
 from lit_prune import cli
-from lit_prune.evaluation.comparison import Comparison
+from lit_prune.evaluation.comparison import TIMES, Comparison
+from lit_prune.evaluation.store import Store
 
 batches, update = [], Comparison.update
 
@@ -272,8 +348,8 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(config, measured, tm
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / "cells").glob("*.json"))) == 4
     passes = []
-    make = compare.Comparison
-    monkeypatch.setattr(compare, "Comparison", lambda *a: passes.append([c.keep for c in a[2]]) or make(*a))
+    make = passes_module.Comparison
+    monkeypatch.setattr(passes_module, "Comparison", lambda *a: passes.append([c.keep for c in a[2]]) or make(*a))
     compare.run(config, METHODS, ["16", "5.6%"], [0, 1], out=tmp_path, split="test")
     assert passes == [[8, 8]]
     for name in ("results.json", "results.csv", "table.md"):
@@ -338,7 +414,7 @@ def test_a_failing_method_loses_no_other(config, tmp_path):
     [
         ({"methods": ["x=nowhere.yaml"]}, "nowhere.yaml: No such file"),
         ({"methods": ["x=nowhere/{seed}"]}, "x: plug-in nowhere/0"),
-        ({"methods": ["x="]}, "write full, PATH, or NAME=PATH"),
+        ({"methods": ["x="]}, "write PATH or NAME=PATH"),
         ({"methods": [RANDOM], "keep": ["0.1%"]}, "--keep 0.1%: 0 visual tokens"),
         ({"methods": [RANDOM], "keep": ["few"]}, "--keep few"),
         ({"methods": [RANDOM], "limit": 0}, "--limit 0"),
@@ -478,7 +554,7 @@ def test_a_cell_alone_equals_the_same_beside_others(micro, batch):
         comparison = Comparison(micro, Cell(FULL), [Cell("x", keep, 0, Plugin(Random())) for keep in keeps], 4)
         comparison.update(batch)
         results = {cell.keep: result for cell, result in comparison.results()}
-        return {key: value for key, value in results[8].items() if key != "seconds"}
+        return {key: value for key, value in results[8].items() if key not in TIMES}
 
     assert measure(16, 8) == measure(8)
 
@@ -533,11 +609,11 @@ def result(accuracy: float, w2: float) -> dict:
 
 def test_means_and_spread_over_seeds():
     full = result(0.8, 0.0)
-    rows = [tables.row(Cell("a", 8, seed), result(value, 1.0), full) for seed, value in enumerate((0.2, 0.4, 0.6))]
-    rows.append(tables.row(Cell("a", 8, 3, reason="lost", failed=True), None, full))
-    rows.append(tables.row(Cell("a", 8, 4), None, full))
+    rows = [rows_module.row(Cell("a", 8, seed), result(value, 1.0), full) for seed, value in enumerate((0.2, 0.4, 0.6))]
+    rows.append(rows_module.row(Cell("a", 8, 3, reason="lost", failed=True), None, full))
+    rows.append(rows_module.row(Cell("a", 8, 4), None, full))
     assert [row["status"] for row in rows] == ["measured"] * 3 + ["failed", "pending"]
-    (mean,) = tables.means(rows)
+    (mean,) = rows_module.means(rows)
     assert (mean["accuracy"], mean["accuracy_std"], mean["runs"]) == pytest.approx((0.4, 0.2, 3))
     assert mean["retained"] == pytest.approx(0.5)
     assert (mean["keep"], mean["seed"]) == (8, None)
@@ -550,17 +626,17 @@ def test_rank_correlation_over_all_and_within_budgets():
     points = {16: [(0.7, 1.0), (0.8, 2.0), (0.9, 3.0)], 8: [(0.1, 11.0), (0.2, 12.0), (0.3, 13.0)]}
     full = result(1.0, 0.0)
     rows = [
-        tables.row(Cell(f"m{i}", keep), result(*point), full)
+        rows_module.row(Cell(f"m{i}", keep), result(*point), full)
         for keep, at in points.items()
         for i, point in enumerate(at)
     ]
-    everywhere, inside = tables.ranks_agree(rows, "w2")
+    everywhere, inside = rows_module.ranks_agree(rows, "w2")
     ranks = np.argsort(np.argsort([p[0] for at in points.values() for p in at]))
     shifts = np.argsort(np.argsort([p[1] for at in points.values() for p in at]))
     assert everywhere == pytest.approx(np.corrcoef(ranks, shifts)[0, 1], rel=1e-5)
     assert everywhere < 0
     assert inside == pytest.approx(1.0, rel=1e-5)
-    assert np.isnan(tables.ranks_agree(rows[:2], "w2")[0])
+    assert np.isnan(rows_module.ranks_agree(rows[:2], "w2")[0])
 
 
 def test_store_tells_cells_of_other_code(tmp_path):
@@ -577,14 +653,14 @@ def test_store_tells_cells_of_other_code(tmp_path):
 
 def test_tables_say_where_a_price_is_unknown():
     known, unknown = result(0.5, 1.0), {**result(0.5, 1.0), "flops": None, "kv_bytes": None}
-    rows = [tables.row(Cell("a", 8), each, each) for each in (known, unknown)]
+    rows = [rows_module.row(Cell("a", 8), each, each) for each in (known, unknown)]
     rows = [{**each, "questions": 2} for each in rows]
     assert (rows[0]["flops_reduction"], rows[1]["flops_reduction"]) == (0.0, None)
-    line = tables.methods_table(tables.means(rows[1:]))[1]
+    line = tables.methods_table(rows_module.means(rows[1:]))[1]
     assert line == ["a", "50.0", "100.0", "4.0", "unknown", "unknown", "unknown", "1.00"]
 
 
 def test_names_with_bars_keep_a_table_whole():
-    rows = [{**tables.row(Cell("a|b", 8), result(0.5, 1.0), result(1.0, 0.0)), "questions": 2}]
+    rows = [{**rows_module.row(Cell("a|b", 8), result(0.5, 1.0), result(1.0, 0.0)), "questions": 2}]
     lines = tables.markdown(rows, 144).splitlines()
     assert lines[2].startswith("| a\\|b |")

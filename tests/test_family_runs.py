@@ -244,7 +244,7 @@ def test_hints_come_with_the_batch_where_the_grid_is_known(family, questions, re
     comparison = Comparison(family, Cell(FULL), [Cell("oracle", KEEP, None, Plugin(Oracle([2])).eval())], 2)
     for batch in batches[:2]:
         comparison.update(batch)
-    assert [cell.failed for cell, _ in comparison.meters] == [False, False]
+    assert [tally.cell.failed for tally in comparison.tallies] == [False, False]
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl"], indirect=True)

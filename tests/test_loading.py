@@ -26,7 +26,7 @@ from lit_prune.cost.shapes import FOLDER, names
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
-from lit_prune.loading import shipped_config
+from lit_prune.loading import places, shipped_config
 from lit_prune.micro.model import build, build_config, build_processor
 from lit_prune.plugin import fingerprint
 from lit_prune.pruners.random import Random
@@ -526,9 +526,9 @@ def test_an_adapter_without_a_base(tmp_path):
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub: connections are refused at once, and the cache is empty."""
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)  # so that the hub is asked
-    monkeypatch.setattr(loading.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(loading.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", False)  # so that the hub is asked
+    monkeypatch.setattr(places.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(places.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
 def test_no_weights_and_no_network(offline):
@@ -549,11 +549,11 @@ def test_a_hub_that_answers(offline, monkeypatch):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
         monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
         Thread(target=server.serve_forever, daemon=True).start()
-        assert not loading.hub_answers()
-        monkeypatch.setattr(loading.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert loading.hub_answers()
-        monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
-        assert not loading.hub_answers()
+        assert not places.hub_answers()
+        monkeypatch.setattr(places.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert places.hub_answers()
+        monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", True)
+        assert not places.hub_answers()
         server.shutdown()
 
 

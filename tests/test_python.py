@@ -18,7 +18,7 @@ import lit_prune
 import lit_prune.data
 from lit_prune.errors import LitPruneError
 from lit_prune.files.inputs import as_image, pair
-from lit_prune.loading import closest_model
+from lit_prune.loading.places import closest_model
 from lit_prune.pruners.random import Random
 from lit_prune.vlm import VLM, load
 
@@ -348,5 +348,5 @@ def test_what_is_no_model_is_refused_in_one_line(base):
 
 def test_hints_of_names_wait_for_no_network(monkeypatch):
     """A slip in the one name that everybody types is seen without asking the hub."""
-    monkeypatch.setattr("lit_prune.loading.hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("lit_prune.loading.places.hub_answers", lambda: pytest.fail("the hub was asked"))
     assert "did you mean `micro`?" in refusal(load, "mirco")

@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import ROOT
 
 from lit_prune import cli
+from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.report import figures, gallery, page, template
 from lit_prune.evaluation.report.intervals import interval, resampled_means
 from lit_prune.evaluation.report.runs import read_run
@@ -55,7 +56,8 @@ def sample(number: int, answer: str, full: str = "yes", reference: str = "yes", 
     return {
         "id": f"q{number}", "record": number, "skill": ("colour", "shape")[number % 2], "question": f"Is {number} red?",
         "reference": reference, "full": full, "answer": answer, "full_right": full == reference,
-        "right": answer == reference, "agrees": full == answer, "kl": 0.5, "visual": 8.0, "total": 64,
+        "right": answer == reference, "agrees": full == answer, "kl": 0.5, "confidence": 0.9 if number < 4 else 0.4,
+        "visual": 8.0, "total": 64,
         "kept": {"0": 8}, "image": f"{number // 3:016x}", **more,
     }  # fmt: skip
 
@@ -154,6 +156,65 @@ def test_seeds_are_averaged(tmp_path):
     assert line["accuracy %"].text == f"{(7 + 10) / 2 / 12 * 100:.1f}"
     assert line["method"].more == "2 seeds"
     assert line["minus full"].text == f"{(8.5 - 11) / 12 * 100:+.1f}"
+
+
+def test_latency_is_the_comparisons_and_that_of_bench(made_up):
+    """Each beside its cost; a method that bench did not time has a dash, and the page says so."""
+    (made_up / "cells").mkdir()
+    for method, keep, latency in (("full", None, 0.02), ("half", 8, 0.004)):
+        file = made_up / "cells" / f"{cell(method, keep, HALF)['cell']}.json"
+        file.write_text(json.dumps({"result": {"seconds": 1.2, "latency": latency}}))
+    full, half, most = summary(made_up)
+    assert (full["latency ms"].text, half["latency ms"].text) == ("20.00", "4.00")
+    assert half["CPU ms"].text == "100.0"
+    assert most["latency ms"].text == figures.UNKNOWN
+    assert "first token ms" not in half
+    times = [("full", None, 4, 90.0), ("full", None, 1, 30.0), ("half 8", 8, 1, 10.0), ("half 16", 16, 1, 11.0)]
+    rows = [
+        {"method": name, "keep": keep, "batch": batch, "ttft_ms": ms, "tokens_per_s": 1e3 / ms}
+        for name, keep, batch, ms in times
+    ]
+    (made_up / "bench.json").write_text(json.dumps({"header": {}, "rows": rows}))
+    full, half, most = summary(made_up)
+    assert (full["first token ms"].text, full["first token ms"].more) == ("30.0", "batch 1")
+    assert (half["first token ms"].text, half["tokens/s"].text) == ("10.0", "100")
+    assert most["first token ms"].text == figures.UNKNOWN
+    assert "bench.json has no times of most, 8" in page.make([read_run(made_up)], "Timed")
+
+
+def test_plain_values_of_a_table(made_up):
+    """As W&B takes them: the ends of an interval beside its figure."""
+    titles, lines = figures.summary([read_run(made_up)], "full", 500, 0).flat()
+    assert titles[:8] == [
+        "method", "tokens kept", "accuracy %", "accuracy %, low", "accuracy %, high", "minus full", "minus full, low",
+        "minus full, high",
+    ]  # fmt: skip
+    half = dict(zip(titles, lines[1], strict=True))
+    assert half["accuracy %"] == pytest.approx(700 / 12)
+    shown = summary(made_up)[1]["minus full"].more
+    assert shown == f"{half['minus full, low']:+.1f} to {half['minus full, high']:+.1f}"
+    assert lines[0][titles.index("minus full")] is None
+
+
+def test_groups_of_questions_have_a_table(made_up):
+    rows = json.loads((made_up / "results.json").read_text())
+    of = {record: "rest" if record < 6 else "blank" for record in range(QUESTIONS)}
+    groups = Groups(4, of)
+    for row, samples in zip(rows, (FULL, HALF, MOST), strict=True):
+        row["groups"] = groups.figures(samples)
+    (made_up / "results.json").write_text(json.dumps(rows))
+    groups.write(made_up)
+    run = read_run(made_up)
+    table = figures.groups(run)
+    line = dict(zip([column.title for column in table.columns], table.rows[1], strict=True))
+    assert (line["method"].text, line["blank (6): accuracy %"].text, line["rest (6): accuracy %"].text) == (
+        "half", f"{100 / 6:.1f}", "100.0",
+    )  # fmt: skip
+    assert line["blank: same answer %"].text == "0.0"
+    assert line["downsampled (0): accuracy %"].text == figures.UNKNOWN
+    found = Elements(page.make([run], "Groups"))
+    assert table.title in found.texts["h2"]
+    assert [given["data-group"] for given in found.of("li", "card")].count("blank") == 6
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------
@@ -402,6 +463,15 @@ setTimeout(() => {
   found.reset = state().length;
   set("skill", "shape");
   found.skill = state().length;
+  set("skill", "");
+  set("sure", "50");
+  found.sure = state().length;
+  set("sure", "");
+  set("unsure", "50");
+  set("group", "blank");
+  found.group = state().map((each) => each[0]);
+  set("unsure", "");
+  set("group", "");
   const head = [...document.querySelectorAll("th button")].find((each) => each.textContent === "accuracy %");
   const order = () => [...document.querySelector("tbody").rows].map((row) => row.cells[0].textContent);
   head.click();
@@ -420,6 +490,7 @@ setTimeout(() => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_filters_and_sorting_in_a_browser(made_up, tmp_path):
     """On a phone's width; a script that is none of the page's, were one to get in, is not run."""
+    Groups(4, {record: ("blank", "downsampled", "rest")[record % 3] for record in range(QUESTIONS)}).write(made_up)
     text = page.make([read_run(made_up)], "Report")
     allowed = text.replace("script-src '", f"script-src '{page._hash(CLICKS)}' '", 1)
     intruder = "<script>document.title = 'owned'</script>"
@@ -434,6 +505,8 @@ def test_filters_and_sorting_in_a_browser(made_up, tmp_path):
     assert found["method"] == [["q0", ["most"]]]
     assert found["count"] == f"1 of {QUESTIONS} samples"
     assert found["skill"] == QUESTIONS // 2
+    assert found["sure"] == 4
+    assert found["group"] == ["q6", "q9"]
     assert (found["up"], found["down"]) == (["half", "most", "full"], ["full", "most", "half"])
     assert found["sort"] == "descending"
     assert found["width"][0] <= found["width"][1], "the page itself does not scroll sideways"

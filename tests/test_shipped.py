@@ -12,11 +12,10 @@ from tiny import ROOT
 
 import lit_prune
 from lit_prune.cli import UsageError, main
-from lit_prune.commands._support import overlays
 from lit_prune.commands._support.options import parse_verb
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
-from lit_prune.files.shipped import FOLDER, config_names, description, find_config
+from lit_prune.files.shipped import FOLDER, config_names, config_or_text, description, find_config
 from lit_prune.vlm import as_plugin
 
 PACKAGE = Path(lit_prune.__file__).parent
@@ -108,19 +107,22 @@ def test_a_file_of_ones_own_is_suggested_first(elsewhere):
 # -- on the command line and in Python ------------------------------------------------------------------------------
 
 
-def test_options_of_a_command_line_are_looked_up(elsewhere):
-    (elsewhere / "mine.yaml").touch()
-    line = ["-c", "micro.yaml", "--config=pruners/fastv.yaml", "-c", "mine.yaml", "--config", "{model: {keep: 3}}"]
-    found = overlays.with_shipped([*line, "--model.keep", "micro.yaml"])
-    shipped_two = ["-c", str(FOLDER / "micro.yaml"), f"--config={FOLDER / 'pruners/fastv.yaml'}"]
-    assert found == [*shipped_two, "-c", "mine.yaml", "--config", "{model: {keep: 3}}", "--model.keep", "micro.yaml"]
+def test_options_of_a_command_line_are_looked_up(elsewhere, capsys):
+    """Each form of `--config`; what is here, or text of its own, is as it is, and so is any other option."""
+    (elsewhere / "mine.yaml").write_text("model: {lr: 0.25}")
+    line = ["-c", "micro.yaml", "--config=pruners/fastv.yaml", "-cmine.yaml", "--config", "{model: {keep: 3}}"]
+    code, printed, _ = output(capsys, "fit", *line, "--model.base", "micro.yaml", "--print_config")
+    model = yaml.safe_load(printed)["model"]
+    assert code == 0
+    assert model["pruner"]["class_path"].endswith("FastV")
+    assert (model["keep"], model["base"]) == (3, "micro.yaml")
 
 
 def test_whatever_is_here_is_left_as_it_is_written(elsewhere):
     """A file of any name, a pipe, text in place of a file, an address."""
     (elsewhere / "micro").write_text("model: {keep: 3}")
     for value in ("micro", "/dev/stdin", "{}", "model: {keep: 3}", "x" * 5000, "a\0b", "https://x.org/micro.yaml", ""):
-        assert overlays.config_or_text(value) == value
+        assert config_or_text(value) == value
 
 
 @pytest.mark.parametrize("files", [["micro.yaml", "configs/pruners/fastv.yaml"], ["micro", "pruners/fastv"]])
@@ -153,7 +155,7 @@ def test_files_named_inside_shipped_files_are_found():
         command = yaml.safe_load(find_config(name).read_text())["command"]
         used = [command[i + 1] for i, word in enumerate(command) if word == "-c"]
         assert used
-        assert [overlays.config_or_text(file) for file in used] == [str(find_config(file)) for file in used]
+        assert [config_or_text(file) for file in used] == [str(find_config(file)) for file in used]
 
 
 def test_verbs_find_their_file():

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import wandb
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from tiny import ROOT
 
@@ -197,11 +198,36 @@ def test_settings_of_a_run_that_cannot_be() -> None:
         check(Namespace(trainer=None), fit=True)
 
 
+UNWRITABLE = object()
+
+
+class Base:
+    """Stand-in for a callback."""
+
+
+class Placed(Base):
+    def __init__(
+        self,
+        device: torch.device | str = torch.device("cuda:0"),  # noqa: B008
+        other: str | Any = UNWRITABLE,
+        name: str = "cpu",
+    ) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_defaults_that_yaml_has_no_form_for() -> None:
-    text = "Unable to serialize instance "
-    node = Namespace(a=[Namespace(device=f"{text}cuda:0", other=f"{text}<object at 0x1>", name="cpu")])
-    restore_defaults(node)
-    assert node == Namespace(a=[Namespace(device="cuda:0", name="cpu")])
+    """What jsonargparse makes of them, in a class and in a list of classes; what was given stays."""
+    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
+    parser.add_argument("--one", type=Base)
+    parser.add_argument("--several", type=list[Base])
+    parser.add_argument("--word", type=str)
+    spec = {"class_path": f"{__name__}.Placed", "init_args": {"name": "${word}"}}
+    several = [spec, {**spec, "init_args": {"device": "cuda:1", "name": "cpu"}}]
+    config = parser.parse_args(["--word=cpu", f"--one={json.dumps(spec)}", f"--several={json.dumps(several)}"])
+    restore_defaults(config)
+    found = [vars(each.init_args) for each in (config.one, *config.several)]
+    assert found == [{"device": device, "name": "cpu"} for device in ("cuda:0", "cuda:0", "cuda:1")]
 
 
 # -- runs for debugging ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_of
-from lit_prune.loading import resolve
+from lit_prune.loading.places import resolve
 from lit_prune.micro.model import build_config, build_processor
 from lit_prune.ops.budget import Share
 from lit_prune.pruners.random import Random

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lit_prune.callbacks.settings import output_suffix
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.measuring import Measured, matches
+from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.pictures import Pixels, Row, as_seen, draw_page, titled
+from lit_prune.evaluation.records import SampleRecord
 from lit_prune.training.debug_modes import leaves_no_trace
 from lit_prune.training.logging import logged_step
 
@@ -41,7 +42,7 @@ class SamplePictures(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: dict[str, Measured] | None,
+        outputs: dict[str, Any] | None,
         batch: dict[str, Any],
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -82,22 +83,22 @@ def _to_wandb(logger: WandbLogger, name: str, rows: list[list[Any]], step: int) 
     logger.log_table(name, columns=COLUMNS, data=pictured, step=step)
 
 
-def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Measured], i: int) -> list[Any]:
+def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Any], i: int) -> list[Any]:
     """One question, a value for each of `COLUMNS`."""
-    student, full = outputs["student"], outputs["teacher"].texts[i]
-    question, answer, text = (of[i] for of in (batch["questions"], batch["answers"], student.texts))
-    right = matches([text], [answer])[0]
+    student: Measured = outputs["student"]
+    record: SampleRecord = outputs["records"][i]
     stages = {layer: there[i].bool().cpu().numpy() for layer, there in student.stages.items()}
-    detail = f"{student.visual[i]:.3g} of {int(student.total[i])} tokens on average"
+    detail = f"{record.visual:.3g} of {record.total} tokens on average"
     name = module.plugin.title or type(module.plugin.pruner).__name__
-    method = Row(name, detail, text, right, titled(stages))
+    method = Row(name, detail, record.answer, record.right, titled(stages))
     try:
         seen = _seen(module, batch["inputs"], i)
-        picture = None if seen is None else _draw(seen, method, question, f"answer: {answer}  ·  full model: {full}")
+        picture = None if seen is None else _draw(seen, method, record)
     except LitPruneError:  # tokens that are no square grid
         picture = None
     kept = ", ".join(title for title, _ in method.stages)
-    return [str(batch["ids"][i]), batch["skills"][i] or "", question, answer, full, text, right, kept, picture]
+    answers = (record.reference, record.full, record.answer, record.right)
+    return [str(record.id), record.skill or "", record.question, *answers, kept, picture]
 
 
 def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:
@@ -109,8 +110,9 @@ def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels 
     return as_seen(pixels[int(pictured[:i].sum())], processor.image_mean, processor.image_std)
 
 
-def _draw(image: Pixels, row: Row, question: str, subtitle: str) -> Pixels:
-    page = draw_page(image, [row], question, subtitle)
+def _draw(image: Pixels, row: Row, record: SampleRecord) -> Pixels:
+    subtitle = f"answer: {record.reference}  ·  full model: {record.full}"
+    page = draw_page(image, [row], record.question, subtitle)
     page.set_dpi(DPI)
     page.canvas.draw()
     return np.asarray(page.canvas.buffer_rgba())[..., :3].copy()

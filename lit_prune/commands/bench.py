@@ -24,8 +24,8 @@ from lit_prune.cost.sizes import USUAL
 from lit_prune.errors import LitPruneError, check_number, check_numbers
 from lit_prune.evaluation.timing import NOISY, Benchmark, Method, clock_for, noisy
 from lit_prune.loading import config_of
-from lit_prune.ops.budget import Budget, parse_budget
-from lit_prune.vlm import as_plugin
+from lit_prune.ops.budget import Budget, format_budget, parse_budget
+from lit_prune.plugin.methods import FULL, MethodText
 
 Row = dict[str, Any]
 MOST_THREADS = 4096
@@ -130,17 +130,23 @@ def _check(
 
 
 def _method(spec: str, keep: Budget | None, by_file: bool = False) -> Method:
-    """`full`, PATH or NAME=PATH, each with @BUDGET or without; without a name the method's own, or its file's."""
-    name, _, path = spec.rpartition("=")
-    path, _, own = path.partition("@")
-    if path == "full":
-        return Method(name or "full")
-    plugin = as_plugin(path)
-    budget = parse_budget(own, f"--methods {spec}") if own else plugin.keep if keep is None else keep
+    """A method as `MethodText` reads it; without a name the method's own, or its file's."""
+    line = MethodText.parse(spec, "--methods")
+    if len(line.paths) > 1:
+        raise LitPruneError(
+            f"--methods {spec}: several paths are runs of one method, which `lit-prune compare` averages"
+        )
+    if line.path == FULL:
+        return Method(line.name or FULL)
+    plugin = line.plugin()
+    budget = line.keep or (plugin.keep if keep is None else keep)
     if budget is None:
-        raise LitPruneError(f"{path} names no budget: give --keep, or {path}@BUDGET (64, or 2:64 for counts by layer)")
-    title = (not by_file and plugin.title) or Path(path).stem
-    return Method(name or f"{title}{own and ' ' + own}", plugin, budget)
+        raise LitPruneError(
+            f"{line.path} names no budget: give --keep, or {line.path}@BUDGET (64, or 2:64 for counts by layer)"
+        )
+    title = (not by_file and plugin.title) or Path(line.path).stem
+    own = "" if line.keep is None else f" {format_budget(line.keep)}"
+    return Method(line.name or f"{title}{own}", plugin, budget)
 
 
 @contextmanager

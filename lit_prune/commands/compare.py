@@ -1,23 +1,29 @@
 """Measure methods side by side at several budgets: accuracy, tokens, FLOPs, shift; tables and plots."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.outputs import check_folder
+from lit_prune.commands._support.passes import STAGES, Work, load_data, source_of
 from lit_prune.commands._support.sample_images import SampleImages
 from lit_prune.commands._support.trainer_options import LARGEST_SEED
 from lit_prune.commands.trainer import PruneCLI, build
-from lit_prune.errors import LitPruneError, UsageError, check_numbers
-from lit_prune.evaluation.cells import FULL, Cell, Method, Store, budget, cells_of, describe, digest_of, prepare
-from lit_prune.evaluation.comparison import Comparison
+from lit_prune.errors import LitPruneError, UsageError, check_number, check_numbers
+from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, describe, prepare
+from lit_prune.evaluation.groups import FILE as GROUPS_FILE
+from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.plots import draw
-from lit_prune.evaluation.tables import Row, as_csv, caption, markdown, overviews, remarks, row
+from lit_prune.evaluation.report.figures import all_tables
+from lit_prune.evaluation.report.intervals import DRAWS
+from lit_prune.evaluation.report.logged import as_wandb
+from lit_prune.evaluation.report.runs import read_run
+from lit_prune.evaluation.rows import Row, as_csv, caption, flat
+from lit_prune.evaluation.store import Store
+from lit_prune.evaluation.tables import markdown, overviews, remarks
 from lit_prune.files.shipped import config_names
 from lit_prune.files.writing import written_whole
 from lit_prune.host.parts import find
@@ -26,6 +32,7 @@ from lit_prune.plugin import learns
 from lit_prune.vlm import VLM
 
 PRUNERS = Path("configs/pruners")
+DATA_SEED = "data.init_args.data_seed"
 
 
 def run(
@@ -39,6 +46,7 @@ def run(
     fresh: bool = False,
     wandb: bool = False,
     split: Literal["val", "test"] = "val",
+    groups: int | None = None,
 ) -> None:
     """Measure methods x budgets x seeds on a configuration's data, batch by batch beside the full model.
 
@@ -64,65 +72,65 @@ def run(
         data_seed: Other scenes, where the data are generated, e.g. --data-seed 1 for some that nobody chose on.
         out: Folder for the results.
         fresh: Measure every cell again: --fresh.
-        wandb: Log table and plots to Weights & Biases, offline where there is no key: --wandb.
+        wandb: Log cells, tables with intervals and paired differences, and plots to Weights & Biases, offline where
+            there is no key: --wandb.
         split: What to measure on: --split val (the default), or --split test.
+        groups: Tell questions that the full model answers from a blank image, or from one whose sides are divided by
+            this number, e.g. --groups 4, from the rest, with figures for each group. Takes two more passes of the full
+            model.
 
     Examples:
         lit-prune compare --methods full random fastv divprune --keep 16 --limit 140
         lit-prune compare --keep 33.3% 11.1% --seeds 0 1 2 --split test --out runs/compare
+        lit-prune compare --methods full fastv divprune --keep 16 --groups 4
         lit-prune compare -c micro.yaml --methods full RCP=runs/try/plugin --keep 16
     """
-    for each in keep or []:
-        parse_budget(each, "--keep")  # this and the next before anything is loaded
-    if limit is not None and limit < 1:
-        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
-    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
-    check_folder("--out", out)
+    _check(keep, limit, groups, seeds, out)
     chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
     for method in chosen:
         method.check()
     made = _build(config or ["configs/micro.yaml"], data_seed, STAGES[split])
-    vlm, data = made.model.vlm.detach(), made.datamodule
+    vlm = made.model.vlm.detach()
     _to_gpu(vlm)
     dims = find(vlm.model).dims
     asked_for = [as_json(made.model.keep)] if keep is None else keep
     keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
-    setting, visual = _load_data(made, split, limit), dims.visual
-    images = SampleImages(_source(data, split), out / "images")
+    setting = load_data(made, split, limit)
     cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
-    full, store = Cell(FULL), Store(out / "cells")
-    prepare([full, *cells], vlm, {**describe(vlm), **setting})
-    results = {} if fresh else {cell.key: found for cell in [full, *cells] if (found := store.read(cell))}
-    _say_found(store, [full, *cells], len(results))
-    passes = [keep for keep in keeps if _pending(cells, keep, results)]
-    for number, keep in enumerate(passes or ([] if full.key in results else [None])):
-        pending = _pending(cells, keep, results)
-        comparison = Comparison(vlm, full, pending, made.model.max_new_tokens, getattr(data, "scorer", None))
-        title = f"{split}, {keep or visual} tokens ({number + 1} of {max(1, len(passes))})"
-        _loop(comparison, data, split, title, len(pending))
-        if not (measured := comparison.results()):
-            raise LitPruneError(f"the {split} set gave no usable sample")
-        samples = comparison.samples()
-        for cell, result in measured:
-            store.write(cell, result, [{**each, "image": images.digest(each["record"])} for each in samples[cell.key]])
-            results[cell.key] = json.loads(json.dumps(result))
-        _write([row(cell, results.get(cell.key), results[full.key], split) for cell in cells], out, visual)
-    rows = [row(cell, results.get(cell.key), results[full.key], split) for cell in cells]
-    _write(rows, out, visual)
-    pictures = _draw(rows, out, visual)
-    _print(rows, visual)
+    work = Work(made, split, Store(out / "cells"), SampleImages(source_of(made.datamodule, split), out / "images"))
+    prepare([work.full, *cells], vlm, {**describe(vlm), **setting})
+    views = work.views(groups, {**describe(vlm), **setting})
+    if not fresh:
+        work.recall([work.full, *views.values(), *cells])
+    divided = work.divide(groups, views)
+    work.measure(cells, keeps, lambda: _write(work.rows(cells, divided), divided, out, dims.visual))
+    rows = work.rows(cells, divided)
+    _write(rows, divided, out, dims.visual)
+    pictures = _draw(rows, out, dims.visual)
+    _print(rows, dims.visual)
     if wandb:
         _log(rows, pictures, out, {**setting, "split": split})
-    _judge(cells, results)
+    _judge(cells, work.results)
+
+
+def _check(keep: list[Any] | None, limit: int | None, groups: int | None, seeds: list[int] | None, out: Path) -> None:
+    """Raise `LitPruneError` for options that nothing can be measured with, before a model is loaded."""
+    for each in keep or []:
+        parse_budget(each, "--keep")
+    if limit is not None and limit < 1:
+        raise LitPruneError(f"--limit {limit}: at least one sample must be measured")
+    check_number("--groups", groups, least=2, whole=True)
+    check_numbers("--seeds", seeds or [], least=0, most=LARGEST_SEED, whole=True)
+    check_folder("--out", out)
 
 
 def _build(config: list[str], data_seed: int | None, verb: str) -> PruneCLI:
     """Model, and the data that a verb reads; raises `LitPruneError` for a seed where the data have none."""
-    overrides = [] if data_seed is None else [f"--data.init_args.data_seed={data_seed}"]
+    overrides = [] if data_seed is None else [f"--{DATA_SEED}={data_seed}"]
     try:
         return build(config, overrides, reads=verb)
     except UsageError as error:
-        if "unknown key `data" not in str(error) or "data_seed" not in str(error):
+        if error.key != DATA_SEED:
             raise
         raise LitPruneError("--data-seed: these data are not generated, so they have no seed; leave it out") from error
 
@@ -139,73 +147,19 @@ def _to_gpu(vlm: VLM) -> None:
     vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# Data
-
-
-STAGES = {"val": "validate", "test": "test"}
-
-
-def _load_data(made: PruneCLI, split: str, limit: int | None) -> dict[str, Any]:
-    """Set the data of a split up, cut to `limit`; returns what a result depends on, the split by its file."""
-    from torch.utils.data import Subset
-
-    data = made.datamodule
-    data.prepare_data()
-    data.setup(STAGES[split])
-    whole = data.datasets[split]
-    file = digest_of(whole.source.files)
-    if limit is not None:
-        data.datasets[split] = Subset(whole, range(min(limit, len(whole))))
-    told = json.loads(json.dumps(made.config["data"].as_dict(), default=str))
-    size = len(data.datasets[split])
-    return {"data": told, "file": file, "samples": size, "max_new_tokens": made.model.max_new_tokens}
-
-
-def _source(data: Any, split: str) -> Any:
-    """The source of a split's records, whether the split was cut or not."""
-    whole = data.datasets[split]
-    return getattr(whole, "dataset", whole).source
-
-
-def _pending(cells: Sequence[Cell], keep: int | None, results: dict[str, Row]) -> list[Cell]:
-    """What is left to measure at a budget; a cell that was asked for twice is measured once."""
-    here = (cell for cell in cells if cell.keep == keep and cell.plugin is not None)
-    left = {cell.key: cell for cell in here if not cell.reason and cell.key not in results}
-    return list(left.values())
-
-
-def _loop(comparison: Comparison, data: Any, split: str, title: str, cells: int) -> None:
-    """One pass over the data; where there is no terminal, its bars come at its end, so its title comes first."""
-    if not console.err.is_terminal:
-        console.say(f"{title}: {cells} cells")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total, loader = len(data.datasets[split]), data.val_dataloader() if split == "val" else data.test_dataloader()
-    with Progress(*columns, console=console.err) as progress:
-        samples = progress.add_task(f"{title}: {cells} cells, samples", total=total)
-        bar = progress.add_task("  this batch, cells", total=cells + 1)
-        for batch in loader:
-            batch = data.on_before_batch_transfer(batch, 0)
-            batch = data.transfer_batch_to_device(batch, comparison.vlm.model.device, 0)
-            progress.reset(bar)
-            comparison.update(batch, lambda: progress.advance(bar))
-            progress.advance(samples, len(batch["ids"]))
-
-
 # What comes out
 
 
-def _say_found(store: Store, cells: list[Cell], found: int) -> None:
-    if found:
-        console.say(f"{found} cells were measured before")
-    if store.other_code:
-        console.say(f"note: {store.other_code} of them by other code of this package; --fresh measures them again")
-    if others := store.others(cells):
-        console.say(f"note: {others} files in {store.folder} are of other methods, weights or data, and are left alone")
+def _write(rows: list[Row], divided: Groups | None, out: Path, visual: int) -> None:
+    """results.json with everything, results.csv with the flat columns, table.md for documents; each whole or not.
 
-
-def _write(rows: list[Row], out: Path, visual: int) -> None:
-    """results.json with everything, results.csv with the flat columns, table.md for documents; each whole or not."""
+    And groups.json, which belongs to these results: that of others goes.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if divided is None:
+        (out / GROUPS_FILE).unlink(missing_ok=True)
+    else:
+        divided.write(out)
     texts = {
         "results.json": json.dumps(rows, indent=1) + "\n",
         "results.csv": as_csv(rows),
@@ -238,12 +192,15 @@ def _print(rows: list[Row], visual: int) -> None:
 
 
 def _log(rows: list[Row], pictures: dict[str, Path], out: Path, setting: dict[str, Any]) -> None:
-    """The cells as a table and the plots as images of one run."""
+    """The cells, the report's tables with intervals and paired differences, and the plots, in one run."""
     import wandb
 
-    flat = [name for name in rows[0] if not any(isinstance(each[name], dict | list) for each in rows)]
+    lines = flat(rows)
+    measured = any(each["status"] == "measured" for each in rows)
+    tables = as_wandb(all_tables([read_run(out)], FULL, DRAWS, 0)) if measured else {}
     with wandb.init(project="lit_prune", job_type="compare", name=out.name, dir=out, config=setting) as logged:
-        logged.log({"cells": wandb.Table(flat, [[each[name] for name in flat] for each in rows])})
+        logged.log({"cells": wandb.Table(list(lines[0]), [list(line.values()) for line in lines])})
+        logged.log(tables)
         logged.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
 
 

@@ -49,30 +49,28 @@ def run(
         lit-prune cost --model Qwen/Qwen2.5-VL-7B-Instruct --image-size 1008 672
         lit-prune cost --pruner models/llava-1.5-7b --keep 64 --train --train.gpus 8
     """
-    from lit_prune.commands._support import (  # with PyTorch, which --help does without
-        cost_report,
-        pricing,
-        training_bill,
-    )
+    # With PyTorch, which --help does without.
+    from lit_prune.commands._support import cost_report, pricing, training_bill
 
     check_file("--json", json)
     check_picture("--plot", plot)
     case = pricing.describe(model, pruner, visual_tokens, image_size, text_tokens, answer_tokens, dtype)
     if train is not None:
-        training_bill.check(train, case.plugin)
+        training_bill.check(train, case.method)
     full = case.bill()
     bills = {name: case.bill(budget) for name, budget in case.budgets(keep).items()}
     columns = {"full": full} | {f"keep {name}": made for name, made in bills.items()}
     console.out.print(cost_report.as_table(case, columns))
     reports = [cost_report.as_report(case, name, made, full) for name, made in (bills or {"": full}).items()]
     if train is not None:
-        runs = training_bill.runs(train, case, bills)
-        console.out.print(training_bill.as_table(train, {f"keep {name}": run for name, run in runs.items()}))
-        console.say(training_bill.assumptions(train, case.prompt.bytes_per_value))
-        for report, name in zip(reports, runs, strict=True):
-            report["training"] = training_bill.as_report(train, runs[name])
+        for report, training in zip(reports, training_bill.show(train, case, bills), strict=True):
+            report["training"] = training
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_format.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n", "utf-8")
+        _write(json, reports)
     if plot is not None:
         cost_report.draw(plot, case, columns)
+
+
+def _write(path: Path, reports: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_format.dumps(reports[0] if len(reports) == 1 else reports, indent=2) + "\n", "utf-8")

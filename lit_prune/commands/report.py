@@ -1,10 +1,15 @@
 """Write a report of comparisons: one HTML file with tables, intervals, charts and answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.outputs import check_file
 from lit_prune.errors import LitPruneError
+
+if TYPE_CHECKING:
+    from lit_prune.evaluation.report.figures import Table
 
 
 def run(
@@ -15,13 +20,15 @@ def run(
     samples: int = 200,
     draws: int = 2000,
     seed: int = 0,
+    wandb: bool = False,
 ) -> None:
     """Write a report of what `lit-prune compare` measured: one HTML file that needs no network and no other file.
 
     It has a table of methods and budgets with accuracy, 95 % intervals, paired differences, shares of the full model's
-    accuracy, agreement with its answers and costs; accuracy per skill; charts; and samples with the full model's
-    answer and each method's, to be filtered by method, skill and kind, such as "full right, pruned wrong". Intervals
-    are bootstrapped over images: questions on one image stay together.
+    accuracy, agreement with its answers, costs and latency; accuracy per skill and per group of questions; charts; and
+    samples with the full model's answer and each method's, to be filtered by method, skill and kind, such as "full
+    right, pruned wrong". Intervals are bootstrapped over images: questions on one image stay together. Latency is what
+    the comparison measured, and what `lit-prune bench --json RUN/bench.json` wrote, where that file is there.
 
     Args:
         runs: Folders that `lit-prune compare` wrote, e.g. lit-prune report runs/compare.
@@ -31,6 +38,7 @@ def run(
         samples: Most samples to show, those that most methods lose first, e.g. --samples 1000; 0 shows none.
         draws: Bootstrap samples behind an interval, e.g. --draws 10000.
         seed: Of the bootstrap.
+        wandb: Log the tables to Weights & Biases too, offline where there is no key: --wandb.
 
     Examples:
         lit-prune report runs/compare
@@ -46,6 +54,7 @@ def run(
         raise LitPruneError(f"--draws {draws}: an interval needs at least 100")
     if seed < 0:
         raise LitPruneError(f"--seed {seed}: it must be 0 or more")
+    from lit_prune.evaluation.report.figures import all_tables
     from lit_prune.evaluation.report.page import make  # with PyTorch and matplotlib, which --help does without
     from lit_prune.evaluation.report.runs import check_baseline, read_run
     from lit_prune.files.writing import written_whole
@@ -57,3 +66,15 @@ def run(
     with written_whole(out) as file:
         file.write_bytes(page)
     console.say(f"written: {out} ({len(page) / 1e6:.1f} MB)")
+    if wandb:
+        _log(all_tables(read, baseline, draws, seed), out, title)
+
+
+def _log(tables: "Sequence[Table]", out: Path, title: str) -> None:
+    """The tables as those of a run of W&B, whose files go beside the page."""
+    import wandb
+
+    from lit_prune.evaluation.report.logged import as_wandb
+
+    with wandb.init(project="lit_prune", job_type="report", name=out.stem, dir=out.parent, notes=title) as logged:
+        logged.log(as_wandb(tables))

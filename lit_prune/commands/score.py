@@ -58,10 +58,7 @@ def run(
     """
     chosen = _benchmark(benchmark)
     if cases is not None:
-        if answers or root:
-            raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
-        count = check(scorers.rule_of(chosen.rule), cases)
-        console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False, soft_wrap=True)
+        _check_cases(chosen, cases, alone=not answers and not root)
         return
     if not answers or root is None:
         raise LitPruneError("give --answers FILE and --root DIR, or --cases FILE")
@@ -76,12 +73,23 @@ def run(
     remarks = labels.remarks + _remarks(chosen, rule, joined, missing or rule.missing)
     figures = rule.score(joined.pairs(missing or rule.missing))
     remarks += rule.remarks(figures)
-    console.out.print(f"{rule.title}, {len(joined.answers)} questions", style="bold", highlight=False)
+    _print(rule, figures, len(joined.answers), remarks)
+    if out is not None:
+        _write(out, _report(benchmark, rule, figures, joined, labels, answers) | {"remarks": remarks})
+
+
+def _check_cases(chosen: Benchmark, cases: Path, alone: bool) -> None:
+    if not alone:
+        raise LitPruneError("--cases checks the rule alone: give it without --answers and --root")
+    count = check(scorers.rule_of(chosen.rule), cases)
+    console.out.print(f"{cases}: {count} of {count} cases agree", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(rule: Rule, figures: Figures, questions: int, remarks: list[str]) -> None:
+    console.out.print(f"{rule.title}, {questions} questions", style="bold", highlight=False)
     console.out.print(_table(rule, figures))
     for remark in remarks:
         console.say(f"note: {remark}")
-    if out is not None:
-        _write(out, _report(benchmark, rule, figures, joined, labels, answers) | {"remarks": remarks})
 
 
 def _benchmark(name: str) -> Benchmark:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -83,18 +84,20 @@ def run(
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, asked.image.size, box) for box in asked.boxes]
+    told = hints(marks, vlm, seen)
     full = respond(vlm, inputs, max_new_tokens)[0]
-    rows = []
-    for i, choice in enumerate(chosen):
-        name = attach(vlm, choice)
-        rows.append(as_row(vlm, names[i] if names else name, inputs, asked, hints(marks, vlm, seen), max_new_tokens))
+    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, told, max_new_tokens) for choice in chosen]
+    rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
     subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
-    page = draw_page(seen, rows, asked.prompt, subtitle, marks or ())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    page.savefig(out, dpi=DPI)
-    console.say(f"wrote {out}")
+    _save(out, draw_page(seen, rows, asked.prompt, subtitle, marks or ()))
+
+
+def _save(path: Path, page: Figure) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.savefig(path, dpi=DPI)
+    console.say(f"wrote {path}")
 
 
 # What is asked

@@ -7,22 +7,19 @@ line. A file or option that swaps a ``class_path`` starts from the defaults of t
 
 import importlib
 import logging
-import os
 import re
 import signal
 import warnings
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
+import lightning
 import yaml
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
 
 from lit_prune.callbacks import (
     Limits,
@@ -37,21 +34,23 @@ from lit_prune.callbacks import (
     WriteScores,
     WriteSubmissions,
 )
-from lit_prune.callbacks.settings import WANDB_RUN, settings_of
+from lit_prune.callbacks.settings import settings_of
 from lit_prune.commands import LIGHTNING_VERBS
 from lit_prune.commands._support import trainer_options, yaml_loader
-from lit_prune.commands._support.explain import explain, explain_interpolation, explain_refused, explain_unexpected
+from lit_prune.commands._support.diagnosis import explain
 from lit_prune.commands._support.options import HelpFormatter, check_values
-from lit_prune.commands._support.overlays import check_files, config_files, with_resets, with_shipped
+from lit_prune.commands._support.resuming import choose_checkpoint, note_untrained
+from lit_prune.commands._support.suggest import in_short
 from lit_prune.commands._support.traces import Traces
+from lit_prune.commands._support.trainer_parser import ConfigFile, PruneParser
 from lit_prune.data import BenchmarkData, InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
 from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.loading import hide_progress
 from lit_prune.training.averaging import of_plugin
-from lit_prune.training.checkpoints import SafeTrainer, newest, saving_folder, verify
+from lit_prune.training.checkpoints import SafeTrainer
 from lit_prune.training.debug_modes import DEBUG_MODES
-from lit_prune.training.strategies import refuse_foreign, refuse_unusable
+from lit_prune.training.strategies import refuse_unusable
 
 MODEL = "lit_prune.training.PruneModule"
 DATA = "lit_prune.data.InstructData"
@@ -110,8 +109,7 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, verb: str | None, args: list[str], reads: str | None = None) -> None:
         self.verb, self.reads = verb, reads or verb
-        self.args = args = with_shipped(args)
-        check_files(args)
+        self.refused: list[tuple[type, Exception]] = []
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         yaml_loader.install("omegaconf+")
@@ -123,6 +121,7 @@ class PruneCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             trainer_class=SafeTrainer,
+            parser_class=PruneParser,
             trainer_defaults={
                 "callbacks": [kind() for kind in DEFAULT_CALLBACKS],
                 "enable_model_summary": False,  # it would count no FLOPs; `fit` says what trains and what is frozen
@@ -130,7 +129,7 @@ class PruneCLI(LightningCLI):
             seed_everything_default=SEED,
             parser_kwargs={**kwargs, **main, **({verb: {**kwargs, **_help(verb)}} if verb else {})},
             auto_configure_optimizers=False,
-            args=([verb] if verb else []) + with_resets(args, {"data": DATA}),
+            args=[verb, *args] if verb else args,
             run=verb is not None,
         )
 
@@ -138,22 +137,27 @@ class PruneCLI(LightningCLI):
         """Only the verb that runs: a parser takes half a second to build."""
         return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb == self.verb}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def init_parser(self, **kwargs: Any) -> PruneParser:
+        """A parser that looks configuration files up."""
+        parser = PruneParser(dump_header=[f"lightning.pytorch=={lightning.__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="Path to a configuration file in YAML or JSON.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: PruneParser) -> None:
         """The data module prepares what the base model reads."""
+        parser.watch_options()
         parser.set_defaults({"data": {"class_path": DATA}})
         parser.link_arguments("model.base", "data.init_args.base")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: PruneParser, args: list[str]) -> None:
         """Parse; explain what cannot be read."""
         own = self._subcommand_parsers[self.verb] if self.verb else parser
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise UsageError(explain(str(error), own, config_files(self.args))) from error
-        except OmegaConfBaseException as error:
-            raise UsageError(explain_interpolation(error, own, config_files(self.args))) from error
-        except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
-            raise UsageError(explain_unexpected(error)) from error
+        except UsageError:
+            raise
+        except Exception as error:  # nothing but the user's input is read here
+            raise explain(error, own) from error
         chosen = self.config[self.verb] if self.verb else self.config
         check_values(chosen)
         trainer_options.restore_defaults(chosen)
@@ -162,11 +166,23 @@ class PruneCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make what the configuration names; explain what its constructors refuse."""
         try:
+            self.parser.add_instantiator(self._make, object, subclasses=True, prepend=False)
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            if (text := explain_refused(error)) is None:
+            if not self.refused:
                 raise
-            raise UsageError(text) from error
+            kind, refusal = self.refused[-1]
+            if isinstance(refusal, LitPruneError):
+                raise refusal from error
+            raise UsageError(f"`{kind.__name__}`: {in_short(refusal)}") from error
+
+    def _make(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Make a part of the model or the trainer; remember what refuses to be made."""
+        try:
+            return kind(*args, **kwargs)
+        except Exception as error:
+            self.refused.append((kind, error))
+            raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Make the Trainer with the callbacks and loggers that its options allow."""
@@ -213,23 +229,11 @@ class PruneCLI(LightningCLI):
                 if isinstance(callback, PrintResults):
                     callback.on = kwargs["verbose"]
             kwargs["verbose"] = False
-        given = kwargs.get("ckpt_path")
-        if given is None and subcommand == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            given = "last"  # a job that Slurm has put back into the queue
-        if given == "last":
-            kwargs["ckpt_path"] = self._newest(subcommand)
-        elif given is not None and given not in ("best", "hpc") and "://" not in given:
-            verify(Path(given))
-        elif given is None and subcommand == "fit":
-            self._tell_of_earlier()
-        elif given is None and getattr(self.model, "untrained", False):
-            self._note_untrained()
+        kwargs["ckpt_path"] = choose_checkpoint(self.trainer, self.checkpoints, subcommand, kwargs.get("ckpt_path"))
+        if kwargs["ckpt_path"] is None and subcommand != "fit" and getattr(self.model, "untrained", False):
+            note_untrained(self.trainer, self.checkpoints)
         if settings := settings_of(self.trainer):
-            settings.checkpoint = kwargs.get("ckpt_path")
-        if kwargs.get("ckpt_path"):
-            refuse_foreign(Path(kwargs["ckpt_path"]), self.trainer, fit=subcommand == "fit")
-            if subcommand == "fit":
-                self._go_on_in_wandb(Path(kwargs["ckpt_path"]).with_name(WANDB_RUN))
+            settings.checkpoint = kwargs["ckpt_path"]
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -246,47 +250,6 @@ class PruneCLI(LightningCLI):
         finally:
             if settings is not None and not settings.already_saved:
                 traces.remove()
-
-    def _go_on_in_wandb(self, file: Path) -> None:
-        """A run that goes on from a checkpoint of its own folder is the same run in W&B, unless it was given an id."""
-        own = saving_folder(self.trainer)
-        same = own is not None and file.parent.resolve() == own.resolve()  # the folder of a new run is not there yet
-        if same and file.exists() and "WANDB_RUN_ID" not in os.environ:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, WandbLogger) and logger._wandb_init["id"] is None:
-                    logger._wandb_init["id"] = file.read_text(encoding="utf-8").strip()
-
-    def _tell_of_earlier(self) -> None:
-        """Say it where a run begins anew beside the checkpoints of another."""
-        folder = saving_folder(self.trainer)
-        if folder is not None and any(folder.glob("*.ckpt")):
-            rank_zero_info(
-                f"{folder} has checkpoints of an earlier run, and this one begins anew beside them: to go on with that "
-                "one, --ckpt_path last; to keep them apart, another --trainer.default_root_dir"
-            )
-
-    @rank_zero_only
-    def _note_untrained(self) -> None:
-        """Say it first where a method that learns is measured before it has learnt."""
-        text = "note: untrained plug-in: neither --ckpt_path nor --model.plugin is given"
-        if any(any(folder.glob("*.ckpt")) for folder in self._checkpoint_folders()):
-            text += f"; {self.trainer.default_root_dir} has a trained one: --ckpt_path last"
-        print(text, flush=True)
-
-    def _checkpoint_folders(self) -> set[Path]:
-        """Where checkpoints of this run may be, whoever saved them."""
-        root = Path(self.trainer.default_root_dir)
-        return {*self.checkpoints, root, root / "checkpoints"}
-
-    def _newest(self, subcommand: str) -> str | None:
-        """Only ``fit`` may go on where ``--ckpt_path last`` finds nothing."""
-        found = newest(self._checkpoint_folders())
-        if found is not None:
-            return str(found)
-        if subcommand != "fit":
-            raise LitPruneError(f"`{subcommand} --ckpt_path last`: no checkpoint has been written yet")
-        rank_zero_info("--ckpt_path last: no checkpoint has been written yet; training begins")
-        return None
 
 
 def build(config: str | list[str], overrides: list[str] | None = None, reads: str | None = None) -> PruneCLI:

@@ -1,6 +1,7 @@
 """Samples of a source and the batches made of them, with bad samples replaced or left out."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -56,6 +57,13 @@ class InstructDataset(Dataset):
         self.source, self.processor, self.square = source, processor, square
         self.too_long: TooLong = too_long if mode == "train" else "skip"
         self.max_length, self.mode, self.max_pixels = max_length, mode, max_pixels
+        self.view: Callable[[Image.Image], Image.Image] | None = None
+
+    def seen_as(self, view: Callable[[Image.Image], Image.Image]) -> "InstructDataset":
+        """The same samples with each image changed by `view`, which keeps its size and pickles."""
+        other = copy(self)
+        other.view = view
+        return other
 
     def __len__(self) -> int:
         return len(self.source)
@@ -137,7 +145,8 @@ class InstructDataset(Dataset):
     def _decode(self, image: ImageFile) -> Image.Image:
         with image.open() as file:
             decoded = decode_image(file, image.name, self.max_pixels)
-        return decoded if self.square is None else padded_to_square(decoded, self.square)
+        whole = decoded if self.square is None else padded_to_square(decoded, self.square)
+        return whole if self.view is None else self.view(whole)
 
 
 def _shortened(reason: str) -> str:

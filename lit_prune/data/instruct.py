@@ -1,6 +1,5 @@
 """LightningDataModule for instruction data that can be indexed: JSON, tables, tar shards."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from lit_prune.data.lengths import estimate_lengths
 from lit_prune.data.loader import make_loader
 from lit_prune.data.mixture import Mixture, as_sources
 from lit_prune.data.order import Order
-from lit_prune.data.progress import batches_since_step
+from lit_prune.data.progress import restore_place, resumes, saved_place
 from lit_prune.data.prompt import chat_template
 from lit_prune.data.resume import fingerprint
 from lit_prune.data.sampler import EvalBatches, RankShare, TrainBatches
@@ -206,31 +205,11 @@ class InstructData(LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Where training is in its data: by what an optimizer step was made of, not by what was fetched ahead."""
         batches = self._train_batches
-        if batches is None or self.trainer is None:
-            return {}
-        loop = self.trainer.fit_loop
-        epochs, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
-        epoch, shift = max(epochs.ready - 1, 0) + batches.shift, batches.shift
-        done -= batches_since_step(self.trainer)
-        if done >= self.trainer.num_training_batches:
-            epoch, done = epoch + 1, 0
-        elif epochs.ready and epochs.processed == epochs.ready:  # broken off by max_steps: goes on in Lightning's next
-            shift -= 1
-        return batches.state_dict(epoch, done, shift)
+        return {} if batches is None or self.trainer is None else saved_place(self.trainer, batches)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        if self._train_batches is not None and self._resumes(state_dict):
-            # Lightning looks for the state in the loader
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-            self._train_batches.load_state_dict(state_dict)
-            if self.trainer is not None:  # DeepSpeed restores late: an iterator may stand at the epoch's begin by now
-                self.trainer.fit_loop._combined_loader = None
-                if state_dict["global_batch"] != self._train_batches.global_batch:
-                    self.trainer.reload_dataloaders_every_n_epochs = 1  # later ones have another length
-
-    def _resumes(self, state_dict: dict[str, Any]) -> bool:
-        """Whether a checkpoint's data go on; `fast_dev_run` tries its weights on any data, from their start."""
-        return bool(state_dict) and not (self.trainer is not None and self.trainer.fast_dev_run)
+        if self._train_batches is not None and resumes(self.trainer, state_dict):
+            restore_place(self.trainer, self._train_batches, state_dict)
 
     # Parts
 

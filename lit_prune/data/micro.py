@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_prune.data.instruct import InstructData
 from lit_prune.errors import LitPruneError
-from lit_prune.micro import drawing, world
+from lit_prune.micro import drawing, instructions, world
 
 RANGES = {  # first seed of a split, first seed of what comes after it
     "train": (world.TRAIN_SEED, world.VALIDATION_SEED),
@@ -92,7 +92,7 @@ class Split:
         """Where it is written; the name changes with anything that changes the files."""
         settings = [self.name, self.samples, self.seeds.start, self.seeds.stop, self.questions_per_image]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for module in (world, drawing):
+        for module in (world, drawing, instructions):
             digest.update(Path(module.__file__).read_bytes())
         return Path(root) / f"{self.name}-{digest.hexdigest()[:12]}"
 
@@ -104,7 +104,7 @@ class Split:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            path = world.write_world(unfinished, self.seeds, self.questions_per_image)
+            path = instructions.write_world(unfinished, self.seeds, self.questions_per_image)
             self._cut(path)
             path.rename(unfinished / INSTRUCTIONS)
             unfinished.chmod(0o755)  # mkdtemp makes it private

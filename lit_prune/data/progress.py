@@ -5,9 +5,12 @@ validation, says that training is at the last step: its weights and its optimize
 run goes through the batches since then once more, with the same samples and the same noise.
 """
 
+import warnings
 from typing import Any
 
 from lightning import Trainer
+
+from lit_prune.data.sampler import TrainBatches
 
 MANY = 1 << 60  # batches, more than any epoch has
 
@@ -18,6 +21,35 @@ def batches_since_step(trainer: Trainer) -> int:
     if done >= trainer.num_training_batches:  # the last one of an epoch always steps
         return 0
     return done % trainer.accumulate_grad_batches
+
+
+def saved_place(trainer: Trainer, batches: TrainBatches) -> dict[str, int]:
+    """The state of a run's training batches right after the last optimizer step."""
+    loop = trainer.fit_loop
+    epochs, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+    epoch, shift = max(epochs.ready - 1, 0) + batches.shift, batches.shift
+    done -= batches_since_step(trainer)
+    if done >= trainer.num_training_batches:
+        epoch, done = epoch + 1, 0
+    elif epochs.ready and epochs.processed == epochs.ready:  # broken off by max_steps: goes on in Lightning's next
+        shift -= 1
+    return batches.state_dict(epoch, done, shift)
+
+
+def resumes(trainer: Trainer | None, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint's data go on; `fast_dev_run` tries its weights on any data, from their start."""
+    return bool(state) and not (trainer is not None and trainer.fast_dev_run)
+
+
+def restore_place(trainer: Trainer | None, batches: TrainBatches, state: dict[str, int]) -> None:
+    """Let the training batches go on where a checkpoint was saved."""
+    # Lightning looks for the state in the loader
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    batches.load_state_dict(state)
+    if trainer is not None:  # DeepSpeed restores late: an iterator may stand at the epoch's begin by now
+        trainer.fit_loop._combined_loader = None
+        if state["global_batch"] != batches.global_batch:
+            trainer.reload_dataloaders_every_n_epochs = 1  # later ones have another length
 
 
 def steps_next(trainer: Trainer) -> bool:

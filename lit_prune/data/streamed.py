@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lit_prune.data.instruct import InstructData
-from lit_prune.data.progress import batches_since_step
+from lit_prune.data.progress import batches_since_step, resumes
 from lit_prune.data.settings import check_numbers
 from lit_prune.data.stream import Stream, streamed_location
 from lit_prune.errors import LitPruneError
@@ -60,7 +60,7 @@ class StreamedData(InstructData):
         return self._stream.state_dict(current.ready - current.processed + batches_since_step(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stream is not None and self._resumes(state_dict):
+        if self._stream is not None and resumes(self.trainer, state_dict):
             self._stream.load_state_dict(state_dict)
 
     def _check(self, split: str) -> None:

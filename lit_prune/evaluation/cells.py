@@ -13,14 +13,11 @@ import torch
 from torch import nn
 
 from lit_prune.errors import LitPruneError
-from lit_prune.files.writing import written_whole
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint, unpruned
+from lit_prune.plugin.methods import FULL, MethodText
 from lit_prune.vlm import VLM, as_plugin
-
-FULL = "full"
-PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -69,11 +66,10 @@ def budget(text: Any, visual: int, varies: bool = False) -> int | str:
 
 @dataclass(frozen=True)
 class Method:
-    """A row as it was asked for: `full`, PATH or NAME=PATH; `!` behind it leaves the repair adapter out.
+    """A row as it was asked for, in the grammar of `MethodText` without a budget.
 
-    PATH is a pruner's YAML or a plug-in folder. Several with commas between are trained runs of one method, which count
-    as its seeds. `{keep}` and `{seed}` in a path stand for each budget and seed, so that one pattern names many runs.
-    Without a name, "", the method's own stands for it.
+    Several paths are trained runs of one method, which count as its seeds. `{keep}` and `{seed}` in a path stand for
+    each budget and seed, so that one pattern names many runs. Without a name, "", the method's own stands for it.
     """
 
     name: str
@@ -83,12 +79,10 @@ class Method:
     @classmethod
     def parse(cls, text: str) -> "Method":
         """Raises `LitPruneError` where a path is missing."""
-        name, _, path = text.rpartition("=")
-        repair, path = not path.endswith("!"), path.removesuffix("!")
-        paths = tuple(path.split(","))
-        if not all(paths):
-            raise LitPruneError(f"--methods {text}: write full, PATH, or NAME=PATH, several paths as NAME=A,B,C")
-        return cls(name or (FULL if path == FULL else ""), paths, repair)
+        line = MethodText.parse(text, "--methods")
+        if line.keep is not None:
+            raise LitPruneError(f"--methods {text}: the budgets of a comparison are given with --keep, for all methods")
+        return cls(line.name or (FULL if line.path == FULL else ""), line.paths, line.repair)
 
     def check(self) -> None:
         """Raises `LitPruneError` for a path that can't be read; patterns stand for several and wait."""
@@ -257,61 +251,3 @@ def digest_of(files: Sequence[Path]) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-# Results on disk
-
-
-def samples_folder(out: Path) -> Path:
-    """Where a comparison keeps the records of samples, a file per cell, named by its key."""
-    return out / "samples"
-
-
-class Store:
-    """Finished cells as one JSON file each, written whole or not at all, and their samples in the folder beside.
-
-    A cell's file holds the result, its setting for people, and a digest of this package's code. That is no part of the
-    key, since most changes alter no number.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._others = folder, set()
-        self.samples = samples_folder(folder.parent)
-        sources = (path for path in PACKAGE.rglob("*.py") if path.parent.name != "commands")
-        self.code = digest_of(sorted(sources))
-
-    def read(self, cell: Cell) -> dict[str, Any] | None:
-        """The result of a cell measured before; raises `LitPruneError` for a damaged file."""
-        file = self._file(cell)
-        if not cell.key or not file.is_file():
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["code"] != self.code:
-                self._others.add(cell.key)
-            return {**found["result"]}
-        except (ValueError, TypeError, KeyError) as error:
-            raise LitPruneError(f"{file} is damaged ({error}): delete it, and the cell is measured again") from error
-
-    @property
-    def other_code(self) -> int:
-        """How many of the cells read were measured by other code."""
-        return len(self._others)
-
-    def write(self, cell: Cell, result: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
-        """Keep a result and the records of its samples, one a line; these come first, so no result lacks them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if samples:
-            self.samples.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.samples / f"{cell.key}.jsonl") as file:
-                file.write_text("".join(json.dumps(each) + "\n" for each in samples), encoding="utf-8")
-        setting = {"method": cell.method, "keep": cell.keep, "seed": cell.seed}
-        with written_whole(self._file(cell)) as file:
-            file.write_text(json.dumps({**setting, "code": self.code, "result": result}) + "\n", encoding="utf-8")
-
-    def others(self, cells: Sequence[Cell]) -> int:
-        """How many files belong to none of these cells: other methods, data or weights, left alone."""
-        return len({file.stem for file in self.folder.glob("*.json")} - {cell.key for cell in cells})
-
-    def _file(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.key}.json"

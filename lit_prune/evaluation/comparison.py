@@ -3,143 +3,103 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
-from torch import Tensor
 from torchmetrics import Metric
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.cells import Cell
 from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.metrics import OVERALL, Consistency, Shift, SkillAccuracy
-from lit_prune.evaluation.scorers.several import BenchmarkScores
+from lit_prune.evaluation.meters import Meters
+from lit_prune.evaluation.metrics import OVERALL, SkillAccuracy
+from lit_prune.evaluation.records import SampleRecord, sample_records
 from lit_prune.host import Session
 from lit_prune.host.parts import find
 from lit_prune.vlm import VLM
 
-COSTS = ("visual", "flops", "kv_bytes")
+TIMES = ("seconds", "latency")  # of a result: differ from run to run
 
 
-class Meters:
-    """Running results of one cell; with a `scorer` of benchmarks, official scores too."""
+@dataclass
+class Tally:
+    """Running results of one cell: meters, the records of all samples, sums of FLOPs part by part, times.
 
-    def __init__(self, depth: int, width: int, scorer: BenchmarkScores | None = None) -> None:
-        self.scorer = scorer
-        self.accuracy, self.agreement, self.shift = SkillAccuracy(), SkillAccuracy(), Shift(depth, width)
-        self.kappa = Consistency()
-        self.sums: dict[str, dict[Any, float]] = {}
-        self.hits: list[bool] = []
-        self.samples: list[dict[str, Any]] = []
-        self.seconds = 0.0
+    `waits` are wall-clock seconds per question, one a batch; `seconds` this thread's CPU time.
+    """
+
+    cell: Cell
+    meters: Meters
+    records: list[SampleRecord] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+    waits: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     def update(self, measured: Measured, teacher: Measured, batch: dict[str, Any]) -> None:
         """Add one batch."""
-        hits = measuring.matches(measured.texts, batch["answers"])
-        self.hits += hits
-        if self.scorer is not None:
-            self.scorer.update(measured.texts, batch)
-        self.accuracy.update(hits, batch["skills"])
-        agreeing = measuring.matches(measured.texts, teacher.texts)
-        self.agreement.update(agreeing, batch["skills"])
-        self.samples += _samples(measured, teacher, hits, agreeing, batch)
-        self.shift.update(
-            {layer: states.cpu() for layer, states in measured.hidden.items()},
-            {layer: states.cpu() for layer, states in teacher.hidden.items()},
-        )
-        measuring.add_consistency(self.kappa, measured, teacher)
-        self._add("costs", {name: value for name in COSTS if (value := getattr(measured, name)) is not None})
-        self._add("parts", measured.parts)
-        self._add("kept", measured.kept)
-        self._add("layers", dict(enumerate(measured.per_layer)))
-
-    def _add(self, group: str, values: dict[Any, Tensor]) -> None:
-        sums = self.sums.setdefault(group, {})
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.double().sum().item()
-
-    def _mean(self, group: str) -> dict[Any, float]:
-        """Means per question."""
-        return {name: total / len(self.hits) for name, total in self.sums[group].items()}
+        records = sample_records(measured, teacher, batch)
+        self.meters.update(records, measured, teacher, batch)
+        self.records += records
+        self.waits.append(measured.seconds / len(records))
+        for name, flops in measured.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + flops.double().sum().item()
 
     def result(self) -> dict[str, Any]:
-        """What was measured, as JSON has it; FLOPs and bytes are means per sample.
+        """The cell's result as JSON has it; FLOPs and bytes are means per sample.
 
         `accuracy_se` is the standard error over questions, as if they were independent; `hits` has one digit a question
         in the order of the data, for paired tests. `lost` is the share of questions that the full model answers right
         and the method wrong, `gained` the reverse, `flips` their ids. `kl` is the mean over samples of
-        `measuring.divergences`, None where it isn't known. `seconds` are this thread's CPU time. Of benchmarks,
-        `headlines` are the official scores that papers report, `scores` all of them, by name.
+        `measuring.divergences`, None where it isn't known. `seconds` are this thread's CPU time, `latency` the seconds
+        of answering per question, the median over batches, and the size of most batches. Of benchmarks, `headlines` are
+        the official scores that papers report, `scores` all of them, by name.
         """
-        accuracy, costs, shift = self.accuracy.compute(), self._mean("costs"), self.shift.compute().tolist()
-        right, count = accuracy[OVERALL], len(self.hits)
-        lost = [each["id"] for each in self.samples if each["full_right"] and not each["right"]]
-        gained = [each["id"] for each in self.samples if each["right"] and not each["full_right"]]
-        diverging = [each["kl"] for each in self.samples if each["kl"] is not None]
+        records, count = self.records, len(self.records)
+        figures, costs, shift = self.meters.compute(), self.meters.costs.compute(), self.meters.shift.compute().tolist()
+        right, skills = _accuracy(records)
+        lost = [each.id for each in records if each.full_right and not each.right]
+        gained = [each.id for each in records if each.right and not each.full_right]
+        diverging = [each.kl for each in records if each.kl is not None]
         return {
             "accuracy": right,
             "accuracy_se": math.sqrt(right * (1 - right) / count),
             "questions": count,
-            "per_skill": {skill: value for skill, value in accuracy.items() if skill != OVERALL},
-            "agreement": self.agreement.compute()[OVERALL],
+            "per_skill": skills,
+            "agreement": figures["agreement"],
             "lost": len(lost) / count,
             "gained": len(gained) / count,
             "kl": math.fsum(diverging) / len(diverging) if diverging else None,
-            "avg_visual_tokens": costs["visual"],
-            "tokens_per_layer": list(self._mean("layers").values()),
-            "kept": {str(layer): count for layer, count in self._mean("kept").items()},
+            "avg_visual_tokens": costs["visual_tokens"],
+            "tokens_per_layer": self.meters.kept.compute().tolist(),
+            "kept": {str(layer): sum(each.kept[layer] for each in records) / count for layer in records[0].kept},
             "flops": costs.get("flops"),
-            "flops_parts": self._mean("parts"),
+            "flops_parts": {name: total / count for name, total in self.parts.items()},
             "kv_bytes": costs.get("kv_bytes"),
-            "kappa": self.kappa.compute().item(),
+            "kappa": figures["kappa"],
             "w2": sum(shift) / len(shift),
             "w2_per_layer": shift,
-            "hits": "".join(str(int(hit)) for hit in self.hits),
+            "hits": "".join(str(int(each.right)) for each in records),
             "flips": {"lost": lost, "gained": gained},
             "seconds": self.seconds,
+            "latency": median(self.waits),
             **self._official(),
         }
 
     def _official(self) -> dict[str, dict[str, float]]:
-        if self.scorer is None:
-            return {}
-        found: dict[str, dict[str, float]] = {"headlines": {}, "scores": {}}
-        for score in self.scorer.scores():
-            found["headlines"] |= score.headline
-            found["scores"] |= score.named
+        found: dict[str, dict[str, float]] = {}
+        for score in self.meters.scores():
+            found.setdefault("headlines", {}).update(score.headline)
+            found.setdefault("scores", {}).update(score.named)
         return found
 
 
-def _samples(
-    measured: Measured, teacher: Measured, hits: Sequence[bool], agreeing: Sequence[bool], batch: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One record per sample: what was asked, what the full model and the method answered, and what the method kept."""
-    kept = {str(layer): counts.tolist() for layer, counts in measured.kept.items()}
-    full_hits, visual = measuring.matches(teacher.texts, batch["answers"]), measured.visual.tolist()
-    apart, total = measuring.divergences(measured, teacher), measured.total.tolist()
-    return [
-        {
-            "id": batch["ids"][row],
-            "record": batch["records"][row],
-            "skill": batch["skills"][row],
-            "question": batch["questions"][row],
-            "reference": batch["answers"][row],
-            "full": teacher.texts[row],
-            "answer": measured.texts[row],
-            "full_right": full_hits[row],
-            "right": hits[row],
-            "agrees": agreeing[row],
-            "kl": apart[row],
-            "visual": visual[row],
-            "total": total[row],
-            "kept": {layer: counts[row] for layer, counts in kept.items()},
-        }
-        for row in range(len(hits))
-    ]
-
-
-def _official(scorer: Callable[[], Metric] | None) -> BenchmarkScores | None:
-    made = None if scorer is None else scorer()
-    return made if isinstance(made, BenchmarkScores) else None
+def _accuracy(records: Sequence[SampleRecord]) -> tuple[float, dict[str, float]]:
+    """Exact match over all records, and by skill; also where a benchmark has another rule."""
+    accuracy = SkillAccuracy()
+    accuracy.update([each.right for each in records], [each.skill for each in records])
+    shares = accuracy.compute()
+    return shares.pop(OVERALL), shares
 
 
 class Comparison:
@@ -164,9 +124,15 @@ class Comparison:
         max_new_tokens: int,
         scorer: Callable[[], Metric] | None = None,
     ) -> None:
-        self.vlm, self.full, self.max_new_tokens = vlm, full, max_new_tokens
+        self.vlm, self.full, self.max_new_tokens, self.scorer = vlm, full, max_new_tokens, scorer
         self.dims = find(vlm.model).dims
-        self.meters = [(cell, Meters(self.dims.depth, self.dims.width, _official(scorer))) for cell in (full, *cells)]
+        self.tallies = [Tally(cell, self._meters()) for cell in (full, *cells)]
+
+    def _meters(self) -> Meters:
+        meters = Meters(self.dims.depth, self.dims.width, priced=self.vlm.size is not None)
+        if self.scorer is not None:
+            meters.scorer = self.scorer()
+        return meters.to(self.vlm.model.device)
 
     def update(self, batch: dict[str, Any], tick: Callable[[], None] = lambda: None) -> None:
         """Measure one batch, already on the model's device; `tick` is called after the full model and each cell."""
@@ -175,20 +141,21 @@ class Comparison:
         hints = batch.get("hints", {})
         plain = self.vlm.detach().encode_images(batch["inputs"])
         teacher: Measured | None = None
-        for cell, meters in self.meters:
+        for tally in self.tallies:
+            cell = tally.cell
             if not cell.failed:
                 start = time.thread_time()
                 try:
                     measured = self._measure(cell, batch, plain, Session(repair=cell.repair, hints=hints))
                     teacher = teacher or measured
-                    meters.update(measured, teacher, batch)
+                    tally.update(measured, teacher, batch)
                 except Exception as error:
                     if cell is self.full:
                         raise
                     cell.fail(error)
                 finally:
                     self.vlm.detach()
-                meters.seconds += time.thread_time() - start
+                tally.seconds += time.thread_time() - start
             tick()
 
     def _measure(self, cell: Cell, batch: dict[str, Any], plain: dict[str, Any], session: Session) -> Measured:
@@ -197,8 +164,11 @@ class Comparison:
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The full model's result and those of all cells that didn't fail."""
-        return [(cell, meters.result()) for cell, meters in self.meters if not cell.failed and meters.hits]
+        return [(tally.cell, tally.result()) for tally in self._measured()]
 
-    def samples(self) -> dict[str, list[dict[str, Any]]]:
+    def samples(self) -> dict[str, list[SampleRecord]]:
         """The records of the samples of every cell that has a result, by the cell's key."""
-        return {cell.key: meters.samples for cell, meters in self.meters if not cell.failed and meters.hits}
+        return {tally.cell.key: tally.records for tally in self._measured()}
+
+    def _measured(self) -> list[Tally]:
+        return [tally for tally in self.tallies if not tally.cell.failed and tally.records]

@@ -1,5 +1,6 @@
 """One batch of one method, measured: answers, states, lengths. Shared by validation, test and comparison."""
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Measured:
     embeds: Tensor  # (batch, N, width) visual tokens as they enter the decoder; where the tower dropped one, anything
     logits: Tensor | None = None  # (answer positions, vocabulary), row by row over the batch; if asked for
     positions: Tensor | None = None  # (batch,) how many of them each sample has
+    seconds: float = 0.0  # wall-clock time of generating the whole batch's answers from encoded images
 
     @property
     def kept(self) -> dict[int, Tensor]:
@@ -83,7 +85,9 @@ def measure(
         prompts = {name: value for name, value in prompts.items() if name not in INPUTS.values()}
     with vlm.using(replace(session, record=prefill)):
         limits = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        start = now(vlm.model.device)
         tokens = vlm.model.generate(**prompts, **limits, synced_gpus=together)
+        seconds = now(vlm.model.device) - start
     method = vlm.plugin.pruner if session.prune else UNPRUNED
     repair = vlm.plugin.repair if session.prune and session.repair else None
     size = vlm.size
@@ -101,7 +105,15 @@ def measure(
         embeds=states.embeds,
         logits=logits,
         positions=positions,
+        seconds=seconds,
     )
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -127,6 +139,21 @@ def divergences(measured: Measured, teacher: Measured) -> list[float | None]:
     values = (full.exp() * (full - student)).sum(-1).clamp(min=0)
     samples = values.split(teacher.positions.tolist())
     return [each.mean().item() if len(each) else None for each in samples]
+
+
+def confidences(measured: Measured) -> list[float | None]:
+    """Probability of the first token that each sample's answer begins with, in [0, 1]: the most likely one, greedily.
+
+    None for a sample without answer positions, or where there are no logits.
+    """
+    if measured.logits is None:
+        return [None] * len(measured.texts)
+    counts = measured.positions.tolist()
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    known = [row for row, count in enumerate(counts) if count]
+    first = measured.logits[[starts[row] for row in known]].float().softmax(-1).amax(-1).tolist()
+    found = dict(zip(known, first, strict=True))
+    return [found.get(row) for row in range(len(counts))]
 
 
 def add_consistency(metric: Consistency, measured: Measured, teacher: Measured) -> None:

@@ -1,13 +1,15 @@
 """What an evaluation measures, whatever its data: meters, and the scorer that judges answers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Shift, SkillAccuracy, figure_name
+from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Means, Shift, SkillAccuracy, figure_name
+from lit_prune.evaluation.records import SampleRecord
 from lit_prune.evaluation.scorers.several import BenchmarkScores, Score
 
 
@@ -24,22 +26,21 @@ class ExactMatch(SkillAccuracy):
 
 
 class Meters(nn.Module):
-    """What an evaluation measures, over all batches and ranks.
+    """What an evaluation measures, over all batches and ranks: of `validate`, `test` and each cell of a comparison.
 
     Args:
         depth: decoder layers. width: channels of their states. repaired: whether to measure the shift without repair.
         priced: whether FLOPs and bytes of the cache are known.
     """
 
-    def __init__(self, depth: int, width: int, repaired: bool, priced: bool = True) -> None:
+    def __init__(self, depth: int, width: int, repaired: bool = False, priced: bool = True) -> None:
         super().__init__()
         self.scorer: Metric = ExactMatch()  # the data module's own in its place, see `judged_by`
         self.agreement = SkillAccuracy()
         self.shift, self.kappa = Shift(depth, width), Consistency()
         self.shift_unrepaired = Shift(depth, width) if repaired else None
         self.kept = LayerTokens(depth)
-        names = ("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",)
-        self.costs = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.costs = Means(("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",))
 
     def judged_by(self, data: Any) -> None:
         """Take the scorer that a data module names, a metric whose `update` takes texts and batch; else exact match."""
@@ -47,19 +48,22 @@ class Meters(nn.Module):
         self.scorer = ExactMatch() if make is None else make()
 
     def update(
-        self, student: Measured, teacher: Measured, unrepaired: dict[int, Tensor] | None, batch: dict[str, Any]
+        self,
+        records: Sequence[SampleRecord],
+        student: Measured,
+        teacher: Measured,
+        batch: dict[str, Any],
+        unrepaired: dict[int, Tensor] | None = None,
     ) -> None:
-        """Take a batch into account; `unrepaired` are the student's answer states without repair."""
+        """Take a batch and its records into account; `unrepaired` are the student's answer states without repair."""
         self.scorer.update(student.texts, batch)
-        self.agreement.update(measuring.matches(student.texts, teacher.texts), batch["skills"])
+        self.agreement.update([each.agrees for each in records], [each.skill for each in records])
         self.shift.update(student.hidden, teacher.hidden)
         measuring.add_consistency(self.kappa, student, teacher)
         self.kept.update(student.per_layer)
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.update(unrepaired, teacher.hidden)
-        measured = {"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes}
-        for name, meter in self.costs.items():
-            meter.update(measured[name].float())
+        self.costs.update({"visual_tokens": student.visual, "flops": student.flops, "kv_bytes": student.kv_bytes})
 
     def compute(self) -> dict[str, float]:
         """The figures by name, the same on every rank; none if no batch had a sample."""
@@ -68,7 +72,7 @@ class Meters(nn.Module):
             return {}
         values = {**self.scorer.compute(), "agreement": agreement[OVERALL]}
         values["kappa"] = self.kappa.compute().item()
-        values |= {name: meter.compute().item() for name, meter in self.costs.items()}
+        values |= self.costs.compute()
         values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
         values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
         if self.shift_unrepaired is not None:
@@ -82,7 +86,7 @@ class Meters(nn.Module):
 
     def reset(self) -> None:
         """Forget every batch."""
-        for meter in (self.scorer, self.agreement, self.shift, self.kappa, self.kept, *self.costs.values()):
+        for meter in (self.scorer, self.agreement, self.shift, self.kappa, self.kept, self.costs):
             meter.reset()
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.reset()

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,27 @@ class Shift(Sums):
         count = self.count.clamp(min=1)
         mean = sums[0] / count
         return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()
+
+
+class Means(Sums):
+    """Means of named figures over samples. Sums are float64 over all ranks."""
+
+    full_state_update = False
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.add_state("total", default=torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, Tensor | None]) -> None:
+        """Add samples: a value for each of them, (batch,), under each name; other names are ignored."""
+        self.total = self.total + torch.stack([values[name].double().sum() for name in self.names])
+        self.count = self.count + len(values[self.names[0]])
+
+    def compute(self) -> dict[str, float]:
+        """Mean by name; 0 without samples."""
+        return dict(zip(self.names, (self.total / self.count.clamp(min=1)).tolist(), strict=True))
 
 
 class LayerTokens(Sums):

@@ -1,4 +1,4 @@
-"""Plots of a comparison: pure functions from its rows (`lit_prune.evaluation.tables`) to figures.
+"""Plots of a comparison: pure functions from its rows (`lit_prune.evaluation.rows`) to figures.
 
 Each method has a colour and a marker of its own, the same in all plots, and its name stands beside what it names.
 """
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lit_prune.evaluation.labels import SIZE, Name, name_points
+from lit_prune.evaluation.rows import Row, budgets_of, caption, means, ranks_agree, size_of
 from lit_prune.evaluation.styles import GREY, Page, Style, room, styles_of
-from lit_prune.evaluation.tables import Row, budgets_of, caption, means, ranks_agree, size_of
 
 DODGE = 0.02, 0.24  # octaves between two methods at a budget, and between the first and the last at most
 

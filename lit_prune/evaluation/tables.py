@@ -1,109 +1,13 @@
-"""What a comparison found, as rows, means over seeds, CSV and Markdown."""
+"""The rows of a comparison as tables of text, for a terminal and for Markdown."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
-from typing import Any
+from functools import partial
 
-import torch
-from torchmetrics.functional import spearman_corrcoef
+from lit_prune.evaluation.cells import FULL
+from lit_prune.evaluation.groups import GROUPS
+from lit_prune.evaluation.rows import Row, budgets_of, caption, means, ranks_agree
 
-from lit_prune.evaluation.cells import FULL, Cell
-from lit_prune.ops.budget import parse_budget, tokens
-
-Row = dict[str, Any]
-
-INNER = ("hits", "flips", "seconds")  # kept with the cell alone
-LATER = ("lost", "gained", "kl")  # not in cells that version 0.1 measured
 COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
-
-
-def row(cell: Cell, result: Row | None, full: Row, split: str = "val") -> Row:
-    """A cell as `results.json` has it; `full` is the full model's result, `split` the one that it was measured on.
-
-    Without a result all its values are null.
-
-    `status` is measured, failed, empty (there is no such result), or pending in a run that isn't over. `cell` names the
-    files that belong to it. What an earlier version did not measure is null.
-    """
-    missing = "failed" if cell.failed else "empty" if cell.reason else "pending"
-    status = missing if result is None else "measured"
-    found: Row = {"method": cell.method, "keep": cell.keep, "seed": cell.seed, "split": split, "status": status}
-    derived = {"retained": None, "flops_reduction": None}
-    if result is not None:
-        derived["retained"] = result["accuracy"] / full["accuracy"] if full["accuracy"] else 0.0
-        known = result["flops"] is not None and full["flops"]
-        derived["flops_reduction"] = 1.0 - result["flops"] / full["flops"] if known else None
-    names = [name for name in dict.fromkeys([*full, *LATER]) if name not in INNER]
-    values = {name: None if result is None else result.get(name) for name in names}
-    said = {"note": "", "reason": cell.reason} if result is None else {"note": cell.note, "reason": ""}
-    return {**found, **derived, **values, **said, "cell": cell.key}
-
-
-def means(rows: Sequence[Row]) -> list[Row]:
-    """One row per method and budget, in order of appearance: measured seeds averaged, their spread beside the accuracy.
-
-    `runs` counts the seeds; `accuracy_std` is their standard deviation, 0 for one. What has no result keeps its reason.
-    """
-    groups: dict[tuple, list[Row]] = {}
-    for each in rows:
-        groups.setdefault((each["method"], each["keep"]), []).append(each)
-    found = []
-    for group in groups.values():
-        measured = [{**each, "seed": None} for each in group if each["status"] == "measured"]
-        mean = _average(measured or group[:1])
-        accuracies = [each["accuracy"] for each in measured]
-        spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
-        found.append({**mean, "seed": None, "runs": len(measured), "accuracy_std": spread})
-    return found
-
-
-def _average(values: list[Any]) -> Any:
-    """Mean of numbers, lists of them, or dictionaries (their common keys); of anything else the first."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {key: _average([value[key] for value in values]) for key in first if all(key in v for v in values)}
-    if isinstance(first, list):
-        return [_average(list(items)) for items in zip(*values, strict=True)]
-    if any(value is None for value in values):
-        return None
-    if isinstance(first, str) or all(value == first for value in values):
-        return first
-    return fmean(values)
-
-
-def size_of(keep: int | str, visual: int) -> int:
-    """Visual tokens that a budget stands for in order, where an image has `visual` of them."""
-    return tokens(parse_budget(keep), visual)
-
-
-def caption(rows: Sequence[Row]) -> str:
-    """The data that rows were measured on: "val split, 210 questions"."""
-    questions = next((each["questions"] for each in rows if each.get("questions") is not None), None)
-    parts = [f"{split} split" if (split := rows[0].get("split")) else "", f"{questions} questions" if questions else ""]
-    return ", ".join(part for part in parts if part)
-
-
-def ranks_agree(rows: Sequence[Row], name: str) -> tuple[float, float]:
-    """Spearman's rank correlation of a column with the accuracy: over all measured cells but the full model's, and its
-    mean within budgets of three methods or more, where the budget doesn't drive both. NaN where there are too few.
-    """
-    measured = [each for each in means(rows) if each["runs"] and each["keep"] is not None]
-    budgets = {each["keep"] for each in measured}
-    inside = [_spearman([each for each in measured if each["keep"] == keep], name) for keep in sorted(budgets, key=str)]
-    inside = [value for value in inside if value == value]
-    return _spearman(measured, name), fmean(inside) if inside else float("nan")
-
-
-def _spearman(rows: Sequence[Row], name: str) -> float:
-    x, y = (torch.tensor([each[key] for each in rows], dtype=torch.float64) for key in (name, "accuracy"))
-    if len(rows) < 3 or bool((x == x[0]).all() | (y == y[0]).all()):
-        return float("nan")
-    return spearman_corrcoef(x, y).item()
-
-
-# Tables of text
 
 
 def methods_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -150,6 +54,29 @@ def loyalty_table(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
+def groups_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Accuracy and agreement of one budget's means in each group of questions; "unknown" where none was formed."""
+    kinds = {"accuracy": "accuracy %", "agreement": "same answer %"}
+    head = ["method", *(f"{group}: {title}" for group in GROUPS for title in kinds.values())]
+    lines = []
+    for each in rows:
+        found = each.get("groups") or {}
+        cells = [_known((found.get(group) or {}).get(kind), 100, 1) for group in GROUPS for kind in kinds]
+        lines.append([each["method"], *(cells if each["runs"] else ["–"] * len(cells))])
+    return [head, *lines]
+
+
+def _in_group(group: str, each: Row) -> str:
+    """Accuracy in a group, in per cent."""
+    return _known(((each.get("groups") or {}).get(group) or {}).get("accuracy"), 100, 1)
+
+
+def _group_sizes(rows: Sequence[Row]) -> str:
+    """How many questions each group has: "8 blank, 2 downsampled, 4 rest"; "" where there are no groups."""
+    known = next((each["groups"] for each in rows if each.get("groups")), None)
+    return "" if known is None else ", ".join(f"{known[group]['questions']:g} {group}" for group in GROUPS)
+
+
 def scores_table(averaged: Sequence[Row]) -> list[list[str]]:
     """The official scores of benchmarks, a line for each method and budget."""
     names = list(dict.fromkeys(name for each in averaged for name in each.get("headlines") or {}))
@@ -181,12 +108,6 @@ def budgets_table(rows: Sequence[Row], text: Callable[[Row], str], visual: int) 
     return [["method", *(str(keep) for keep in keeps)], *shown]
 
 
-def budgets_of(rows: Sequence[Row], visual: int) -> list[int | str]:
-    """The budgets, the largest first."""
-    keeps = dict.fromkeys(each["keep"] for each in rows if each["keep"] is not None)
-    return sorted(keeps, key=lambda keep: size_of(keep, visual), reverse=True)
-
-
 def _accuracy(each: Row) -> str:
     spread = f" ± {100 * each['accuracy_std']:.1f}" if each["runs"] > 1 else ""
     return f"{100 * each['accuracy']:.1f}{spread}"
@@ -208,6 +129,8 @@ def overviews(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
         return {**details(rows, visual), **_official(rows, averaged)}
     said = f"by visual tokens ({caption(rows)})"
     found = {f"{title}, {said}": budgets_table(averaged, text, visual) for title, text in OVERVIEWS.items()}
+    for group in GROUPS if _group_sizes(averaged) else ():
+        found[f"accuracy on {group} questions, %, {said}"] = budgets_table(averaged, partial(_in_group, group), visual)
     return {**found, **_official(rows, averaged)}
 
 
@@ -233,6 +156,8 @@ def details(rows: Sequence[Row], visual: int) -> dict[str, list[list[str]]]:
         if any(each["per_skill"] for each in here if each["runs"]):
             found[f"accuracy per skill at {keep or visual}, %; {caption(rows)}"] = skills_table(here)
         found[f"answers beside the full model's at {keep or visual}; {caption(rows)}"] = loyalty_table(here)
+        if sizes := _group_sizes(here):
+            found[f"groups of questions at {keep or visual}: {sizes}; {caption(rows)}"] = groups_table(here)
     return found
 
 
@@ -269,13 +194,3 @@ def markdown(rows: Sequence[Row], visual: int) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return " | ".join(cell.replace("|", "\\|") for cell in cells).join(("| ", " |"))
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The columns that are no lists or mappings."""
-    flat = [name for name in rows[0] if not any(isinstance(each[name], dict | list) for each in rows)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, flat, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -99,7 +99,7 @@ def upright(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Imag
 def padded_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """An RGB image in the middle of a square of one colour, as LLaVA-1.5 was trained and evaluated with."""
     width, height = image.size
-    side = max(width, height)
+    side = max(width, height)  # by hand: ImageOps.pad rounds the place of odd margins, LLaVA rounds it down
     square = Image.new(image.mode, (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square

@@ -8,13 +8,10 @@ stand on a loose 5 x 5 grid with uneven spacing. Every object fills a block of 2
 ones (12 pixels) shifted in steps of 4 pixels inside it. An object's *anchor* is the upper left patch of its block.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from lit_prune.micro.drawing import COLOURS, SHAPES, background, draw
 
@@ -137,28 +134,6 @@ class Scene:
 def make_scene(seed: int) -> Scene:
     """The scene of a seed."""
     return Scene(seed)
-
-
-def write_world(
-    folder: str | Path, seeds: range | list[int], questions_per_image: int = 7, progress: bool = True
-) -> Path:
-    """Write PNG files and a LLaVA instruction JSON with the further keys `skill` and `boxes`; return the JSON's path.
-
-    A sample depends on its scene's seed only. Skills are taken in turn, beginning at `seed % 7`, so every range of
-    seeds is balanced over the skills, also with fewer than seven questions an image.
-    """
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    samples = []
-    for seed in tqdm(seeds, desc="scenes", disable=None if progress else True):
-        scene = make_scene(seed)
-        name = f"images/{seed:07d}.png"
-        scene.image().save(folder / name)
-        for number, question in enumerate(choose_questions(scene, questions_per_image)):
-            samples.append(as_sample(f"{seed:07d}-{number}", name, question))
-    path = folder / "instructions.json"
-    path.write_text(json.dumps(samples))
-    return path
 
 
 def choose_questions(scene: Scene, count: int) -> list[Question]:

@@ -19,13 +19,15 @@ FULL = "full"  # the full model, as a method
 
 @dataclass(frozen=True)
 class MethodText:
-    """A method in one line, as every command, YAML file and Python call writes it: `PATH[!][@BUDGET]`.
+    """A method in one line, as every command, YAML file and Python call writes it: `[NAME=]PATH[,PATH...][!][@BUDGET]`.
 
     PATH is `full`, the name of a shipped method, a YAML file, a plug-in folder or a repository of the hub. `!` leaves
-    the repair adapter out, `@` gives a budget: `fastv@64`, `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`.
+    the repair adapter out, `@` gives a budget: `fastv@64`, `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`. Where several
+    methods are compared, NAME is a row's name, and several paths are trained runs of one method.
     """
 
-    path: str
+    name: str
+    paths: tuple[str, ...]
     repair: bool = True
     keep: Budget | None = None
 
@@ -33,18 +35,22 @@ class MethodText:
     def parse(cls, text: str, key: str = "method") -> "MethodText":
         """Read a line; raises `LitPruneError`, which names `key`, without a path or with an unreadable budget."""
         if Path(text).expanduser().exists():  # a name with these signs in it
-            return cls(text)
+            return cls("", (text,))
         rest, at, budget = text.rpartition("@")
-        path = rest if at else text
-        repair = not path.endswith("!")
-        path = path.removesuffix("!")
-        if not path:
-            raise LitPruneError(f"{key} {text!r} names no method: write PATH, PATH@BUDGET, or PATH! without its repair")
-        return cls(path, repair, parse_budget(budget, f"{key} {text}") if at else None)
+        name, _, path = (rest if at else text).rpartition("=")
+        repair, paths = not path.endswith("!"), tuple(path.removesuffix("!").split(","))
+        if not all(paths):
+            raise LitPruneError(f"{key} {text}: no method; write PATH or NAME=PATH, several paths as NAME=A,B,C")
+        return cls(name, paths, repair, parse_budget(budget, f"{key} {text}") if at else None)
+
+    @property
+    def path(self) -> str:
+        """The paths as they were written."""
+        return ",".join(self.paths)
 
     def plugin(self) -> Plugin:
-        """The plug-in that it names; raises `LitPruneError` where there is none."""
-        plugin = unpruned() if self.path == FULL else _plugin(self.path)
+        """The plug-in of its one path; raises `LitPruneError` where there is none."""
+        plugin = unpruned() if self.paths == (FULL,) else _plugin(self.path)
         plugin.repair = plugin.repair if self.repair else None
         plugin.keep = plugin.keep if self.keep is None else self.keep
         return plugin

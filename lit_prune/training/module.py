@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_prune.data.progress import end_epoch, rewind_to_step, steps_next
 from lit_prune.errors import check_numbers
 from lit_prune.evaluation import measuring
-from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.meters import Meters
+from lit_prune.evaluation.records import sample_records
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import Record, Session, checkpointing
 from lit_prune.host.options import Positions, Proportional
@@ -257,8 +257,11 @@ class PruneModule(LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
-        """Measure the student with and without repair, and the teacher, on one batch; callbacks may show both."""
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Measure the student with and without repair, and the teacher, on one batch.
+
+        Returns both as `Measured` and the `records` of the samples, for callbacks; None for a batch without any.
+        """
         count, together = len(batch["ids"]), self._in_step
         if together and not has_image(batch):
             batch = with_blank(batch, self.vlm)
@@ -279,10 +282,11 @@ class PruneModule(LightningModule):
             unrepaired = bare.hidden
         if not count:
             return None
-        self.meters.update(student, teacher, unrepaired, batch)
-        return {"student": student, "teacher": teacher}
+        records = sample_records(student, teacher, batch)
+        self.meters.update(records, student, teacher, batch, unrepaired)
+        return {"student": student, "teacher": teacher, "records": records}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Measured] | None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """The same as validation, on the test set."""
         return self.validation_step(batch, batch_idx)
 

@@ -68,7 +68,7 @@ def test_written_once_and_the_same_every_time(root, tmp_path, monkeypatch):
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert all((root / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
-    monkeypatch.setattr(module.world, "write_world", None)
+    monkeypatch.setattr(module.instructions, "write_world", None)
     make_data(root).prepare_data()
     with pytest.raises(TypeError):
         make_data(root, data_seed=1).prepare_data()
@@ -82,7 +82,7 @@ def test_an_interrupted_write_is_not_taken_for_whole(tmp_path, monkeypatch):
         calls.append(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.world, "write_world", interrupted)
+    monkeypatch.setattr(module.instructions, "write_world", interrupted)
     data = make_data(tmp_path)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -95,14 +95,14 @@ def test_an_interrupted_write_is_not_taken_for_whole(tmp_path, monkeypatch):
 
 
 def test_another_process_was_faster(tmp_path, monkeypatch):
-    data, write = make_data(tmp_path), module.world.write_world
+    data, write = make_data(tmp_path), module.instructions.write_world
 
     def beaten(folder, *arguments):
         monkeypatch.undo()
         make_data(tmp_path).prepare_data()
         return write(folder, *arguments)
 
-    monkeypatch.setattr(module.world, "write_world", beaten)
+    monkeypatch.setattr(module.instructions, "write_world", beaten)
     data.prepare_data()
     assert len(list(tmp_path.iterdir())) == 3
 

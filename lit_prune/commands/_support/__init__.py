@@ -1,1 +1,1 @@
-"""Parts shared by the verbs: options and error messages, overlays, console output, cost tables."""
+"""Parts shared by the verbs: parsers and their error messages, console output, cost tables."""

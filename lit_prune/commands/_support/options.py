@@ -1,35 +1,36 @@
-"""Options of a verb: made from the signature and docstring of its ``run``."""
+"""Options of a verb, from the signature and docstring of its ``run``: argparse reads words, jsonargparse values."""
 
+import argparse
 import dataclasses
 import importlib
 import inspect
-import re
-import sys
+import json
 import textwrap
 import types
 import typing
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lit_prune.commands._support import yaml_loader
-from lit_prune.commands._support.explain import explain, explain_unexpected
-from lit_prune.commands._support.overlays import check_files, config_files
-from lit_prune.errors import UsageError
-from lit_prune.files.shipped import config_or_text
+from lit_prune.commands._support.settings import config_content
+from lit_prune.commands._support.suggest import closest, in_short, suggestion, wrong_value
+from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.files.shipped import closest_configs, config_or_text, meant
+from lit_prune.files.yaml_files import parse_yaml, shown
 
-SHORT = {"-c": "config", "-o": "out"}
-YES_NO = ("true", "false", "yes", "no")
+SHORT = {"config": "-c", "out": "-o"}
+PRINT_CONFIG = "print_config"
 HELP_WIDTH = 79
 LARGEST = 2**63 - 1
-NEGATIVE = re.compile(r"-\.?[0-9]")  # a number, no option
 
 
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Leaves the lines of description and examples as they are."""
 
 
@@ -39,38 +40,36 @@ def run_verb(verb: str, argv: list[str]) -> None:
     run(**options)
 
 
-def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[str, typing.Any]]:
-    """A verb's ``run``, and its arguments from a command line; raises `UsageError` for one that can't be read."""
+def parse_verb(verb: str, argv: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """A verb's ``run``, and its arguments from a command line; raises `UsageError` for one that can't be read.
+
+    argparse takes the command line apart, for only its `nargs` read `--image a b` and a bare `--compare`; jsonargparse,
+    which gives each option one value, turns the values into what the annotations ask for, and prints the help.
+    """
     run = importlib.import_module(f"lit_prune.commands.{verb.replace('-', '_')}").run
     yaml_loader.install("yaml")
-    parser = ArgumentParser(
-        prog=f"lit-prune {verb}",
-        description=_about(run),
-        epilog=_epilog(run),
-        formatter_class=HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    own_config = "config" in inspect.signature(run).parameters
-    if not own_config:
-        parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
-    parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
-    line = plain(argv, run)
-    if not own_config:
-        check_files(line, every_option=False)
+    parser = _typed_parser(verb, run)
+    given = _read_words(argv, run)
+    printed = given.pop("printed", None)
+    files = [] if _own_config(run) else given.pop("config", [])
+    contents = {file: _read_file(file, run) for file in files}
+    values = _merged([*contents.values(), _grouped(given)], run)
+    if printed:
+        parser.parse_args([f"--config={json.dumps(values)}", printed] if PRINT_CONFIG in printed else [printed])
+    required = [name for name, p in inspect.signature(run).parameters.items() if p.default is p.empty]
+    if missing := [f"--{name}" for name in required if name not in values]:
+        raise UsageError(f"give {', '.join(missing)}")
     try:
-        options = parser.parse_args(line)
-    except ArgumentError as error:
-        raise UsageError(explain(str(error), parser, [] if own_config else config_files(line))) from error
-    except Exception as error:  # jsonargparse lets some through: nothing but the user's input is read here
-        raise UsageError(explain_unexpected(error)) from error
-    if not own_config:
-        del options["config"]
+        options = parser.parse_object(values)
+    except Exception as error:  # nothing but the user's input is read here
+        raise UsageError(_explained(error, [*contents.items(), ("", _grouped(given))], run)) from error
+    if not _own_config(run):
+        options.pop("config", None)
     check_values(options)
     return run, parser.instantiate(options).as_dict()
 
 
-def check_values(node: typing.Any, name: str = "") -> None:
+def check_values(node: Any, name: str = "") -> None:
     """Raise `UsageError` for values that no option can take: numbers of more than 64 bits, text with a NUL."""
     if isinstance(node, Namespace | dict):
         for key, value in (vars(node) if isinstance(node, Namespace) else node).items():
@@ -90,6 +89,49 @@ def examples(run: Callable[..., None]) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+# -- the parsers ----------------------------------------------------------------------------------------------------
+
+
+def _typed_parser(verb: str, run: Callable[..., None]) -> ArgumentParser:
+    """Types, defaults and help of a verb's options."""
+    parser = ArgumentParser(
+        prog=f"lit-prune {verb}",
+        description=_about(run),
+        epilog=_epilog(run),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    if not _own_config(run):
+        parser.add_argument("--config", action="config", help="YAML file of this verb's options; those given win.")
+    parser.add_function_arguments(run, as_positional=False, fail_untyped=False)
+    return parser
+
+
+def _word_parser(run: Callable[..., None]) -> argparse.ArgumentParser:
+    """How many words each option takes; what they mean is the typed parser's part."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("-h", "--help", dest="printed", action="store_const", const="--help")
+    for name, hint in _hints(run).items():
+        short = [SHORT[name]] if name in SHORT else []
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}", *short])
+        if _is(hint, list):
+            parser.add_argument(*flags, dest=name, nargs="+", action="extend")
+        elif name == "config" and not _own_config(run):
+            parser.add_argument(*flags, dest=name, action="append")
+            parser.add_argument(f"--{PRINT_CONFIG}", dest="printed", action="store_const", const=f"--{PRINT_CONFIG}")
+        elif _is(hint, bool):
+            parser.add_argument(*flags, dest=name, nargs="?", const="true")
+        elif _groups(hint):  # its name alone stands for the defaults
+            parser.add_argument(*flags, dest=name, nargs="?", const="{}")
+            parser.add_argument(f"--{name}.help", dest="printed", action="store_const", const=f"--{name}.help")
+        else:
+            parser.add_argument(*flags, dest=name)
+    return parser
+
+
 def _about(run: Callable[..., None]) -> str:
     """Paragraphs between a docstring's first line and its arguments; the parser itself reads the rest."""
     text = inspect.getdoc(run).partition("\n\nArgs:")[0].partition("\n\n")[2]
@@ -99,66 +141,120 @@ def _about(run: Callable[..., None]) -> str:
 def _epilog(run: Callable[..., None]) -> str:
     """Examples, and the short forms of options."""
     names = [*inspect.signature(run).parameters]
-    hints = [f"{flag} is --{name}" for flag, name in SHORT.items() if name in {"config", *names}]
+    hints = [f"{flag} is --{name}" for name, flag in SHORT.items() if name in {"config", *names}]
     hints += [f"a first word is --{names[0]}", "lists may be written --option a b, flags without a value"]
     lines = ["examples:", *(f"  {line}" for line in examples(run)), "", textwrap.fill("; ".join(hints), HELP_WIDTH)]
     return "\n".join(lines if examples(run) else lines[2:])
 
 
-def plain(argv: list[str], run: Callable[..., None]) -> list[str]:
-    """Rewrite ``--image a b``, ``--image a --image b`` and bare ``--flag`` as the one form the parser reads.
-
-    A bare ``--group`` of options, a dataclass, stands for its defaults; ``--group.name value`` sets one of them.
-    A file of options comes first, so that the options given beside it win wherever they stand; one that isn't here is
-    looked up among those that come with the package.
-    """
-    hints = _hints(run)
-    lists: dict[str, list[str]] = {}
-    files, plain_argv = [], []
-    tokens = _named(list(argv), run, hints)
-    while tokens:
-        name, value = _option(tokens.pop(0), hints)
-        if name == "config" and tokens and value is None:
-            tokens[0] = config_or_text(tokens[0])
-        elif name == "config" and value is not None:
-            value = config_or_text(value)
-        given = [] if value is None else [value]
-        if name in hints and _is(hints[name], list):
-            while tokens and (not tokens[0].startswith("-") or NEGATIVE.match(tokens[0])):
-                given.append(tokens.pop(0))
-            lists.setdefault(name, []).extend(given)
-        elif name in hints and _is(hints[name], bool) and not given:
-            spoken = tokens and tokens[0].lower() in YES_NO
-            plain_argv.append(f"--{name}={tokens.pop(0) if spoken else 'true'}")
-        elif name in hints and _groups(hints[name]) and not given and (not tokens or tokens[0].startswith("-")):
-            plain_argv.append(f"--{name}={{}}")
-        elif name in hints and value is None:
-            (files if name == "config" else plain_argv).extend([f"--{name}", *tokens[:1]])
-            del tokens[:1]
-        elif name == "config":
-            files.append(f"--{name}={value}")
-        else:
-            plain_argv.append(name if value is None else f"--{name}={value}")
-    return files + plain_argv + [f"--{name}={_as_yaml(values)}" for name, values in lists.items()]
+# -- from words to values -------------------------------------------------------------------------------------------
 
 
-def _named(tokens: list[str], run: Callable[..., None], hints: dict[str, typing.Any]) -> list[str]:
-    """The words before the first option, with the names of the parameters that they belong to, in order.
+def _read_words(argv: list[str], run: Callable[..., None]) -> dict[str, Any]:
+    """The text given for each option, a list of it for lists; words before the first option belong to parameters.
 
     A list takes all that are left: ``copy micro rcp`` is ``--action copy --names micro rcp`` for these two parameters.
     """
-    named: list[str] = []
+    hints, given = _hints(run), {}
+    first = words = list(takewhile(lambda word: not word.startswith("-"), argv))
     for name in inspect.signature(run).parameters:
-        if not tokens or tokens[0].startswith("-"):
-            break
-        named += [f"--{name}", tokens[0]]
-        tokens = tokens[1:]
-        if _is(hints[name], list):
-            break
-    return named + tokens
+        if words:
+            given[name], words = (words, []) if _is(hints[name], list) else (words[0], words[1:])
+    try:
+        found, unknown = _word_parser(run).parse_known_args(argv[len(first) :])
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from error
+    except ValueError as error:  # argparse drops `--` from `--prompt=--` (Python 3.11), and misses the value then
+        raise UsageError("a value can't be `--`") from error
+    if unknown := words + unknown:
+        raise UsageError(_unknown(unknown, hints))
+    for name, value in vars(found).items():
+        given[name] = [*given.get(name, []), *value] if name in hints and _is(hints[name], list) else value
+    if "config" in given:
+        named = given["config"]
+        given["config"] = [*map(config_or_text, named)] if isinstance(named, list) else config_or_text(named)
+    for name, value in given.items():  # one value that is a list already stays as written
+        if isinstance(value, list) and len(value) == 1 and value[0].startswith("[") and value[0].endswith("]"):
+            given[name] = value[0]
+    return given
 
 
-def _hints(run: Callable[..., None]) -> dict[str, typing.Any]:
+def _unknown(words: list[str], hints: dict[str, Any]) -> str:
+    option = next((word for word in words if word.startswith("-")), None)
+    if option is None:
+        return f"unexpected argument `{words[0]}`"
+    name = option.partition("=")[0]
+    found = closest(name.lstrip("-").replace("-", "_"), hints)
+    return f"unknown option `{name}`{suggestion(found and f'--{found}')}"
+
+
+def _grouped(given: dict[str, Any]) -> dict[str, Any]:
+    """`{"train.gpus": "8"}` as `{"train": {"gpus": "8"}}`."""
+    values: dict[str, Any] = {}
+    for name in sorted(given):  # a group comes before what is in it
+        group, _, field = name.partition(".")
+        content = values.get(group, {}) if field else given[name]
+        if field and isinstance(content, str):
+            try:
+                content = {} if content == "{}" else parse_yaml(content, f"--{group}")
+            except LitPruneError as error:
+                raise UsageError(str(error)) from error
+        values[group] = {**content, field: given[name]} if field else content
+    return values
+
+
+def _read_file(file: str, run: Callable[..., None]) -> dict[str, Any]:
+    """The options in a verb's file; raises `UsageError` for one that can't be read, and for a key that is no option."""
+    content = config_content(file)
+    if content is None:  # an address, or a pipe
+        if not Path(file).is_fifo():
+            raise UsageError(f"no configuration file `{shown(file)}`{meant(closest_configs(file))}")
+        try:
+            content = parse_yaml(Path(file).read_text(encoding="utf-8"), file)
+        except (LitPruneError, OSError, UnicodeError) as error:
+            raise UsageError(f"{file}: {error}") from error
+    known = [name for name in _hints(run) if name != "config" or _own_config(run)]
+    for key, value in content.items():
+        keys = [f"{key}.{field}" for field in value] if key in known and _is_group(key, value, run) else [key]
+        if wrong := next((key for key in keys if key not in known), None):
+            raise UsageError(f"{file}: unknown key `{wrong}`{suggestion(closest(wrong, known))}")
+    return content
+
+
+def _merged(parts: list[dict[str, Any]], run: Callable[..., None]) -> dict[str, Any]:
+    """Values of files and of the command line: later ones win, in groups option by option."""
+    values: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            value = {} if value == "{}" and _groups(_hints(run)[name]) else value
+            both = _is_group(name, value, run) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **value} if both else value
+    return values
+
+
+def _explained(error: Exception, sources: list[tuple[str, dict[str, Any]]], run: Callable[..., None]) -> str:
+    """The first value that its option doesn't take, with the file it stands in; else what the parser says."""
+    hints = _hints(run)
+    for file, values in sources:
+        for name, value in values.items():
+            group = _is_group(name, value, run)
+            each = {f"{name}.{field}": part for field, part in value.items()} if group else {name: value}
+            for key, part in each.items():
+                if problem := wrong_value(key, hints[key], part):
+                    return f"{file}: {problem}" if file else problem
+    return in_short(error)
+
+
+# -- a verb's parameters --------------------------------------------------------------------------------------------
+
+
+def _own_config(run: Callable[..., None]) -> bool:
+    """Whether `--config` is a parameter, rather than the file of a verb's options."""
+    return "config" in inspect.signature(run).parameters
+
+
+@cache
+def _hints(run: Callable[..., None]) -> dict[str, Any]:
     """The type of every option: of the parameters, and as `group.name` of the fields of those that are dataclasses."""
     hints = {"config": str, **typing.get_type_hints(run)}
     hints.pop("return", None)
@@ -168,33 +264,18 @@ def _hints(run: Callable[..., None]) -> dict[str, typing.Any]:
     return hints
 
 
-def _option(token: str, hints: dict[str, typing.Any]) -> tuple[str, str | None]:
-    """Name (without dashes when it is a parameter) and value of a token."""
-    if token in SHORT and SHORT[token] in hints:
-        return SHORT[token], None
-    if not token.startswith("--"):
-        return token, None
-    name, equals, value = token[2:].partition("=")
-    name = name.replace("-", "_")
-    return (name if name in hints or equals else token), (value if equals else None)
-
-
-def _as_yaml(values: list[str]) -> str:
-    """One value that is a list already stays as written."""
-    written = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
-    if written:
-        return values[0]
-    return yaml.safe_dump(values, default_style='"', default_flow_style=True, width=sys.maxsize).strip()
-
-
 @cache
-def _is(kind: typing.Any, wanted: type) -> bool:
+def _is(kind: Any, wanted: type) -> bool:
     """Whether a type is ``wanted``, ``wanted[...]`` or either of them or None."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_is(part, wanted) for part in typing.get_args(kind))
     return kind is wanted or typing.get_origin(kind) is wanted
 
 
-def _groups(kind: typing.Any) -> list[type]:
+def _groups(kind: Any) -> list[type]:
     """The dataclasses that a type is, or is a union of: groups of options."""
     return [part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)]
+
+
+def _is_group(name: str, value: Any, run: Callable[..., None]) -> bool:
+    return isinstance(value, dict) and bool(_groups(_hints(run)[name]))

@@ -14,7 +14,8 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import check_stages
 from lit_prune.loading import load_shape
 from lit_prune.ops.budget import Budget, format_budget, parse_budget, resolve
-from lit_prune.plugin import Plugin
+from lit_prune.plugin import Plugin, unpruned
+from lit_prune.plugin.methods import FULL
 from lit_prune.vlm import as_plugin
 
 MOST_TOKENS = 10_000_000  # of one prompt; squares of the count are exact in 64 bits
@@ -61,8 +62,8 @@ class Case:
     size: ModelSize
     prompt: Prompt
     dtype: str
-    method: str | None
-    plugin: Plugin | None
+    method: str | None  # as it was given
+    plugin: Plugin
 
     @property
     def title(self) -> str:
@@ -75,7 +76,7 @@ class Case:
 
         A share is one of the prompt's visual tokens.
         """
-        if self.plugin is None:
+        if self.method is None:
             if keep:
                 raise LitPruneError("--keep needs a method: give --pruner too")
             return {}
@@ -88,14 +89,12 @@ class Case:
 
     def bill(self, budget: Budget | None = None) -> Bill:
         """The price at a budget; without one that of the full model."""
-        size, prompt, pruner, repair = self.size, self.prompt, None, None
-        schedule, tower = {}, None
-        if budget is not None:
-            pruner, repair = self.plugin.pruner, self.plugin.repair
-            schedule = pruner.schedule(budget, prompt.visual, size.depth)
-            tower = tower_trace(self.config, pruner, budget, size.image.patches)
+        size, prompt, plugin = self.size, self.prompt, self.plugin if budget is not None else unpruned()
+        pruner, repair = plugin.pruner, plugin.repair
+        schedule = pruner.schedule(prompt.visual if budget is None else budget, prompt.visual, size.depth)
         trace = plan(schedule, prompt.visual, prompt.text, size.depth, pruner, repair)
-        trace.tower = tower
+        if budget is not None:
+            trace.tower = tower_trace(self.config, pruner, budget, size.image.patches)
         prices = [
             price(trace, size, pruner, repair),
             price(step(trace, 1), size, repair=repair),
@@ -104,7 +103,7 @@ class Case:
         prefill, first, answer = ({part: flops.item() for part, flops in parts.items()} for parts in prices)
         return Bill(
             schedule=schedule,
-            tower=tower,
+            tower=trace.tower,
             average=trace.average_visual().item(),
             prefill=prefill,
             decoder=decoder_total(prices[0]).item(),
@@ -144,8 +143,7 @@ def describe(
     for name, count in (("text", text), ("answer", answer), ("visual", visual)):
         if not 1 <= count <= MOST_TOKENS:
             raise LitPruneError(f"--{name}-tokens {count} must be at least 1, and at most {MOST_TOKENS}")
-    plugin = None if pruner is None else as_plugin(pruner)
-    if plugin is not None:
-        check_stages(config, plugin.pruner.stages(size.depth))
+    plugin = as_plugin(pruner or FULL)
+    check_stages(config, plugin.pruner.stages(size.depth))
     prompt = Prompt(visual, text, answer, getattr(torch, dtype).itemsize)
     return Case(model, config, size, prompt, dtype, pruner, plugin)

@@ -1,6 +1,8 @@
 """Options of the Trainer: validated, and applied to the callbacks and loggers that a configuration brings along."""
 
+from enum import Enum
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from jsonargparse import Namespace
@@ -17,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.callbacks import Parts
+from lit_prune.commands._support.classes import defaults_of, find_class
 from lit_prune.errors import LitPruneError, check_number
 
 WHOLE = {  # smallest value of each option; Lightning would divide by some of them, or ignore a sign
@@ -35,7 +38,7 @@ SHARES = ("overfit_batches", *(f"limit_{stage}_batches" for stage in ("train", "
 LARGEST_SEED = 2**32 - 1
 SWITCHED = [ProgressBar, ModelSummary, Checkpoint]  # what three options turn off
 NEEDS_LOGGER = [LearningRateMonitor, DeviceStatsMonitor]
-UNWRITTEN = "Unable to serialize instance "  # what jsonargparse writes for a default that YAML has no form for
+WRITTEN = (str, int, float, NoneType, list, tuple, dict, Namespace, Path, Enum)  # defaults that YAML has a form for
 BAREBONES = (  # what this mode sets itself, and refuses to be given
     "logger",
     "enable_checkpointing",
@@ -70,19 +73,21 @@ def check(config: Namespace, fit: bool) -> None:
 
 
 def restore_defaults(node: Any) -> None:
-    """Put back, in place, defaults that jsonargparse could not write: a word as itself, others by leaving them out.
+    """Put back, in place, defaults that YAML has no form for: a word as itself, others by leaving them out.
 
-    Such an argument takes a text too, or the parser would have refused it: `torch.device("cpu")` becomes "cpu".
+    jsonargparse writes a sentence that ends in such a default. An argument with one takes a text too, or the parser
+    would have refused the sentence: `torch.device("cpu")` becomes "cpu".
     """
-    parts = vars(node) if isinstance(node, Namespace) else node
-    if isinstance(parts, dict):
-        for name, value in list(parts.items()):
-            if isinstance(value, str) and value.startswith(UNWRITTEN):
-                word = value.removeprefix(UNWRITTEN)
-                if word.replace(":", "").replace("_", "").isalnum():
-                    parts[name] = word
+    if isinstance(node, Namespace) and isinstance(arguments := node.get("init_args"), Namespace):
+        defaults = defaults_of(find_class(node.get("class_path")))
+        for name, value in list(vars(arguments).items()):
+            default = defaults.get(name)
+            if isinstance(value, str) and not isinstance(default, WRITTEN) and value.endswith(f" {default}"):
+                if str(default).replace(":", "").replace("_", "").isalnum():
+                    arguments[name] = str(default)
                 else:
-                    del parts[name]
+                    del arguments[name]
+    parts = vars(node) if isinstance(node, Namespace) else node
     for value in parts.values() if isinstance(parts, dict) else parts if isinstance(parts, list) else ():
         restore_defaults(value)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lit_prune.commands._support import console
 from lit_prune.commands._support.pricing import Bill, Case
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.plan import Training
@@ -19,9 +20,9 @@ from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Dims
 
 
-def check(training: Training, plugin: Plugin | None) -> None:
+def check(training: Training, method: str | None) -> None:
     """Raise `LitPruneError` for a run that can't be."""
-    if plugin is None:
+    if method is None:
         raise LitPruneError("--train estimates the training of a method: give --pruner too")
     for name, value in asdict(training).items():
         if not isinstance(value, str | bool) and value <= 0 and name != "reserve":
@@ -46,6 +47,14 @@ def count_weights(config: Config, plugin: Plugin) -> Weights:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def show(training: Training, case: Case, bills: dict[str, Bill]) -> list[dict[str, Any]]:
+    """Print the estimate under each bill's schedule and what it assumes; return the same as reports."""
+    found = runs(training, case, bills)
+    console.out.print(as_table(training, {f"keep {name}": run for name, run in found.items()}))
+    console.say(assumptions(training, case.prompt.bytes_per_value))
+    return [as_report(training, run) for run in found.values()]
 
 
 def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Estimate]:

@@ -1,4 +1,7 @@
-"""Where the samples of a tar shard lie: read from its headers once, kept in a small file beside it."""
+"""Where the samples of a tar shard lie: read from its headers once, kept in a small file beside it.
+
+By hand, since libraries of tar shards read them in a row, and an order of samples needs any of them at any time.
+"""
 
 import tarfile
 from array import array

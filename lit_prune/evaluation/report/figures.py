@@ -2,26 +2,35 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from lit_prune.evaluation.cells import FULL
+from lit_prune.evaluation.groups import BLANK, DOWNSAMPLED, GROUPS, REST
 from lit_prune.evaluation.report.intervals import Interval, interval, resampled_means
 from lit_prune.evaluation.report.runs import Entry, Run, baseline_entry
 
 UNKNOWN = "–"
+BENCHED = (
+    ("first token ms", "Time to first token from pixels, by `lit-prune bench` (bench.json), at its smallest batch"),
+    ("tokens/s", "Tokens answered per second, prefill included, by the same"),
+)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What a cell of a table shows: `text`, `more` in small print, `order` to sort by, `strong` in bold type."""
+    """What a cell of a table shows: `text`, `more` in small print, `order` to sort by, `strong` in bold type.
+
+    `ends` are those of the figure's interval, in its unit.
+    """
 
     text: str
     order: float | str | None = None
     more: str = ""
     strong: bool = False
+    ends: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,20 @@ class Table:
     rows: list[list[Figure]]
     names: int = 2
 
+    def flat(self) -> tuple[list[str], list[list[float | str | None]]]:
+        """Titles and rows of plain values; an interval makes two more columns, "X, low" and "X, high"."""
+        ranged = [any(row[i].ends for row in self.rows) for i in range(len(self.columns))]
+        titles: list[str] = []
+        for column, wide in zip(self.columns, ranged, strict=True):
+            titles += [column.title, *([f"{column.title}, low", f"{column.title}, high"] if wide else [])]
+        lines = []
+        for row in self.rows:
+            line: list[float | str | None] = []
+            for cell, wide in zip(row, ranged, strict=True):
+                line += [cell.order, *((cell.ends or (None, None)) if wide else ())]
+            lines.append(line)
+        return titles, lines
+
 
 def number(value: float | None, scale: float = 1.0, digits: int = 1) -> Figure:
     """A figure, a dash where it is unknown."""
@@ -54,8 +77,10 @@ def ranged(found: Interval | None, sign: str = "") -> Figure:
     if found is None or not math.isfinite(found.value):
         return Figure(UNKNOWN)
     value, low, high = (100 * each for each in (found.value, found.low, found.high))
-    more = f"{low:{sign}.1f} to {high:{sign}.1f}" if math.isfinite(low) else ""
-    return Figure(f"{value:{sign}.1f}", value, more, bool(sign) and found.excludes_zero)
+    if not math.isfinite(low):
+        return Figure(f"{value:{sign}.1f}", value)
+    more = f"{low:{sign}.1f} to {high:{sign}.1f}"
+    return Figure(f"{value:{sign}.1f}", value, more, bool(sign) and found.excludes_zero, (low, high))
 
 
 def name(text: object) -> Figure:
@@ -134,6 +159,7 @@ def full_skills(run: Run) -> dict[str, float]:
 def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
     """A line for every method and budget of every run."""
     benchmarks = list(dict.fromkeys(key for run in runs for e in run.entries for key in e.mean.get("headlines") or {}))
+    timed = any(entry.bench for run in runs for entry in run.entries)
     columns = [
         *([Column("comparison", "The folder")] if len(runs) > 1 else []),
         Column("method"),
@@ -155,6 +181,12 @@ def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
         Column("FLOPs saved %"),
         Column("KV MB", "Keys and values of the prompt"),
         Column("W2", "Shift of the answer states, averaged over layers; lower is better"),
+        Column(
+            "latency ms",
+            "Wall-clock time per question in the comparison, from encoded images to the last token: median over "
+            "batches, on the machine that ran it",
+        ),
+        *([Column(*each) for each in BENCHED] if timed else []),
         Column("CPU ms", "CPU time per question of the comparison, with the forward that measures the shift"),
     ]
     rows = []
@@ -162,7 +194,7 @@ def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
         found = intervals_of(run, baseline, draws, seed)
         for place, entry in enumerate(run.entries):
             first = [name(run.name)] if len(runs) > 1 else []
-            rows.append([*first, *_summary_row(run, entry, place, found, benchmarks)])
+            rows.append([*first, *_summary_row(run, entry, place, found, benchmarks), *_times(entry, timed)])
     return Table("Methods and budgets", columns, rows, names=3 if len(runs) > 1 else 2)
 
 
@@ -188,6 +220,19 @@ def _summary_row(run: Run, entry: Entry, place: int, found: Intervals, benchmark
         number(mean.get("flops_reduction"), 100),
         number(mean.get("kv_bytes"), 1e-6, 2),
         number(mean.get("w2"), digits=2),
+    ]
+
+
+def _times(entry: Entry, timed: bool) -> list[Figure]:
+    """Latency as the comparison measured it, as bench did where any row is timed so, and CPU time."""
+    bench, batch = entry.bench or {}, f"batch {entry.bench['batch']}" if entry.bench else ""
+    benched = [
+        replace(number(bench.get("ttft_ms"), digits=1), more=batch),
+        replace(number(bench.get("tokens_per_s"), digits=0), more=batch),
+    ]
+    return [
+        number(fmean(entry.latency) if entry.latency else None, 1e3, 2),
+        *(benched if timed else []),
         number(fmean(entry.seconds) if entry.seconds else None, 1e3),
     ]
 
@@ -207,3 +252,34 @@ def skills(run: Run) -> Table | None:
     ]
     columns = [Column("method"), Column("tokens kept"), *map(Column, names)]
     return Table("Accuracy per skill, %", columns, rows)
+
+
+def groups(run: Run) -> Table | None:
+    """Accuracy and agreement of every entry in each group of questions; None where they were not divided."""
+    if run.groups is None:
+        return None
+    meanings = {
+        BLANK: "Questions that the full model answers right from a blank image",
+        DOWNSAMPLED: f"Of the others, those that it answers right from an image with sides / {run.groups.factor}",
+        REST: "All others: they take the image's detail",
+    }
+    sizes = run.groups.sizes
+    columns = [Column("method"), Column("tokens kept")]
+    for group, meaning in meanings.items():
+        columns += [Column(f"{group} ({sizes[group]}): accuracy %", meaning), Column(f"{group}: same answer %")]
+    rows = []
+    for entry in run.entries:
+        found = entry.mean.get("groups") or {}
+        figures = [number((found.get(g) or {}).get(kind), 100) for g in GROUPS for kind in ("accuracy", "agreement")]
+        rows.append([name(entry.method), name("all" if entry.budget is None else entry.budget), *figures])
+    return Table("Questions by how much of the image they take", columns, rows)
+
+
+def all_tables(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> list[Table]:
+    """The tables of a report; with several runs each names its own."""
+    found = [summary(runs, baseline, draws, seed)]
+    for make in (skills, groups):
+        for run in runs:
+            if (table := make(run)) is not None:
+                found.append(table if len(runs) == 1 else replace(table, title=f"{table.title}: {run.name}"))
+    return found

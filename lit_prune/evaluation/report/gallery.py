@@ -28,16 +28,21 @@ class Answer:
     right: bool
     kind: str
     kl: float | None
+    confidence: float | None
     kept: str
 
 
 @dataclass(frozen=True)
 class Card:
-    """A sample with all answers to it; `picture` is a data URI, "" where there is no copy of its image."""
+    """A sample with all answers to it; `picture` is a data URI, "" where there is no copy of its image.
+
+    `group` is that of `lit_prune.evaluation.groups`, "" where questions were not divided.
+    """
 
     run: str
     id: str
     skill: str
+    group: str
     question: str
     reference: str
     full: str
@@ -82,6 +87,7 @@ def _answer(entry: Entry, record: int) -> Answer:
         bool(sample["right"]),
         kind_of(sample),
         sample.get("kl"),
+        sample.get("confidence"),
         kept and f"{kept}, of {sample['total']}" if sample.get("total") else kept,
     )
 
@@ -93,6 +99,7 @@ def _card(run: Run, record: int) -> Card:
         run.name,
         str(sample["id"]),
         "" if skill is None else str(skill),
+        "" if run.groups is None else run.groups.of.get(record, ""),
         str(sample["question"]),
         str(sample["reference"]),
         str(sample["full"]),

@@ -11,13 +11,14 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from lit_prune.evaluation.groups import GROUPS
 from lit_prune.evaluation.plots import draw, shift_per_layer
 from lit_prune.evaluation.report import template
-from lit_prune.evaluation.report.figures import Table, skills, summary
+from lit_prune.evaluation.report.figures import all_tables
 from lit_prune.evaluation.report.gallery import KINDS, cards
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.runs import Run
-from lit_prune.evaluation.tables import Row, caption, means
+from lit_prune.evaluation.rows import Row, caption, means
 
 FEW = 20  # images; percentile intervals of fewer clusters cover clearly less than they say
 TITLES = {
@@ -49,7 +50,7 @@ def make(
         most: samples to show.
         draws, seed: of the bootstrap.
     """
-    table = summary(runs, baseline, draws, seed)
+    tables = all_tables(runs, baseline, draws, seed)
     shown, samples = cards(runs, most), sum(len(run.records) for run in runs)
     methods = dict.fromkeys(answer.method for card in shown for answer in card.answers)
     several = len(runs) > 1
@@ -57,26 +58,19 @@ def make(
     return page.render(
         title=title,
         lines=_lines(runs, baseline, draws),
-        tables=[table, *_skills(runs)],
-        meanings=[column for column in table.columns if column.meaning],
+        tables=tables,
         charts=[chart for run in runs for chart in charts(run, several)],
         cards=shown,
         left_out=samples - len(shown),
         kinds=KINDS,
         methods=list(methods),
         skills=sorted({card.skill for card in shown} - {""}),
+        groups=[group for group in GROUPS if any(card.group == group for card in shown)],
         runs=list(dict.fromkeys(run.name for run in runs)) if several else [],
         style=Markup(template.STYLE),
         script=Markup(template.SCRIPT),
         script_hash=_hash(template.SCRIPT),
     )
-
-
-def _skills(runs: Sequence[Run]) -> list[Table]:
-    found = [(run, table) for run in runs if (table := skills(run)) is not None]
-    if len(runs) == 1:
-        return [table for _, table in found]
-    return [Table(f"{table.title}: {run.name}", table.columns, table.rows) for run, table in found]
 
 
 def _lines(runs: Sequence[Run], baseline: str, draws: int) -> list[str]:

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.cells import FULL, samples_folder
-from lit_prune.evaluation.tables import Row, means
+from lit_prune.evaluation.cells import FULL
+from lit_prune.evaluation.groups import Groups
+from lit_prune.evaluation.rows import Row, means
+from lit_prune.evaluation.store import samples_folder
 
 NEEDED = ("method", "keep", "seed", "status", "accuracy")  # of a cell
+BENCH = "bench.json"  # of `lit-prune bench --json`
+TIMED = ("method", "keep", "batch", "ttft_ms", "tokens_per_s")  # of its rows
 ASKED = ("id", "record", "question", "reference", "full", "answer", "full_right", "right")  # of a sample
 
 Sample = dict[str, Any]
@@ -23,12 +27,15 @@ Sample = dict[str, Any]
 class Entry:
     """A method at a budget: the mean of its seeds, and the records of its samples, a list a seed.
 
-    `budget` is None for the full model. `seconds` are the CPU times per question, of the seeds that have one.
+    `budget` is None for the full model. `seconds` are the CPU times per question of the seeds that have one, `latency`
+    the wall-clock times of answering one. `bench` is the row that `lit-prune bench` measured, at its smallest batch.
     """
 
     mean: Row
     seeds: list[tuple[int | None, list[Sample]]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    latency: list[float] = field(default_factory=list)
+    bench: Row | None = None
 
     @property
     def method(self) -> str:
@@ -55,12 +62,13 @@ class Entry:
 
 @dataclass
 class Run:
-    """One comparison. `remarks` are sentences about what is missing from it."""
+    """One comparison. `remarks` are sentences about what is missing from it; `groups` those of its questions."""
 
     folder: Path
     rows: list[Row]
     entries: list[Entry]
     remarks: list[str]
+    groups: Groups | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +132,9 @@ def read_run(folder: Path) -> Run:
         if row["status"] != "measured":
             continue
         entry = places[row["method"], row["keep"]]
-        entry.seconds += _seconds(folder, row)
+        seconds, latency = _times(folder, row)
+        entry.seconds += seconds
+        entry.latency += latency
         if samples := _samples(folder, row, again):
             entry.seeds.append((row["seed"], samples))
         else:
@@ -135,7 +145,12 @@ def read_run(folder: Path) -> Run:
             f"{', '.join(without)}: measured before answers were kept, so intervals, differences and answers are "
             f"unknown; `{again} --fresh` with the same options measures them again"
         )
-    run = Run(folder, rows, entries, remarks)
+    run = Run(folder, rows, entries, remarks, Groups.read(folder))
+    timed = _bench(folder)
+    for entry in entries:
+        entry.bench = _timed(timed, entry)
+    if timed and (missing := [each.label for each in entries if each.bench is None]):
+        remarks.append(f"{BENCH} has no times of {', '.join(missing)}")
     asked = {record for each in entries for record in each.by_record}
     if apart := len(asked) - len(run.records):
         remarks.append(f"{apart} questions that not every method answered count neither in intervals nor among answers")
@@ -185,13 +200,40 @@ def _samples(folder: Path, row: Row, again: str) -> list[Sample]:
     return list(_lines(file, again)) if file.is_file() else []
 
 
-def _seconds(folder: Path, row: Row) -> list[float]:
-    """CPU seconds per question of a cell, where its file is there and says so."""
+def _times(folder: Path, row: Row) -> tuple[list[float], list[float]]:
+    """CPU seconds and seconds of answering, per question of a cell, each where its file is there and says so."""
     try:
         text = (folder / "cells" / f"{Path(str(row.get('cell') or '-')).name}.json").read_text(encoding="utf-8")
-        return [json.loads(text)["result"]["seconds"] / row["questions"]]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        result = json.loads(text)["result"]
+        latency = result.get("latency")
+        return [result["seconds"] / row["questions"]], [] if latency is None else [float(latency)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return [], []
+
+
+def _bench(folder: Path) -> list[Row]:
+    """The rows that `lit-prune bench --json` wrote into the folder; raises `LitPruneError` for a damaged file."""
+    file = folder / BENCH
+    if not file.is_file():
         return []
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        return [{name: row[name] for name in TIMED} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LitPruneError(
+            f"{file} is none of bench's ({error!r}): run `lit-prune bench --json {file}` again, or remove it"
+        ) from error
+
+
+def _timed(rows: Sequence[Row], entry: Entry) -> Row | None:
+    """The row of a method at its budget, of the smallest batch. Bench may add the budget to a method's name."""
+    names = (entry.method, FULL) if entry.budget is None else (entry.method,)
+    mine = [
+        row
+        for row in rows
+        if row["keep"] == entry.budget and (row["method"] in names or row["method"].rpartition(" ")[0] in names)
+    ]
+    return min(mine, key=lambda row: row["batch"], default=None)
 
 
 def _lines(file: Path, again: str) -> Iterator[Sample]:

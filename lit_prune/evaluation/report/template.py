@@ -35,8 +35,8 @@ script-src '{{ script_hash }}'">
 {%- endfor %}</tbody>
 </table>
 </div>
-{% if loop.first %}<details><summary>What the columns mean</summary><dl>
-{% for column in meanings %}<dt>{{ column.title }}</dt><dd>{{ column.meaning }}</dd>{% endfor %}
+{% if table.columns | selectattr("meaning") | list %}<details><summary>What the columns mean</summary><dl>
+{% for column in table.columns if column.meaning %}<dt>{{ column.title }}</dt><dd>{{ column.meaning }}</dd>{% endfor %}
 </dl></details>{% endif %}
 </section>
 {% endfor %}
@@ -54,9 +54,14 @@ script-src '{{ script_hash }}'">
 {%- for each in methods %}<option>{{ each }}</option>{% endfor %}</select></label>
 {% if skills %}<label>Skill <select name="skill"><option value="">any</option>
 {%- for each in skills %}<option>{{ each }}</option>{% endfor %}</select></label>{% endif %}
+{% if groups %}<label>Answered from <select name="group"><option value="">any</option>
+{%- for each in groups %}<option value="{{ each }}">{{ "the whole image only" if each == "rest" else \
+"a " ~ each ~ " image" }}</option>{% endfor %}</select></label>{% endif %}
 {% if runs %}<label>Comparison <select name="run"><option value="">any</option>
 {%- for each in runs %}<option>{{ each }}</option>{% endfor %}</select></label>{% endif %}
 <label>KL at least <input name="kl" type="number" min="0" step="any" inputmode="decimal"></label>
+<label>Confidence at least, % <input name="sure" type="number" min="0" max="100" step="any" inputmode="decimal"></label>
+<label>At most, % <input name="unsure" type="number" min="0" max="100" step="any" inputmode="decimal"></label>
 <label>Text <input name="text" type="search"></label>
 <button type="reset">Show all</button>
 </form>
@@ -64,19 +69,23 @@ script-src '{{ script_hash }}'">
 {%- if left_out %}; {{ left_out }} more, which fewer methods get wrong, are not in this file{% endif %}.</p>
 <ul class="cards">
 {% for card in cards %}
-<li class="card" data-skill="{{ card.skill }}" data-run="{{ card.run }}">
+<li class="card" data-skill="{{ card.skill }}" data-group="{{ card.group }}" data-run="{{ card.run }}">
 {% if card.picture %}<img src="{{ card.picture }}" alt="" loading="lazy">{% endif %}
 <div>
 <h3>{{ card.question }}</h3>
 <p class="facts">{{ card.id }}{% if card.skill %} · {{ card.skill }}{% endif %}
+{%- if card.group and card.group != "rest" %} · answered from a {{ card.group }} image{% endif %}
 {%- if runs %} · {{ card.run }}{% endif %}</p>
 <p>Reference: <b>{{ card.reference }}</b></p>
 <p class="{{ 'right' if card.full_right else 'wrong' }}">Full model: <b>{{ card.full }}</b></p>
 <ul>{% for answer in card.answers %}
 <li class="answer {{ 'right' if answer.right else 'wrong' }}" data-kind="{{ answer.kind }}"
- data-method="{{ answer.method }}" data-kl="{{ '' if answer.kl is none else answer.kl }}">
+ data-method="{{ answer.method }}" data-kl="{{ '' if answer.kl is none else answer.kl }}"
+ data-confidence="{{ '' if answer.confidence is none else 100 * answer.confidence }}">
 {{- answer.label }}: <b>{{ answer.text }}</b>
-<small>{{ kinds[answer.kind] }}{% if answer.kl is not none %}; KL {{ '%.3f' | format(answer.kl) }}{% endif %}
+<small>{{ kinds[answer.kind] }}
+{%- if answer.confidence is not none %}; confidence {{ '%.0f' | format(100 * answer.confidence) }} %{% endif %}
+{%- if answer.kl is not none %}; KL {{ '%.3f' | format(answer.kl) }}{% endif %}
 {%- if answer.kept %}; {{ answer.kept }}{% endif %}</small></li>
 {%- endfor %}</ul>
 </div>
@@ -159,12 +168,15 @@ function filter() {
       const of = answer.dataset;
       const kind = !wanted.kind || of.kind === wanted.kind || (wanted.kind === "changed" && of.kind !== "same");
       const near = !wanted.kl || (of.kl !== "" && Number(of.kl) >= Number(wanted.kl));
-      answer.hidden = !(kind && near && (!wanted.method || of.method === wanted.method));
+      const sure = !wanted.sure || (of.confidence !== "" && Number(of.confidence) >= Number(wanted.sure));
+      const unsure = !wanted.unsure || (of.confidence !== "" && Number(of.confidence) <= Number(wanted.unsure));
+      answer.hidden = !(kind && near && sure && unsure && (!wanted.method || of.method === wanted.method));
       any ||= !answer.hidden;
     }
     const skill = !wanted.skill || card.dataset.skill === wanted.skill;
     const run = !wanted.run || card.dataset.run === wanted.run;
-    card.hidden = !(any && skill && run && words.get(card).includes(text));
+    const group = !wanted.group || card.dataset.group === wanted.group;
+    card.hidden = !(any && skill && group && run && words.get(card).includes(text));
     shown += !card.hidden;
   }
   document.getElementById("count").value = `${shown} of ${cards.length} samples`;

@@ -24,7 +24,7 @@ from lit_prune.evaluation.timing.prompts import SEED, Prompt, decode, prefill, r
 from lit_prune.host import Record, Session
 from lit_prune.host.cut import cut_to
 from lit_prune.host.parts import find
-from lit_prune.ops.budget import Budget
+from lit_prune.ops.budget import Budget, as_json
 from lit_prune.plugin import Plugin, unpruned
 from lit_prune.vlm import VLM
 
@@ -201,11 +201,13 @@ class Benchmark:
             times = self.times.get((batch, method.name))
             if times is not None and times.decode:
                 reference = self.times.get((batch, full))
-                rows.append(self._row(batch, method.name, times, self.ran.get((batch, full)), reference))
+                rows.append(self._row(batch, method, times, self.ran.get((batch, full)), reference))
         return rows
 
-    def _row(self, batch: int, name: str, times: Times, full: Ran | None, reference: Times | None) -> dict[str, Any]:
-        ran = self.ran[batch, name]
+    def _row(
+        self, batch: int, method: Method, times: Times, full: Ran | None, reference: Times | None
+    ) -> dict[str, Any]:
+        ran = self.ran[batch, method.name]
         prefill_s, first, decode_s = (float(np.median(t)) for t in (times.prefill, times.first, times.decode))
         gains = dict.fromkeys(("speedup", "flops_ratio", "efficiency", "ttft_speedup", "decode_speedup"))
         if full is not None and reference is not None and reference.decode:
@@ -219,7 +221,8 @@ class Benchmark:
         spreads = {"spread": spread(times.prefill), "ttft_spread": spread(times.first)}
         spreads["decode_spread"] = spread(times.decode)
         return {
-            "method": name,
+            "method": method.name,
+            "keep": as_json(method.plugin.keep) if method.prunes(self.dims.depth) else None,
             "batch": batch,
             "prefill_ms": 1e3 * prefill_s,
             "ttft_ms": 1e3 * first,

@@ -4,56 +4,31 @@ Nothing here runs code of a checkpoint, and without a network nothing waits for 
 """
 
 import copy
-import difflib
-import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_prune.cost.shapes import Config, names, shipped_fields, shipped_shape
+from lit_prune.cost.shapes import Config, shipped_fields, shipped_shape
 from lit_prune.errors import LitPruneError, extra
+from lit_prune.loading.places import adapted_from, fetch, first_line, is_shipped
 
 Base = str | Path | PreTrainedConfig  # a folder, a hub id, a configuration
-MICRO = Path(__file__).parent / "micro" / "weights"
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
-PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be reached
-
-
-def resolve(base: str | Path) -> str:
-    """Folder or hub id that a model's name stands for; `micro` is the one shipped with this package.
-
-    A folder holds `config.json`, or `adapter_config.json`: an adapter of peft, which names its base model.
-    """
-    if str(base) == "micro":
-        if not (MICRO / "config.json").is_file():
-            raise LitPruneError(
-                f"the weights of micro-LLaVA are missing from {MICRO}: reinstall, or run jobs/pretrain_micro.sh"
-            )
-        return str(MICRO)
-    path = Path(base).expanduser()
-    looks_local = path.is_absolute() or str(base).startswith((".", "~")) or path.is_dir()
-    if looks_local and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise LitPruneError(f"{base} is no model folder: it has no config.json")
-    return str(path) if looks_local else str(base)
 
 
 def load_processor(base: str | Path) -> Any:
     """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's."""
     from transformers import AutoProcessor
 
-    return _fetch(AutoProcessor.from_pretrained, _adapted(base) or base)
+    return fetch(AutoProcessor.from_pretrained, adapted_from(base) or base)
 
 
 def local_processor(base: str | Path) -> Any | None:
@@ -61,20 +36,9 @@ def local_processor(base: str | Path) -> Any | None:
     from transformers import AutoProcessor
 
     try:
-        return _fetch(AutoProcessor.from_pretrained, _adapted(base) or base, local=True)
+        return fetch(AutoProcessor.from_pretrained, adapted_from(base) or base, local=True)
     except LitPruneError:
         return None
-
-
-def _adapted(base: str | Path) -> str | None:
-    """The base model that a folder of an adapter alone names; None for any other."""
-    folder = Path(resolve(base))
-    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
-        return None
-    try:
-        return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LitPruneError(f"{folder / 'adapter_config.json'} names no base_model_name_or_path") from error
 
 
 def load_model(
@@ -95,17 +59,17 @@ def load_model(
 
     if dtype is None:
         dtype = torch.float32 if str(base) == "micro" else "auto"
-    if adapted := _adapted(base):
+    if adapted := adapted_from(base):
         if find_spec("peft") is None:
             raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
         model = load_model(adapted, dtype, strict=strict, **options)
         with _quiet() if strict else nullcontext():
             asked = {"ignore_mismatched_sizes": strict}
-            info = _fetch(lambda folder, **_: model.load_adapter(folder, **asked), base).to_dict()
+            info = fetch(lambda folder, **_: model.load_adapter(folder, **asked), base).to_dict()
     else:
         with _quiet() if strict else nullcontext():
             asked = {"ignore_mismatched_sizes": strict, **options, "dtype": dtype, "output_loading_info": True}
-            model, info = _fetch(AutoModelForImageTextToText.from_pretrained, base, **asked)
+            model, info = fetch(AutoModelForImageTextToText.from_pretrained, base, **asked)
     if options.get("ignore_mismatched_sizes"):
         info = {**info, "mismatched_keys": ()}
     if strict:
@@ -147,7 +111,7 @@ def _quiet() -> Iterator[None]:
     log, held = logging.getLogger("transformers.modeling_utils"), []
 
     def other(record: logging.LogRecord) -> bool:
-        if report := "LOAD REPORT" in record.getMessage():
+        if report := record.module == "loading_report":  # the module of the library that makes it
             held.append(record)
         return not report
 
@@ -191,7 +155,7 @@ def random_model(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
     except ValueError as error:
-        raise LitPruneError(f"{config.model_type} can't be built: {_first_line(error)}") from error
+        raise LitPruneError(f"{config.model_type} can't be built: {first_line(error)}") from error
     if dtype is None and sum(p.numel() for p in model.parameters()) > HALF_FROM:
         dtype = torch.bfloat16
     device = torch.device(device)
@@ -207,9 +171,9 @@ def load_config(base: Base) -> PreTrainedConfig:
 
     if isinstance(base, PreTrainedConfig):
         return copy.deepcopy(base)
-    if _is_shipped(base):
+    if is_shipped(base):
         return shipped_config(str(base))
-    return _fetch(AutoConfig.from_pretrained, base, local=True)
+    return fetch(AutoConfig.from_pretrained, base, local=True)
 
 
 def shipped_config(name: str) -> PreTrainedConfig:
@@ -237,12 +201,7 @@ def hide_progress() -> None:
 
 def load_shape(base: str | Path) -> Config:
     """What sizes and prices are read off: the fields of a shipped shape as they stand, else the configuration."""
-    return shipped_shape(str(base)) if _is_shipped(base) else load_config(base)
-
-
-def _is_shipped(base: str | Path) -> bool:
-    """Whether a name is that of a shipped shape, and of no folder here."""
-    return str(base) in names() and not Path(base).is_dir()
+    return shipped_shape(str(base)) if is_shipped(base) else load_config(base)
 
 
 def context_length(processor: Any, base: str | None = None) -> int | None:
@@ -252,74 +211,3 @@ def context_length(processor: Any, base: str | None = None) -> int | None:
         with suppress(LitPruneError):  # a processor that came without a configuration
             limits.append(getattr(load_config(base).get_text_config(), "max_position_embeddings", None))
     return min((int(limit) for limit in limits if limit is not None and limit < 1e9), default=None)
-
-
-def _fetch(function: Callable, base: str | Path, local: bool = False, **options: Any) -> Any:
-    """Call one of the library's `from_pretrained`, and say what would help where it fails."""
-    folder = _place(base, local, {name: options[name] for name in ("revision", "cache_dir") if name in options})
-    options.setdefault("trust_remote_code", False)
-    try:
-        return function(folder, **options)
-    except OSError as error:
-        raise LitPruneError(f"{base} can't be loaded ({_first_line(error)}). {_advice(base)}") from error
-    except ImportError as error:
-        raise LitPruneError(
-            f"{base} can't be loaded so ({_first_line(error)}): install what is missing, such as "
-            f"{extra('quantized', 'peft')}"
-        ) from error
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise LitPruneError(f"{base} can't be loaded: {_first_line(error)}") from error
-
-
-def _place(base: str | Path, local: bool, version: dict[str, Any]) -> str:
-    """Folder of a model, or its hub id where the hub is to be asked: not if `local`, nor if it doesn't answer."""
-    name = resolve(base)
-    if Path(name).is_dir():
-        return name
-    if "/" not in name and (likely := closest_model(name)):  # one word: the hub's models have an owner
-        raise LitPruneError(f"no model `{base}`; did you mean `{likely}`?")
-    if not local and hub_answers():
-        return name
-    try:
-        return snapshot_download(name, local_files_only=True, **version)
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        reason = "" if local else ", and the hub can't be reached"
-        raise LitPruneError(f"{base} is no folder and not in the hub's cache{reason}. {_advice(base)}") from error
-
-
-def closest_model(name: str) -> str | None:
-    """The model of this package, or the shipped shape, that a name is nearly spelt like; None for its own name."""
-    known = {model.rpartition("/")[2].lower(): model for model in names()}
-    known |= {model.lower(): model for model in names()} | {"micro": "micro", "micro-llava": "micro"}
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
-    return known[found[0]] if found and known[found[0]] != name else None
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached: one request, since the library's own retries take most of a minute."""
-    if constants.is_offline_mode():
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:  # the client's errors are its own affair: any of them means no
-        return False
-    return True
-
-
-def _advice(base: str | Path) -> str:
-    if Path(base).expanduser().is_dir():
-        text = "A model folder holds config.json, *.safetensors and the processor's files."
-    else:
-        text = (
-            f"Give a local folder with config.json and *.safetensors, or fetch it on a machine with network: "
-            f"hf download {base} --local-dir FOLDER, then --model.base=FOLDER (`lit-prune` verbs: --model FOLDER)"
-        )
-    if likely := closest_model(str(base)):
-        text = f"Did you mean `{likely}`? {text}"
-    if str(base) in names() or (Path(base).expanduser() / "config.json").is_file():
-        text += f". Benchmarks need no weights: lit_prune.load({str(base)!r}, random_weights=True)"
-    return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
