@@ -16,7 +16,7 @@ from lit_prune.micro.drawing_576 import GROUNDS, SHAPES, TEXTURES
 from lit_prune.micro.questions_576 import SKILLS, WORDS, WORDS_ALONE, Question, as_sample, choose_questions, questions
 from lit_prune.micro.scenes_576 import CORNERS, FULL_LEVEL, GRID, IMAGE_SIZE, LEVELS, PATCH_SIZE, PATTERNS, SIZES, Scene
 
-SEEDS = range(scenes.VALIDATION_SEED + 700_000, scenes.VALIDATION_SEED + 700_120)
+SEEDS = range(scenes.VALIDATION_SEED + 700_000, scenes.VALIDATION_SEED + 700_080)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_ranges_of_seeds_are_disjoint_from_each_other_and_from_the_small_world()
 
 @pytest.mark.parametrize("level", range(len(LEVELS)))
 def test_objects_lie_in_the_image_and_apart(level: int) -> None:
-    for seed in SEEDS[:60]:
+    for seed in SEEDS[:25]:
         scene = scenes.make_scene(seed, level)
         least, most = LEVELS[level]
         assert least <= len(scene.things) <= most
@@ -144,7 +144,7 @@ def test_colours_can_be_seen(some: list[Scene]) -> None:
     """The median colour of a plain object is nearest to the colour that the scene says."""
     names = list(COLOURS)
     table = np.array([COLOURS[name] for name in names], float)
-    for scene in some[:40]:
+    for scene in some[:25]:
         for thing in scene.things:
             if thing.pattern == "nothing":
                 x0, y0, x1, y1 = thing.box
@@ -308,7 +308,7 @@ RULES: list[tuple[str, str, Callable[..., str]]] = [
 @pytest.mark.parametrize("skill", SKILLS)
 def test_answers_follow_from_the_scene(skill: str, asked: list[tuple[Scene, Question]]) -> None:
     mine = [(scene, question) for scene, question in asked if question.skill == skill]
-    assert len(mine) > 100
+    assert len(mine) > 80
     forms = Counter()
     for scene, question in mine:
         rule, match = next(
@@ -376,7 +376,7 @@ def test_boxes_cover_what_is_asked(asked: list[tuple[Scene, Question]]) -> None:
 
 def test_answers_are_balanced_and_a_blind_guess_is_poor() -> None:
     answers, by_text = defaultdict(Counter), defaultdict(Counter)
-    for seed in range(SEEDS[0], SEEDS[0] + 500):
+    for seed in range(SEEDS[0], SEEDS[0] + 300):
         for question in choose_questions(scenes.make_scene(seed), len(SKILLS)):
             answers[question.skill][question.answer] += 1
             by_text[question.skill, re.sub(r"\b(the|an?) .*", "", question.text)][question.answer] += 1
@@ -404,11 +404,11 @@ def test_the_first_of_two_named_is_right_half_of_the_time(asked: list[tuple[Scen
 
 def test_words_do_not_tell_what_exists() -> None:
     answers = defaultdict(list)
-    for seed in range(SEEDS[0], SEEDS[0] + 400):
+    for seed in range(SEEDS[0], SEEDS[0] + 250):
         for question in questions(scenes.make_scene(seed), {"existence": 3}):
             for word in question.text.strip("?").split()[3:]:
                 answers[word].append(question.answer == "yes")
-    shares = {word: np.mean(found) for word, found in answers.items() if len(found) > 80}
+    shares = {word: np.mean(found) for word, found in answers.items() if len(found) > 60}
     assert all(0.3 < share < 0.7 for share in shares.values()), shares
 
 

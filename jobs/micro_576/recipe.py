@@ -31,13 +31,12 @@ from jobs.micro_576.batches import NONE, Batch, prefetch, question_batch, vision
 from jobs.micro_576.figures import word_auc
 from jobs.micro_576.losses import PatchHeads, answer_loss, background_likeness, cloud_loss, read, see
 from lit_prune.files.writing import written_whole
-from lit_prune.micro.model_576 import build, build_processor
+from lit_prune.micro.model_576 import LAYERS, build, build_processor
 from lit_prune.micro.questions_576 import SKILLS
 from lit_prune.micro.scenes_576 import FULL_LEVEL, GATE_SEED, PRETRAIN_SEED
 
 HELD_OUT_SEED = GATE_SEED + 500_000
 STAGE_SEEDS = 1_000_000  # of each stage, from PRETRAIN_SEED
-PER_STAGE_LIMIT = STAGE_SEEDS  # images
 WEIGHTS = {"objects": 0.15, "ground": 0.15, "pixels": 0.15, "alike": 1.0, "long": 0.1, "words": 0.05}
 
 
@@ -77,7 +76,7 @@ STAGES = (
     ),
     Stage("easy", 8, (0.8, 0.2, 0.0), 900, 8, 5e-3, 3e-3, enough=0.90),
     Stage("middle", 16, (0.1, 0.6, 0.3), 900, 8, 5e-3, 3e-3, enough=0.85),
-    Stage("full", 32, (0.0, 0.1, 0.9), 1800, 8, 4e-3, 2e-3, flat=0.5, terms=(("words", 0.0),)),
+    Stage("full", LAYERS, (0.0, 0.1, 0.9), 1800, 8, 4e-3, 2e-3, flat=0.5, terms=(("words", 0.0),)),
 )  # fmt: skip
 SMOKE = tuple(replace(stage, steps=2, images=2, enough=None) for stage in STAGES)
 
@@ -419,6 +418,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, the log and the model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     parser.add_argument("--steps", type=float, default=1.0, help="multiplies the steps of all stages (default 1)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"decoder layers, 24 to 32 (default {LAYERS})")
     parser.add_argument("--processes", type=int, default=2, help="processes that share each batch (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default 1)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
@@ -428,7 +428,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="two steps of two images a stage: does it run?")
     options = parser.parse_args(arguments)
     stages = SMOKE if options.smoke else STAGES
-    options.stages = tuple(replace(each, steps=max(1, round(each.steps * options.steps))) for each in stages)
+    options.stages = tuple(
+        replace(each, steps=max(1, round(each.steps * options.steps)), layers=min(each.layers, options.layers))
+        for each in stages
+    )
     for stage in options.stages:
         if stage.images % options.processes:
             parser.error(f"--processes {options.processes} doesn't divide the {stage.images} images of a step")
@@ -441,7 +444,8 @@ def main(arguments: list[str] | None = None) -> None:
         return work(0, options)
     options.out.mkdir(parents=True, exist_ok=True)
     options.meeting = (options.out / f".meeting.{os.getpid()}").absolute()
-    options.meeting.unlink(missing_ok=True)  # a killed run with the same process id may have left one
+    for left in options.out.glob(".meeting.*"):  # by a run that was killed
+        left.unlink()
     try:
         torch.multiprocessing.spawn(work, (options,), nprocs=options.processes)
     finally:

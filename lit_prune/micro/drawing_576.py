@@ -150,6 +150,16 @@ def paint_object(
         area[mask & mark] = second
 
 
+def figure_scale(side: int, figures: int) -> int:
+    """Pixels per dot of the font with which so many figures fit into a square of this side; 0 if none does."""
+    return min((side - 2) // (6 * figures - 1), (side - 2) // 7, 3)
+
+
+def dot_diameter(side: int) -> int:
+    """Of the dots in a square of this side, 3 x 3 places."""
+    return max(4, side // 3 - 3)
+
+
 def figures_mask(figures: tuple[int, ...], size: int, scale: int) -> tuple[np.ndarray, list[Box]]:
     """Figures side by side in the middle of size x size pixels, and each one's box in it."""
     mask = np.zeros((size, size), bool)

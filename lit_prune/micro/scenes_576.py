@@ -78,9 +78,9 @@ class Thing:
         """The mask bool[size, size] of the pattern, and the boxes of its parts relative to the object."""
         side = int(INNER.get(self.shape, 0) * self.size)
         if self.pattern == "figures":
-            return drawing.figures_mask(self.figures, self.size, figure_scale(side, len(self.figures)))
+            return drawing.figures_mask(self.figures, self.size, drawing.figure_scale(side, len(self.figures)))
         if self.pattern == "dots":
-            return drawing.dots_mask(self.dots, self.size, dot_diameter(side))
+            return drawing.dots_mask(self.dots, self.size, drawing.dot_diameter(side))
         if self.pattern == "arrow":
             return drawing.arrow_mask(self.direction, self.size, side)
         if self.pattern == "stripes":
@@ -161,9 +161,6 @@ class Scene:
 def make_scene(seed: int, level: int = FULL_LEVEL) -> Scene:
     """The scene of a seed."""
     return Scene(seed, level)
-
-
-# Ground
 
 
 def _ground(rng: np.random.Generator) -> list[Region]:
@@ -281,11 +278,11 @@ def _detailed(look: Look, x: int, y: int, size: int, rng: np.random.Generator) -
     side = int(INNER.get(shape, 0) * size)
     details: dict = {}
     if pattern == "figures":
-        most = 3 if figure_scale(side, 3) else 2
+        most = 3 if drawing.figure_scale(side, 3) else 2
         details["figures"] = tuple(int(v) for v in rng.integers(0, 10, int(rng.integers(2, most + 1))))
     elif pattern == "dots":
         cells = rng.permutation(9)[: int(rng.integers(1, 7))]
-        cell, diameter, start = side / 3, dot_diameter(side), (size - side) / 2
+        cell, diameter, start = side / 3, drawing.dot_diameter(side), (size - side) / 2
         slack = max(cell - diameter - 1, 0.0)
         details["dots"] = tuple(
             tuple(int(start + c * cell + rng.uniform(0, slack)) for c in (index % 3, index // 3)) for index in cells
@@ -295,16 +292,6 @@ def _detailed(look: Look, x: int, y: int, size: int, rng: np.random.Generator) -
     elif pattern == "stripes":
         details["direction"] = pick(rng, ("across", "upright"))
     return Thing(colour, shape, pattern, x, y, size, **details)
-
-
-def figure_scale(side: int, figures: int) -> int:
-    """Pixels per dot of the font with which so many figures fit into a square of this side; 0 if none does."""
-    return min((side - 2) // (6 * figures - 1), (side - 2) // 7, 3)
-
-
-def dot_diameter(side: int) -> int:
-    """Of the dots in a square of this side, 3 x 3 places."""
-    return max(4, side // 3 - 3)
 
 
 def pick(rng: np.random.Generator, items):
