@@ -198,7 +198,8 @@ def test_every_method(kind):
     """Kept all: the plain model; half: another answer, alone as in a batch. Or one sentence when it attaches."""
     model, given = made(kind)
     vlm, batch = VLM(model, None), given.batch()
-    plain, text = logits(vlm, batch), given.text(batch)
+    plain, text, single = logits(vlm, batch), given.text(batch), given.batch([0, 2])
+    whole = logits(vlm, single)
     for name, method in METHODS.items():
         try:
             vlm.attach(method(), keep="50%")
@@ -212,6 +213,6 @@ def test_every_method(kind):
             alone = given.batch([row])
             gap = logits(vlm, alone)[0][given.text(alone)[0]] - pruned[row][text[row]]
             assert gap.abs().max() < 1e-3, name
-        vlm.attach(method(), keep="100%")
-        assert torch.equal(logits(vlm, batch), plain), name
+        vlm.attach(method(), keep="100%")  # where all images are alike, of one image
+        assert torch.equal(logits(vlm, single), whole), name
     vlm.detach()

@@ -16,11 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import bidirectional_mask, keep_hooks_out_of_checkpoints, parameters
+from lit_prune.host.compat import keep_hooks_out_of_checkpoints, parameters
 from lit_prune.host.session import Session
 from lit_prune.host.towers import tail
 from lit_prune.host.towers.cutting import cut, pairs
 from lit_prune.host.towers.find import Tower
+from lit_prune.host.towers.masks import tower_mask
 from lit_prune.host.towers.opening import begin, smaller
 from lit_prune.host.towers.reading import Read, attention_of, read_again, read_seen
 from lit_prune.host.towers.state import TowerPass
@@ -206,27 +207,8 @@ class TowerHost:
         return rest, {**kwargs, "attention_mask": mask}
 
     def _mask(self, hidden: Tensor, state: TowerPass, given: Tensor | None = None) -> Tensor | None:
-        """Mask of the tower's later layers: hides filler, and adds log(size) where patches stand for several."""
-        config = self.tower.module.config
-        if state.sizes is not None:
-            if config._attn_implementation not in ("sdpa", "eager"):
-                raise LitPruneError(
-                    f"{type(self.pruner).__name__} adds log(size) to attention inside the vision tower, which "
-                    f"{config._attn_implementation} attention can't: load with attn_implementation='sdpa'"
-                )
-            bias = torch.zeros(hidden.shape[:2], device=hidden.device).flatten()
-            own, logs = state.rows[state.real], state.sizes.log()[state.real]
-            bias = bias.index_copy(0, own.flatten(), logs[:, None].expand(own.shape).flatten()).view(hidden.shape[:2])
-            lowest = torch.finfo(hidden.dtype).min
-            bias = bias.to(hidden).masked_fill(~state.there, lowest)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
-            if given is None:
-                return bias
-            return bias.masked_fill(~given, lowest) if given.dtype == torch.bool else bias + given
-        if given is not None:
-            there = state.there[:, None, None]
-            lowest = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
-            return given.masked_fill(~there, lowest)
-        return bidirectional_mask(config, hidden, state.there)
+        """Mask of the tower's later layers; `given`: that of the tower itself, cut."""
+        return tower_mask(self.tower.module.config, type(self.pruner).__name__, hidden, state, given)
 
     def _see(self, kind: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Keep what a projection gives, for the stage behind its layer."""
