@@ -96,8 +96,8 @@ def test_patch_labels_show_what_lies_there() -> None:
             assert mine.any()
             dots = sum(labels["dot"][mine]) if thing.pattern == "dots" else 0
             assert dots <= len(thing.dots)
-            if thing.figures:
-                for index, figure in enumerate(thing.figures):
+            if thing.digits:
+                for index, figure in enumerate(thing.digits):
                     assert 1 + figure in labels[("figure", "figure_odd")[index % 2]][mine]
         background = labels["colour"] == 0
         assert (labels["texture"][background] >= 0).mean() > 0.7

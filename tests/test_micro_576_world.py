@@ -123,7 +123,7 @@ def test_everything_painted_of_an_object_is_in_its_box_and_details_in_theirs(som
                 for a, b, c, d in thing.part_boxes:
                     inside[b:d, a:c] = True
                 assert not mask[~inside[y0:y1, x0:x1]].any()
-                assert len(thing.part_boxes) == (len(thing.figures) or len(thing.dots) or 1)
+                assert len(thing.part_boxes) == (len(thing.digits) or len(thing.dots) or 1)
 
 
 def test_dots_can_be_counted(some: list[Scene]) -> None:
@@ -284,7 +284,7 @@ RULES: list[tuple[str, str, Callable[..., str]]] = [
         r"Do the (.+) and the (.+) stand on the same ground\?",
         lambda s, a, b: yes(ground_of(s, one(s, a)) == ground_of(s, one(s, b))),
     ),
-    ("figures", r"Which figures are on the (.+)\?", lambda s, a: " ".join(map(str, one(s, a).figures))),
+    ("figures", r"Which figures are on the (.+)\?", lambda s, a: " ".join(map(str, one(s, a).digits))),
     ("dots", r"How many dots are on the (.+)\?", lambda s, a: str(len(one(s, a).dots))),
     ("direction", r"Where does the arrow on the (.+) point\?", lambda s, a: one(s, a).direction),
     ("direction", r"Which way do the stripes on the (.+) run\?", lambda s, a: one(s, a).direction),
@@ -342,7 +342,7 @@ def test_boxes_cover_what_is_asked(asked: list[tuple[Scene, Question]]) -> None:
             assert not boxes
         elif question.skill in ("figures", "dots"):
             thing = one(scene, phrases_in(question.text)[0])
-            assert len(boxes) == len(thing.figures or thing.dots)
+            assert len(boxes) == len(thing.digits or thing.dots)
             assert all(thing.x <= b[0] and b[2] <= thing.x + thing.size and thing.y <= b[1] for b in boxes)
         elif question.skill in ("existence", "relation", "position", "size", "pattern"):
             things = [thing for phrase in phrases_in(question.text) for thing in named(scene, phrase)]

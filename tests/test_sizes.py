@@ -14,7 +14,11 @@ SHRINK = "not split yet"
 OPTIONS = "a verb's parameters are its options"
 VERBS = ("bench", "compare", "cost", "demo", "generate", "report", "score", "show")
 HELP = "a verb's signature and docstring are its options and their help; the rest is short"
-FILES = dict.fromkeys(["cost/sizes.py", "host/compat.py"], SHRINK)
+WALK = "one forward from its entrance to its end, in the order in which it is walked"
+FILES = {
+    **dict.fromkeys(["cost/sizes.py", "host/compat.py", "host/vision.py", "host/zoo/inputs.py"], SHRINK),
+    **dict.fromkeys(["host/decoder.py", "host/layers.py"], WALK),
+}
 FUNCTIONS = {
     "commands.bench.run": HELP,
     "commands.compare.run": HELP,

@@ -112,7 +112,7 @@ def test_dropping_is_masking(kind, monkeypatch):
     def note(module: nn.Module, args: tuple, output: Any) -> None:
         state = None if vlm.host is None else vlm.host.tower.current
         found.append(
-            (output[0] if isinstance(output, tuple) else output, state and (state.columns, state.there, state.shape))
+            (output[0] if isinstance(output, tuple) else output, state and (state.columns, state.there, state.extent))
         )
 
     handles = [layers[-1].register_forward_hook(note)]  # in front of the host's

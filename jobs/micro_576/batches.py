@@ -135,10 +135,10 @@ def _label_parts(labels: dict[str, np.ndarray], thing: Thing) -> None:
     """Figures on the patches of which they cover a good part, every second one in a map of its own; dots by centre."""
     for index, (x0, y0, x1, y1) in enumerate(thing.part_boxes):
         middle = int((y0 + y1) / 2 // PATCH_SIZE), int((x0 + x1) / 2 // PATCH_SIZE)
-        if thing.figures:
+        if thing.digits:
             rows, columns = (slice(round(a / PATCH_SIZE), round(b / PATCH_SIZE)) for a, b in ((y0, y1), (x0, x1)))
             figure = labels[("figure", "figure_odd")[index % 2]]
-            figure[rows, columns] = figure[middle] = 1 + thing.figures[index]
+            figure[rows, columns] = figure[middle] = 1 + thing.digits[index]
         elif thing.dots:
             labels["dot"][middle] += 1
 

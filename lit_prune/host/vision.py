@@ -189,8 +189,8 @@ class TowerHost:
         """What a layer is handed beside its states, at the rows that are left, with a mask of filler and sizes."""
         if state.columns is None or state.scaled:
             return rest, kwargs
-        rest = tuple(cut(value, state.columns, state.there, state.shape) for value in rest)
-        kwargs = {name: cut(value, state.columns, state.there, state.shape) for name, value in kwargs.items()}
+        rest = tuple(cut(value, state.columns, state.there, state.extent) for value in rest)
+        kwargs = {name: cut(value, state.columns, state.there, state.extent) for name, value in kwargs.items()}
         if state.sizes is None and not state.filled:
             return rest, kwargs
         taken = list(parameters(type(layer).forward))[2:]

@@ -40,14 +40,14 @@ def shape_576(shape: str, size: int) -> np.ndarray:
 # Ground
 
 
-def texture(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def texture(kind: str, extent: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """float[height, width]: what a texture adds to the brightness of its ground; scale, angle and contrast vary."""
-    height, width = shape
+    height, width = extent
     y, x = np.mgrid[:height, :width].astype(np.float32)
     period, strength = rng.uniform(7, 13), rng.uniform(14, 26)
     y, x = y + rng.uniform(0, 50), x + rng.uniform(0, 50)
     if kind == "smooth":
-        return np.zeros(shape, np.float32)
+        return np.zeros(extent, np.float32)
     if kind == "striped":
         angle = rng.uniform(0, np.pi)
         return strength * np.sign(np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period))
@@ -150,9 +150,9 @@ def paint_object(
         area[mask & mark] = second
 
 
-def figure_scale(side: int, figures: int) -> int:
+def figure_scale(side: int, digits: int) -> int:
     """Pixels per dot of the font with which so many figures fit into a square of this side; 0 if none does."""
-    return min((side - 2) // (6 * figures - 1), (side - 2) // 7, 3)
+    return min((side - 2) // (6 * digits - 1), (side - 2) // 7, 3)
 
 
 def dot_diameter(side: int) -> int:
@@ -160,24 +160,24 @@ def dot_diameter(side: int) -> int:
     return max(4, side // 3 - 3)
 
 
-def figures_mask(figures: tuple[int, ...], size: int, scale: int) -> tuple[np.ndarray, list[Box]]:
+def figures_mask(digits: tuple[int, ...], size: int, scale: int) -> tuple[np.ndarray, list[Box]]:
     """Figures side by side in the middle of size x size pixels, and each one's box in it."""
     mask = np.zeros((size, size), bool)
-    width = (6 * len(figures) - 1) * scale
+    width = (6 * len(digits) - 1) * scale
     top, left = (size - 7 * scale) // 2, (size - width) // 2
     boxes = []
-    for figure in figures:
+    for figure in digits:
         mask[top : top + 7 * scale, left : left + 5 * scale] = glyph(figure).repeat(scale, 0).repeat(scale, 1)
         boxes.append((left, top, left + 5 * scale, top + 7 * scale))
         left += 6 * scale
     return mask, boxes
 
 
-def dots_mask(places: tuple[tuple[int, int], ...], size: int, diameter: int) -> tuple[np.ndarray, list[Box]]:
+def dots_mask(corners: tuple[tuple[int, int], ...], size: int, diameter: int) -> tuple[np.ndarray, list[Box]]:
     """Dots with these upper left corners in size x size pixels, and each one's box."""
     mask, dot = np.zeros((size, size), bool), shape_576("circle", diameter)
     boxes = []
-    for x, y in places:
+    for x, y in corners:
         mask[y : y + diameter, x : x + diameter] |= dot
         boxes.append((x, y, x + diameter, y + diameter))
     return mask, boxes

@@ -140,7 +140,7 @@ def ask_figures(scene: Scene, rng: np.random.Generator) -> Drawn:
     if not things:
         return None
     thing = pick(rng, things)
-    return f"Which figures are on {the(scene, thing)}?", " ".join(map(str, thing.figures)), thing.part_boxes
+    return f"Which figures are on {the(scene, thing)}?", " ".join(map(str, thing.digits)), thing.part_boxes
 
 
 def ask_dots(scene: Scene, rng: np.random.Generator) -> Drawn:

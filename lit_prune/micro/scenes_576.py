@@ -46,7 +46,7 @@ GATE_SEED = (
 class Thing:
     """One object: look, upper left corner and size in pixels, and what its pattern shows.
 
-    `figures` are the digits of a number, `dots` the corners of its dots relative to the object, `direction` where an
+    `digits` are those of a number, `dots` the corners of its dots relative to the object, `direction` where an
     arrow points or how stripes run; empty where the pattern has none.
     """
 
@@ -56,7 +56,7 @@ class Thing:
     x: int
     y: int
     size: int
-    figures: tuple[int, ...] = ()
+    digits: tuple[int, ...] = ()
     dots: tuple[tuple[int, int], ...] = ()
     direction: str = ""
 
@@ -78,7 +78,7 @@ class Thing:
         """The mask bool[size, size] of the pattern, and the boxes of its parts relative to the object."""
         side = int(INNER.get(self.shape, 0) * self.size)
         if self.pattern == "figures":
-            return drawing.figures_mask(self.figures, self.size, drawing.figure_scale(side, len(self.figures)))
+            return drawing.figures_mask(self.digits, self.size, drawing.figure_scale(side, len(self.figures)))
         if self.pattern == "dots":
             return drawing.dots_mask(self.dots, self.size, drawing.dot_diameter(side))
         if self.pattern == "arrow":
@@ -279,7 +279,7 @@ def _detailed(look: Look, x: int, y: int, size: int, rng: np.random.Generator) -
     details: dict = {}
     if pattern == "figures":
         most = 3 if drawing.figure_scale(side, 3) else 2
-        details["figures"] = tuple(int(v) for v in rng.integers(0, 10, int(rng.integers(2, most + 1))))
+        details["digits"] = tuple(int(v) for v in rng.integers(0, 10, int(rng.integers(2, most + 1))))
     elif pattern == "dots":
         cells = rng.permutation(9)[: int(rng.integers(1, 7))]
         cell, diameter, start = side / 3, drawing.dot_diameter(side), (size - side) / 2

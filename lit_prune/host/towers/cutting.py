@@ -10,15 +10,15 @@ from lit_prune.host.towers.state import TowerPass
 
 
 def cut(
-    value: Any, columns: Int[Tensor, "samples left"], there: Bool[Tensor, "samples left"], shape: tuple[int, int]
+    value: Any, columns: Int[Tensor, "samples left"], there: Bool[Tensor, "samples left"], extent: tuple[int, int]
 ) -> Any:
-    """A layer's argument at the columns that are left of `shape` (samples, rows); as it is if it has none of them.
+    """A layer's argument at the columns that are left of `extent` (samples, rows); as it is if it has none of them.
 
     Bounds of packed images become those of what is left of them; images and windows without any vanish.
     """
-    samples, rows = shape
+    samples, rows = extent
     if isinstance(value, tuple | list):
-        return type(value)(cut(part, columns, there, shape) for part in value)
+        return type(value)(cut(part, columns, there, extent) for part in value)
     if not isinstance(value, Tensor):
         return value
     if is_bounds(value, samples * rows):
@@ -52,9 +52,9 @@ def cut_bounds(value: Tensor, columns: Int[Tensor, "1 left"], rows: int) -> Tens
 
 def pairs(values: tuple, state: TowerPass) -> Int[Tensor, " tiles"] | None:
     """(query, key) pairs of a layer's attention in each tile, by what the layer is handed; None: the tile's square."""
-    if state.shape[0] > 1 or (len(state.rows) == 1 and state.others):
+    if state.extent[0] > 1 or (len(state.rows) == 1 and state.others):
         return None
-    rows = state.shape[1] if state.columns is None else state.columns.shape[1]
+    rows = state.extent[1] if state.columns is None else state.columns.shape[1]
     own = state.tile_of if state.columns is None else state.tile_of[state.columns[0]]
     for value in values:
         if is_bounds(value, rows):

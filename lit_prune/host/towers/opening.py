@@ -24,33 +24,33 @@ def begin(state: TowerPass, tower: Any, hidden: Tensor, rope: Any, orders: dict[
             f"stages inside the vision tower: the layers of {type(tower.module).__name__} are given states of "
             f"{hidden.ndim} dimensions, not rows of patches; use a method of the decoder"
         )
-    shape = (1, hidden.shape[0]) if hidden.ndim == 2 else tuple(hidden.shape[:2])
+    extent = (1, hidden.shape[0]) if hidden.ndim == 2 else tuple(hidden.shape[:2])
     merge, device = tower.size.merge, hidden.device
     if state.scaled:
-        units, state.columns, state.there, state.shape = _scaled(shape, tower, side, device)
+        units, state.columns, state.there, state.extent = _scaled(extent, tower, side, device)
     else:
-        grids, starts = grids_of(state.inputs, shape, tower.patch)
-        state.shape = shape
-        units = _ordered(grids, starts, shape, tower, rope, orders, device)
+        grids, starts = grids_of(state.inputs, extent, tower.patch)
+        state.extent = extent
+        units = _ordered(grids, starts, extent, tower, rope, orders, device)
         state.prefix = starts[0]
     state.rows, state.real, state.ordinal, state.side = units.rows, units.real, units.ordinal, units.side
     state.others, state.images, state.total = units.others, units.images, units.real.sum(1)
     state.entered = state.total * merge**2
-    state.tile_of = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=device)
+    state.tile_of = torch.zeros(extent[0] * extent[1], dtype=torch.long, device=device)
     tiles = torch.arange(len(units.rows), device=device)[:, None, None].expand_as(units.rows)
     state.tile_of[units.rows[units.real].flatten()] = tiles[units.real].flatten()
 
 
 def _ordered(
-    grids: list[Grid], starts: list[int], shape: tuple[int, int], tower: Any, rope: Any, orders: dict, device: Any
+    grids: list[Grid], starts: list[int], extent: tuple[int, int], tower: Any, rope: Any, orders: dict, device: Any
 ) -> Units:
     """Units in the order that the rotary embeddings show; without any, by row, or by block where tiles are packed."""
-    merge, packed = tower.size.merge, shape[0] == 1 and tower.packed
+    merge, packed = tower.size.merge, extent[0] == 1 and tower.packed
     turned = rope[0] if isinstance(rope, tuple | list) and isinstance(rope[0], Tensor) else None
     turned = turned[0] if turned is not None and turned.ndim == 3 else turned
 
     def made(order: str) -> Units:
-        units = units_of(grids, starts, shape, merge, order.startswith("block"), device)
+        units = units_of(grids, starts, extent, merge, order.startswith("block"), device)
         if not order.endswith("windows"):
             return units
         size = merge if order.startswith("block") else 1
@@ -61,7 +61,7 @@ def _ordered(
         shown = next((tile for tile, grid in enumerate(grids) if grid[0] == 1 and min(grid[1:]) > merge), None)
         if merge == 1 and tower.windows is None:
             orders["order"] = "rows"
-        elif turned is None or shape[0] * shape[1] != len(turned):
+        elif turned is None or extent[0] * extent[1] != len(turned):
             return made("blocks" if packed and not tower.convolves else "rows")
         elif shown is None:
             return made(names[0])
@@ -77,14 +77,14 @@ def _ordered(
 
 
 def _scaled(
-    shape: tuple[int, int], tower: Any, side: int, device: torch.device
+    extent: tuple[int, int], tower: Any, side: int, device: torch.device
 ) -> tuple[Units, Tensor, Tensor, tuple[int, int]]:
     """Units of images scaled down, at the nearest places of the full grid."""
-    samples, rows = shape
+    samples, rows = extent
     merge, full = tower.size.merge, tower.size.side
     prefix = rows - (side * merge) ** 2
     whole = prefix + (full * merge) ** 2
-    small = units_of([(1, side * merge, side * merge)] * samples, [prefix + i * rows for i in range(samples)], shape,
+    small = units_of([(1, side * merge, side * merge)] * samples, [prefix + i * rows for i in range(samples)], extent,
                      merge, False, device)  # fmt: skip
     wide = units_of([(1, full * merge, full * merge)], [prefix], (1, whole), merge, False, device)
     steps = ((torch.arange(side, device=device) + 0.5) * full / side).long()

@@ -120,7 +120,7 @@ def read_seen(layer: nn.Module, state: TowerPass) -> Read:
     query, key, value = projected(state.seen, heads, key_heads)
     members = state.real[..., None].expand_as(state.rows)
     if state.prefix:
-        rows = state.shape[1] if state.columns is None else state.columns.shape[1]
+        rows = state.extent[1] if state.columns is None else state.columns.shape[1]
         asked = query[torch.arange(len(state.rows), device=query.device) * rows]
     else:
         own = state.units(query) * members[..., None, None]

@@ -15,14 +15,14 @@ from lit_prune.pruners.base import Kept
 class TowerPass:
     """A forward of the tower. Tiles and units are as in `Units`; `rows` are of the sequences as they are now.
 
-    `columns`: where each row that is left stood in the `shape` (samples, rows) of all, None as long as all are there;
+    `columns`: where each row that is left stood in the `extent` (samples, rows) of all, None as long as all are there;
     `there`: which of them are real, the others filler of samples with fewer.
     """
 
     inputs: list[Any] = field(default_factory=list)  # what the tower was called with
     late: bool = False  # whether features are read off recorded states, not off what the tower returns
     scaled: bool = False  # whether the image was scaled down
-    shape: tuple[int, int] = (0, 0)
+    extent: tuple[int, int] = (0, 0)
     rows: Int[Tensor, "tiles units members"] | None = None
     real: Bool[Tensor, "tiles units"] | None = None
     ordinal: Int[Tensor, "tiles units"] | None = None
@@ -59,18 +59,18 @@ class TowerPass:
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """Columns of all rows."""
-        columns = torch.arange(self.shape[1], device=self.rows.device).expand(self.shape[0], -1)
+        columns = torch.arange(self.extent[1], device=self.rows.device).expand(self.extent[0], -1)
         return columns, torch.ones_like(columns, dtype=torch.bool)
 
     def present(self) -> Int[Tensor, " tiles"]:
         """Rows of each tile that are left."""
         return self.real.sum(1) * self.members + self.others
 
-    def patches(self, shape: tuple[int, int]) -> Bool[Tensor, "samples rows"]:
+    def patches(self, extent: tuple[int, int]) -> Bool[Tensor, "samples rows"]:
         """Rows that are patches of some unit."""
-        found = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=self.rows.device)
+        found = torch.zeros(extent[0] * extent[1], dtype=torch.bool, device=self.rows.device)
         found[self.rows[self.real].flatten()] = True
-        return found.view(shape)
+        return found.view(extent)
 
     def units(self, values: Tensor) -> Tensor:
         """Rows of values (rows, ...) of each unit: (tiles, units, members, ...)."""
@@ -127,8 +127,8 @@ class TowerPass:
 
         What earlier rows have beyond those that are left now is dropped.
         """
-        final = torch.zeros(self.shape, dtype=torch.bool, device=hidden.device)
+        final = torch.zeros(self.extent, dtype=torch.bool, device=hidden.device)
         final.scatter_(1, self.columns, self.there)
         columns, there = (self.columns, self.there) if columns is None else (columns, there)
         stays = there & final.gather(1, columns)
-        return selection.put_rows(hidden * stays[..., None].to(hidden.dtype), columns, self.shape[1])
+        return selection.put_rows(hidden * stays[..., None].to(hidden.dtype), columns, self.extent[1])

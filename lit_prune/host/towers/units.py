@@ -38,7 +38,7 @@ class Units:
         return self.rows.shape[2]
 
 
-def grids_of(inputs: Iterable[Any], shape: Sequence[int], patch: int) -> tuple[list[Grid], list[int]]:
+def grids_of(inputs: Iterable[Any], extent: Sequence[int], patch: int) -> tuple[list[Grid], list[int]]:
     """The grid of each image, and the row of all samples' sequences (samples, rows) at which its patches start.
 
     Read off a tower's `inputs`: pixels of one size, or the only integers that tell of sizes, in patches or in pixels.
@@ -46,7 +46,7 @@ def grids_of(inputs: Iterable[Any], shape: Sequence[int], patch: int) -> tuple[l
     Raises:
         LitPruneError: none of them accounts for the rows.
     """
-    samples, rows = shape
+    samples, rows = extent
     for value in inputs:
         if (
             not isinstance(value, Tensor)
@@ -72,7 +72,7 @@ def grids_of(inputs: Iterable[Any], shape: Sequence[int], patch: int) -> tuple[l
 
 
 def units_of(
-    grids: Sequence[Grid], starts: Sequence[int], shape: Sequence[int], merge: int, blocks: bool, device: torch.device
+    grids: Sequence[Grid], starts: Sequence[int], extent: Sequence[int], merge: int, blocks: bool, device: torch.device
 ) -> Units:
     """The units of all tiles; patches stand in rows of the grid, or `blocks` by block. Incomplete blocks are left."""
     tiles = [
@@ -88,14 +88,14 @@ def units_of(
     counts = torch.tensor([len(shapes[height, width]) for _, _, height, width in tiles])
     place = torch.arange(most)
     across = torch.tensor([width // merge for *_, width in tiles])[:, None]
-    samples = len(tiles) if shape[0] == len(tiles) else 1
+    samples = len(tiles) if extent[0] == len(tiles) else 1
     return Units(
         rows=rows.to(device),
         real=(place < counts[:, None]).to(device),
         ordinal=(place // across * side + place % across).clamp(max=side * side - 1).to(device),
         side=side,
         images=torch.tensor([image for image, *_ in tiles]),
-        others=shape[1] - most * merge**2 if samples > 1 or shape[0] == 1 == len(tiles) else 0,
+        others=extent[1] - most * merge**2 if samples > 1 or extent[0] == 1 == len(tiles) else 0,
     )
 
 
