@@ -78,7 +78,7 @@ class Thing:
         """The mask bool[size, size] of the pattern, and the boxes of its parts relative to the object."""
         side = int(INNER.get(self.shape, 0) * self.size)
         if self.pattern == "figures":
-            return drawing.figures_mask(self.digits, self.size, drawing.figure_scale(side, len(self.figures)))
+            return drawing.figures_mask(self.digits, self.size, drawing.figure_scale(side, len(self.digits)))
         if self.pattern == "dots":
             return drawing.dots_mask(self.dots, self.size, drawing.dot_diameter(side))
         if self.pattern == "arrow":
