@@ -17,7 +17,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, set_parsing_settings, Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from tiny import ROOT
 
@@ -251,6 +251,7 @@ class Placed(Base):
 @pytest.mark.filterwarnings("ignore")
 def test_defaults_that_yaml_has_no_form_for() -> None:
     """What jsonargparse makes of them, in a class and in a list of classes; what was given stays."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=False)  # a verb that ran in this process sets it
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
     parser.add_argument("--one", type=Base)
     parser.add_argument("--several", type=list[Base])
