@@ -17,7 +17,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from tiny import ROOT
 
