@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_prune.cost.towers import TowerSize, first_side, tower_size
 from lit_prune.errors import LitPruneError
@@ -101,7 +100,7 @@ def _towers(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[str, tuple[n
         own = getattr(module, "config", None)
         if module in inside or vision is None or own is None or own is model.config or not _same(own, vision):
             continue
-        if not isinstance(module, PreTrainedModel):
+        if not _is_model(module):
             continue
         stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and _layers(part)]
         inside |= set(module.modules())
@@ -141,7 +140,7 @@ def _layers(stack: nn.ModuleList) -> bool:
 
 def _another(part: nn.Module, module: nn.Module) -> bool:
     """True for a model inside the model that has nothing to do with the tower: of sounds, of other images."""
-    return isinstance(part, PreTrainedModel) and not _holds(part, module) and not _holds(module, part)
+    return _is_model(part) and not _holds(part, module) and not _holds(module, part)
 
 
 def _holds(whole: nn.Module, part: nn.Module) -> bool:
@@ -152,3 +151,10 @@ def _refused(model: nn.Module, reason: str) -> LitPruneError:
     return LitPruneError(
         f"{type(model).__name__} {reason}, so nothing can be pruned inside the tower; use a method of the decoder"
     )
+
+
+def _is_model(part: object) -> bool:
+    """True for a model of transformers, alone or as a part of another."""
+    from transformers import PreTrainedModel  # brings models' code, which pricing does without
+
+    return isinstance(part, PreTrainedModel)
