@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import chdir
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -518,7 +519,8 @@ def test_images_are_encoded_once_for_all_cells(micro, batch, monkeypatch):
     calls = []
     inner = micro.model.base_model
     encode = inner.get_image_features
-    monkeypatch.setattr(inner, "get_image_features", lambda **kwargs: calls.append(1) or encode(**kwargs))
+    counted = wraps(encode)(lambda **kwargs: calls.append(1) or encode(**kwargs))  # its signature is read
+    monkeypatch.setattr(inner, "get_image_features", counted)
     cells = [Cell("x", keep, 0, Plugin(Random())) for keep in (16, 8)]
     comparison = Comparison(micro, Cell(FULL), cells, 4)
     comparison.update(batch)

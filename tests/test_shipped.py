@@ -146,7 +146,7 @@ def test_files_named_inside_shipped_files_are_found():
 
     _, options = parse_verb("bench", ["-c", "configs/bench/cpu.yaml"])
     methods = [_method(spec, None) for spec in options["methods"]]
-    assert [type(m.plugin.pruner).__name__ for m in methods if m.plugin] == ["FastV", "RCP", "RCP", "RCP"]
+    assert [type(m.plugin.pruner).__name__ for m in methods] == ["Full", "FastV", "RCP", "RCP", "RCP"]
     for name in config_names("sweeps"):
         command = yaml.safe_load(find_config(name).read_text())["command"]
         used = [command[i + 1] for i, word in enumerate(command) if word == "-c"]

@@ -16,7 +16,7 @@ VERBS = ("bench", "compare", "cost", "demo", "generate", "report", "score", "sho
 HELP = "a verb's signature and docstring are its options and their help; the rest is short"
 WALK = "one forward from its entrance to its end, in the order in which it is walked"
 FILES = {
-    **dict.fromkeys(["cost/sizes.py", "host/compat.py", "host/vision.py", "host/zoo/inputs.py"], SHRINK),
+    **dict.fromkeys(["host/compat.py", "host/vision.py", "host/zoo/inputs.py"], SHRINK),
     **dict.fromkeys(["host/decoder.py", "host/layers.py"], WALK),
 }
 FUNCTIONS = {

@@ -77,7 +77,7 @@ def test_errors_of_the_model_reach_the_reader(micro, asked):
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be"),
         pytest.param(
             [],
-            'pip install "lit-prune[demo]"',
+            'pip install -e ".[demo]"',
             marks=pytest.mark.skipif(find_spec("gradio") is not None, reason="it is"),
         ),
     ],

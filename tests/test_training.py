@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -184,7 +185,7 @@ def test_validation_encodes_the_images_once_where_the_tower_is_left_alone(micro_
         handle.remove()
         for name, session in (("teacher", TEACHER), ("student", Session())):
             apart = measure(module.vlm, questions, session, 2)
-            assert same(vars(found[name]), vars(apart)), name
+            assert same(vars(replace(found[name], seconds=apart.seconds)), vars(apart)), name
     assert len(calls) == passes
 
 

@@ -23,7 +23,7 @@ def run(
 
     It shows the visual tokens that are kept at every stage, and streams both answers, one after the other, with the
     time to first token and tokens per second. Everything runs on this machine: no link is shared, and no data are
-    sent. On micro there are pictures to try. Needs gradio: pip install "lit-prune[demo]". Ctrl-C ends it.
+    sent. On micro there are pictures to try. Needs gradio: pip install -e ".[demo]". Ctrl-C ends it.
 
     Args:
         pruner: Methods to choose from, shipped ones, YAML files or plug-in folders, e.g. --pruner fastv
@@ -44,7 +44,7 @@ def run(
     check_number("--max-new-tokens", max_new_tokens, least=1, whole=True)
     check_number("--port", port, least=0, most=65535, whole=True)
     if find_spec("gradio") is None:
-        raise LitPruneError('the demo needs gradio, which is not installed: pip install "lit-prune[demo]"')
+        raise LitPruneError('the demo needs gradio, which is not installed: pip install -e ".[demo]"')
     from lit_prune.commands._support.demo_page import Demo  # with PyTorch and gradio, which --help does without
     from lit_prune.commands._support.inputs import load_model
     from lit_prune.plugin.methods import as_plugin

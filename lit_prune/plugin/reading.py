@@ -33,7 +33,11 @@ def build(spec: dict[str, Any], kind: type, source: Path) -> Any:
         )
     arguments = translated(built, spec["init_args"])
     parts = {name: a for name, a in arguments.items() if isinstance(a, dict) and "class_path" in a}
-    return built(**arguments | {name: build(part, PruningMethod, source) for name, part in parts.items()})
+    arguments |= {name: build(part, PruningMethod, source) for name, part in parts.items()}
+    try:
+        return built(**arguments)
+    except LitPruneError as error:
+        raise LitPruneError(f"{source}: {error}") from error
 
 
 def options(settings: dict[str, Any], source: Path) -> HostOptions:
