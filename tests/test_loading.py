@@ -452,12 +452,13 @@ def test_quantized_weights_that_were_saved_are_complete(micro_folder, tmp_path, 
 def adapted(micro_folder):
     """A model in a `PeftModel` whose adapter is not at its start."""
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(micro_folder)
     targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     for name, value in model.named_parameters():
         if "lora_" in name:
-            value.data *= 0.5
+            value.data *= 3.0  # the untrained model's answers are hard to move
     return model
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 
@@ -191,9 +191,9 @@ def compact(
 
 
 def gather_rows(
-    states: Float[Tensor, "batch seq width"], columns: Int[Tensor, "batch some"]
-) -> Float[Tensor, "batch some width"]:
-    """States at the given columns of each sample.
+    states: Num[Tensor, "batch seq width"], columns: Int[Tensor, "batch some"]
+) -> Num[Tensor, "batch some width"]:
+    """States, or whatever else has a row per column, at the given columns of each sample.
 
     `index_select` copies whole rows; `gather` indexes every element, which took 13 times as long on a CPU.
     """
