@@ -116,7 +116,7 @@ def wrap_attention() -> None:
 
 
 def wrapped(implementation: str) -> bool:
-    """Whether a model's attention implementation can be read and biased."""
+    """True if a model's attention implementation can be read and biased."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import
 
     return getattr(ALL_ATTENTION_FUNCTIONS.get(implementation), "lit_prune", False)

@@ -100,7 +100,7 @@ def _norms(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def projects(layer: nn.Module) -> bool:
-    """Whether a layer's own queries and keys can be had by its projections, row by row."""
+    """True if a layer's own queries and keys can be had by its projections, row by row."""
     own = getattr(layer, "self_attn", None)
     if own is None:
         return "self_attn" in _names(type(layer))
@@ -108,7 +108,7 @@ def projects(layer: nn.Module) -> bool:
 
 
 def builds_masks(model: nn.Module) -> bool:
-    """Whether a model builds masks of its own, such as those of images whose tokens see each other both ways."""
+    """True if a model builds masks of its own, such as those of images whose tokens see each other both ways."""
     kinds = (kind for kind in type(model).__mro__ if kind.__name__ != "GenerationMixin")
     return any("create_masks_for_generate" in vars(kind) for kind in kinds)
 
@@ -314,7 +314,7 @@ def check_layer_output(layer: nn.Module, output: Any) -> None:
 
 @memoize
 def returns_several(kind: type[nn.Module]) -> bool:
-    """Whether a layer's class says that its forward returns a tuple."""
+    """True if a layer's class says that its forward returns a tuple."""
     return "tuple" in str(inspect.signature(kind.forward).return_annotation)
 
 

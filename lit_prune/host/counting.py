@@ -12,7 +12,7 @@ COUNTED = "lit_prune_flops"  # attribute of an encoded image: what encoding it t
 
 
 def unknown(config: Config) -> bool:
-    """Whether the price of a model's tower can't be read off its configuration."""
+    """True if the price of a model's tower can't be read off its configuration."""
     return getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS
 
 

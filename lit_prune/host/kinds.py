@@ -33,7 +33,7 @@ class Kind:
 
     @property
     def plain(self) -> bool:
-        """Whether its attention is causal over the whole context."""
+        """True if its attention is causal over the whole context."""
         return self.attends and self.window is None and self.chunk is None and not self.given
 
 

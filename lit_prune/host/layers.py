@@ -254,7 +254,7 @@ class Layers:
             kwargs[REQUEST] = Request(*asked)
 
     def reads_previous(self, stage: int) -> bool:
-        """Whether a stage reads the attention of the layer before its own."""
+        """True if a stage reads the attention of the layer before its own."""
         asked = self.runner.reads(stage)
         return asked is not None and asked.layer == "previous"
 

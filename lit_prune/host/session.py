@@ -44,7 +44,7 @@ class Record:
     begun: bool = False
 
     def keeps(self, layer: int) -> bool:
-        """Whether the answer states behind a layer are wanted."""
+        """True if the answer states behind a layer are wanted."""
         return self.keep_hidden if isinstance(self.keep_hidden, bool) else layer in self.keep_hidden
 
 
@@ -77,10 +77,10 @@ class Session:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether some layers may idle."""
+        """True if some layers may idle."""
         return self.prefix is not None or self.stop is not None
 
     def idle(self, layer: int) -> bool:
-        """Whether a decoder layer's work is left out."""
+        """True if a decoder layer's work is left out."""
         started = self.prefix is not None and self.prefix.states is not None
         return (started and layer < self.prefix.layer) or (self.stop is not None and layer >= self.stop)

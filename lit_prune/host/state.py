@@ -177,7 +177,7 @@ class Forward:
 
     @property
     def padded(self) -> bool | None:
-        """Whether there is padding or filler among the columns, if known."""
+        """True if there is padding or filler among the columns, if known."""
         return None if self.lengths is None else min(self.lengths.valid) < self.packed.columns.shape[1]
 
     def at_answers(self, values: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Forward:
         return values.flatten(0, 1).index_select(0, rows)
 
     def shorten(self, dropped: Tensor, exact: list[int] | None) -> bool:
-        """Whether a stage drops anything; `exact` counts say it without a look at the device."""
+        """True if a stage drops anything; `exact` counts say it without a look at the device."""
         if exact is None:
             there = bool(dropped.any())
             self.lengths = None if there else self.lengths
