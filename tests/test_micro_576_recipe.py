@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs.micro_576 import batches, figures, gates, losses, recipe
 from jobs.micro_576.oracles import AskedShare
+from jobs.pretraining import prefetch
 from lit_prune.errors import LitPruneError
 from lit_prune.micro import model_576
 from lit_prune.micro.questions_576 import SKILLS, WORDS, Question, questions
@@ -242,7 +243,7 @@ def test_prefetch_raises_what_its_thread_raised() -> None:
         raise RuntimeError("no scene")
 
     with pytest.raises(RuntimeError, match="no scene"):
-        next(batches.prefetch(fail, range(3)))
+        next(prefetch(fail, range(3)))
 
 
 # Oracles and gates

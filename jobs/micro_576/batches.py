@@ -5,9 +5,7 @@ sees the prefix and itself only, and its position ids restart after the prefix, 
 asked alone while the visual tokens are computed once. Nothing of the boxes reaches the decoder.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -15,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.pretraining import NONE, pack
 from lit_prune.micro.drawing import COLOURS
 from lit_prune.micro.drawing_576 import GROUNDS, SHAPES, TEXTURES, shape_576
-from lit_prune.micro.model import BOS, EOS, IMAGE, PAD
+from lit_prune.micro.model import BOS, EOS, IMAGE
 from lit_prune.micro.model_576 import VISUAL_TOKENS, build_tokenizer
 from lit_prune.micro.questions_576 import SKILLS, Question, questions
 from lit_prune.micro.scenes_576 import GRID, IMAGE_SIZE, PATCH_SIZE, PATTERNS, Scene, Thing, make_scene
 
 PREFIX = 2 + VISUAL_TOKENS  # <s>, USER:, the image
 FIRST_PATCH = 2
-NONE = -100  # a label that counts nowhere
 COVERED = 0.35  # share of a patch from which an object's look is its label
 BLOCKS = 4  # the pixels of a patch that are read out: brightness in 4 x 4 blocks, colour in 2 x 2
 # Questions of each skill and image. The decoder learns to find things by those that name one object; "words" are easy.
@@ -84,7 +82,10 @@ def question_batch(
     scenes = _scenes(seeds, levels)
     batch = _images(scenes)
     batch.questions = [questions(scene, MIX if mix is None else mix) for scene in scenes]
-    _pack(batch, [[encode(question) for question in asked] for asked in batch.questions])
+    texts = [[encode(question) for question in asked] for asked in batch.questions]
+    prefix = [BOS, tokenizer().convert_tokens_to_ids("user:"), *[IMAGE] * VISUAL_TOKENS]
+    batch.input_ids, batch.positions, batch.segments, batch.labels = pack(prefix, texts)
+    batch.mask = text_rows_mask(batch.segments)
     return batch
 
 
@@ -187,70 +188,9 @@ def encode(question: Question) -> tuple[list[int], list[int]]:
     return ids([*words(question.text), "assistant:"]), [*ids(question.answer.split()), EOS]
 
 
-def _pack(batch: Batch, texts: list[list[tuple[list[int], list[int]]]]) -> None:
-    """Fill ids, positions, segments, labels and the mask of a batch."""
-    length = PREFIX + max(sum(len(p) + len(a) - 1 for p, a in image) for image in texts)
-    shape = (len(texts), length)
-    ids, positions = np.full(shape, PAD), np.zeros(shape, np.int64)
-    segments, labels = np.full(shape, -1), np.full(shape, NONE)
-    ids[:, :PREFIX] = [BOS, tokenizer().convert_tokens_to_ids("user:"), *[IMAGE] * VISUAL_TOKENS]
-    positions[:, :PREFIX] = range(PREFIX)
-    segments[:, :PREFIX] = 0
-    for b, image in enumerate(texts):
-        start = PREFIX
-        for number, (prompt, answer) in enumerate(image, 1):
-            tokens = prompt + answer[:-1]
-            stop = start + len(tokens)
-            ids[b, start:stop] = tokens
-            positions[b, start:stop] = np.arange(PREFIX, PREFIX + len(tokens))
-            segments[b, start:stop] = number
-            labels[b, stop - len(answer) : stop] = answer
-            start = stop
-    batch.input_ids, batch.positions, batch.segments, batch.labels = map(
-        torch.from_numpy, (ids, positions, segments, labels)
-    )
-    batch.mask = text_rows_mask(batch.segments)
-
-
 def text_rows_mask(segments: Tensor) -> Tensor:
     """bool[batch, 1, text, length]: a question sees the prefix and, causally, itself."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()[PREFIX:]
     same = segments[:, PREFIX:, None] == segments[:, None, :]
     return ((same | (segments == 0)[:, None, :]) & causal)[:, None]
-
-
-# A thread that makes batches ahead
-
-
-def prefetch(make: Callable[[int], Batch], steps: range, ahead: int = 3) -> Iterator[Batch]:
-    """The batches of these steps, made by a thread; an exception in the thread is raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
-
-    def put(item: object) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for step in steps:
-                put(make(step))
-                if stop.is_set():
-                    return
-        except BaseException as error:  # handed to the consumer: a silent end would hang it
-            put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()

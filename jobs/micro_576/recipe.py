@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from jobs.micro_576.batches import NONE, Batch, prefetch, question_batch, vision_batch
+from jobs.micro_576.batches import Batch, question_batch, vision_batch
 from jobs.micro_576.figures import word_auc
 from jobs.micro_576.losses import PatchHeads, answer_loss, background_likeness, cloud_loss, read, see
+from jobs.pretraining import NONE, learning_share, make_optimizers, prefetch
 from lit_prune.files.writing import written_whole
 from lit_prune.micro.model_576 import LAYERS, build, build_processor
 from lit_prune.micro.questions_576 import SKILLS
@@ -133,30 +134,6 @@ def deepen(model: LlavaForConditionalGeneration, layers: int) -> None:
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
     model.config.text_config.num_hidden_layers = decoder.config.num_hidden_layers = len(decoder.layers)
-
-
-def make_optimizers(model: nn.Module, heads: nn.Module, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, read-outs, norms and biases."""
-    hidden, rest = [], list(heads.parameters())
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (hidden if matrix else rest).append(parameter)
-    optimizers = [
-        torch.optim.Muon(hidden, lr=muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
-    return optimizers
-
-
-def learning_share(step: int, steps: int, flat: float, warmup: int = 30) -> float:
-    """Warm-up, flat, then a cosine down to 2 % of the learning rate."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step / steps - flat) / (1 - flat) if flat < 1 else -1
-    return 1.0 if done < 0 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 class Trainer:

@@ -5,8 +5,6 @@ lets each question see the prefix and itself only, and its position ids restart 
 those of the question asked alone while the 144 visual tokens are computed once.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs import pretraining
+from jobs.pretraining import NONE, pack
 from lit_prune.micro.drawing import COLOURS, SHAPES
-from lit_prune.micro.model import BOS, EOS, IMAGE, PAD, VISUAL_TOKENS, build_tokenizer
+from lit_prune.micro.model import BOS, EOS, IMAGE, VISUAL_TOKENS, build_tokenizer
 from lit_prune.micro.world import GRID, Question, Scene, Thing, make_scene
 
 PREFIX = 2 + VISUAL_TOKENS  # <s>, USER:, the image
 FIRST_PATCH = 2
-NONE = -100  # label that counts nowhere
 # Questions of each skill and image: counting and relation learn last.
 MIX = {"existence": 2, "colour": 2, "shape": 1, "counting": 4, "relation": 4, "digit": 1, "position": 2}
 
@@ -113,7 +112,9 @@ def question_batch(seeds: list[int], mix: dict[str, int] | int | None = None) ->
     batch = _images(scenes)
     batch.questions = [scene.questions(MIX if mix is None else mix) for scene in scenes]
     texts = [[encode(question) for question in questions] for questions in batch.questions]
-    _pack(batch, texts)
+    prefix = [BOS, _USER, *[IMAGE] * VISUAL_TOKENS]
+    batch.input_ids, batch.positions, batch.segments, batch.labels = pack(prefix, texts)
+    batch.mask = shared_prefix_mask(batch.segments)
     rows = {name: Rows() for name in ("words", "phrases", "count", "answer")}
     for b, (scene, questions) in enumerate(zip(scenes, batch.questions, strict=True)):
         start = PREFIX
@@ -133,31 +134,6 @@ def encode(question: Question) -> tuple[list[int], list[int]]:
 def words(text: str) -> list[str]:
     """The words of a question as the tokenizer splits it."""
     return text.lower().replace("?", " ?").split()
-
-
-def _pack(batch: Batch, texts: list[list[tuple[list[int], list[int]]]]) -> None:
-    """Fill ids, positions, segments, labels and the mask of a batch."""
-    length = PREFIX + max(sum(len(p) + len(a) - 1 for p, a in image) for image in texts)
-    shape = (len(texts), length)
-    ids, positions = np.full(shape, PAD), np.zeros(shape, np.int64)
-    segments, labels = np.full(shape, -1), np.full(shape, NONE)
-    ids[:, :PREFIX] = [BOS, _USER, *[IMAGE] * VISUAL_TOKENS]
-    positions[:, :PREFIX] = range(PREFIX)
-    segments[:, :PREFIX] = 0
-    for b, image in enumerate(texts):
-        start = PREFIX
-        for number, (prompt, answer) in enumerate(image, 1):
-            tokens = prompt + answer[:-1]
-            stop = start + len(tokens)
-            ids[b, start:stop] = tokens
-            positions[b, start:stop] = np.arange(PREFIX, PREFIX + len(tokens))
-            segments[b, start:stop] = number
-            labels[b, stop - len(answer) : stop] = answer
-            start = stop
-    batch.input_ids, batch.positions, batch.segments, batch.labels = map(
-        torch.from_numpy, (ids, positions, segments, labels)
-    )
-    batch.mask = shared_prefix_mask(batch.segments)
 
 
 def shared_prefix_mask(segments: Tensor) -> Tensor:
@@ -205,30 +181,4 @@ def _look_at(patches: list[int], sink: bool = False) -> np.ndarray:
 
 def prefetch(make: Callable[[list[int]], Batch], first: int, size: int, steps: range) -> Iterator[Batch]:
     """Batches of `size` fresh seeds for each step, made by a thread; an exception in the thread is raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
-    stop = threading.Event()
-
-    def work() -> None:
-        try:
-            for step in steps:
-                item = make([first + step * size + i for i in range(size)])
-                while not stop.is_set():
-                    try:
-                        ready.put(item, timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
-                    return
-        except BaseException as error:  # handed to the consumer: a silent end would hang it
-            ready.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
+    return pretraining.prefetch(lambda step: make([first + step * size + i for i in range(size)]), steps, ahead=4)

@@ -7,7 +7,6 @@ matrices, about 16 questions an image behind one shared prefix, and showing late
 
 import argparse
 import csv
-import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from jobs.micro_llava.losses import (
     see,
     word_leak,
 )
+from jobs.pretraining import learning_share, make_optimizers
 from lit_prune.files.writing import written_whole
 from lit_prune.micro.model import build
 from lit_prune.micro.world import PRETRAIN_SEED, SKILLS, VALIDATION_SEED
@@ -95,30 +95,6 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, self.heads, 0.0, 0.0)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def make_optimizers(model: nn.Module, heads: nn.Module, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, read-outs, norms and biases."""
-    hidden, rest = [], list(heads.parameters())
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (hidden if matrix else rest).append(parameter)
-    optimizers = [
-        torch.optim.Muon(hidden, lr=muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
-    return optimizers
-
-
-def learning_share(step: int, steps: int, warmup: int = 30, flat: float = 0.6) -> float:
-    """Warm-up, flat, then a cosine down to 2 % of the learning rate."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step / steps - flat) / (1 - flat)
-    return 1.0 if done < 0 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def train_vision(trainer: Trainer, steps: int, save_every: float) -> None:
