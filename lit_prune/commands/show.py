@@ -11,10 +11,11 @@ from torch import Tensor
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
 from lit_prune.commands._support.outputs import check_picture
+from lit_prune.commands._support.views import view
 from lit_prune.data import regions
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import matches
-from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, as_seen, draw_page, side_of, titled
+from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, draw_page, side_of, titled
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
@@ -143,15 +144,6 @@ def _of_scene(seed: int | None, skill: str, prompt: str | None) -> Asked:
 
 
 # What the model sees
-
-
-def view(vlm: VLM, image: Image.Image) -> Pixels:
-    """The image after resizing and cropping; raises `LitPruneError` for a model that sees more than one square."""
-    processor = vlm.processor.image_processor
-    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
-    if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[2] != pixels.shape[3]:
-        raise LitPruneError(f"{vlm.name} cuts an image into tiles; only models that see one square image can be drawn")
-    return as_seen(pixels[0], processor.image_mean, processor.image_std)
 
 
 def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:

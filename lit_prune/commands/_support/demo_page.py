@@ -19,8 +19,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 
 from lit_prune.commands._support.inputs import Choice, attach, encode
+from lit_prune.commands._support.views import view
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.pictures import Mask, Pixels, as_seen, mark, side_of, titled
+from lit_prune.evaluation.pictures import Mask, Pixels, mark, side_of, titled
 from lit_prune.evaluation.streaming import Progress, stream
 from lit_prune.files.images import MAX_PIXELS
 from lit_prune.files.inputs import as_image
@@ -150,19 +151,11 @@ class Demo:
         """A picture for each stage with dropped patches dark; without any, why."""
         kept = {stage.layer: stage.kept[0].bool().cpu().numpy() for stage in record.stages}
         try:
-            seen = self._seen(image)
+            seen = view(self.vlm, image)
             return tuple((_picture(seen, mask), title) for title, mask in titled(kept)), ""
         except LitPruneError as error:
             counts = ", ".join(title for title, _ in titled(kept))
             return (), f"kept: {counts}. No picture: {error}"
-
-    def _seen(self, image: Image.Image) -> Pixels:
-        """The image as the model sees it; raises `LitPruneError` where it sees more than one square."""
-        processor = self.vlm.processor.image_processor
-        pixels = processor(images=image, return_tensors="pt")["pixel_values"]
-        if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[2] != pixels.shape[3]:
-            raise LitPruneError("this model cuts an image into tiles")
-        return as_seen(pixels[0], processor.image_mean, processor.image_std)
 
     def _untrained(self) -> list[str]:
         """Shipped methods that have no weights and answer a question about a grey picture."""
