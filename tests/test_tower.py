@@ -1,5 +1,7 @@
 """Stages inside the vision tower: against a tower walked by hand, on LLaVA-1.5 and LLaVA-NeXT."""
 
+import threading
+
 import pytest
 import tiny
 import torch
@@ -17,6 +19,7 @@ from lit_prune.evaluation import measuring
 from lit_prune.host import Record, Session
 from lit_prune.host.towers.find import tower
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
+from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.vlm import VLM
 
 SIDE, PATCHES = 6, tiny.VISUAL
@@ -232,3 +235,33 @@ def test_a_decision_of_the_decoder_is_not_ignored():
     """In version 0.1 a method of the tower could override `prune`; today that is its `arrival`."""
     with pytest.raises(LitPruneError, match=r"Old\.prune.*`arrival`"):
         type("Old", (VisionPruner,), {"prune": lambda self, context: Kept(context.alive)})()
+
+
+def test_requests_in_several_threads_keep_their_own_pass(tiny_model, pruned):
+    """Each request's features are those of it alone, also where another enters the tower in between."""
+    vlm = pruned(VisionZip(), keep=9)
+    images = [pixels(1, 24) * (number + 1) for number in range(2)]
+    alone = [features(tiny_model, image) for image in images]
+    turns, found = threading.Barrier(2, timeout=60), [None, None]
+    inside = tiny_model.model.vision_tower.encoder.layers[0]
+
+    def meet(*_) -> None:
+        turns.wait()  # both are in the tower now
+
+    handle = inside.register_forward_hook(meet)
+
+    def ask(number: int) -> None:
+        found[number] = features(tiny_model, images[number])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        handle.remove()
+    assert vlm.host.tower is not None
+    for number in range(2):
+        assert found[number] is not None
+        assert torch.equal(found[number], alone[number])

@@ -8,6 +8,7 @@ caching): mergers and projector run on the other rows only, and the decoder drop
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -47,9 +48,23 @@ class TowerHost:
         size = tower.size
         self.schedule = self._schedule(size.side**2)
         self.side = self.pruner.image_side(pruner.leaving(size.share(keep), size.side**2), size.side)
-        self.current: TowerPass | None = None  # the pass whose features are still on their way to the decoder
+        self.passes: dict[
+            int, TowerPass
+        ] = {}  # of each thread, as long as its features are on their way to the decoder
         self.orders: dict[str, bool] = {}  # in which order this tower has its patches, once a pass has shown it
         self._check()
+
+    @property
+    def current(self) -> TowerPass | None:
+        """The pass of this thread; requests may overlap in several."""
+        return self.passes.get(get_ident())
+
+    @current.setter
+    def current(self, state: TowerPass | None) -> None:
+        if state is None:
+            self.passes.pop(get_ident(), None)
+        else:
+            self.passes[get_ident()] = state
 
     def _schedule(self, units: int) -> Schedule:
         """{layer: units kept} of a tile of so many."""
