@@ -106,7 +106,7 @@ def _images(scenes: list[Scene]) -> Batch:
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """What each patch shows: int[576] by name, and "names": which words name something in the scene.
+    """Labels of each patch, int[576] by name, and "names": the words that name something in the scene.
 
     Details are labelled where they are: a figure on the patches that it covers, dots on the patches of their centres.
     Patches that an object covers have no texture or ground.

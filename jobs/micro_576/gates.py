@@ -73,7 +73,7 @@ def compared(weights: Path, folder: Path, questions: Path) -> list[dict]:
 
 @torch.no_grad()
 def right_answers(model: LlavaForConditionalGeneration, batch: Batch, visual: Tensor) -> dict[str, list[bool]]:
-    """Whether each whole answer is right, by skill, as by greedy generation."""
+    """Correctness of each whole answer by skill, as by greedy generation."""
     wrong = (model.lm_head(read(model, batch, visual)).argmax(-1) != batch.labels) & (batch.labels != NONE)
     found = defaultdict(list)
     for b, asked in enumerate(batch.questions):

@@ -261,7 +261,7 @@ def take_step(trainer: Trainer, stage: Stage, batch: Batch, autocast: bool) -> N
 
 
 def faster_in_half(trainer: Trainer, stage: Stage, batch: Batch) -> bool:
-    """Whether bfloat16 autocast makes a step faster on this machine: the better of two timed passes each."""
+    """True if bfloat16 autocast makes a step faster on this machine, by the better of two timed passes each."""
     times: dict[bool, list[float]] = {False: [], True: []}
     for autocast in (False, True) * 3:
         began = time.process_time()

@@ -107,7 +107,7 @@ def first_side(value: Any) -> int | None:
 
 
 def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: int) -> TowerTrace | None:
-    """What an image of `patches` patches would ask of the tower; None where the method has no stages inside.
+    """Trace that an image of `patches` patches would leave in the tower; None if the method has no stages inside.
 
     Nothing runs.
     """

@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # in fp32, of logits whose standard deviation is about 1
 
 @dataclass
 class Findings:
-    """What was found of one class.
+    """Outcome of the laws for one class.
 
     `laws` holds the largest differences, "same" or "differs" where bits count, and sentences of refusal; `error` is a
     raw error's last line, of the law in `laws` that came last.

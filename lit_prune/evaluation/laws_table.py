@@ -1,4 +1,4 @@
-"""What was measured of each class, as lines and as the table of docs/models.md."""
+"""Results of the laws for each class, as lines and as the table of docs/models.md."""
 
 from collections.abc import Sequence
 from pathlib import Path

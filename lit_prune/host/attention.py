@@ -35,7 +35,7 @@ class Tap:
 
 @dataclass
 class Capture:
-    """What a layer handed its attention function: rotated queries and keys, a mask, the factor of its logits."""
+    """Arguments of a layer's call of its attention function: rotated queries and keys, mask, scale of the logits."""
 
     query: Float[Tensor, "batch heads rows head"] | None = None
     key: Float[Tensor, "batch key_heads seq head"] | None = None
@@ -49,7 +49,7 @@ class Captured(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What one layer's attention call is asked: a bias per key of this forward, a stage's tap, a bias per cached key.
+    """Request to one layer's attention call: a bias per key of this forward, a stage's tap, a bias per cached key.
 
     `watch` is the tap of a caller. With `capture` the layer stops there.
     """
@@ -161,7 +161,7 @@ def _read(tap: Tap, key_bias: Tensor | None, query: Tensor, key: Tensor, scaling
 
 
 def mask_rows(mask: Any, rows: Tensor, past: int, keys: int) -> Tensor | None:
-    """What some rows may see of `keys` keys behind `past` (batch, rows, keys), by a mask of four dimensions."""
+    """Keys visible to some rows (batch, rows, keys), of `keys` keys after `past`, read off a 4-D mask."""
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
     allowed = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]

@@ -27,7 +27,7 @@ class CacheState:
     `counted`: the stage whose layers the library counts cached columns by, if any. `pictured`: samples with an image,
     the only ones that are repaired. `seen`: original columns so far. `lag`: how much M-RoPE's positions are ahead of
     `seen` (an image takes fewer positions than columns), known where layer 0 is pruned. `removed[layer]`: where tokens
-    are numbered anew, how many of each sample's have left before a stage's layers. `bias[layer]`: with proportional
+    are renumbered, how many of each sample's have left before a stage's layers. `bias[layer]`: with proportional
     attention, what is added to the attention logits of the cached keys of a stage's layers; those behind have none.
     `soft`: pruned tokens are among the keys.
     """

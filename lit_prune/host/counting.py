@@ -33,7 +33,7 @@ class Counter:
 
 
 def counted(encoded: dict[str, Any]) -> int | None:
-    """What encoding some images took; None where that was not counted."""
+    """FLOPs of encoding some images; None where they were not counted."""
     each = [getattr(output, COUNTED, None) for output in encoded.values()]
     return None if None in each else sum(each)
 

@@ -33,7 +33,7 @@ class Deepstack:
         return cls(features, visual, number)
 
     def add(self, index: int, hidden: Float[Tensor, "batch left width"], columns: Int[Tensor, "batch left"]) -> Tensor:
-        """States at the input of layer `index` with what belongs behind the layer before it."""
+        """Add the features of the previous layer to the states at the input of layer `index`."""
         if not 0 < index <= len(self.features):
             return hidden
         rows = self.features[index - 1].to(hidden)[self.number.gather(1, columns)]

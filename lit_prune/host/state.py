@@ -120,7 +120,7 @@ class Forward:
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
     visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
     `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
-    are numbered anew, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
+    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
     tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `deepstack`: features that are
     added to visual tokens after the first layers.
     """
