@@ -116,6 +116,10 @@ class RepairAdapter(nn.Module):
                 nn.init.xavier_uniform_(linear.weight, gain=0.1)
                 nn.init.zeros_(linear.bias)
 
+    def take_form(self, form: str, dims: Dims) -> None:
+        """Compute in another form; both have the same parameters, which a checkpoint sets."""
+        self.form = form
+
     @property
     def cumulative(self) -> bool:
         """True if the context covers all stages so far, by their cumulative gates, not one stage."""

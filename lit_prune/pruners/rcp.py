@@ -121,6 +121,13 @@ class RCP(Pruner):
             sizes = (dims.width, self.inner, self.queries, self.heads, self.dropout, self.bias, relative)
             self.scorers.extend(SCORERS[self.form](*sizes) for _ in self.layers)
 
+    def take_form(self, form: str, dims: Dims) -> None:
+        """Build the scorers anew in another form, where they are."""
+        device = next(self.parameters()).device
+        self.form, self.scorers = form, nn.ModuleList()
+        self.build(dims)
+        self.to(device)
+
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Logits: the centred log attention plus the learned correction."""
         scorer = self.scorers[context.stage]
