@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import jaxtyping
 import pytest
 import tiny
 import torch
+from test_equality import keep_all_is_the_plain_model
 from test_pruners import context
-from tiny import DEPTH, VISUAL, WIDTH, batch, samples
+from tiny import DEPTH, FREE, VISUAL, WIDTH, batch, samples
 from torch.nn.functional import gelu, layer_norm
 
 from lit_prune.errors import LitPruneError
@@ -209,6 +211,40 @@ def test_context_passes_gradients_of_all_stages_or_of_one(tiny_model, form):
             gradient = torch.autograd.grad(where, gates, allow_unused=True)[0]
         vlm.detach()
         assert (gradient is not None and (gradient[2] != 0).any()) != detached
+
+
+# -- laws of a method whose counts are free -----------------------------------------------------------------------------
+def test_keep_all_is_the_plain_model(tiny_model, pruned):
+    """Bit for bit, though the scores are those of a pruner that would drop most tokens."""
+    keep_all_is_the_plain_model(tiny_model, lambda: pruned(FREE, keep=VISUAL), batch(samples()))
+
+
+def free(pruned):
+    """The shipped file, moved from its start to where it drops tokens at each stage."""
+    vlm = pruned(FREE)
+    for scorer in vlm.plugin.pruner.scorers:
+        scorer.bias.data.fill_(-1.0)
+    return vlm
+
+
+def test_soft_masks_equal_dropping(pruned):
+    vlm, inputs = free(pruned), batch(samples(), answers=3)
+    (soft, masked), (hard, dropped) = (tiny.forward(vlm, inputs, soft=soft) for soft in (True, False))
+    assert [torch.equal(a.kept, b.kept) for a, b in zip(masked.stages, dropped.stages, strict=True)] == [True] * 3
+    counts = [VISUAL, *(stage.kept.float().sum(1).mean().item() for stage in dropped.stages)]
+    assert all(after < before for before, after in pairwise(counts))
+    real = tiny.real_text(inputs)
+    assert tiny.gap(soft[real], hard[real]) < tiny.TOLERANCE
+
+
+def test_a_sample_in_a_batch_is_as_alone(pruned):
+    vlm, prompts = free(pruned), samples()
+    together, record = tiny.forward(vlm, batch(prompts))
+    for row, prompt in enumerate(prompts):
+        alone, own = tiny.forward(vlm, batch([prompt]))
+        assert tiny.gap(together[row, -1], alone[0, -1]) < tiny.TOLERANCE
+        for stage, lone in zip(record.stages, own.stages, strict=True):
+            assert torch.equal(stage.kept[row], lone.kept[0])
 
 
 # -- forms of files ---------------------------------------------------------------------------------------------------

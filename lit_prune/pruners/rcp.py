@@ -28,7 +28,8 @@ class RCP(Pruner):
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
         stage_ratios: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
-        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss), `topk` [ours], or
+        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss; a stage that the budget
+            leaves all tokens keeps them), `topk` [ours], or
             `mass` [ours]: the fewest tokens that hold the share `keep_mass` of softmax(logits), so that images with
             confident logits keep fewer; `jobs/adapt.py` finds the share for an average budget.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
@@ -151,6 +152,7 @@ class RCP(Pruner):
         if self.select == "threshold":
             lowest = 0.0 if self.training else math.log(self.inference_threshold / (1 - self.inference_threshold))
             mask = selection.threshold(noisy - lowest, context.alive, images=context.images)
+            mask = mask | ((context.count >= context.total)[:, None] & context.alive)
         else:
             if self.select == "mass":
                 mask = selection.top_mass(noisy.detach(), context.alive, self.keep_mass)
