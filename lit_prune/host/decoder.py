@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
-from lit_prune.host import compat, parts
+from lit_prune.host import checks, compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
@@ -152,7 +152,7 @@ class DecoderHost:
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
         own = [self.layers.attention(layer, 1) for layer in own]
-        compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
+        checks.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
@@ -223,7 +223,7 @@ class DecoderHost:
         wrap_attention()
 
     def _state(self) -> dict[str, Any]:
-        """What a copy has. It belongs to no session: what one collects is its caller's."""
+        """State of a copy, which belongs to no session: what one collects is its caller's."""
         return {**vars(self), "session": Session()}
 
     @property
@@ -372,7 +372,7 @@ class DecoderHost:
     def _leave_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
-            compat.check_reached(module, forward.reached)
+            checks.check_reached(module, forward.reached)
 
 
 def host_of(model: nn.Module) -> DecoderHost | None:

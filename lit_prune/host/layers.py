@@ -1,4 +1,4 @@
-"""What happens at the input and the output of every decoder layer of a pruned forward."""
+"""Hooks at the input and the output of every decoder layer of a pruned forward."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
-from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output, parameters
+from lit_prune.host.checks import check_layer_call, check_layer_output
+from lit_prune.host.compat import cache_of, parameters
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.plans import Plans
@@ -135,7 +136,7 @@ class Layers:
         return hidden
 
     def _arguments(self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict) -> dict[str, Any]:
-        """What the layer that a stage reads is handed beside its states, by name, over this forward's columns alone.
+        """Arguments, by name, of the layer that a stage reads, beside its states and over this forward's columns alone.
 
         A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
         """
@@ -199,7 +200,7 @@ class Layers:
     def _cut(
         self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict[str, Any]]:
-        """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
+        """A layer's arguments at the columns that are left, with the mask of their keys."""
         rest, kwargs = self._sliced(forward, rest, kwargs)
         if forward.keys.span is not None:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
@@ -211,7 +212,7 @@ class Layers:
 
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
-        """What has a row per token, at the columns that are left."""
+        """A value with a row per token, at the columns that are left."""
         kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
         if forward.keys.slices is not None:
             rest = forward.keys.slices.of(tuple(rest))
