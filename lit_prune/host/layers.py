@@ -82,6 +82,7 @@ class Layers:
     # -- the input --------------------------------------------------------------------------------------------------
 
     def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
+        """Step 3, in each layer: drop tokens where a stage begins, and cut the layer's arguments to what is left."""
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
@@ -167,6 +168,7 @@ class Layers:
     def _remember(self, index: int, forward: Forward) -> None:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
         state = forward.cache_state
+        # Which columns this stage's layers have cached: the first time those of this forward, then these behind them.
         past = state.valid.get(index)
         remember(index, forward, 0 if past is None else past.shape[1])
         columns = forward.packed.columns + (state.seen - forward.length)
@@ -180,11 +182,13 @@ class Layers:
             state.valid[index] = torch.cat([past, forward.packed.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
             forward.keys.key_slices = Slices(state.columns[index], state.seen)
+        # Filler among them decides whether attention needs a mask at all.
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
             padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
         state.padded[index] = padded
+        # What decoding steps need of this prefill.
         if forward.counts:
             state.soft = forward.session.soft
             state.essence.update(forward.essence)
