@@ -110,7 +110,9 @@ class RepairAdapter(nn.Module):
         self.where = nn.Linear(self.code, self.condition)
         self.what = nn.Linear(dims.width, self.condition)
         self.adapters.extend(Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers)
-        if self.form == "published":  # Xavier [R]; uniform, and no bias at the start, give the source's 0.16 % [inferred]
+        if (
+            self.form == "published"
+        ):  # Xavier [R]; uniform, and no bias at the start, give the source's 0.16 % [inferred]
             late = [linear for adapter in self.adapters for linear in (adapter.up, adapter.query)]
             for linear in (self.where, self.what, *late):
                 nn.init.xavier_uniform_(linear.weight, gain=0.1)
@@ -211,6 +213,9 @@ class RepairAdapter(nn.Module):
         `most`: upper bound on such positions in a sample, if known.
         """
         where, what = essence
+        if states.shape[1] == 1:  # decoding
+            change = self.adapters[adapter](states.to(where.dtype), where + what)
+            return states + change.to(states.dtype) * answer_mask[..., None].to(states.dtype)
         # Run the adapter on answer positions only, then add the result back at their columns.
         columns, real = selection.compact(answer_mask, most)
         rows = selection.gather_rows(states, columns)

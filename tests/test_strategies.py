@@ -33,9 +33,17 @@ SMALL = {
         "keep": 16,
         "lr": 3e-3,
         "max_new_tokens": 3,
-        "anneal": {"noise": 0.0},
+        "anneal": {"noise": 0.0, "target_share": 0.0},
+        "gate_clip": 0.01,
         "pruner": {
-            "init_args": {"layers": [1, 5, 9], "stage_ratios": [15, 6, 4], "inner": 16, "queries": 4, "dropout": 0.0}
+            "init_args": {
+                "select": "topk",
+                "layers": [1, 5, 9],
+                "stage_ratios": [15, 6, 4],
+                "inner": 16,
+                "queries": 4,
+                "dropout": 0.0,
+            }
         },
         "repair": {"init_args": {"layers": [11, 14], "stages": [1, 2], "bottleneck": 8, "condition": 6, "code": 4}},
     },

@@ -75,7 +75,9 @@ def test_every_loss_is_logged(student, world, tmp_path):
     assert names >= {f"loss/{name}" for name in ("total", "task", "repair", "budget", "distill")}
     assert names >= {"tau", "budget/target", "budget/actual", "flops/sample", "shift/layer_11", "shift/layer_14"}
     assert names >= {f"kept/layer_{layer}" for layer in (1, 5, 10)}
-    assert names >= {f"val/{name}/layer_{i}" for i in range(16) for name in ("w2", "w2_relative")} | {f"val/w2_without_repair/layer_{i}" for i in range(16)}
+    assert names >= {f"val/{name}/layer_{i}" for i in range(16) for name in ("w2", "w2_relative")} | {
+        f"val/w2_without_repair/layer_{i}" for i in range(16)
+    }
     assert names >= {"val/accuracy/all", "val/agreement", "val/visual_tokens", "val/flops", "val/kv_bytes", "val/kappa"}
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
 

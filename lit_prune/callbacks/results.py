@@ -80,7 +80,7 @@ def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
     if values := layers["w2_relative"]:
         most = max(range(len(values)), key=values.__getitem__)
         text = f"{100 * fmean(values):.1f} on average, {100 * values[most]:.1f} at most (after layer {most})"
-        yield "W2 of each layer's power, %", text
+        yield "W2 relative, %", text
     if "kappa" in figures:
         yield "kappa", f"{figures.pop('kappa'):.3f}"
     for name, value in sorted(figures.items()):

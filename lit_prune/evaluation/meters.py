@@ -8,7 +8,16 @@ from torchmetrics import Metric
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Means, Power, Shift, SkillAccuracy, figure_name
+from lit_prune.evaluation.metrics import (
+    OVERALL,
+    Consistency,
+    LayerTokens,
+    Means,
+    Power,
+    Shift,
+    SkillAccuracy,
+    figure_name,
+)
 from lit_prune.evaluation.records import SampleRecord
 from lit_prune.evaluation.scorers.several import BenchmarkScores, Score
 

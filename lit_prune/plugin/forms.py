@@ -23,7 +23,10 @@ def take_forms(plugin: Plugin, settings: dict[str, Any], fixed: bool = False) ->
     Raises:
         LitPruneError: a form differs and the parameters are `fixed`.
     """
-    for key, part, arguments in (*_parts("pruner", plugin.pruner, settings), *_parts("repair", plugin.repair, settings)):
+    for key, part, arguments in (
+        *_parts("pruner", plugin.pruner, settings),
+        *_parts("repair", plugin.repair, settings),
+    ):
         form = arguments.get("form")
         if form is None or getattr(part, "form", form) == form:
             continue

@@ -28,10 +28,10 @@ class RCP(Pruner):
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
         stage_ratios: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
-        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss; a stage that the budget
-            leaves all tokens keeps them), `topk` [ours], or
-            `mass` [ours]: the fewest tokens that hold the share `keep_mass` of softmax(logits), so that images with
-            confident logits keep fewer; `jobs/adapt.py` finds the share for an average budget.
+        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss; a stage to which the
+            budget leaves all tokens keeps them), `topk` [ours], or `mass` [ours]: the fewest tokens that hold the share
+            `keep_mass` of softmax(logits), so that images with confident logits keep fewer; `jobs/adapt.py` finds the
+            share for an average budget.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
         dropout: [R: 0.2]. bias: initial value of the learnable bias [R: +2, which keeps more tokens at the start].
         baseline: `attention` (paper) or `none`, without intrinsic attention, for the ablation.

@@ -113,9 +113,7 @@ class PublishedScorer(Scorer):
         self.attention = QueryAttention(inner, heads, dropout)
         self.query_dropout = nn.Dropout1d(dropout)  # drops whole queries
         self.fold = nn.Linear(queries, 1, bias=False)
-        self.token_score = nn.Sequential(
-            nn.Linear(inner, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, 1)
-        )
+        self.token_score = nn.Sequential(nn.Linear(inner, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, 1))
         self.bias = nn.Parameter(torch.full((1,), float(bias)))  # DeepSpeed doesn't support 0-d parameters
         _start(self, queries)
 
