@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +20,7 @@ from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.encoding import encode_images
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find, unwrap
+from lit_prune.host.positions import settled
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
@@ -148,7 +148,9 @@ class VLM:
             keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
                 {pruning layer: count} or "2:192,4:64"; overrides the file's.
-            positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
+            positions: position ids of kept tokens, see `HostOptions`; overrides the file's. If a file asks for
+                `renumbered` ones and this model's tokens have several positions each (M-RoPE), they stay the original
+                ones, with a warning; as an argument it is an error.
             proportional_attention: add log(size) to the attention logits of kept tokens, which represent the dropped
                 ones; see `HostOptions`; overrides the file's.
 
@@ -163,8 +165,7 @@ class VLM:
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        given = {"positions": positions, "proportional_attention": proportional_attention}
-        options = replace(plugin.options, **{name: value for name, value in given.items() if value is not None})
+        options = settled(plugin.options, parts.decoder, positions, proportional_attention)
         plugin.build(parts.dims, fingerprint(self.model))
         plugin.to(device)
         model = unwrap(self.model)

@@ -165,6 +165,11 @@ class DecoderHost:
                 f"{implementation} attention can't be read; load the model with attn_implementation='sdpa', if its "
                 f"class has it, or use a method that reads no attention, such as DivPrune"
             )
+        if self.proportional is not None and self.proportional.rule == "attention" and None in asked.values():
+            raise LitPruneError(
+                "proportional_attention: attention needs a method that reads attention at each of its stages, such as "
+                "FastV, and none in the vision tower; use proportional_attention: count"
+            )
         if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(
                 f"proportional_attention: {implementation} attention takes no bias per key; load with "

@@ -90,7 +90,7 @@ class Stages:
         here = self.walk[stage]
         kept = here.pruner.prune(context)
         exact = forward.counts[index] if here.pruner.exact(here.index) and not forward.session.soft else None
-        selected = Selected(columns, real, alive, kept, dead, exact)
+        selected = Selected(columns, real, alive, kept, dead, exact, context.attention)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
         self._leave_essence(stage, context, kept, forward)

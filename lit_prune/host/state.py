@@ -30,7 +30,7 @@ class Selected:
 
     `columns`: where they stand among those present; `real`: no filler; `alive`: not pruned by an earlier stage. `dead`
     marks, among all columns, what the vision tower dropped and arrives here. `exact`: how many stay of each sample,
-    where the method says so without a look at the device.
+    where the method says so without a look at the device. `attention`: what the stage read of each, if it did.
     """
 
     columns: Int[Tensor, "batch visual"]
@@ -39,6 +39,7 @@ class Selected:
     kept: Kept
     dead: Bool[Tensor, "batch columns"] | None = None
     exact: list[int] | None = None
+    attention: Float[Tensor, "batch visual"] | None = None
 
     def dropped(self, like: Bool[Tensor, "batch columns"]) -> Bool[Tensor, "batch columns"]:
         """Columns that the method drops, among all columns present."""

@@ -167,24 +167,26 @@ class TowerHost:
         shape = hidden.shape
         hidden = hidden.view(1, *shape) if hidden.ndim == 2 else hidden
         units = state.units(hidden.reshape(-1, shape[-1])).flatten(2)
-        kept = self.pruner.prune_vision(self._context(index, units, state))
+        kept = self.pruner.prune_vision(self._context(index, hidden, units, state))
         if kept.states is not None:
             hidden = state.merge(hidden, units, kept)
         state.stages.append((state.real.sum(1), kept.mask.sum(1)))
         hidden = state.pack(hidden, kept)
         return hidden[0] if len(shape) == 2 else hidden
 
-    def _context(self, index: int, units: Tensor, state: TowerPass) -> VisionContext:
+    def _context(self, index: int, hidden: Tensor, units: Tensor, state: TowerPass) -> VisionContext:
         read, heads = Read(), 1
         if index > 0:
-            layer = self.tower.layers[index - 1]
-            if self.tower.clip_like:
-                read = read_again(layer, state, self.tower.size.prefix, self.pruner.needs_values)
+            layers, clip_like = self.tower.layers, self.tower.clip_like
+            ahead = self.pruner.reads_next and clip_like and index < len(layers)
+            layer, entered = (layers[index], hidden) if ahead else (layers[index - 1], state.before)
+            if clip_like:
+                read = read_again(layer, entered, state, self.tower.size.prefix, self.pruner)
                 state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
             else:
-                read = read_seen(layer, state)
+                read = read_seen(layer, state, self.pruner)
             heads = read.heads
-            state.rated += state.before.shape[1] if self.tower.clip_like else state.present()
+            state.rated += state.before.shape[1] if clip_like else state.present()
         return VisionContext(
             stage=list(self.schedule).index(index),
             states=units,

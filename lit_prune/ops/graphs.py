@@ -54,6 +54,27 @@ def spread(
     return chosen
 
 
+def suppressed(
+    importance: Float[Tensor, "batch visual"],
+    unit: Float[Tensor, "batch visual width"],
+    gamma: float,
+    alive: Bool[Tensor, "batch visual"],
+    count: Int[Tensor, " batch"],
+) -> Bool[Tensor, "batch visual"]:
+    """Greedily pick the `count` most important tokens; each pick p scales all others by exp(-gamma max(0, cos(i, p))).
+
+    Importance must be non-negative; scores are compared as logarithms, since decays accumulate over the picks. `unit`
+    has norms of one. O(visual) per pick, without a matrix of all pairs; ties go to the earlier token.
+    """
+    score = importance.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    order = torch.full(alive.shape, -1, device=alive.device)
+    for _ in range(min(int(count.max()), alive.shape[1])):
+        best, _, order = selection.pick(score, alive, order, count)
+        alike = (unit @ selection.gather_rows(unit, best).transpose(1, 2)).squeeze(2)
+        score = score - gamma * alike.clamp(min=0)
+    return order >= 0
+
+
 def facility_location(
     similarity: Float[Tensor, "batch tokens candidates"],
     weight: Float[Tensor, "batch candidates"],

@@ -122,7 +122,7 @@ class Plugin(
         if not self.pruner.title:
             return ""
         repair = " + repair" if self.repair is not None and not self.pruner.repairs else ""
-        return "".join([self.pruner.title, repair, *(f", {added}" for added in self.options.described())])
+        return ", ".join([self.pruner.title + repair, *self.options.described(self.pruner.positions)])
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Generate the folder's README.md: method, budget, contents, usage."""

@@ -96,6 +96,11 @@ class VisionContext:
     heads: int = 1
     sizes: Float[Tensor, "tiles visual"] | None = None
 
+    @property
+    def head_mean_keys(self) -> Float[Tensor, "tiles visual head"]:
+        """Keys averaged over heads, in fp32."""
+        return self.keys.float().unflatten(2, (self.heads, -1)).mean(2)
+
 
 @dataclass(frozen=True)
 class Kept:

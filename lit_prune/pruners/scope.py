@@ -24,6 +24,7 @@ class Scope(VisionPruner):
     """
 
     title = "SCOPE"
+    positions = "renumbered"
 
     def __init__(
         self, vision_layers: Sequence[int] = (-1,), power: float = 1.0, vision_depth: int | None = None
