@@ -47,10 +47,10 @@ class ProportionalAttention:
         most = None if forward.session.soft else forward.most_visual
         stage = (states, before.gather(1, columns), selected.alive, selected.kept.mask)
         if self.rule == "attention":
-            sizes = merging.rectified_sizes(*stage, selected.attention.float(), most)
+            sizes = merging.rectified_sizes(*stage, selected.attention, most)
         else:
             sizes = merging.collect_sizes(*stage, weighted=self.rule == "similarity", most=most)
-        _grow(before.scatter(1, columns, sizes), known, forward)
+        _grow(before.to(sizes.dtype).scatter(1, columns, sizes), known, forward)
 
 
 @torch.no_grad()
