@@ -64,10 +64,12 @@ class PruMergePlus(VisionPruner):
         outliers = selection.top_k(attention, outliers, count)
         kept = outliers | merging.evenly(alive & ~outliers, count - outliers.sum(1))
         states = self._merge(context, attention, kept)
-        dropped = alive & ~kept
-        place = _last(dropped) & extra[:, None]
-        total = ((attention * dropped)[:, None] @ context.states.float()).expand_as(states)
-        return Kept(kept | place, scores=attention, states=torch.where(place[..., None], total, states))
+        if self.extra_token:
+            dropped = alive & ~kept
+            place = _last(dropped) & extra[:, None]
+            total = (attention * dropped)[:, None] @ context.states.float()
+            states, kept = torch.where(place[..., None], total, states), kept | place
+        return Kept(kept, scores=attention, states=states)
 
     def _merge(self, context: VisionContext, attention: Tensor, kept: Tensor) -> Float[Tensor, "tiles visual width"]:
         """States, with its neighbours' added to each kept token's."""
@@ -82,9 +84,10 @@ class PruMergePlus(VisionPruner):
         return states.scatter(1, columns[..., None].expand_as(merged), merged)
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:
-        """Cosines between kept and all tokens, and the weighted sums."""
-        visual, kept = visual.double(), kept.double()
-        return 4 * visual * kept * width + 2 * (visual - kept) * width * self.extra_token
+        """Cosines between kept and all tokens, and the weighted sums, that of the extra token too."""
+        extra = (kept > 1) & (kept < visual) & self.extra_token
+        visual, merged = visual.double(), kept.double() - extra.double()
+        return 4 * visual * merged * width + 2 * visual * width * self.extra_token
 
 
 def _last(flags: Bool[Tensor, "batch visual"]) -> Bool[Tensor, "batch visual"]:
