@@ -268,6 +268,7 @@ class TowerHost:
         record = self.session().record
         if record is None or record.trace.tower is not None:
             return
+        record.memory = state.memory
         tiles = torch.ones_like(state.present())
         final, taps = state.real.sum(1), self.tower.taps
         rows = sum(state.merged, final * (1 + len(taps) - len(state.merged))).double() / (1 + len(taps))
