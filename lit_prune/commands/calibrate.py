@@ -14,6 +14,7 @@ from lit_prune.commands._support.outputs import check_file, check_folder, write_
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
+from lit_prune.ops.budget import format_budget, parse_budget
 from lit_prune.vlm import VLM
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -22,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def run(
     pruner: str,
     image: list[Path],
-    keep: list[str],
+    keep: list[Any],
     quantile: float = 0.5,
     model: str = "micro",
     out: Path | None = None,
@@ -58,30 +59,37 @@ def run(
     check_file("--json", json)
     if out is not None:
         check_folder("--out", out)
-    choices = {budget: Choice.of(pruner, budget) for budget in keep}
+    choices = {format_budget(parse_budget(budget, "--keep")): Choice.of(pruner, budget) for budget in keep}
     for choice in choices.values():
         _check(choice)
     files = list(_files(image))
     vlm = load_model(model, dtype, device)
-    table, report = Table("budget", "threshold", "lowest", "median", "highest"), []
+    report = []
     for budget, choice in choices.items():
         attach(vlm, choice)
         values = torch.cat(list(_measured(vlm, files, batch_size))).double()
         threshold = round(torch.quantile(values, quantile).item(), 4)
         vlm.plugin.pruner.tower.threshold = threshold
-        ends = [torch.quantile(values, share).item() for share in (0.0, 0.5, 1.0)]
-        table.add_row(budget, f"{threshold:g}", *(f"{value:.4f}" for value in ends))
         report.append({"keep": budget, "threshold": threshold, "quantile": quantile, "values": values.tolist()})
         if out is not None:
             vlm.save_pretrained(out / f"keep_{budget}")
-    console.out.print(table)
-    for row in report:
-        measured = f"keep {row['keep']}, quantile {quantile:g}, {len(files)} images"
-        console.say(f"threshold: {row['threshold']:g}  # {measured}")
+    _show(report)
     if out is not None:
         console.say(f"wrote {', '.join(str(out / f'keep_{budget}') for budget in choices)}")
     if json is not None:
         write_json(json, report)
+
+
+def _show(report: list[dict[str, Any]]) -> None:
+    """A row and a line of YAML for each budget."""
+    table = Table("budget", "threshold", "lowest", "median", "highest")
+    for row in report:
+        ends = [torch.quantile(torch.tensor(row["values"]), share).item() for share in (0.0, 0.5, 1.0)]
+        table.add_row(row["keep"], f"{row['threshold']:g}", *(f"{value:.4f}" for value in ends))
+    console.out.print(table)
+    for row in report:
+        measured = f"keep {row['keep']}, quantile {row['quantile']:g}, {len(row['values'])} tiles"
+        console.say(f"threshold: {row['threshold']:g}  # {measured}")
 
 
 def _check(choice: Choice) -> None:

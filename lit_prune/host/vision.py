@@ -151,8 +151,7 @@ class TowerHost:
 
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
         """Score, select, merge and pack the units at one place of the tower."""
-        count = state.counts[index]
-        if bool((count >= state.real.sum(1)).all()):
+        if bool((state.counts[index] >= state.real.sum(1)).all()):
             return hidden
         shape = hidden.shape
         hidden = hidden.view(1, *shape) if hidden.ndim == 2 else hidden
@@ -165,18 +164,16 @@ class TowerHost:
         return hidden[0] if len(shape) == 2 else hidden
 
     def _context(self, index: int, hidden: Tensor, units: Tensor, state: TowerPass) -> VisionContext:
-        read, heads = Read(), 1
-        if index > 0:
-            layers, clip_like = self.tower.layers, self.tower.clip_like
-            ahead = self.pruner.reads_next and clip_like and index < len(layers)
+        read, layers = Read(), self.tower.layers
+        if index > 0 and self.tower.clip_like:
+            ahead = self.pruner.reads_next and index < len(layers)
             layer, entered = (layers[index], hidden) if ahead else (layers[index - 1], state.before)
-            if clip_like:
-                read = read_again(layer, entered, state, self.tower.size.prefix, self.pruner)
-                state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
-            else:
-                read = read_seen(layer, state, self.pruner)
-            heads = read.heads
-            state.rated += state.before.shape[1] if clip_like else state.present()
+            read = read_again(layer, entered, state, self.tower.size.prefix, self.pruner)
+            state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
+            state.rated += state.before.shape[1]
+        elif index > 0:
+            read = read_seen(layers[index - 1], state, self.pruner)
+            state.rated += state.present()
         return VisionContext(
             stage=list(self.schedule).index(index),
             states=units,
@@ -187,7 +184,7 @@ class TowerHost:
             ordinal=state.ordinal,
             count=state.counts[index],
             side=state.side,
-            heads=heads,
+            heads=read.heads,
             sizes=state.sizes,
             memory=state.memory,
         )
