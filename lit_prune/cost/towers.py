@@ -17,7 +17,7 @@ from lit_prune.pruners.base import PruningMethod
 NOMINAL = 672  # pixels along the sides of an image where images keep their own size [ours]
 DEPTH = ("num_hidden_layers", "depth", "num_layers", "layers")
 # Fields that say how many patches along a side become one visual token, or one over it.
-MERGES = ("spatial_merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
+MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
 RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
 
 
