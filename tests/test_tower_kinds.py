@@ -206,7 +206,7 @@ METHODS = {
     "visionzip": VisionZip,
     "scope": Scope,
     "prumerge": lambda: PruMergePlus(neighbours=2),
-    "dcp": lambda: DCPPrune([1, -1], [1.5, 1.0], None, tatcs=False),
+    "dcp": lambda: DCPPrune([1, -1], [1.5, 1.0], None),
     "tome": ToMe,
     "downsample": Downsample,
 }
