@@ -1,4 +1,4 @@
-"""What the inputs of a forward say: which columns are real, visual, text, and which predict an answer."""
+"""Columns of a forward's inputs: which are real, visual, text, and which predict an answer."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What happens at the input and the output of every decoder layer of a pruned forward."""
+"""Hooks at the input and the output of every decoder layer of a pruned forward."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
-from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output, parameters
+from lit_prune.host.checks import check_layer_call, check_layer_output
+from lit_prune.host.compat import cache_of, parameters
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.plans import Plans
@@ -81,6 +82,7 @@ class Layers:
     # -- the input --------------------------------------------------------------------------------------------------
 
     def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
+        """Step 3, in each layer: drop tokens where a stage begins, and cut the layer's arguments to what is left."""
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
@@ -135,7 +137,7 @@ class Layers:
         return hidden
 
     def _arguments(self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict) -> dict[str, Any]:
-        """What the layer that a stage reads is handed beside its states, by name, over this forward's columns alone.
+        """Arguments, by name, of the layer that a stage reads, beside its states and over this forward's columns alone.
 
         A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
         """
@@ -166,6 +168,7 @@ class Layers:
     def _remember(self, index: int, forward: Forward) -> None:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
         state = forward.cache_state
+        # Which columns this stage's layers have cached: the first time those of this forward, then these behind them.
         past = state.valid.get(index)
         remember(index, forward, 0 if past is None else past.shape[1])
         columns = forward.packed.columns + (state.seen - forward.length)
@@ -179,11 +182,13 @@ class Layers:
             state.valid[index] = torch.cat([past, forward.packed.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
             forward.keys.key_slices = Slices(state.columns[index], state.seen)
+        # Filler among them decides whether attention needs a mask at all.
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
             padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
         state.padded[index] = padded
+        # What decoding steps need of this prefill.
         if forward.counts:
             state.soft = forward.session.soft
             state.essence.update(forward.essence)
@@ -199,7 +204,7 @@ class Layers:
     def _cut(
         self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict[str, Any]]:
-        """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
+        """A layer's arguments at the columns that are left, with the mask of their keys."""
         rest, kwargs = self._sliced(forward, rest, kwargs)
         if forward.keys.span is not None:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
@@ -211,7 +216,7 @@ class Layers:
 
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
-        """What has a row per token, at the columns that are left."""
+        """A value with a row per token, at the columns that are left."""
         kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
         if forward.keys.slices is not None:
             rest = forward.keys.slices.of(tuple(rest))

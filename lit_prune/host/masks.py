@@ -99,7 +99,7 @@ class Masks:
 
     @staticmethod
     def _by_position(kind: Kind, queries: int, span: Span) -> Tensor:
-        """What the layer's queries, the last of the span, may see (batch, 1, queries, keys)."""
+        """Visibility of keys to the layer's queries, the last of the span (batch, 1, queries, keys)."""
         key = span.columns[:, None, None]
         query = span.columns[:, -queries:][:, None, :, None]
         allowed = (key <= query) & span.valid[:, None, None]

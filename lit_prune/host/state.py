@@ -1,4 +1,4 @@
-"""What travels with one forward, by keyword from hook to hook. Nothing here is ever stored on a module."""
+"""State of one forward, passed by keyword from hook to hook. Nothing here is ever stored on a module."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ class Selected:
 
 @dataclass
 class Packed:
-    """What a forward has for each column that is present, packed along with the states.
+    """Values per column that is present, packed along with the states.
 
     `columns`: where each stood at the start; `valid`: no padding or filler; `visual`, `text`: an image's token, one of
     the question; `answer_mask`: predicts an answer's token; `ordinal`: its place among the sample's visual tokens.
@@ -89,7 +89,7 @@ class Packed:
 
 @dataclass
 class Attended:
-    """What the layers from the last stage on attend to, and what is read of their attention.
+    """Keys that the layers from the last stage on attend to, and the readings of their attention.
 
     `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by kind of layer. `past_bias`: what is
     added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have left, `key_slices`
