@@ -6,7 +6,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lit_prune.cost.towers import TowerSize, first_side, tower_size
+from lit_prune.cost.sizes import first_side
+from lit_prune.cost.towers import TowerSize, tower_size
 from lit_prune.errors import LitPruneError
 from lit_prune.host.checks import check_tower
 from lit_prune.host.compat import parameters, window_order

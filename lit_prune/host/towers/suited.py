@@ -42,7 +42,9 @@ def _unknown_rows(module: nn.Module, layers: nn.ModuleList) -> str | None:
         return f"hands its vision tower the place of each patch ({places[0]}) and no image's size"
     if sizes := [name for name in taken if "merge_size" in name]:
         return f"merges patches by a size that comes with each image ({sizes[0]})"
-    apart = (name.lower() for part in _outside(module, set(), layers) for name, _ in part.named_parameters(recurse=False))
+    apart = (
+        name.lower() for part in _outside(module, set(), layers) for name, _ in part.named_parameters(recurse=False)
+    )
     grids = [name for name in taken if "grid" in name]
     if grids and any("cls" in name or "register" in name for name in apart):
         return "packs images with class tokens between them"
