@@ -70,6 +70,8 @@ class CacheState:
         cropped = 0
         for layer, valid in self.valid.items():
             cropped = valid.shape[1] - cached(cache, layer)
+            if not cropped:
+                continue
             self.valid[layer] = valid[:, : valid.shape[1] - cropped]
             self.columns[layer] = self.columns[layer][:, : valid.shape[1] - cropped]
             if layer in self.bias:

@@ -138,6 +138,9 @@ def causal_mask(
     """
     from transformers.masking_utils import create_causal_mask  # slow to import
 
+    decodes = skip and valid is None and hidden.shape[1] == 1 and type(cache).__name__ == "DynamicCache"
+    if decodes and config._attn_implementation == "sdpa":
+        return None  # as the library would find, in many more steps
     return create_causal_mask(
         config=config,
         inputs_embeds=hidden,

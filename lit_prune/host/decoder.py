@@ -325,6 +325,12 @@ class DecoderHost:
             self._continue(forward, getattr(cache, CACHE), kwargs)
         if forward.counts:
             forward.deepstack = Deepstack.taken(kwargs)
+        session = forward.session
+        forward.settled = (
+            forward.cache_state is not None
+            and not (forward.counts or session.watch or session.leaves_out)
+            and forward.record is None
+        )
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.packed.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:

@@ -86,6 +86,8 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        if forward.settled and index > 0:
+            return self._step(index, module, args, kwargs, forward)
         check_layer_call(
             module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), forward.keys.rope is None
         )
@@ -101,6 +103,25 @@ class Layers:
         self._ask(index, forward, kwargs)
         forward.trace_layer(hidden)
         return (hidden, *rest), kwargs
+
+    def _step(self, index: int, module: nn.Module, args: tuple, kwargs: dict, forward: Forward):
+        """Step 3 in decoding, kept short: once tokens have left, a layer's cached keys differ from the decoder's."""
+        hidden, keys = args[0], forward.keys
+        if index in self.stages:
+            hidden, keys.handed = self._stage(index, module, hidden, forward, args[1:], kwargs), {}
+        if keys.span is None and keys.rope is None:
+            return None
+        if keys.past_bias is not None or forward.packed.key_bias is not None:
+            rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
+            self._ask(index, forward, kwargs)
+            return (hidden, *rest), kwargs
+        # Layers of a kind are handed the same objects, one after another, so that they get the same.
+        values = (*args[1:], *kwargs.values())
+        key = (self.masks.groups[index], *map(id, values))
+        if key not in keys.handed:
+            keys.handed[key] = (values, *self._cut(index, hidden, forward, args[1:], kwargs))
+        _, rest, kwargs = keys.handed[key]
+        return (hidden, *rest), dict(kwargs)
 
     @staticmethod
     def _lengths(forward: Forward) -> tuple[int, ...]:
@@ -217,27 +238,25 @@ class Layers:
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
         """A value with a row per token, at the columns that are left."""
-        kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
+        kwargs, untouched = dict(kwargs), (FORWARD, "attention_mask")
         if forward.keys.slices is not None:
-            rest = forward.keys.slices.of(tuple(rest))
-            kwargs = {name: value if name in kept else forward.keys.slices.of(value) for name, value in kwargs.items()}
+            rest = tuple([forward.keys.slices.of(value) for value in rest])
+            kwargs = forward.keys.slices.named(kwargs, untouched)
         if forward.keys.key_slices is not None:
-            kwargs = {
-                name: value if name in kept else forward.keys.key_slices.of(value) for name, value in kwargs.items()
-            }
+            kwargs = forward.keys.key_slices.named(kwargs, untouched)
         if forward.keys.rope is not None:
             kwargs["position_embeddings"] = forward.keys.rope
         return rest, kwargs
 
     def _mask(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> Any:
         """The mask of a layer, built once for all layers of its kind between two stages."""
-        kind = self.masks.kinds[index]
-        if kind not in forward.keys.masks:
+        group = self.masks.groups[index]
+        if group not in forward.keys.masks:
             by_bias = forward.cache_state is None and forward.packed.key_bias is not None
-            forward.keys.masks[kind] = self.masks.of(
+            forward.keys.masks[group] = self.masks.of(
                 index, hidden, forward.keys.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
             )
-        return forward.keys.masks[kind]
+        return forward.keys.masks[group]
 
     def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
         """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
@@ -267,7 +286,7 @@ class Layers:
 
     def _after(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
-        if forward is None:
+        if forward is None or (forward.settled and index not in self.feeds):
             return None
         check_layer_output(module, output)
         if isinstance(output, tuple):

@@ -47,6 +47,7 @@ class Masks:
 
     def __init__(self, config: PreTrainedConfig, kinds: tuple[Kind, ...], own: bool = False) -> None:
         self.config, self.kinds, self.own = config, kinds, own
+        self.groups = tuple(kinds.index(kind) for kind in kinds)  # the first layer of the same kind, for each layer
 
     def of(
         self, index: int, hidden: Tensor, span: Span, handed: Any, cache: Cache | None, hidden_by_bias: bool = False
