@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 from lit_prune import loading
 from lit_prune.cost.flops import ModelSize
-from lit_prune.cost.sizes import known_size
 from lit_prune.errors import LitPruneError
 from lit_prune.files.inputs import Picture, check_prompts, is_image, pair
 from lit_prune.host import DecoderHost, Session, host_of
@@ -21,6 +22,7 @@ from lit_prune.host.encoding import encode_images
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find, unwrap
 from lit_prune.host.positions import settled
+from lit_prune.host.structure import counted_size
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
@@ -124,10 +126,10 @@ class VLM:
         vars(self).update(state)
         put_on_record(recording_classes(self.model))
 
-    @property
+    @cached_property
     def size(self) -> ModelSize | None:
         """Sizes for `lit_prune.cost.flops`, as far as known; None if not even the decoder's are."""
-        return known_size(self.model.config)
+        return counted_size(self.model)
 
     def attach(
         self,

@@ -352,6 +352,20 @@ def test_tatcs(weight):
         assert kept.mask[row].nonzero()[:, 0].tolist() == sorted(chosen)
 
 
+def test_of_two_tokens_that_cover_each_other_the_earlier_is_the_centre():
+    """Their gains are equal: rounding, which differs from batch to batch, must not decide."""
+    draw = torch.Generator().manual_seed(5)
+    pairs = torch.nn.functional.normalize(torch.randn(200, 2, WIDTH, generator=draw).abs(), dim=-1)
+    unit = torch.cat([pairs, -pairs.mean(1, keepdim=True)], 1)
+    unit = torch.nn.functional.normalize(unit, dim=-1)
+    alike = graphs.cosines(unit)
+    assert torch.equal(alike, alike.transpose(1, 2))
+    assert torch.allclose(alike, unit @ unit.transpose(1, 2), atol=1e-6)
+    every = torch.ones(200, 3, dtype=torch.bool)
+    centres = graphs.facility_location(alike, every.float(), every, torch.full((200,), 2), every.float())
+    assert (centres == torch.tensor([True, False, True])).all()
+
+
 def test_clusters_without_a_question():
     """No word at all, and a question of some samples only: those without one choose by the tokens alone."""
     found = decoder_context(5)

@@ -23,6 +23,7 @@ from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
+from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
@@ -343,8 +344,13 @@ class DecoderHost:
         return args, kwargs
 
     def _check_soft(self, forward: Forward) -> None:
-        """Raise `LitPruneError` where a token that attention doesn't see would still move a recurrent state."""
-        kinds = self.parts.kinds
+        """Raise `LitPruneError` where a token that attention doesn't see would still move a state, or other keys."""
+        kinds, keys = self.parts.kinds, keys_chosen(self.parts.decoder.config)
+        if forward.session.soft and forward.counts and keys is not None and keys < forward.length:
+            raise LitPruneError(
+                f"soft masks hide tokens from attention alone, and layers of this model choose the {keys} keys of each "
+                f"token among all {forward.length} of the prompt: train it with model.train_mode: drop"
+            )
         if forward.session.soft and forward.counts and any(kind.recurrent for kind in kinds[self.stages[0] :]):
             layers = [layer for layer, kind in enumerate(kinds) if kind.recurrent]
             raise LitPruneError(

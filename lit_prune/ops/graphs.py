@@ -17,6 +17,17 @@ def centred(
     return normalize(features - mean, dim=-1)
 
 
+def cosines(unit: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens tokens"]:
+    """Cosines of all pairs of unit vectors, exactly symmetric, and exactly 1 on the diagonal.
+
+    Two tokens that are alike gain as much by one as by the other: what decides is then their place, not rounding, which
+    differs between batches.
+    """
+    product = unit @ unit.transpose(1, 2)
+    same = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+    return ((product + product.transpose(1, 2)) / 2).masked_fill(same, 1.0)
+
+
 def squared_distance(
     a: Int[Tensor, "batch some"], b: Int[Tensor, "batch others"], side: int
 ) -> Float[Tensor, "batch some others"]:

@@ -159,7 +159,7 @@ class TextAwareClusters(Pruner):
         visual = normalize(selection.gather_rows(context.visual_embeds, columns).float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1) * context.text_mask[..., None]
         to_words = visual @ words.transpose(1, 2)
-        alike = visual @ visual.transpose(1, 2)
+        alike = graphs.cosines(visual)
         centres = graphs.facility_location(alike, real.float(), real, context.count, real.float())
         profile = normalize(to_words, dim=-1)
         mixed = torch.lerp(alike, profile @ profile.transpose(1, 2), self.text)
