@@ -18,7 +18,7 @@ from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.host import compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
-from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks, refuse_paged
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
@@ -265,7 +265,7 @@ class DecoderHost:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        cache = cache_of(kwargs)
+        refuse_paged(cache := cache_of(kwargs))
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
         real = real_columns(kwargs, cache)

@@ -55,7 +55,7 @@ class Choice:
     def of(cls, pruner: str, keep: Any) -> "Choice":
         """By the method's name, YAML file or plug-in folder; raises `LitPruneError`."""
         budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
-        if budget is None and plugin.keep is None:
+        if budget is None and plugin.keep is None and plugin.pruner.default_keep is None:
             raise LitPruneError(
                 f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers"
             )
