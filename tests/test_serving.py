@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, pipeline
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, pipeline
 
 import lit_prune
 from lit_prune.host import Record, Session
@@ -184,9 +184,11 @@ def test_continuous_batching_is_refused_with_a_sentence(served):
     """It packs requests into one paged cache for all layers; afterwards the model answers as before."""
     before = served.answer(IMAGES, PROMPTS, max_new_tokens=4)
     ids = served.encode(IMAGES[:1], PROMPTS[:1])["input_ids"][0].tolist()
-    config = GenerationConfig(
-        max_new_tokens=2, do_sample=False, eos_token_id=served.model.generation_config.eos_token_id
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2)
+    small = ContinuousBatchingConfig(num_blocks=16, block_size=32, max_batch_tokens=256)  # else as large as memory
+    outputs = served.model.generate_batch(
+        [ids], generation_config=config, continuous_batching_config=small, progress_bar=False
     )
-    (output,) = served.model.generate_batch([ids], generation_config=config, progress_bar=False).values()
+    (output,) = outputs.values()
     assert output.error.startswith("continuous batching can't be pruned")
     assert served.answer(IMAGES, PROMPTS, max_new_tokens=4) == before

@@ -119,9 +119,10 @@ class _Connection(http.client.HTTPConnection):
             self.stream.do_handshake()
         self.sock = self.stream
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Close for good; `close` is called by the library as soon as a last response has begun."""
         self.timer.cancel()
-        super().close()
+        self.close()
         if self.stream is not None:
             self.stream.close()
 
@@ -151,9 +152,10 @@ def _get(connection: _Connection, parts: SplitResult, most_bytes: int) -> tuple[
         body = bytearray()
         while chunk := response.read1(CHUNK):
             body += chunk
+            connection.left()
             if len(body) > most_bytes:
                 raise LitPruneError(f"{parts.hostname} sends more than {most_bytes:,} bytes")
         connection.left()  # a body that was cut off may look complete
         return response.status, None, bytes(body)
     finally:
-        connection.close()
+        connection.end()

@@ -57,7 +57,8 @@ class Gate:
                 raise Refused(503, f"{self.limits.requests} requests are running or waiting: try again later")
             body = await self._body(scope, receive)
         except Refused as error:
-            await self._drain(scope, receive)
+            if error.status != 408:
+                await self._drain(scope, receive)
             headers = {"Connection": "close"} | ({"Retry-After": "1"} if error.status == 503 else {})
             await error_response(error.status, str(error), headers)(scope, receive, send)
             return
