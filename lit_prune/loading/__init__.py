@@ -24,11 +24,15 @@ Base = str | Path | PreTrainedConfig  # a folder, a hub id, a configuration
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
 
 
-def load_processor(base: str | Path) -> Any:
-    """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's."""
+def load_processor(base: str | Path, **hub: Any) -> Any:
+    """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's.
+
+    `hub`: options of a repository, see `HUB_OPTIONS`.
+    """
     from transformers import AutoProcessor
 
-    return fetch(AutoProcessor.from_pretrained, adapted_from(base) or base)
+    adapted = adapted_from(base)
+    return fetch(AutoProcessor.from_pretrained, adapted or base, **({} if adapted else hub))
 
 
 def local_processor(base: str | Path) -> Any | None:
