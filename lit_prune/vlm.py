@@ -21,7 +21,7 @@ from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.encoding import encode_images
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find, unwrap
-from lit_prune.loading.locations import HUB_OPTIONS, LOCAL, hub_text, refuse_unnamed
+from lit_prune.loading.locations import HUB_OPTIONS, LOCAL
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml, plugin_in, plugin_on_hub
@@ -45,10 +45,9 @@ def load(
     """Load a frozen vision-language model with its processor, ready to attach a pruner to.
 
     Args:
-        base: "micro", a local folder in the Hugging Face layout, a hub id such as "llava-hf/llava-1.5-7b-hf", a folder
-            or hub id of a peft adapter, the folder or hub id of a plug-in, which is attached to its base model, or a
-            transformers model (or `PeftModel`) object, which is frozen in place. A hub id may be written
-            `OWNER/NAME[/SUBFOLDER][:REVISION]`. With `random_weights` also a configuration.
+        base: "micro", a local folder in the Hugging Face layout, a hub id `OWNER/NAME[/SUBFOLDER][:REVISION]`, a folder
+            or hub id of a peft adapter, or of a plug-in, which is attached to its base model, or a transformers model
+            (or `PeftModel`) object, which is frozen in place. With `random_weights` also a configuration.
         dtype: of the weights. By default float32 for micro, otherwise the checkpoint's; random weights of more than a
             billion parameters are bfloat16.
         processor: a processor, or the name of one to load; by default that of `base`. Random weights and model objects
@@ -58,8 +57,8 @@ def load(
         seed: of random weights.
         strict: raise an error if a checkpoint lacks weights of the model or has unexpected ones; otherwise missing ones
             are random and unexpected ones ignored.
-        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...). Of a
-            repository, or the folder of one: `revision`, `token`, `subfolder`, `cache_dir`.
+        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...), and
+            `revision`, `token`, `subfolder`, `cache_dir` of a repository or folder.
 
     Raises:
         LitPruneError: the model can't be found or built; the message says what would help.
@@ -67,54 +66,15 @@ def load(
     if not isinstance(base, loading.Base | nn.Module) or base == "":
         raise LitPruneError(f"{base!r} is no model: give a name such as 'micro', a folder, a hub id, or a model object")
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    settings = {"dtype": dtype, "processor": processor, "device": device, "seed": seed, "strict": strict}
-    settings["random_weights"] = random_weights
+    settings = {"processor": processor, "device": device, "strict": strict, "random": seed if random_weights else None}
     try:
         if (plugin := plugin_in(base, hub)) is None:
-            return _load(base, **settings, **options)
+            return VLM(*loading.load_base(base, dtype, **settings, **options))
     except LitPruneError:  # a repository shows only when it is opened that it is a plug-in's
         if random_weights or (plugin := plugin_on_hub(base, hub)) is None:
             raise
     rest = {name: value for name, value in options.items() if name not in hub}
-    return _load(plugin.base or LOCAL, **settings, **rest).attach(plugin)
-
-
-def _load(
-    base: loading.Base | nn.Module,
-    *,
-    dtype: torch.dtype | None,
-    processor: Any,
-    random_weights: bool,
-    device: str | torch.device | None,
-    seed: int,
-    strict: bool,
-    **options: Any,
-) -> "VLM":
-    """Load a model with nothing attached; arguments as those of `load`."""
-    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if isinstance(base, nn.Module):
-        if random_weights or dtype is not None or options:
-            raise LitPruneError("a model that is built already is taken as it is: set its dtype and options before")
-        model, name = base, str(getattr(base.config, "_name_or_path", ""))
-    elif random_weights:
-        model = loading.random_model(base, dtype, device or "cpu", seed, **options)
-        name = base.model_type if isinstance(base, loading.PreTrainedConfig) else str(base)
-    elif isinstance(base, loading.PreTrainedConfig):
-        raise LitPruneError("a configuration has no weights: load it with random_weights=True")
-    else:
-        refuse_unnamed(base)
-        if device is not None and "device_map" in options:
-            raise LitPruneError("give either device or device_map: a map says where each part of the model is")
-        # Quantized weights are created on their device, since they can't be moved.
-        if device is not None and "quantization_config" in options:
-            options["device_map"], device = {"": device}, None
-        model, name = loading.load_model(base, dtype, strict=strict, **options), hub_text(base, hub)
-        processor = processor or loading.load_processor(base, **hub)
-    if processor is None:
-        processor = loading.local_processor(name) if name else None
-    elif isinstance(processor, (str, Path)):
-        processor = loading.load_processor(processor)
-    return VLM(model if device is None else model.to(device), processor, name)
+    return VLM(*loading.load_base(plugin.base or LOCAL, dtype, **settings, **rest)).attach(plugin)
 
 
 class VLM:
@@ -261,13 +221,7 @@ class VLM:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, **options: Any) -> "VLM":
-        """Load the base model named in a plug-in folder (or `base`), with the plug-in attached.
-
-        Args:
-            folder: of the plug-in, or its hub id.
-            base: the base model; needed if it was a folder where the plug-in was made.
-            options: `revision`, `token`, `subfolder`, `cache_dir` of the plug-in; others are those of `load`.
-        """
+        """Load a plug-in on the base model that it names, or on `base`; hub options are the plug-in's, others `load`'s."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         plugin = Plugin.from_pretrained(folder, **hub)
         return load(base or plugin.base or LOCAL, **options).attach(plugin)

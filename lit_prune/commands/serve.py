@@ -53,8 +53,7 @@ def run(
         lit-prune serve fastv --model llava-hf/llava-1.5-7b-hf --keep 64 --host 0.0.0.0 --limits.new_tokens 256
     """
     check_number("--port", port, least=0, most=65535, whole=True)
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise LitPruneError(f"serving needs {', '.join(missing)}: {extra('serve')}")
+    _check_packages()
     if image_folder is not None and not image_folder.is_dir():
         raise LitPruneError(f"--image-folder {image_folder} is no folder")
     from lit_prune.commands._support.inputs import Choice, attach, load_model  # with PyTorch, which --help does without
@@ -64,8 +63,6 @@ def run(
     choice = Choice.of(pruner, keep)
     listening = listen(host, port)  # one that is taken shows before the model is loaded
     vlm = load_model(model, dtype, device)
-    if vlm.processor is None:
-        raise LitPruneError(f"{model} has no processor to read requests with")
     title = attach(vlm, choice)
     name = name or (Path(model).name if Path(model).expanduser().is_dir() else model)
     server = Server(vlm, name, ImageSources(image_urls, image_folder, limits))
@@ -75,3 +72,8 @@ def run(
     console.say(f"{title} on {name} at http://{address}:{listening.getsockname()[1]}/v1 (Ctrl-C ends it)")
     server.run(listening)
     console.say("stopped")
+
+
+def _check_packages() -> None:
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise LitPruneError(f"serving needs {', '.join(missing)}: {extra('serve')}")

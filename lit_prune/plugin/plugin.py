@@ -5,7 +5,6 @@ it is executed, and only classes of this project, or ones already imported, are 
 """
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +22,7 @@ from lit_prune.host.options import HostOptions
 from lit_prune.loading.locations import LOCAL, public_name
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.plugin import reading
+from lit_prune.plugin.bases import same_weights
 from lit_prune.plugin.card import LICENSE, MARK, model_card
 from lit_prune.plugin.reading import RESULTS, SETTINGS, WEIGHTS
 from lit_prune.pruners.base import Dims, Full, PruningMethod, spec
@@ -67,7 +67,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
                 f"this plug-in was made for {self._base_text or 'a model'} with {self.dims.depth} decoder layers of "
                 f"width {self.dims.width}, the model here has {dims.depth} of width {dims.width}"
             )
-        if self.trained and self.fingerprint and fingerprint and not _same(self.fingerprint, fingerprint):
+        if self.trained and self.fingerprint and fingerprint and not same_weights(self.fingerprint, fingerprint):
             raise LitPruneError(
                 f"this plug-in was trained for the weights of {self._base_text or 'another model'}, which differ from "
                 f"the model's here: load that base model, or train again for this one"
@@ -165,7 +165,10 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         content = self.content()
         (save_directory / WEIGHTS).write_bytes(content)
         results = self.results
-        if results is not None and (results["weights"], results.get("keep")) == (digest(content), as_json(self.keep)):
+        if results is not None and (results["weights"], results.get("keep")) == (
+            reading.digest(content),
+            as_json(self.keep),
+        ):
             (save_directory / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         else:
             self.results = None
@@ -265,11 +268,6 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         return plugin.eval()
 
 
-def digest(content: bytes) -> str:
-    """Checksum of weights, by which `Plugin.results` know theirs."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def unpruned() -> Plugin:
     """Create the plug-in of the full model, which prunes nothing."""
     return Plugin(Full()).eval()
@@ -284,21 +282,3 @@ def learns(plugin: Plugin, dims: Dims) -> bool:
     except LitPruneError:  # it doesn't fit this model; attaching it raises the error
         return False
     return built.trained
-
-
-def fingerprint(model: nn.Module) -> list[float]:
-    """Sample a few weights, to distinguish models of the same shape; empty if weights can't be read."""
-    values: list[float] = []
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and "self_attn" in name]
-    for _, weight in (named[0], named[len(named) // 2], named[-1]) if named else ():
-        if weight.is_meta or not weight.is_floating_point() or weight.numel() < 8:
-            return []
-        values += weight.detach().flatten()[:8].float().cpu().tolist()
-    return values
-
-
-def _same(a: list[float], b: list[float]) -> bool:
-    """Equal up to rounding to half precision."""
-    if len(a) != len(b):
-        return False
-    return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2 * max(map(abs, a)))

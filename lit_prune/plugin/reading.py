@@ -1,5 +1,6 @@
 """Read a plug-in's settings, and build pruner, adapter and options from them; errors name the file they came from."""
 
+import hashlib
 import importlib
 import json
 import sys
@@ -75,6 +76,11 @@ def check_settings(settings: Any, path: Path) -> None:
 def known_base(name: str) -> str:
     """Base model that a file names, if it can be had here: older files hold paths, which others don't have."""
     return name if not name or Path(name).expanduser().is_dir() else public_name(name)
+
+
+def digest(content: bytes) -> str:
+    """Checksum of weights, by which figures of a test know the plug-in that they are of."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
