@@ -221,7 +221,7 @@ class VLM:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, **options: Any) -> "VLM":
-        """Load a plug-in on the base model that it names, or on `base`; hub options are the plug-in's, others `load`'s."""
+        """Load a plug-in on the base that it names, or on `base`; hub options are the plug-in's, others `load`'s."""
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         plugin = Plugin.from_pretrained(folder, **hub)
         return load(base or plugin.base or LOCAL, **options).attach(plugin)
