@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,14 +13,18 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import tiny
-from huggingface_hub import constants, file_download
+from huggingface_hub import ModelCard, constants, file_download
+from PIL import Image
 
 import lit_prune
 from lit_prune.cli import main
 from lit_prune.errors import LitPruneError
-from lit_prune.plugin import SETTINGS, WEIGHTS, Plugin
+from lit_prune.loading.locations import hub_place, hub_text, public_name
+from lit_prune.plugin import SETTINGS, WEIGHTS, Plugin, fingerprint
+from lit_prune.pruners.divprune import DivPrune
 from lit_prune.vlm import VLM, as_plugin
 
+PICTURE = Image.new("RGB", (96, 96), "red")
 MICRO = tiny.ROOT / "lit_prune" / "micro" / "weights"
 
 
@@ -188,3 +193,160 @@ def test_published_and_loaded_by_every_door(hub, saved, micro, tmp_path, capsys)
             as_plugin(name)
     with pytest.raises(LitPruneError, match=r"me/forbidden can't be published: .*403"):
         first.push_to_hub("me/forbidden")
+
+
+def test_a_subfolder_is_part_of_a_name(hub, saved, micro):
+    """One repository may hold several plug-ins, and a model."""
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    hub.repositories["me/many"] = [{}, {f"keep_16/deep/{name}": content for name, content in files.items()}]
+    hub.repositories["me/many"][-1] |= {f"model/{path.name}": path.read_bytes() for path in MICRO.iterdir()}
+    expected = Plugin.from_pretrained(saved)
+    try:
+        assert same(micro.attach("me/many/keep_16/deep").plugin, expected)
+        assert same(micro.attach("me/many", subfolder="keep_16/deep", revision="v1").plugin, expected)
+        assert same(micro.attach(saved.parent, subfolder=saved.name).plugin, expected)
+    finally:
+        micro.detach()
+    vlm = lit_prune.load("me/many/model:v1")
+    assert vlm.name == "me/many/model:v1"
+    assert vlm.plugin is None
+    assert fingerprint(vlm.model) == fingerprint(micro.model)
+    assert lit_prune.load("me/many", subfolder="model", revision="main").name == "me/many/model:main"
+    assert same(lit_prune.load("me/many/keep_16/deep").plugin, expected)
+
+
+def test_a_card_that_was_edited_is_kept(hub, saved, micro):
+    """Here and on the hub; one that was not is renewed."""
+    plugin = Plugin.from_pretrained(saved)
+    plugin.push_to_hub("me/rcp")
+    hub.repositories["me/rcp"][-1] |= {"README.md": b"# mine", "config.json": b"{}", "results.json": b"{}"}
+    plugin.push_to_hub("me/rcp")
+    assert sorted(hub.repositories["me/rcp"][-1]) == ["README.md", SETTINGS, WEIGHTS]
+    assert hub.repositories["me/rcp"][-1]["README.md"] == b"# mine"
+    plugin.keep = 24
+    plugin.save_pretrained(saved)
+    assert "budget: 24 of 144" in (saved / "README.md").read_text()
+    (saved / "README.md").write_text("# mine")
+    plugin.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "# mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "options"),
+    [
+        ("me/rcp", "me/rcp", {}),
+        ("me/rcp:v1", "me/rcp", {"revision": "v1"}),
+        ("me/rcp:refs/pr/1", "me/rcp", {"revision": "refs/pr/1"}),
+        ("me/rcp/a/b", "me/rcp", {"subfolder": "a/b"}),
+        ("me/rcp/a:v1", "me/rcp", {"subfolder": "a", "revision": "v1"}),
+        ("micro", "micro", {}),
+        ("/srv/models/llava", "/srv/models/llava", {}),
+        ("./me/rcp:v1", "./me/rcp:v1", {}),
+        ("C:\\models\\llava", "C:\\models\\llava", {}),
+        ("me/rcp:", "me/rcp:", {}),
+        ("", "", {}),
+        ("a\0b/c:d", "a\0b/c:d", {}),
+    ],
+)
+def test_names_of_repositories(name, repository, options):
+    assert hub_place(name) == (repository, options)
+    assert hub_text(repository, options) == name
+
+
+def test_options_are_checked(micro, saved):
+    for options, sentence in (({"revison": "v1"}, "no option `revison`"), ({"revision": 3}, "revision=3 must be text")):
+        with pytest.raises(LitPruneError, match=sentence):
+            micro.attach(saved, **options)
+    with pytest.raises(LitPruneError, match="revision is an option of plug-ins on the hub"):
+        micro.attach("divprune", keep=16, revision="v1")
+    with pytest.raises(LitPruneError, match="token is an option of plug-ins on the hub"):
+        micro.attach(DivPrune(), keep=16, token="x")
+
+
+# -- folders that travel --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("micro", "micro"),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("me/rcp/sub:v1", "me/rcp/sub:v1"),
+        ("/home/me/hub/models--me--llava/snapshots/0a1b", "me/llava"),
+        ("/srv/models/llava", "local"),
+        ("./llava", "local"),
+        ("~/llava", "local"),
+        ("a/b/c/../d", "local"),
+        ("tests/data", "local"),
+    ],
+)
+def test_names_that_others_know(name, public, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    assert public_name(name) == public
+
+
+def test_a_folder_written_on_one_machine_loads_on_another(micro, tmp_path, monkeypatch):
+    """Base model and plug-in lie elsewhere there; the fingerprint says that the base is the right one."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(MICRO, here / "base")
+    vlm = lit_prune.load(here / "base").attach("rcp", keep=16)
+    tiny.shake(vlm.plugin, 0.05)
+    vlm.save_pretrained(here / "plugin")
+    expected = vlm.answer(PICTURE, "is there a star ?", max_new_tokens=4)
+    for file in (here / "plugin").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    assert json.loads((here / "plugin" / SETTINGS).read_text())["base"] == "local"
+    here.rename(there)
+    for load in (
+        lambda: lit_prune.load(there / "base").attach(there / "plugin"),
+        lambda: VLM.from_pretrained(there / "plugin", base=there / "base"),
+    ):
+        assert load().answer(PICTURE, "is there a star ?", max_new_tokens=4) == expected
+    for load in (lambda: lit_prune.load(there / "plugin"), lambda: VLM.from_pretrained(there / "plugin")):
+        with pytest.raises(LitPruneError, match="was a folder where it was made, and isn't named"):
+            load()
+    with pytest.raises(LitPruneError, match="trained for the weights of a local model"):
+        lit_prune.load("micro", random_weights=True).attach(there / "plugin")
+    # Written by an earlier version: an absolute path, and the mixin's config.json.
+    settings = json.loads((there / "plugin" / SETTINGS).read_text())
+    (there / "plugin" / "config.json").write_text('{"base": "", "keep": null}')
+    for base, name in ((str(there / "base"), str(there / "base")), (str(here / "base"), None)):
+        (there / "plugin" / SETTINGS).write_text(json.dumps(settings | {"base": base}))
+        if name is None:
+            with pytest.raises(LitPruneError, match="isn't named"):
+                lit_prune.load(there / "plugin")
+        else:
+            assert lit_prune.load(there / "plugin").name == name
+
+
+def test_a_plugin_folder_is_a_model_for_loading_and_for_the_commands(saved, micro, tmp_path, capsys, monkeypatch):
+    vlm = lit_prune.load(saved)
+    assert (vlm.name, vlm.plugin.keep) == ("micro", 16)
+    PICTURE.save(tmp_path / "0.png")
+    main(["generate", "--image", str(tmp_path / "0.png"), "--prompt", "is there a star ?", "--model", str(saved)])
+    shown = capsys.readouterr().out
+    assert "16" in shown
+    assert "RCP" in shown
+
+
+def test_a_card_and_no_config(saved, micro, tmp_path):
+    """What the hub reads of a card; a model's folder is not written into."""
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", SETTINGS, WEIGHTS]
+    plugin = Plugin.from_pretrained(saved)
+    plugin.base = "llava-hf/llava-1.5-7b-hf:v1"
+    plugin.results = {"weights": "of another", "data": "x", "date": "x", "figures": {}}
+    plugin.save_pretrained(tmp_path / "card", license="llama2")
+    card = ModelCard.load(tmp_path / "card" / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "llava-hf/llava-1.5-7b-hf",
+        "base_model_relation": "adapter",
+        "library_name": "lit_prune",
+        "license": "llama2",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["visual-token-pruning"],
+    }
+    for line in ("schedule: 15 from layer 1", "budget: 16 of 144", 'lit_prune.load("FOLDER")', "vlm.attach("):
+        assert line in card.text
+    assert "Measured" not in card.text
+    shutil.copytree(MICRO, tmp_path / "model")
+    with pytest.raises(LitPruneError, match="is the folder of a model"):
+        plugin.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file()

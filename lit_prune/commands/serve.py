@@ -13,8 +13,8 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def run(
-    pruner: str,
-    model: str = "micro",
+    pruner: str | None = None,
+    model: str | None = None,
     keep: Any = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -33,8 +33,9 @@ def run(
 
     Args:
         pruner: Shipped method (`lit-prune configs list pruners`), YAML file, plug-in folder or hub id, e.g. --pruner
-            fastv; "full" is the plain model.
-        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
+            fastv; "full" is the plain model. By default the plug-in of --model.
+        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf; or a plug-in's folder or hub
+            id, which brings its base model. By default the base model of the plug-in, or micro.
         keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16 or --keep 11.1%; by default the
             plug-in's own.
         host: Address to serve at. Any but this machine's own lets others in, e.g. --host 0.0.0.0.
@@ -53,16 +54,22 @@ def run(
         lit-prune serve fastv --model llava-hf/llava-1.5-7b-hf --keep 64 --host 0.0.0.0 --limits.new_tokens 256
     """
     check_number("--port", port, least=0, most=65535, whole=True)
+    if pruner is None and model is None:
+        raise LitPruneError("give a method or a plug-in to serve, e.g. lit-prune serve divprune --keep 16")
     _check_packages()
     if image_folder is not None and not image_folder.is_dir():
         raise LitPruneError(f"--image-folder {image_folder} is no folder")
-    from lit_prune.commands._support.inputs import Choice, attach, load_model  # with PyTorch, which --help does without
+    # with PyTorch, which --help does without
+    from lit_prune.commands._support.inputs import Choice, attach, load_model, own_choice
     from lit_prune.commands._support.serving.images import ImageSources
     from lit_prune.commands._support.serving.server import Server, listen
 
-    choice = Choice.of(pruner, keep)
+    choice = None if pruner is None else Choice.of(pruner, keep)
+    model = model or (choice.plugin.base if choice else None) or "micro"
     listening = listen(host, port)  # one that is taken shows before the model is loaded
     vlm = load_model(model, dtype, device)
+    if (choice := choice or own_choice(vlm, model, keep)) is None:
+        raise LitPruneError(f"{model} is no plug-in: give --pruner too (full serves the plain model)")
     title = attach(vlm, choice)
     name = name or (Path(model).name if Path(model).expanduser().is_dir() else model)
     server = Server(vlm, name, ImageSources(image_urls, image_folder, limits))

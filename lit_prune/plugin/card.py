@@ -10,7 +10,7 @@ from lit_prune.loading.locations import LOCAL, hub_place, public_name
 LICENSE = "apache-2.0"  # this project's; `save_pretrained(..., license=...)` names another
 MARK = "<!-- written by lit_prune, and written again when the plug-in is saved; without this line it is yours -->"
 TAGS = ["visual-token-pruning"]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 CARD = """---
 {{ card_data }}

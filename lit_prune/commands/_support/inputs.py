@@ -62,6 +62,12 @@ class Choice:
         return cls(pruner, plugin, budget)
 
 
+def own_choice(vlm: VLM, name: str, keep: Any = None) -> Choice | None:
+    """The plug-in that came with the model, where `name` is that of a plug-in and not of a model; else None."""
+    budget = None if keep is None else parse_budget(keep, "--keep")
+    return None if vlm.plugin is None else Choice(name, vlm.plugin, budget)
+
+
 def attach(vlm: VLM, choice: Choice) -> str:
     """Attach a method; returns its title."""
     plugin = choice.plugin
