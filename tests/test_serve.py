@@ -38,6 +38,7 @@ from lit_prune.commands._support.serving.limits import Limits  # noqa: E402
 from lit_prune.commands._support.serving.server import Server, listen  # noqa: E402
 
 IN_PROGRESS = "lit_prune_requests_in_progress"
+CODE_200 = 'lit_prune_requests_total{code="200"}'
 CHAT = "/v1/chat/completions"
 QUESTIONS = [
     "what colour is the circle ?",
@@ -123,7 +124,9 @@ def test_answers_are_those_of_answer_one_by_one_at_once_and_streamed(vlm, client
         with ThreadPoolExecutor(len(bodies)) as pool:
             responses = list(pool.map(lambda body: client.post(CHAT, json=body), bodies))
         assert [text_of(response) for response in responses] == expected
-        after = counters(client)
+        sent = before.get(CODE_200, 0) + 8
+        while (after := counters(client)).get(CODE_200, 0) < sent:  # counted when an answer has been sent
+            time.sleep(0.01)
     finally:
         vlm.attach(plugin)
     change = {name: after[name] - before.get(name, 0) for name in after}

@@ -91,28 +91,25 @@ class _Generation:
 
     def __init__(self, vlm: VLM, metrics: Metrics, ids: Tensor) -> None:
         self.vlm, self.metrics, self.ids = vlm, metrics, ids
-        self.arrival, self.tokens = ARRIVAL.get(), 0
+        self.arrival, self.tokens, self.record = ARRIVAL.get(), 0, Record()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Record the prefill; the counters change when the call ends, however it ends."""
-        record, host = Record(), self.vlm.host
+        """Record the prefill."""
+        host = self.vlm.host
         prunes = host is not None and host.handles
-        try:
-            with self.vlm.using(Session(record=record)) if prunes else nullcontext():
-                yield
-        finally:
-            self.metrics.generated.inc(self.tokens)
-            if self.tokens:
-                visual, kept = self._visual(record)
-                self.metrics.visual.inc(visual)
-                self.metrics.kept.inc(kept)
+        with self.vlm.using(Session(record=self.record)) if prunes else nullcontext():
+            yield
 
     def token(self) -> None:
-        """Count a token; the first one gives the time to first token."""
+        """Count a token; the first one gives the time to first token, and what the prefill kept."""
         self.tokens += 1
+        self.metrics.generated.inc()
         if self.tokens == 1:
             self.metrics.first_token.observe(time.perf_counter() - self.arrival)
+            visual, kept = self._visual(self.record)
+            self.metrics.visual.inc(visual)
+            self.metrics.kept.inc(kept)
 
     def _visual(self, record: Record) -> tuple[float, float]:
         """Visual tokens of the prompt, and how many of them an average layer saw."""
