@@ -19,9 +19,8 @@ from lit_prune.errors import LitPruneError, extra
 MICRO = Path(__file__).parents[1] / "micro" / "weights"
 PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be reached
 HUB_OPTIONS = ("revision", "token", "subfolder", "cache_dir")  # which version of a repository, and how to get it
-HUB_NAME = re.compile(
-    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<subfolder>(?:/\w[\w.-]*)*)(?::(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
-)
+WORD = r"\w[\w.-]*"
+HUB_NAME = re.compile(rf"(?P<repo>{WORD}/{WORD})(?P<subfolder>(?:/{WORD})*)(?::(?P<revision>[\w.-]+(?:/[\w.-]+)*))?")
 SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)[/\\]snapshots(?:[/\\]|$)")
 LOCAL = "local"  # in place of a folder's path, which nobody else has
 
