@@ -20,6 +20,7 @@ FILES = {
 FUNCTIONS = {
     "commands.bench.run": HELP,
     "commands.compare.run": HELP,
+    "commands.serve.run": HELP,
 }
 SIGNATURES = {
     **{f"commands.{verb}.run": OPTIONS for verb in VERBS},
