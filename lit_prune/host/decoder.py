@@ -18,7 +18,7 @@ from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.host import checks, compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
-from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks, refuse_paged
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
@@ -272,8 +272,8 @@ class DecoderHost:
         """Step 1 of a forward: find the columns, plan the stages, and put the `Forward` among the keywords."""
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        refuse_paged(cache := cache_of(kwargs))
         # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
-        cache = cache_of(kwargs)
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
         real = real_columns(kwargs, cache)
