@@ -25,6 +25,7 @@ from lit_prune.host.structure import counted_size
 from lit_prune.loading.locations import HUB_OPTIONS, LOCAL
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
+from lit_prune.plugin.description import as_html, describe
 from lit_prune.plugin.methods import as_plugin, plugin_from_yaml, plugin_in, plugin_on_hub
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
@@ -93,17 +94,16 @@ class VLM:
 
     def __repr__(self) -> str:
         """Describe the model and the attached plug-in: method, budget, schedule, trainable parameters."""
-        weights = sum(p.numel() for p in self.model.parameters())
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        model = f"{type(self.model).__name__}, {weights:,} frozen parameters, {dtype} on {self.model.device}"
-        lines = [f"VLM({self.name and self.name + ', '}{model})"]
-        if self.processor is None:
-            lines.append("processor: none, so give token ids and pixels to `model`")
-        if self.plugin is None or self.host is None or not self.host.handles:
-            lines.append("pruner: none, the plain model")
-        else:
-            lines += self.plugin.summary(self.host.schedule)
-        return "\n  ".join(lines)
+        return "\n  ".join(self._described())
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        return as_html(self._described())
+
+    def _described(self) -> list[str]:
+        attached = self.host is not None and bool(self.host.handles)
+        plugin, schedule = (self.plugin, self.host.schedule) if attached else (None, None)
+        return describe(self.name, self.model, self.processor, plugin, schedule)
 
     def __getstate__(self) -> dict[str, Any]:
         """Make a model pickle after a forward; see `drop_capturing_hooks`."""

@@ -109,16 +109,21 @@ def _plugin(pruner: str, hub: dict[str, Any]) -> Plugin:
 
 def plugin_from_yaml(path: str | Path) -> Plugin:
     """Create an untrained plug-in from a file such as those in `configs/pruners/`, with the command line's parser."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
     try:
         model = read_yaml(path).get("model")
     except NoMapping:
         model = None
     if not isinstance(model, dict) or not model.get("pruner"):
         raise LitPruneError(f"{path} names no method: it needs `model: {{pruner: {{class_path: ...}}}}`")
+    return plugin_of(model, str(path))
+
+
+def plugin_of(model: dict[str, Any], source: str) -> Plugin:
+    """Create an untrained plug-in from the fields of a YAML file's `model`; errors name their `source`."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
     if renamed := old_keys(model, "model"):
-        raise LitPruneError(f"{path}: {renamed_text(renamed)}")
+        raise LitPruneError(f"{source}: {renamed_text(renamed)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pruner", type=PruningMethod)
     parser.add_argument("--repair", type=RepairAdapter | None)
@@ -129,10 +134,10 @@ def plugin_from_yaml(path: str | Path) -> Plugin:
         chosen = {key: model[key] for key in names if model.get(key) is not None}
         built = parser.instantiate(parser.parse_object(chosen))
     except ArgumentError as error:
-        raise LitPruneError(f"{path}: {error}") from error
+        raise LitPruneError(f"{source}: {error}") from error
     options = HostOptions(**{name: built[name] for name in vars(HostOptions())})
     keep = model.get("keep")
-    budget = None if keep is None else parse_budget(keep, f"{path}: model.keep")
+    budget = None if keep is None else parse_budget(keep, f"{source}: model.keep")
     return Plugin(built.pruner, built.get("repair"), budget, options=options).eval()
 
 
