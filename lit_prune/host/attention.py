@@ -84,9 +84,10 @@ def row_attention(
     """
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1] * count, dim)
-    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).float().mul_(scaling)
+    exact = torch.promote_types(query.dtype, torch.float32)  # half precision is too coarse to rank by
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).to(exact).mul_(scaling)
     if key_bias is not None:
-        logits = logits + key_bias[:, None, None].float()
+        logits = logits + key_bias[:, None, None].to(exact)
     columns = torch.arange(key.shape[2], device=key.device)
     allowed = ((columns <= rows[..., None]) if limits is None else limits) & valid[:, None]
     # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.

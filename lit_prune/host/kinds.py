@@ -1,4 +1,4 @@
-"""What each decoder layer does with the tokens that it is given, read off a configuration."""
+"""Kinds of decoder layers (attention, window, recurrent, ...), read off a configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,13 @@ def kinds(text: Any, given: bool = False) -> tuple[Kind, ...]:
     if not names:
         names = ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
     return tuple(_kind(name, window, chunk, given) for name in names)
+
+
+def keys_chosen(text: Any) -> int | None:
+    """Keys that each token attends to in layers that choose them (sparse attention); None: no layer does."""
+    if (blocks := _first(text, "index_topk_blocks")) is not None:
+        return blocks * (_first(text, "index_block_size") or 1)
+    return _first(text, "index_topk", "indexer_budget")
 
 
 def _kind(name: str, window: int | None, chunk: int | None, given: bool) -> Kind:

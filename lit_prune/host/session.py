@@ -1,4 +1,4 @@
-"""How a caller wants forwards to run, and what they note for it."""
+"""Sessions: a caller's settings for its forwards, and what they record for it."""
 
 from dataclasses import dataclass, field
 
@@ -30,7 +30,8 @@ class Record:
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
     to predict, where labels were given and the session is `answers_only`.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
-    `embeds` (batch, N, width) are the visual tokens as they enter the decoder.
+    `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
+    vision tower left in `VisionContext.memory`.
     """
 
     keep_hidden: bool | frozenset[int] = False
@@ -41,6 +42,7 @@ class Record:
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
     targets: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
     begun: bool = False
 
     def keeps(self, layer: int) -> bool:
@@ -50,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Session:
-    """How the host treats the forwards inside `host.using(...)`.
+    """Settings of the forwards inside `host.using(...)`.
 
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
