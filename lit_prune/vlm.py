@@ -94,16 +94,11 @@ class VLM:
 
     def __repr__(self) -> str:
         """Describe the model and the attached plug-in: method, budget, schedule, trainable parameters."""
-        return "\n  ".join(self._described())
+        return "\n  ".join(describe(self))
 
     def _repr_html_(self) -> str:
         """The same as a table, for notebooks."""
-        return as_html(self._described())
-
-    def _described(self) -> list[str]:
-        attached = self.host is not None and bool(self.host.handles)
-        plugin, schedule = (self.plugin, self.host.schedule) if attached else (None, None)
-        return describe(self.name, self.model, self.processor, plugin, schedule)
+        return as_html(describe(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Make a model pickle after a forward; see `drop_capturing_hooks`."""

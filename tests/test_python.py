@@ -129,7 +129,7 @@ def test_a_notebook_shows_the_same_as_a_table(micro):
     assert table.find("caption").text == head
     assert head.startswith("VLM(<b>&amp;, Llava")
     assert [": ".join(cell.text for cell in row) for row in table.iter("tr")] == lines
-    assert len(lines) == 4
+    assert len(lines) == 5
 
 
 def test_repr_without_a_name_or_a_processor(tiny_model):

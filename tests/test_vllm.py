@@ -45,8 +45,9 @@ def configured(vlm: VLM, given: object):
     return config
 
 
-def attached(vlm: VLM, pruner: str | dict, keep: int) -> VLM:
-    return vlm.attach(plugin_of({"pruner": pruner}, "test") if isinstance(pruner, dict) else pruner, keep=keep)
+def attached(vlm: VLM, pruner: str | dict, keep: int, positions: str = "original") -> VLM:
+    plugin = plugin_of({"pruner": pruner}, "test") if isinstance(pruner, dict) else pruner
+    return vlm.attach(plugin, keep=keep, positions=positions)
 
 
 # -- what stays of an image, and where ------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ def attached(vlm: VLM, pruner: str | dict, keep: int) -> VLM:
 def test_an_image_keeps_what_it_keeps_in_transformers(vlm, pruner):
     pixels = torch.stack([torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i)) for i in range(3)])
     config = configured(vlm, {"pruner": pruner, "keep": 16})
+    assert settings_of(config).positions == ("original" if isinstance(pruner, dict) else "renumbered"), "as shipped"
     encoder = Encoder(config, settings_of(config))
     loaded: set[str] = set()
     rest = list(encoder.load(vlm.model.state_dict().items(), loaded))
@@ -105,6 +107,7 @@ def test_indices_survive_half_precision():
         ({"pruner": "cdpruner", "keep": 16}, "CDPruner reads the question"),
         ({"pruner": "divprune"}, "give keep"),
         ({"pruner": "divprune", "keep": {"2": 16}}, "decoder layer 0 only"),
+        ({"pruner": "divprune", "keep": 16, "positions": "some"}, "positions"),
         ({"pruner": "divprune", "keep": "many"}, "lit_prune.keep"),
         ({"pruner": "divprune", "tokens": 16}, "unknown tokens"),
         ({"pruner": "divprun", "keep": 16}, "divprune"),
@@ -120,12 +123,15 @@ def test_what_vllm_cannot_run_is_refused(vlm, given, says):
         Encoder(config, settings_of(config))
 
 
-def test_other_positions_and_trained_parts_are_refused(vlm, tmp_path):
-    load("micro").attach("divprune", keep=16, positions="renumbered").save_pretrained(tmp_path / "renumbered")
-    with pytest.raises(LitPruneError, match="original positions"):
-        settings_of(configured(vlm, {"pruner": str(tmp_path / "renumbered")}))
-    load("micro").attach("divprune", keep=16).save_pretrained(tmp_path / "plain")
-    assert settings_of(configured(vlm, {"pruner": str(tmp_path / "plain")})).planned(144) == 16
+def test_a_plugin_folder_brings_its_budget_and_options(vlm, tmp_path):
+    vlm.attach("divprune", keep=16, positions="original").save_pretrained(tmp_path / "a")
+    vlm.attach("divprune", keep=16, proportional_attention="count").save_pretrained(tmp_path / "b")
+    vlm.detach()
+    found = settings_of(configured(vlm, {"pruner": str(tmp_path / "a")}))
+    assert (found.planned(144), found.positions) == (16, "original")
+    assert settings_of(configured(vlm, {"pruner": str(tmp_path / "a"), "positions": "renumbered"})).positions[0] == "r"
+    with pytest.raises(LitPruneError, match="proportional attention"):
+        settings_of(configured(vlm, {"pruner": str(tmp_path / "b")}))
 
 
 def test_the_plain_model_needs_no_positions(vlm):
@@ -135,7 +141,7 @@ def test_the_plain_model_needs_no_positions(vlm):
 
 def test_rotary_embeddings_become_those_of_three_equal_rows(vlm):
     """The sections of M-RoPE add up to half a head; other kinds of embeddings are refused."""
-    asked = {"pruner": "divprune", "keep": "11.1%"}
+    asked = {"pruner": "divprune", "keep": "11.1%", "positions": "original"}
     model_config = SimpleNamespace(hf_config=configured(vlm, asked), multimodal_config=SimpleNamespace())
     prepare(model_config)
     assert sum(model_config.hf_config.text_config.rope_parameters["mrope_section"]) == 16
@@ -208,19 +214,27 @@ class TestEngine:
     pytestmark = engines
 
     @pytest.mark.parametrize(
-        ("pruner", "keep"),
-        [(None, FULL), ("divprune", 16), ("divprune", 8), ("visionzip", 16), ("scope", 16), (ACGR, 16)],
-        ids=["full", "divprune-16", "divprune-8", "visionzip-16", "scope-16", "dcp-16"],
+        ("pruner", "keep", "positions"),
+        [
+            (None, FULL, "original"),
+            ("divprune", 16, "original"),
+            ("divprune", 8, "original"),
+            ("divprune", 16, "renumbered"),
+            ("visionzip", 16, "original"),
+            ("scope", 16, "original"),
+            (ACGR, 16, "original"),
+        ],
+        ids=["full", "divprune-16", "divprune-8", "divprune-renumbered", "visionzip-16", "scope-16", "dcp-16"],
     )
-    def test_answers_are_ours(self, vlm, questions, pruner, keep):
+    def test_answers_are_ours(self, vlm, questions, pruner, keep, positions):
         if pruner is None:
             vlm.detach()
         else:
-            attached(vlm, pruner, keep)
+            attached(vlm, pruner, keep, positions)
         images, texts = map(list, zip(*questions, strict=True))
         expected = vlm.answer(images, texts, 8)
         whole = vlm.encode(images, texts)["attention_mask"].sum(1)
-        given = None if pruner is None else {"pruner": pruner, "keep": keep}
+        given = None if pruner is None else {"pruner": pruner, "keep": keep, "positions": positions}
         with engine(given, MICRO, "LitPruneLlava") as llm:
             answers, lengths = generate(llm, vlm, [([image], text) for image, text in questions])
         assert answers == expected
@@ -235,7 +249,9 @@ class TestEngine:
             for images, text in prompts + pairs
         ]
         limits = {"max_num_batched_tokens": 24, "enable_chunked_prefill": True, "limit_mm_per_prompt": {"image": 2}}
-        with engine({"pruner": "divprune", "keep": 16}, MICRO, "LitPruneLlava", **limits) as llm:
+        with engine(
+            {"pruner": "divprune", "keep": 16, "positions": "original"}, MICRO, "LitPruneLlava", **limits
+        ) as llm:
             answers, _ = generate(llm, vlm, prompts + pairs)
             again, _ = generate(llm, vlm, prompts + pairs)
         assert answers == expected

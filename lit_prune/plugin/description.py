@@ -3,26 +3,18 @@
 from html import escape
 from typing import Any
 
-from torch import nn
 
-from lit_prune.ops.budget import Schedule
-from lit_prune.plugin.plugin import Plugin
-
-
-def describe(
-    name: str, model: nn.Module, processor: Any, plugin: Plugin | None, schedule: Schedule | None
-) -> list[str]:
-    """Lines: the model; then `key: value` for the method, its budget, schedule, repair and trainable parameters.
-
-    `plugin` is None for the plain model; `schedule` is that of its method, if known before a forward.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    dtype = str(model.dtype).removeprefix("torch.")
-    shape = f"{type(model).__name__}, {weights:,} frozen parameters, {dtype} on {model.device}"
-    lines = [f"VLM({name and name + ', '}{shape})"]
-    if processor is None:
+def describe(vlm: Any) -> list[str]:
+    """Lines of a `VLM`: the model; then `key: value` for method, budget, schedule, repair and trainable parameters."""
+    weights = sum(p.numel() for p in vlm.model.parameters())
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    shape = f"{type(vlm.model).__name__}, {weights:,} frozen parameters, {dtype} on {vlm.model.device}"
+    lines = [f"VLM({vlm.name and vlm.name + ', '}{shape})"]
+    if vlm.processor is None:
         lines.append("processor: none, so give token ids and pixels to `model`")
-    return lines + (["pruner: none, the plain model"] if plugin is None else plugin.summary(schedule))
+    if vlm.plugin is None or vlm.host is None or not vlm.host.handles:
+        return [*lines, "pruner: none, the plain model"]
+    return lines + vlm.plugin.summary(vlm.host.schedule)
 
 
 def as_html(lines: list[str]) -> str:

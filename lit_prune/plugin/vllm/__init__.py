@@ -28,3 +28,27 @@ def register() -> None:
         if name not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(name, f"{__name__}.{place}")
         MODELS_CONFIG_MAP[name] = Prepared
+    _let_cpus_prune()
+
+
+def _let_cpus_prune() -> None:
+    """Have vLLM's CPU runner look whether a model sets positions itself: it has a `load_model` of its own, without."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load_model = CPUModelRunner.load_model
+    if getattr(load_model, "lit_prune", False):
+        return
+
+    def load_and_look(self, *args, **kwargs) -> None:
+        load_model(self, *args, **kwargs)
+        config = self.model_config.multimodal_config
+        marked = config is not None and config.is_multimodal_pruning_enabled()
+        self.is_multimodal_pruning_enabled = marked and supports_multimodal_pruning(self.get_model())
+
+    load_and_look.lit_prune = True
+    CPUModelRunner.load_model = load_and_look

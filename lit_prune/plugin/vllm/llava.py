@@ -64,14 +64,14 @@ class LitPruneLlava(PrunedModel, LlavaForConditionalGeneration, SupportsMultiMod
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
         """Positions (3, tokens) of a prompt before it is known which tokens of its images are kept, and their lead."""
-        places = sorted(feature.mm_position.offset for feature in mm_features)
-        positions = self._outline(len(input_tokens), places)
+        offsets = sorted(feature.mm_position.offset for feature in mm_features)
+        positions = self._outline(len(input_tokens), offsets)
         return positions, lead(positions)
 
     def starts(self, visual: Tensor, positions: Tensor) -> Tensor:
         """Counted again, since all rows of `positions` may be complete: every image has as many tokens."""
-        places = visual.nonzero()[:: self.kept, 0].tolist()
-        return self._outline(len(visual), places)[0].to(visual.device)
+        offsets = visual.nonzero()[:: self.kept, 0].tolist()
+        return self._outline(len(visual), offsets)[0].to(visual.device)
 
-    def _outline(self, length: int, places: list[int]) -> Tensor:
-        return outline(length, [(place, self.kept, self.total) for place in places])
+    def _outline(self, length: int, offsets: list[int]) -> Tensor:
+        return outline(length, [(place, self.kept, self.total) for place in offsets])

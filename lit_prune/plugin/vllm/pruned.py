@@ -44,7 +44,7 @@ class PrunedModel:
             raise LitPruneError(f"{type(self).__name__} prunes images, and embeddings don't tell their tokens' places")
         inputs = {name: image_input[name] for name in names}
         found = self.encoder(inputs)
-        if self.settings is None:
+        if self.settings is None or self.settings.positions != "original":
             return [embeds for embeds, _ in found]
         return [with_indices(embeds, self.indices(kept, i, inputs)) for i, (embeds, kept) in enumerate(found)]
 

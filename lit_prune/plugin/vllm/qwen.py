@@ -18,6 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.processing import PromptUpdate
 
+from lit_prune.errors import LitPruneError
 from lit_prune.plugin.vllm.positions import outline
 from lit_prune.plugin.vllm.pruned import PrunedModel, lead
 from lit_prune.plugin.vllm.settings import Settings, settings_of
@@ -74,6 +75,8 @@ class LitPruneQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
         self.merge = self.config.vision_config.spatial_merge_size
         del self.visual
         self.encode_with(self.config)
+        if self.settings is not None and self.settings.positions != "original":
+            raise LitPruneError("Qwen2.5-VL's tokens have a row and a column: give lit_prune.positions original")
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """See `embed_pixels`."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_choice
+from lit_prune.host.options import Positions
 from lit_prune.ops.budget import Budget, format_budget, parse_budget
 from lit_prune.plugin.methods import as_plugin, plugin_of
 from lit_prune.plugin.plugin import Plugin
@@ -22,11 +23,13 @@ class Settings:
         plugin: the method.
         keep: visual tokens of each image.
         depth: decoder layers.
+        positions: of kept tokens, see `HostOptions`.
     """
 
     plugin: Plugin
     keep: Budget
     depth: int
+    positions: str = "original"
 
     @property
     def pruner(self) -> PruningMethod:
@@ -52,7 +55,7 @@ def settings_of(config: Any) -> Settings | None:
     given = getattr(config, KEY, None)
     if given is None:
         return None
-    if not isinstance(given, dict) or (unknown := given.keys() - {"pruner", "keep"}):
+    if not isinstance(given, dict) or (unknown := given.keys() - {"pruner", "keep", "positions"}):
         wrong = f"unknown {', '.join(sorted(unknown))}" if isinstance(given, dict) else repr(given)
         raise LitPruneError(f'hf_overrides: {KEY}: {wrong}; write {{"pruner": METHOD, "keep": TOKENS}}')
     pruner = given.get("pruner")
@@ -66,7 +69,9 @@ def settings_of(config: Any) -> Settings | None:
     keep = plugin.keep if keep is None else parse_budget(keep, f"hf_overrides: {KEY}.keep")
     if keep is None and plugin.pruner.walk(1):
         raise LitPruneError(f"hf_overrides: {KEY}: give keep, the visual tokens of each image")
-    found = Settings(plugin, 1 if keep is None else keep, config.get_text_config().num_hidden_layers)
+    positions = given.get("positions") or plugin.options.positions
+    check_choice(f"hf_overrides: {KEY}.positions", positions, get_args(Positions))
+    found = Settings(plugin, 1 if keep is None else keep, config.get_text_config().num_hidden_layers, positions)
     _check(found)
     return found if found.stage is not None else None
 
@@ -89,17 +94,18 @@ def _check(settings: Settings) -> None:
         )
     if plugin.trained or plugin.repair is not None:
         raise LitPruneError(f"{name} has trained parts or repairs the decoder's states, which vLLM computes itself")
-    if changed := plugin.options.changed():
-        raise LitPruneError(f"{name} with {', '.join(changed)}: vLLM runs it with original positions, and no more")
+    if plugin.options.proportional_attention != "none":
+        raise LitPruneError(f"{name}: proportional attention changes the decoder's logits, which vLLM computes itself")
 
 
 def prepare(model_config: Any) -> None:
-    """Make vLLM carry positions: M-RoPE whose three rows are equal, and the mark of a model that sets them itself.
+    """Make vLLM carry original positions: M-RoPE with three equal rows, and the mark of a model that sets them itself.
 
     Raises `LitPruneError` for what `settings_of` refuses, and for rotary embeddings that M-RoPE doesn't reproduce.
     """
     config = model_config.hf_config
-    if settings_of(config) is None:
+    settings = settings_of(config)
+    if settings is None or settings.positions != "original":
         return
     text = config.get_text_config()
     rope = dict(text.rope_parameters)
