@@ -26,12 +26,8 @@ from lit_prune.plugin.vllm.positions import outline, placed, with_indices, witho
 from lit_prune.plugin.vllm.settings import MARK, prepare, settings_of
 from lit_prune.vlm import VLM, load
 
-ACGR = {
-    "class_path": "lit_prune.pruners.dcp.DCPPrune",
-    "init_args": {"tatcs": False},
-}  # the part that reads no question
-METHODS = ["divprune", "visionzip", "scope", ACGR]
-NAMES = ["divprune", "visionzip", "scope", "dcp"]
+METHODS = ["divprune", "visionzip", "scope"]
+NAMES = METHODS
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +218,8 @@ class TestEngine:
             ("divprune", 16, "renumbered"),
             ("visionzip", 16, "original"),
             ("scope", 16, "original"),
-            (ACGR, 16, "original"),
         ],
-        ids=["full", "divprune-16", "divprune-8", "divprune-renumbered", "visionzip-16", "scope-16", "dcp-16"],
+        ids=["full", "divprune-16", "divprune-8", "divprune-renumbered", "visionzip-16", "scope-16"],
     )
     def test_answers_are_ours(self, vlm, questions, pruner, keep, positions):
         if pruner is None:

@@ -69,7 +69,7 @@ class DCPPrune(VisionPruner):
         candidates: float = 2.0,
         text: float = 0.5,
     ) -> None:
-        super().__init__(vision_layers, vision_stage_ratios, vision_depth, TextAwareClusters(text) if tatcs else None)
+        super().__init__(vision_layers, vision_stage_ratios, vision_depth, TextAwareClusters(text))
         if 0 in self.vision_layers:
             raise LitPruneError("vision_layers: DCP-Prune scores by the layer before a stage, and layer 0 has none")
         check_number("pruner.temperature", temperature, above=0)
