@@ -12,6 +12,7 @@ from lit_prune.training.checkpoints import SUMS, newest, verify
 def run(
     checkpoint: Path,
     out: Path,
+    *,
     push: str | None = None,
     private: bool = False,
     license: str | None = None,
