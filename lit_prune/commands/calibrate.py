@@ -108,7 +108,7 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 
 
 def _measured(vlm: VLM, files: list[Path], batch_size: int) -> Iterator[Tensor]:
-    """What the method compares with its threshold, tile by tile; only the vision tower runs."""
+    """Values that the method compares with its threshold, one per tile; only the vision tower runs."""
     name = vlm.plugin.pruner.tower.measured
     for start in range(0, len(files), batch_size):
         record = Record()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lit_prune.cost.flops import LayerSize, ModelSize
+from lit_prune.cost.flops import LayerSize, ModelSize, plain_layer
 from lit_prune.cost.shapes import Config
 from lit_prune.errors import LitPruneError
 
@@ -34,9 +34,9 @@ def decoder_size(config: Config) -> ModelSize:
 
 
 def decoder_fields(config: Config) -> ModelSize:
-    """What the fields of a configuration say of its decoder; `mlp` is 0 where they don't say that.
+    """Sizes of a decoder by the fields of its configuration; `mlp` is 0 where there is no field for it.
 
-    Raises `LitPruneError` where they don't say the rest.
+    Raises `LitPruneError` where another field is missing.
     """
     text = config.get_text_config()
     sizes = [getattr(text, name, None) for name in FIELDS]
@@ -53,16 +53,6 @@ def decoder_fields(config: Config) -> ModelSize:
         mlp=mlp if isinstance(mlp, int) else 0,
         vocab=vocab,
         tower_known=False,
-    )
-
-
-def plain_layer(size: ModelSize) -> LayerSize:
-    """A layer of plain attention and SwiGLU."""
-    projections = size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
-    return LayerSize(
-        matrices=projections + 3 * size.width * size.mlp,
-        pair=2 * size.heads * size.head_dim,
-        cached=2 * size.key_heads * size.head_dim,
     )
 
 

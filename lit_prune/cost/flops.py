@@ -70,6 +70,16 @@ class ModelSize:
     layers: tuple[LayerSize, ...] = ()
 
 
+def plain_layer(size: ModelSize) -> LayerSize:
+    """A layer of plain attention and SwiGLU."""
+    projections = size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
+    return LayerSize(
+        matrices=projections + 3 * size.width * size.mlp,
+        pair=2 * size.heads * size.head_dim,
+        cached=2 * size.key_heads * size.head_dim,
+    )
+
+
 def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
     """FLOPs of decoder layers: matrices, or projections and SwiGLU, attention over `keys`, recurrences.
 
@@ -79,8 +89,7 @@ def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequen
     if size.layers:
         own = [layer.matrices + layer.recurrence for layer in _chosen(size, layers)]
         return 2 * rows * _column(own, rows) + attention(size, queries, keys, layers)
-    projections = 2 * rows * size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
-    return projections + attention(size, queries, keys) + 6 * rows * size.width * size.mlp
+    return 2 * rows * plain_layer(size).matrices + attention(size, queries, keys)
 
 
 def attention(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -89,7 +98,7 @@ def attention(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[i
     A prefill computes the full square, whatever its mask hides; a decoding step has a window's cached keys alone.
     """
     if not size.layers:
-        return 4 * queries.double() * keys.double() * size.heads * size.head_dim
+        return 2 * queries.double() * keys.double() * plain_layer(size).pair
     chosen, seen = _chosen(size, layers), keys.double()
     windows = _column([math.inf if layer.window is None else layer.window for layer in chosen], seen)
     seen = torch.where(queries > 1, seen, seen.minimum(windows))
@@ -228,7 +237,7 @@ def kv_bytes(trace: Trace, size: ModelSize, bytes_per_value: int) -> Tensor:
     """Bytes of keys and values cached after the forward, per sample."""
     keys = torch.stack(trace.keys).double()
     if not size.layers:
-        return keys.sum(0) * 2 * size.key_heads * size.head_dim * bytes_per_value
+        return keys.sum(0) * plain_layer(size).cached * bytes_per_value
     held = _column([math.inf if layer.window is None else layer.window - 1 for layer in size.layers], keys)
     values = keys.minimum(held) * _column([layer.cached for layer in size.layers], keys)
     return (values.sum(0) + sum(layer.state for layer in size.layers)) * bytes_per_value

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lit_prune.ops import selection
+
 REQUEST = "lit_prune_attention"
 BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -94,15 +96,6 @@ def row_attention(
     return logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
 
 
-def row_mean(
-    probabilities: Float[Tensor, "batch rows seq"], row_mask: Bool[Tensor, "batch rows"]
-) -> Float[Tensor, "batch seq"]:
-    """Mean over the real rows."""
-    weight = row_mask.to(probabilities.dtype)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-    return (weight[:, None] @ probabilities).squeeze(1)
-
-
 def wrap_attention() -> None:
     """Register the wrapper around every installed attention function that this project supports."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import
@@ -158,7 +151,7 @@ def _read(tap: Tap, key_bias: Tensor | None, query: Tensor, key: Tensor, scaling
         index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
         each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, key_bias, limits)
-        tap.scores = row_mean(each, tap.row_mask)
+        tap.scores = selection.row_mean(each, tap.row_mask)
 
 
 def mask_rows(mask: Any, rows: Tensor, past: int, keys: int) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Sizes of a decoder for its price, counted on its own modules: whatever they are, they may be without weights (meta).
 
-Matrices are those of linear layers, of experts that a token takes, and parameters of two dimensions; attention is told
-by its output projection. What a recurrence computes is that of its step by step form, which kernels rearrange.
+Matrices are those of linear layers, of experts that a token takes, and parameters of two dimensions; attention is
+recognised by its output projection. A recurrence is priced in its step-by-step form, which kernels rearrange.
 """
 
 import re
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_prune.cost.decoders import decoder_fields, plain_layer
-from lit_prune.cost.flops import LayerSize, ModelSize
+from lit_prune.cost.decoders import decoder_fields
+from lit_prune.cost.flops import LayerSize, ModelSize, plain_layer
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import known_size
 from lit_prune.host import parts

@@ -42,7 +42,7 @@ vlm.detach()  # the plain model again
 
 
 class Described(Protocol):
-    """What a card says about a plug-in."""
+    """Attributes of a plug-in that its card is made of."""
 
     base: str
     results: dict[str, Any] | None

@@ -24,9 +24,9 @@ class MethodText:
     """A method in one line, as every command, YAML file and Python call writes it: `[NAME=]PATH[,PATH...][!][@BUDGET]`.
 
     PATH is `full`, the name of a shipped method, a YAML file, a plug-in folder or a repository of the hub,
-    `OWNER/NAME[/SUBFOLDER][:REVISION]`. `!` leaves
-    the repair adapter out, `@` gives a budget: `fastv@64`, `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`. Where several
-    methods are compared, NAME is a row's name, and several paths are trained runs of one method.
+    `OWNER/NAME[/SUBFOLDER][:REVISION]`. `!` leaves the repair adapter out, `@` gives a budget: `fastv@64`,
+    `rcp!@11.1%`, `runs/a/plugin@2:64,8:16`. Where several methods are compared, NAME is a row's name, and several paths
+    are trained runs of one method.
     """
 
     name: str

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
 from lit_prune.host.options import HostOptions
-from lit_prune.loading.locations import LOCAL, public_name
+from lit_prune.loading.locations import LOCAL, first_line, public_name
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.plugin import reading
 from lit_prune.plugin.bases import same_weights
@@ -200,8 +200,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
                 options["ignore_patterns"] = ["README.md"]
             return super().push_to_hub(repo_id, model_card_kwargs=card, **{"delete_patterns": stale} | options)
         except Exception as error:  # of the client's network library too
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise LitPruneError(f"{repo_id} can't be published: {reason}") from error
+            raise LitPruneError(f"{repo_id} can't be published: {first_line(error)}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> "Plugin":

@@ -4,14 +4,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lit_prune.ops import selection
 from lit_prune.pruners.base import Context
 
 
 def rater_attention(context: Context) -> Float[Tensor, "batch visual"]:
     """Attention averaged over heads and raters (SparseVLM, arXiv 2410.04417); needs embeddings and row attention."""
-    weight = raters(context).to(context.row_attention.dtype)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-    return (weight[:, None] @ context.row_attention).squeeze(1)
+    return selection.row_mean(context.row_attention, raters(context))
 
 
 def raters(context: Context) -> Bool[Tensor, "batch text"]:

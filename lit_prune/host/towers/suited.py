@@ -36,7 +36,7 @@ def unsuited(
 
 
 def _unknown_rows(module: nn.Module, layers: nn.ModuleList) -> str | None:
-    """Why the rows of a tower's states can't be told by what it is called with."""
+    """Reason why the inputs of a tower don't determine the rows of its states; None if they do."""
     taken = parameters(type(module).forward)
     if places := [name for name in taken if name.endswith("position_ids")]:
         return f"hands its vision tower the place of each patch ({places[0]}) and no image's size"
@@ -52,7 +52,7 @@ def _unknown_rows(module: nn.Module, layers: nn.ModuleList) -> str | None:
 
 
 def _mixes(part: nn.Module) -> str | None:
-    """How a module behind the tower's layers mixes patches, or makes something of the rows of those that left."""
+    """Reason why a module after the tower's layers needs all patches: it mixes them, or gives dropped ones a value."""
     name = type(part).__name__
     if attention_of(part) is not None:
         return f"mixes patches behind the tower's layers, in {name}"

@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         return list(zip(selection.gather_rows(states.to(features.dtype), columns), columns, strict=True))
 
     def _context(self, features: Float[Tensor, "images visual width"], alive: Tensor) -> Context:
-        """What the stage before the decoder gets; whatever else it reads raises an error."""
+        """Context of the stage before the decoder; whatever else it reads raises an error."""
         images, visual, width = features.shape
         place = torch.arange(visual, device=features.device).expand(images, -1)
         none = torch.empty(images, 0, width, device=features.device).as_subclass(Unread)

@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin.vllm.positions import outline
 from lit_prune.plugin.vllm.pruned import PrunedModel, lead
-from lit_prune.plugin.vllm.settings import Settings, settings_of
+from lit_prune.plugin.vllm.settings import Settings, planned, settings_of
 
 
 class PrunedInfo(LlavaProcessingInfo):
@@ -32,7 +32,7 @@ class PrunedInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Tokens kept of an image; all if nothing prunes."""
         visual = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        return visual if self.settings is None else self.settings.planned(visual)
+        return planned(self.settings, visual)
 
 
 @MULTIMODAL_REGISTRY.register_processor(LlavaMultiModalProcessor, info=PrunedInfo, dummy_inputs=LlavaDummyInputsBuilder)
@@ -50,7 +50,7 @@ class LitPruneLlava(PrunedModel, LlavaForConditionalGeneration, SupportsMultiMod
         del self.vision_tower, self.multi_modal_projector
         self.encode_with(self.config)
         self.total = self.encoder.visual  # of every image
-        self.kept = self.total if self.settings is None else self.settings.planned(self.total)
+        self.kept = planned(self.settings, self.total)
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """See `embed_pixels`."""

@@ -72,5 +72,5 @@ class PrunedModel:
 
 
 def lead(positions: Tensor) -> int:
-    """How far positions (3, tokens) of the answer are ahead of its places; the prompt ends in text."""
+    """Offset of the answer's positions (3, tokens) from its places; the prompt ends in text."""
     return int(positions[0, -1]) + 1 - positions.shape[1]

@@ -21,7 +21,7 @@ from vllm.multimodal.processing import PromptUpdate
 from lit_prune.errors import LitPruneError
 from lit_prune.plugin.vllm.positions import outline
 from lit_prune.plugin.vllm.pruned import PrunedModel, lead
-from lit_prune.plugin.vllm.settings import Settings, settings_of
+from lit_prune.plugin.vllm.settings import Settings, planned, settings_of
 
 
 class PrunedInfo(Qwen2_5_VLProcessingInfo):
@@ -34,7 +34,7 @@ class PrunedInfo(Qwen2_5_VLProcessingInfo):
 
     def planned(self, visual: int) -> int:
         """Tokens kept of an image; all if nothing prunes."""
-        return visual if self.settings is None else self.settings.planned(visual)
+        return planned(self.settings, visual)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Images, any number of them."""

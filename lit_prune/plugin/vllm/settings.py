@@ -46,6 +46,11 @@ class Settings:
         return self.pruner.plan(self.keep, visual, self.depth).get(0, visual)
 
 
+def planned(settings: Settings | None, visual: int) -> int:
+    """Tokens kept of an image of `visual` tokens; all if nothing prunes."""
+    return visual if settings is None else settings.planned(visual)
+
+
 def settings_of(config: Any) -> Settings | None:
     """Read `lit_prune` in a model's configuration; None if there is nothing to prune.
 

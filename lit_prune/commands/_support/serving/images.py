@@ -21,7 +21,7 @@ Urls = Literal["none", "public", "any"]
 
 @dataclass(frozen=True)
 class ImageSources:
-    """Where images may come from; data URLs always may.
+    """Permitted sources of images; data URLs are always read.
 
     Args:
         urls: `public` reads http and https URLs of the public internet, `any` those of private networks too.
