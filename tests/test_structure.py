@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from test_cost import attention_flops
 from torch import Tensor, nn
@@ -167,3 +168,13 @@ def test_crops_are_the_processors():
     config = shipped_config("HuggingFaceTB/SmolVLM2-2.2B-Instruct")
     assert [square_crops(*size) for size in [(384, 384), (384, 768), (100, 400)]] == [17, 9, 5]
     assert image_load(config, 384, 768).visual == 9 * 81
+
+
+def test_a_known_tower_is_priced_beside_a_decoder_of_an_unknown_type(monkeypatch):
+    """Its layers are counted, so that nothing of the forward is left out of the price."""
+    model = tiny.build_model()
+    described = counted_size(model)
+    assert described.tower_known
+    monkeypatch.setattr(model.config.get_text_config(), "model_type", "seashell")
+    assert known_size(model.config) is None
+    assert counted_size(model) == described

@@ -11,6 +11,7 @@ FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 # Decoders whose every layer is attention by four projections, and SwiGLU or GeGLU, beside those of Qwen 3.5.
 PLAIN = ("llama", "mistral", "mistral4", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2")
 PLAIN += ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text", "glm46v_text", "molmo2_text", "smollm3")
+PLAIN += ("hyperclovax",)
 GATED_DELTA = ("qwen3_5_text",)
 
 

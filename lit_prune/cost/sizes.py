@@ -36,12 +36,13 @@ USUAL = (672, 672)  # height and width in pixels of the image that stands for an
 TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
 
 
-def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
+def model_size(config: Config, image: tuple[int, int] = USUAL, decoder: ModelSize | None = None) -> ModelSize:
     """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
 
-    Raises `LitPruneError` for a vision tower, or a decoder, whose arithmetic isn't known.
+    `decoder`: sizes of the decoder, by default those that the configuration describes. Raises `LitPruneError` for a
+    vision tower, or a decoder, whose arithmetic isn't known.
     """
-    decoder, matrices, vision = decoder_size(config), _tower(config)[1], config.vision_config
+    decoder, matrices, vision = decoder or decoder_size(config), _tower(config)[1], config.vision_config
     merge, layers = merged(config), getattr(config, "vision_feature_layer", -1)
     features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
     return replace(
@@ -262,7 +263,7 @@ def merged(config: Config) -> int:
             if isinstance(ratio := getattr(part, name, None), float) and ratio > 0:
                 return round(1 / ratio)
     if isinstance(visual := getattr(config, "mm_tokens_per_image", None), int):
-        return first_side(vision.image_size) // first_side(vision.patch_size) // isqrt(visual)
+        return max(1, first_side(vision.image_size) // first_side(vision.patch_size) // isqrt(visual))
     return 2 if config.model_type == "molmo2" else 1
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from lit_prune.cost.decoders import decoder_fields
 from lit_prune.cost.flops import LayerSize, ModelSize, plain_layer
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import known_size
+from lit_prune.cost.sizes import known_size, model_size
 from lit_prune.host import parts
 from lit_prune.host.kinds import Kind
 
@@ -31,10 +31,18 @@ def counted_size(model: nn.Module) -> ModelSize | None:
     found = known_size(model.config)
     with suppress(Exception):  # a figure never stops the work that it is about
         here = parts.find(model)
-        fields = found or decoder_fields(model.config)
+        fields = found or _described(model.config)
         layers = tuple(_layer(layer, kind, model.config) for layer, kind in zip(here.layers, here.kinds, strict=True))
         return replace(fields, layers=() if set(layers) == {plain_layer(fields)} else layers)
     return found
+
+
+def _described(config: Config) -> ModelSize:
+    """The fields of a decoder whose layers are counted, with the tower where its price is known."""
+    fields = decoder_fields(config)
+    with suppress(Exception):
+        return model_size(config, decoder=fields)
+    return fields
 
 
 def meta_size(config: Config) -> ModelSize | None:

@@ -24,8 +24,8 @@ def cosines(unit: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch t
     differs between batches.
     """
     product = unit @ unit.transpose(1, 2)
-    same = torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
-    return ((product + product.transpose(1, 2)) / 2).masked_fill(same, 1.0)
+    product = (product + product.transpose(1, 2)) / 2
+    return product.diagonal_scatter(product.new_ones(product.shape[:2]), dim1=1, dim2=2)
 
 
 def squared_distance(
