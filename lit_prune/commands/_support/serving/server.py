@@ -90,16 +90,20 @@ class _Generation:
     """Counts what one `generate()` call keeps and generates."""
 
     def __init__(self, vlm: VLM, metrics: Metrics, ids: Tensor) -> None:
-        self.vlm, self.metrics, self.ids = vlm, metrics, ids
+        token = getattr(vlm.model.config, "image_token_id", None)
+        self.vlm, self.metrics, self.total = vlm, metrics, 0 if token is None else int((ids == token).sum())
         self.arrival, self.tokens, self.record = ARRIVAL.get(), 0, Record()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Record the prefill."""
+        """Record the prefill; what was recorded is released at the end, since a connection keeps its last request."""
         host = self.vlm.host
         prunes = host is not None and host.handles
-        with self.vlm.using(Session(record=self.record)) if prunes else nullcontext():
-            yield
+        try:
+            with self.vlm.using(Session(record=self.record)) if prunes else nullcontext():
+                yield
+        finally:
+            self.record = Record()
 
     def token(self) -> None:
         """Count a token; the first one gives the time to first token, and what the prefill kept."""
@@ -114,9 +118,7 @@ class _Generation:
     def _visual(self, record: Record) -> tuple[float, float]:
         """Visual tokens of the prompt, and how many of them an average layer saw."""
         if record.trace.total_visual is None:  # the plain model, or a prompt without an image
-            token = getattr(self.vlm.model.config, "image_token_id", None)
-            count = 0 if token is None else int((self.ids == token).sum())
-            return count, count
+            return self.total, self.total
         return float(record.trace.total_visual.sum()), float(record.trace.average_visual().sum())
 
 
