@@ -114,10 +114,10 @@ def check_numbers(name: str, values: Iterable[Any], **limits: Any) -> None:
         check_number(f"{name}[{i}]", value, **limits)
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise `LitPruneError` unless the value is one of the choices; the message names the key and lists them."""
-    if value not in (known := list(choices)):
-        raise LitPruneError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise `LitPruneError` unless `value` is one of those allowed; the message names the key and lists them."""
+    if value not in (allowed := tuple(allowed)):
+        raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def _wanted(least: float | None, above: float | None, most: float | None, below: float | None, whole: bool) -> str:

@@ -283,5 +283,5 @@ def test_a_resumed_plugin_takes_the_checkpoints_form():
 @pytest.mark.parametrize("kind", [RCP, RepairAdapter])
 def test_an_unknown_form_is_refused(kind, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
-    with pytest.raises(LitPruneError, match=r"form is 'last'; it must be one of published, first"):
+    with pytest.raises(LitPruneError, match=r"form: 'last' is not one of published, first"):
         kind(form="last")
