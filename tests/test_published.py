@@ -221,22 +221,30 @@ def test_keep_all_is_the_plain_model(tiny_model, pruned):
     keep_all_is_the_plain_model(tiny_model, lambda: pruned(FREE, keep=VISUAL), batch(samples()))
 
 
-def free(pruned):
+def free(pruned, **options):
     """The shipped file, moved from its start to where it drops tokens at each stage."""
-    vlm = pruned(FREE)
+    vlm = pruned(FREE, **options)
     for scorer in vlm.plugin.pruner.scorers:
         scorer.bias.data.fill_(-1.0)
     return vlm
 
 
 def test_soft_masks_equal_dropping(pruned):
-    vlm, inputs = free(pruned), batch(samples(), answers=3)
-    (soft, masked), (hard, dropped) = (tiny.forward(vlm, inputs, soft=soft) for soft in (True, False))
-    assert [torch.equal(a.kept, b.kept) for a, b in zip(masked.stages, dropped.stages, strict=True)] == [True] * 3
+    """But for `eps`, the share of its weight that a dropped token keeps: without it the two paths agree."""
+    vlm, inputs = free(pruned, model=tiny.build_model().double()), batch(samples(), answers=3)
+    vlm.plugin.double()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    hard, dropped = tiny.forward(vlm, inputs, soft=False)
     counts = [VISUAL, *(stage.kept.float().sum(1).mean().item() for stage in dropped.stages)]
     assert all(after < before for before, after in pairwise(counts))
-    real = tiny.real_text(inputs)
-    assert tiny.gap(soft[real], hard[real]) < 5 * tiny.TOLERANCE
+    real, gaps = tiny.real_text(inputs), {}
+    for eps in (1e-30, 1e-8, 1e-6):
+        soft, masked = tiny.forward(vlm, inputs, soft=True, eps=eps)
+        assert [torch.equal(a.kept, b.kept) for a, b in zip(masked.stages, dropped.stages, strict=True)] == [True] * 3
+        gaps[eps] = tiny.gap(soft[real], hard[real])
+    assert gaps[1e-30] < 1e-10
+    assert gaps[1e-6] / gaps[1e-8] == pytest.approx(100, rel=0.1)
+    assert gaps[1e-8] < 5 * tiny.TOLERANCE  # as in training
 
 
 def test_a_sample_in_a_batch_is_as_alone(pruned):
