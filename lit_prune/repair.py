@@ -110,9 +110,8 @@ class RepairAdapter(nn.Module):
         self.where = nn.Linear(self.code, self.condition)
         self.what = nn.Linear(dims.width, self.condition)
         self.adapters.extend(Adapter(dims.width, self.bottleneck, self.condition, self.alpha) for _ in self.layers)
-        if (
-            self.form == "published"
-        ):  # Xavier [R]; uniform, and no bias at the start, give the source's 0.16 % [inferred]
+        if self.form == "published":
+            # Xavier [R]; uniform, and no bias at the start, give the source's 0.16 % [inferred].
             late = [linear for adapter in self.adapters for linear in (adapter.up, adapter.query)]
             for linear in (self.where, self.what, *late):
                 nn.init.xavier_uniform_(linear.weight, gain=0.1)
