@@ -263,12 +263,13 @@ def alone_in_bf16(small, tmp_path_factory) -> Path:
 def test_other_stages_offload_and_bf16_train_as_one_process_does(name, further, alone, alone_in_bf16):
     """By options alone: offloaded states are PyTorch's AdamW's, so that nothing is compiled.
 
-    The frozen model stays in bf16: cast to float32 the first loss would be 4e-3 off; rounding leaves less than 1e-3.
+    The frozen model stays in bf16: cast to float32 the first loss would be 4e-3 off; rounding leaves less than 1e-3, and
+    after a step has moved the weights less than 2e-3.
     """
     found, half = further(name), name.endswith("bf16")
     one = alone_in_bf16 if half else alone
-    for mine, wanted in zip(losses(found), losses(one), strict=True):
-        assert mine == pytest.approx(wanted, rel=1e-3 if half else 1e-5)
+    for step, (mine, wanted) in enumerate(zip(losses(found), losses(one), strict=True)):
+        assert mine == pytest.approx(wanted, rel=(2e-3 if step else 1e-3) if half else 1e-5)
     assert differs(trained(found), trained(one)) < (5e-3 if half else CLOSE)
     assert {value.dtype for value in trained(found).values()} == {torch.float32}
 
