@@ -263,8 +263,8 @@ def alone_in_bf16(small, tmp_path_factory) -> Path:
 def test_other_stages_offload_and_bf16_train_as_one_process_does(name, further, alone, alone_in_bf16):
     """By options alone: offloaded states are PyTorch's AdamW's, so that nothing is compiled.
 
-    The frozen model stays in bf16: cast to float32 the first loss would be 4e-3 off; rounding leaves less than 1e-3, and
-    after a step has moved the weights less than 2e-3.
+    The frozen model stays in bf16: cast to float32 the first loss would be 4e-3 off; rounding leaves less than 1e-3,
+    and less than 2e-3 once a step has moved the weights.
     """
     found, half = further(name), name.endswith("bf16")
     one = alone_in_bf16 if half else alone
