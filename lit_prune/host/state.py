@@ -18,7 +18,7 @@ from lit_prune.host.session import Record, Session
 from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
-from lit_prune.repair import Essence
+from lit_prune.repair import Essence, Lost
 
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
 
@@ -122,9 +122,10 @@ class Forward:
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
     visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
     `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
-    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
-    tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it,
-    and nobody looks at its layers: a step of decoding. `deepstack`: features that are
+    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `lost`: the states that
+    stages have pruned so far, where a repair adapter averages over them all. `counter`: of a tower's FLOPs, while that
+    runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it, and nobody looks at its
+    layers: a step of decoding. `deepstack`: features that are
     added to visual tokens after the first layers.
     """
 
@@ -147,6 +148,7 @@ class Forward:
     removed: Int[Tensor, " batch"] | None = None
     deepstack: Deepstack | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
+    lost: Lost | None = None
     cumulative: Float[Tensor, "batch grid"] | None = None
     counter: Counter | None = None
     reached: bool = False

@@ -21,6 +21,7 @@ from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import Plugin
+from lit_prune.plugin.forms import take_forms
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 from lit_prune.training.averaging import refuse_whole_averages
@@ -166,6 +167,8 @@ class PruneModule(LightningModule):
         """Raise `LitPruneError` if the checkpoint's trainable names or shapes differ from this module's."""
         end_epoch(checkpoint)
         self.untrained = False
+        late = self._trainer is not None and self._trainer.strategy.restore_checkpoint_after_setup
+        take_forms(self.plugin, checkpoint.get("plugin") or {}, fixed=late)
         check_checkpoint(checkpoint["state_dict"], self)
 
     # -- training -----------------------------------------------------------------------------------------------

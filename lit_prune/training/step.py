@@ -82,6 +82,7 @@ class Teaching:
             batch = with_blank(batch, vlm)
         torch.manual_seed(key.seed)
         plugin.pruner.anneal(self.anneal.tau(key.done), self.anneal.noise_scale(key.done))
+        plugin.pruner.relax(self.anneal.surplus(key.done))
         plain, pruned = self.sessions(ranks)
         teacher, student = plain.record, pruned.record
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
