@@ -1,5 +1,6 @@
 """Draw the curves of a run without any logger: a PNG file, and a line for each in the terminal."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def bars(curve: Curve, width: int = WIDTH) -> str:
     values = [value for _, value in curve]
     count = min(width, len(values))
     ends = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     line = "".join(BARS[round((mean - low) * scale)] for mean in means)

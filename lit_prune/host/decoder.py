@@ -26,6 +26,7 @@ from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
+from lit_prune.host.packing import check_packable
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
@@ -271,7 +272,9 @@ class DecoderHost:
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
-        session = self.session if self.stages else Session(False, False, record=self.session.record)
+        session = (
+            self.session if self.stages else Session(False, False, record=self.session.record, pack=self.session.pack)
+        )
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
@@ -317,6 +320,9 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
+        if forward.session.pack and cache is None:
+            check_packable(self.masks)
+            forward.keys.packs = True
         if forward.counts:
             forward.deepstack = Deepstack.taken(kwargs)
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):

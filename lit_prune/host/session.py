@@ -58,7 +58,8 @@ class Session:
     dropped token back is unbounded, since it stands against the few tokens that were kept.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
     `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
-    vocabulary) row by row over the batch, and no loss. `prefix`: states to leave or to start from. `stop`: decoder
+    vocabulary) row by row over the batch, and no loss. `pack`: samples share rows in the decoder's layers, see
+    `lit_prune.host.packing`; without a cache only. `prefix`: states to leave or to start from. `stop`: decoder
     layers from here on idle, so that nothing behind them means anything. Both without a cache only.
     """
 
@@ -72,6 +73,7 @@ class Session:
     record: Record | None = None
     watch: tuple[int, ...] = ()
     answers_only: bool = False
+    pack: bool = False
     prefix: Prefix | None = None
     stop: int | None = None
 

@@ -27,7 +27,10 @@ class MLflow(MLFlowLogger):
     """
 
     def __init__(
-        self, experiment_name: str = "lit_prune", run_name: str | None = None, tracking_uri: str | None = None,
+        self,
+        experiment_name: str = "lit_prune",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
         **options: Any,
     ) -> None:
         if find_spec("mlflow") is None:
