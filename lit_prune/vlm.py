@@ -165,10 +165,11 @@ class VLM:
         budget = budget if visual is None else resolve(budget, visual)
         given = {"positions": positions, "proportional_attention": proportional_attention}
         options = replace(plugin.options, **{name: value for name, value in given.items() if value is not None})
-        plugin.build(parts.dims, fingerprint(self.model))
+        plugin.build(parts.dims, fingerprint(self.model), self.model)
         plugin.to(device)
         model = unwrap(self.model)
-        self.host = DecoderHost(model, plugin.pruner, plugin.repair, budget, options, replaces=host_of(model))
+        given = (plugin.pruner, plugin.repair, budget, options, host_of(model), plugin.lora)
+        self.host = DecoderHost(model, *given)
         plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
         self.plugin = plugin
         return self

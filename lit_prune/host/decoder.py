@@ -24,6 +24,7 @@ from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.layers import Layers
+from lit_prune.host.lora import LoRA
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
 from lit_prune.host.packing import check_packable
@@ -53,6 +54,7 @@ class DecoderHost:
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
             the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
         options: settings that every method has alike.
+        lora: adapters on its linear layers, which act where `Session.prune` is on.
         replaces: the host that is attached to the model now. It is detached last, and stays attached if anything fails.
 
     Raises:
@@ -68,7 +70,9 @@ class DecoderHost:
         keep: Budget,
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
         replaces: "DecoderHost | None" = None,
+        lora: LoRA | None = None,
     ) -> None:
+        self.lora = lora
         self.model, self.parts = model, parts.find(model)
         self._check_free(replaces)
         dims = self.parts.dims
@@ -197,6 +201,8 @@ class DecoderHost:
         self.handles.extend(self.layers.hook(self.parts.layers))
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
+        if self.lora is not None:
+            self.handles.extend(self.lora.hook(self.model, self._adapts))
         parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
 
     def detach(self) -> None:
@@ -230,7 +236,7 @@ class DecoderHost:
     @property
     def shared(self) -> int:
         """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
-        if not self.stages:
+        if not self.stages or self.lora is not None:
             return 0
         return self.layers.attention(self.stages[0] - 1, -1) if self.layers.reads_previous(0) else self.stages[0]
 
@@ -250,6 +256,9 @@ class DecoderHost:
 
     def _session(self) -> Session:
         return self.session
+
+    def _adapts(self) -> bool:
+        return self.session.prune and self.session.adapt
 
     # -- generate(), the model and its decoder ------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Record:
 class Session:
     """How the host treats the forwards inside `host.using(...)`.
 
+    `adapt`: LoRA adapters act, where tokens are pruned too; the plain model never has them.
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
@@ -65,6 +66,7 @@ class Session:
 
     prune: bool = True
     repair: bool = True
+    adapt: bool = True
     soft: bool = False
     contenders: float | None = None
     gate_clip: float | None = None

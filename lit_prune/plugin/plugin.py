@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
+from lit_prune.host.lora import LoRA
 from lit_prune.host.options import HostOptions
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.plugin import reading
@@ -57,6 +58,7 @@ class Plugin(
         keep: budget, visual tokens averaged over the decoder layers' inputs, in any form that `parse_budget` accepts.
         base: name of the base model.
         options: settings common to all methods.
+        lora: adapters on the decoder's linear layers, or None.
     """
 
     def __init__(
@@ -66,16 +68,20 @@ class Plugin(
         keep: Any = None,
         base: str = "",
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.options = options
-        self.pruner, self.repair, self.base = pruner, repair, base
+        self.pruner, self.repair, self.lora, self.base = pruner, repair, lora, base
         self.keep = None if keep is None else parse_budget(keep)
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
 
-    def build(self, dims: Dims, fingerprint: list[float]) -> None:
-        """Create the parameters for a host's sizes; raises `LitPruneError` if they exist for another host."""
+    def build(self, dims: Dims, fingerprint: list[float], model: nn.Module | None = None) -> None:
+        """Create the parameters for a host's sizes; raises `LitPruneError` if they exist for another host.
+
+        `model`: the host, where linear layers are adapted.
+        """
         if self.dims is not None and (self.dims.width, self.dims.depth) != (dims.width, dims.depth):
             raise LitPruneError(
                 f"this plug-in was made for {self.base or 'a model'} with {self.dims.depth} decoder layers of width "
@@ -89,6 +95,8 @@ class Plugin(
         self.pruner.build(dims)
         if self.repair is not None:
             self.repair.build(dims)
+        if self.lora is not None and model is not None:
+            self.lora.build(model)
         self.train(self.training)  # new modules take the mode of the rest
         self.dims, self.fingerprint = dims, fingerprint or self.fingerprint
 
@@ -111,6 +119,8 @@ class Plugin(
             if self.dims is not None:
                 layers = scale_layers(tuple(layers), self.repair.depth, self.dims.depth)
             lines.append(f"repair: {type(self.repair).__name__} at layers {', '.join(map(str, layers))}")
+        if self.lora is not None:
+            lines.append(f"lora: rank {self.lora.r} at {', '.join(self.lora.target_modules)}")
         lines += [f"{name}: {value}" for name, value in self.options.changed().items()]
         parts = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
         trained = [f"{count:,} parameters of the {name}" for name, count in parts if count]
@@ -150,12 +160,15 @@ class Plugin(
             **vars(self.options),
             "pruner": spec(self.pruner),
             "repair": None if self.repair is None else spec(self.repair),
+            **({} if self.lora is None else {"lora": {**spec(self.lora), "sizes": self.lora.sizes()}}),
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, save_directory / WEIGHTS, metadata={"format": "pt"})
+        if self.lora is not None:
+            self.lora.save_for_peft(save_directory / "lora", self.base)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> "Plugin":
@@ -206,6 +219,9 @@ class Plugin(
             plugin = cls(pruner, repair, settings["keep"], settings["base"], reading.options(settings, source))
             if settings["dims"] is not None:
                 plugin.build(Dims(**settings["dims"]), [])
+            if (adapted := settings.get("lora")) is not None:
+                plugin.lora = reading.build(adapted, LoRA, source)
+                plugin.lora.create(adapted["sizes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LitPruneError(f"{source} can't be used: {error}") from error
         plugin.fingerprint = settings["fingerprint"]

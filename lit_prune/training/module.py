@@ -17,6 +17,7 @@ from lit_prune.evaluation.meters import Meters
 from lit_prune.evaluation.records import sample_records
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import checkpointing
+from lit_prune.host.lora import LoRA
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
@@ -41,6 +42,7 @@ class PruneModule(LightningModule):
         base: the frozen model: "micro", a folder, or a hub id.
         pruner: the method, see configs/pruners/.
         repair: the pruner's repair adapter, if any.
+        lora: low-rank adapters of the frozen decoder, trained with the plug-in; the teacher never has them.
         keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share such as 11.1%
             of the model's (where images differ, of each sample's), or counts by layer such as 2:192,4:64.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
@@ -96,6 +98,7 @@ class PruneModule(LightningModule):
         final_lr: float = 0.1,
         max_new_tokens: int = 8,
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -104,7 +107,9 @@ class PruneModule(LightningModule):
         check_settings(loss, watch, pruner, plugin, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
-        attached = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
+        attached = (
+            Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin).train()
+        )
         self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
