@@ -60,7 +60,7 @@ def constraints(leg: str) -> list[str]:
 
 
 def admits(pin: str) -> bool:
-    """Whether pyproject.toml's range holds `PACKAGE==VERSION`."""
+    """True if pyproject.toml's range holds `PACKAGE==VERSION`."""
     name, version = pin.split("==")
     try:
         from packaging.specifiers import SpecifierSet

@@ -1,4 +1,4 @@
-"""How the constants of configs/pruners/dcp.yaml were chosen: variants that differ in one, on *training* scenes.
+"""Choice of the constants of configs/pruners/dcp.yaml: variants that differ in one, on *training* scenes.
 
     python jobs/tune_dcp.py                       # 560 questions, budgets 4, 8 and 16; about 10 minutes on one core
     python jobs/tune_dcp.py --questions 280 --keep 8 --data-seed 41

@@ -156,6 +156,9 @@ class RepairAdapter(nn.Module):
         `most`: upper bound on such positions in a sample, if known.
         """
         where, what = essence
+        if states.shape[1] == 1:  # decoding
+            change = self.adapters[adapter](states.to(where.dtype), where + what)
+            return states + change.to(states.dtype) * answer_mask[..., None].to(states.dtype)
         # Run the adapter on answer positions only, then add the result back at their columns.
         columns, real = selection.compact(answer_mask, most)
         rows = selection.gather_rows(states, columns)

@@ -118,3 +118,9 @@ def student(micro_folder):
         return PruneModule(str(micro_folder), rcp, repair, **given)
 
     return make
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

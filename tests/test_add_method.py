@@ -15,6 +15,7 @@ from tiny import ROOT
 BIN = Path(sys.executable).parent
 SHOWN = [block for block in blocks(ROOT / "README.md") if block.file]
 WIDE = ("test_floors.py", "test_shipped.py")  # of every module, of every configuration
+CORE = ("test_equality.py", "test_pruners.py", "test_positions.py")
 QUIET = ["-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
 
 
@@ -41,10 +42,11 @@ def copy(tmp_path_factory) -> Path:
     return copy_with(tmp_path_factory.mktemp("clone"), SHOWN)
 
 
-def battery(copy: Path) -> subprocess.CompletedProcess[str]:
-    """The tests that have the new method's name in theirs, of the modules that go through all methods."""
+def battery(copy: Path, core: bool = False) -> subprocess.CompletedProcess[str]:
+    """The tests that have the new method's name in theirs, of the modules that go through all methods or the core."""
     tests = copy / "tests"
     modules = [path for path in sorted(tests.glob("test_*.py")) if re.search(r"\bPRUNERS\b", path.read_text())]
+    modules = [path for path in modules if path.name in CORE] if core else modules
     return in_copy(
         copy, sys.executable, "-m", "pytest", *QUIET, "-k", name_of(SHOWN), *modules, *map(tests.joinpath, WIDE)
     )
@@ -60,10 +62,11 @@ def test_a_method_is_one_file_and_one_configuration():
 
 
 @pytest.mark.timeout(900)
-def test_the_new_method_passes_every_test_of_methods(copy):
-    ran = battery(copy)
+@pytest.mark.parametrize("core", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_new_method_passes_the_tests_of_methods(copy, core):
+    ran = battery(copy, core)
     assert ran.returncode == 0, ran.stdout
-    assert int(re.search(r"(\d+) passed", ran.stdout)[1]) >= 45
+    assert int(re.search(r"(\d+) passed", ran.stdout)[1]) >= (15 if core else 45)
 
 
 def test_the_new_file_has_the_projects_style(copy):

@@ -416,7 +416,6 @@ def test_shipped_files(here, name, sizes):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_command_on_cuda(file, tmp_path, here):
     """Events for a clock, a count of the peak."""
     out = tmp_path / "bench.json"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host import compat
+from lit_prune.host import checks, compat
 from lit_prune.pruners.dart import DART
 from lit_prune.pruners.fastv import FastV
 from lit_prune.pruners.random import Random
@@ -29,7 +29,9 @@ KNOWN = r"known to work: .* on transformers 5\.19 to 5\.24 \(pip install 'transf
 @pytest.fixture(autouse=True)
 def fresh():
     """Checks are remembered by class; a test's classes and libraries are its own."""
-    remembered = [value for value in vars(compat).values() if hasattr(value, "cache_clear")]
+    remembered = {
+        id(v): v for part in (checks, compat) for v in vars(part).values() if hasattr(v, "cache_clear")
+    }.values()
     assert len(remembered) > 3
     for function in remembered:
         function.cache_clear()
@@ -318,18 +320,18 @@ def test_a_decoder_without_last_hidden_state(model):
 def test_every_family_passes(name):
     model = FAMILIES[name].build()
     decoder = model.get_decoder()
-    compat.check_decoder(model, decoder, decoder.layers, range(len(decoder.layers)))
+    checks.check_decoder(model, decoder, decoder.layers, range(len(decoder.layers)))
 
 
 def test_the_check_takes_microseconds(model):
     """After the first of its classes; an attach takes milliseconds."""
     decoder = model.get_decoder()
     layers = list(decoder.layers) * 4  # as many as LLaVA-1.5-7B has
-    compat.check_decoder(model, decoder, layers, [1, 13, 25])
+    checks.check_decoder(model, decoder, layers, [1, 13, 25])
     took = []
     for _ in range(50):
         start = time.perf_counter()
-        compat.check_decoder(model, decoder, layers, [1, 13, 25])
+        checks.check_decoder(model, decoder, layers, [1, 13, 25])
         took.append(time.perf_counter() - start)
     assert min(took) < 1e-3
     print(f"{min(took) * 1e6:.0f} microseconds")

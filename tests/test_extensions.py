@@ -26,6 +26,8 @@ KINDS = {  # kind: (what a reader would search for, the files that mention it)
         ("GQA", "gqa"),
         {"lit_prune/data/benchmarks/gqa.py", "lit_prune/evaluation/scorers/gqa.py", "configs/benchmarks/gqa.yaml"},
     ),
+    # A class is found by its structure and tested with all others; only images of a shape of their own need a line.
+    "a family": (("perception_lm", "PerceptionLM"), {"lit_prune/host/zoo/pixels.py"}),
     "a logged figure": (("flops/sample",), {"lit_prune/training/logging.py", "docs/logging.md"}),
 }
 

@@ -4,6 +4,7 @@ import peft
 import pytest
 import tiny
 import torch
+from faults import Cut, PowerCut
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import batch, forward, gap, same_ends, samples, shake, trainer
 
@@ -94,15 +95,16 @@ def test_gradients_reach_adapters_below_the_first_stage(student, world, mode):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(student, world, tmp_path):
-    def run(folder, steps, **more):
+    def run(folder, *callbacks, **more):
         saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=1, save_top_k=0)
         module = student(lora=LoRA(r=2, lora_dropout=0.1))
-        trainer(tmp_path, [saver], max_steps=steps, max_epochs=-1).fit(module, world(), **more)
+        trainer(tmp_path, [saver, *callbacks], max_steps=3).fit(module, world(), **more)
         return module
 
-    run("whole", 3)
-    run("cut", 2)
-    module = run("cut", 3, ckpt_path=tmp_path / "cut/last.ckpt")
+    run("whole")
+    with pytest.raises(PowerCut):
+        run("cut", Cut(2))
+    module = run("cut", ckpt_path=tmp_path / "cut/last.ckpt")
     end = same_ends(tmp_path / "cut/last.ckpt", tmp_path / "whole/last.ckpt")
     assert sum("lora" in name for name in end["state_dict"]) == 2 * len(module.plugin.lora.adapters) > 0
     exported = Plugin.from_checkpoint(tmp_path / "whole/last.ckpt")

@@ -265,7 +265,15 @@ def test_defaults_that_yaml_has_no_form_for() -> None:
 
 
 # -- runs for debugging ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", ["fast_dev_run=true", "fast_dev_run=2", "overfit_batches=2", "barebones=true"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "fast_dev_run=2",
+        "overfit_batches=2",
+        pytest.param("fast_dev_run=true", marks=pytest.mark.slow),
+        pytest.param("barebones=true", marks=pytest.mark.slow),
+    ],
+)
 def test_runs_for_debugging_overwrite_nothing(lightning: Run, trained: Path, mode: str) -> None:
     """From scratch, from the last checkpoint, and in every verb; with all loggers of the shipped file."""
     before = contents(trained)

@@ -31,7 +31,7 @@ _USER = _TOKENIZER.convert_tokens_to_ids("user:")
 
 @dataclass
 class Rows:
-    """Where some text positions should look: one target distribution over the prefix for each position."""
+    """Attention targets of some text positions: a distribution over the prefix for each."""
 
     batch: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
@@ -79,7 +79,7 @@ def block(thing: Thing) -> list[int]:
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """What each patch shows: colour, shape, digit, whether it is an anchor, and its object's row and column."""
+    """Labels of each patch: colour, shape, digit, whether it is an anchor, and its object's row and column."""
     labels = {name: np.zeros(VISUAL_TOKENS, np.int64) for name in ("colour", "shape", "digit", "anchor")}
     labels |= {name: np.full(VISUAL_TOKENS, NONE, np.int64) for name in ("row", "column")}
     present = np.zeros(len(COLOURS) + len(SHAPES), np.float32)

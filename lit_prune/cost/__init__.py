@@ -1,1 +1,1 @@
-"""What ran and what it costs: traces, FLOPs, memory, sizes of models; without a model."""
+"""Traces of forwards and their cost: FLOPs, memory, sizes of models; without a model."""

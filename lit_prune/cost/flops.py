@@ -1,4 +1,4 @@
-"""What a forward costs: FLOPs (1 MAC = 2) and KV-cache bytes, per sample, of what ran or of a schedule.
+"""Cost of a forward: FLOPs (1 MAC = 2) and KV-cache bytes, per sample, of what ran or of a schedule.
 
 Conventions: the whole prompt counts, text and visual tokens; attention is the full square (as PyTorch's counter has
 it), SwiGLU has three matrices; vision tower, projector, decoder, scoring, pruner, repair and LM head are lines of their

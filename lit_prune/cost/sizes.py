@@ -86,7 +86,7 @@ def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | No
 
 
 def image_load(config: Config, height: int, width: int) -> ImageLoad:
-    """What an image of so many pixels asks of the model, by the rule of the model's own processor.
+    """Load of an image of so many pixels on the model, by the rule of the model's own processor.
 
     Limits on an image's pixels, which stand in a processor's files, are not known here.
     """
@@ -135,7 +135,7 @@ def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad
 
 
 def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
-    """What the tower runs for a processor's `inputs`, whose samples have `total` visual tokens (batch,).
+    """Load on the tower of a processor's `inputs`, whose samples have `total` visual tokens (batch,).
 
     None where images have one size, where the inputs don't say which size they have, or where the tower's price isn't
     known.

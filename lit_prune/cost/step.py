@@ -1,4 +1,4 @@
-"""What one training step costs, of what ran: teacher, student, and the gradients through frozen layers.
+"""FLOPs of one training step, of what ran: teacher, student, and the gradients through frozen layers.
 
 Model FLOPs, as shares of a device's peak are counted: what is computed twice to save memory counts once, padding not at
 all, and attention's backward is twice its forward.
@@ -38,7 +38,7 @@ def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, rep
 
 
 def structure(trace: Any) -> Hashable:
-    """What traces must have in common to be joined: all but the lengths of their samples."""
+    """Fields that traces must have in common to be joined: all but the lengths of their samples."""
     if isinstance(trace, Tensor):
         return Tensor
     if isinstance(trace, list):

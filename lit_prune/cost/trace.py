@@ -1,4 +1,4 @@
-"""What a forward ran, or would run, per sample: lengths, layer by layer, which is all that its price hangs on.
+"""Trace of a forward that ran, or would run: lengths per sample and layer, all that its price depends on.
 
 The host records the trace of a forward, `plan` writes the one that a schedule would leave, `step` the one of a decoding
 step. `lit_prune.cost.flops` prices them.
@@ -17,7 +17,7 @@ from lit_prune.repair import RepairAdapter
 
 @dataclass(frozen=True)
 class ImageLoad:
-    """What one image asks of the vision tower, all its crops together, and what it gives the decoder.
+    """Load of one image on the vision tower, all its crops together, and the visual tokens that it gives the decoder.
 
     `tokens[i]`: at the input of tower layer i, class tokens included. `pairs[i]`: (query, key) pairs of its attention,
     which never leaves a crop or a window. `projected`: rows through the projector. `visual`: tokens that the decoder
@@ -33,7 +33,7 @@ class ImageLoad:
 
 @dataclass(frozen=True)
 class VisionTrace:
-    """What the vision tower ran: the fields of `ImageLoad` summed over each sample's images.
+    """Work of the vision tower: the fields of `ImageLoad` summed over each sample's images.
 
     A method that drops tokens inside the tower leaves fewer `tokens`, `pairs` and `projected` behind.
     """
@@ -88,7 +88,7 @@ class TowerTrace:
         return values.sum() * visual.double() / visual.double().sum()
 
     def per_sample(self, visual: Num[Tensor, " batch"]) -> VisionTrace:
-        """What each sample's tiles ran."""
+        """Work of each sample's tiles."""
         tokens = [self.share(layer, visual) for layer in self.tokens]
         whole = [layer.square() for layer in self.tokens] if self.pairs is None else self.pairs
         pairs = [self.share(layer, visual) for layer in whole]

@@ -1,4 +1,4 @@
-"""What outlives a forward, on the KV cache itself, and what `generate()` does with caches that matters here."""
+"""State that outlives a forward, kept on the KV cache itself, and what `generate()` does with caches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
 
 @dataclass
 class CacheState:
-    """What must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
+    """State that must outlive a forward, as an attribute of the cache, so that it lives and dies with the sequence.
 
     `valid[layer]`: which cached columns of a stage's layers are real; `columns[layer]`: where each stood in the prompt
     or behind it; `first[layer]`: how many the first forward left. `start`: where each sample's first token stands.
@@ -70,6 +70,8 @@ class CacheState:
         cropped = 0
         for layer, valid in self.valid.items():
             cropped = valid.shape[1] - cached(cache, layer)
+            if not cropped:
+                continue
             self.valid[layer] = valid[:, : valid.shape[1] - cropped]
             self.columns[layer] = self.columns[layer][:, : valid.shape[1] - cropped]
             if layer in self.bias:
@@ -135,7 +137,7 @@ def _columns(positions: Tensor, state: CacheState) -> int:
 
 
 def real_columns(kwargs: dict, cache: Cache | None) -> Tensor | None:
-    """Which columns so far are real (batch, columns), by the mask that a model is called with; None: all are.
+    """Mask of the real columns so far (batch, columns), by the mask that a model is called with; None: all are.
 
     `generate()` with a static cache passes a mask of every query by every slot of the cache, for each kind of layer or
     for all. Some query sees each real column: those of the cache's layer 0 and as many as there are ids.

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
-from lit_prune.host import compat, parts
+from lit_prune.host import checks, compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
 from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
 from lit_prune.host.compat import cache_of
@@ -157,7 +157,7 @@ class DecoderHost:
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
         own = [self.layers.attention(layer, 1) for layer in own]
-        compat.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
+        checks.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
         if 0 in previous:
             raise LitPruneError("pruning layer 0 can't read the attention of the layer before it; start at 1")
@@ -230,7 +230,7 @@ class DecoderHost:
         wrap_attention()
 
     def _state(self) -> dict[str, Any]:
-        """What a copy has. It belongs to no session: what one collects is its caller's."""
+        """State of a copy, which belongs to no session: what one collects is its caller's."""
         return {**vars(self), "session": Session()}
 
     @property
@@ -273,17 +273,19 @@ class DecoderHost:
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Step 1 of a forward: find the columns, plan the stages, and put the `Forward` among the keywords."""
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
         cache = cache_of(kwargs)
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
-        session = (
-            self.session if self.stages else Session(False, False, record=self.session.record, pack=self.session.pack)
-        )
+        # Visual columns, budgets and counts per stage; None: nothing to do in this forward.
+        plain = Session(False, False, record=self.session.record, pack=self.session.pack)
+        session = self.session if self.stages else plain
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
@@ -291,6 +293,7 @@ class DecoderHost:
             self._check_soft(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.packed.valid, self.stages, self.counted))
+        # What a caller wants to know: the tower's work, and answers alone in place of all logits.
         if forward is not None and forward.record is not None:
             forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
             self._count_tower(module, kwargs, forward)
@@ -318,6 +321,7 @@ class DecoderHost:
             forward.counter = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Step 2: the embeddings are there; choose the cache, and continue it where it was pruned before."""
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
@@ -334,6 +338,12 @@ class DecoderHost:
             forward.keys.packs = True
         if forward.counts:
             forward.deepstack = Deepstack.taken(kwargs)
+        session = forward.session
+        forward.settled = (
+            forward.cache_state is not None
+            and not (forward.counts or session.watch or session.leaves_out)
+            and forward.record is None
+        )
         if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
             forward.packed.embeds = kwargs["inputs_embeds"]
         if forward.record is not None and forward.record.keep_embeds:
@@ -361,17 +371,20 @@ class DecoderHost:
         forward.cache_state = state
         if not forward.counts:
             forward.essence, forward.pictured = state.essence, state.pictured
+        # The library counts the cached columns of one layer; where that one was pruned, positions follow what was fed.
         if state.seen and state.counted in state.valid:
             if kwargs.get("position_ids") is None:
                 new = torch.arange(forward.length, device=forward.packed.valid.device) + state.seen
                 kwargs["position_ids"] = new[None]
             kwargs["attention_mask"] = torch.cat([state.valid[state.counted], forward.packed.valid], dim=1)
+        # M-RoPE's ids advance less than columns do: decoding needs the difference.
         state.seen += forward.length
         positions = kwargs.get("position_ids")
         if self.counted is not None and positions is not None and positions.ndim == 3:
             state.lag = positions[-1, 0, -1] + 1 - state.seen
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        """Step 4, after the layers (`layers.py`): put the states that are left back at their columns, else zeros."""
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
@@ -387,7 +400,7 @@ class DecoderHost:
     def _leave_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
-            compat.check_reached(module, forward.reached)
+            checks.check_reached(module, forward.reached)
 
 
 def host_of(model: nn.Module) -> DecoderHost | None:

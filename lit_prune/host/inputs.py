@@ -1,4 +1,4 @@
-"""What the inputs of a forward say: which columns are real, visual, text, and which predict an answer."""
+"""Columns of a forward's inputs: which are real, visual, text, and which predict an answer."""
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real:
     if ids is None:
         return None
     valid = torch.ones_like(ids, dtype=torch.bool) if real is None else real[:, -ids.shape[1] :].bool()
+    step = ids.shape[1] == 1 and kwargs.get("labels") is None and session.record is None
+    if step and not passed_modalities(kwargs, parts):
+        return _step(session, valid)
     visual, starts, separate, pictured = _visual(kwargs, ids, valid, parts)
     labels, known = kwargs.get("labels"), _prompt_length(kwargs, ids)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -61,6 +64,14 @@ def begin(kwargs: dict, parts: ModelParts, session: Session, plans: Plans, real:
         forward.packed.image = (starts.long().cumsum(1) - 1).clamp(min=0)
         forward.sizes = total.new_zeros(len(images), max(images)).scatter_add(1, forward.packed.image, visual.long())
     return forward
+
+
+def _step(session: Session, valid: Tensor) -> Forward:
+    """The same, in few operations, for one text token per sample, which predicts an answer's."""
+    none, place = torch.zeros_like(valid), torch.zeros_like(valid, dtype=torch.long)
+    packed = Packed(place, valid, none, none, valid, place)
+    rows, pictured = place[:, 0], none[:, 0]
+    return Forward(session, packed, Attended(), seed=rows, total=rows, pictured=pictured, length=1, most_answers=1)
 
 
 def _visual(kwargs: dict, ids: Tensor, valid: Tensor, parts: ModelParts) -> tuple[Tensor, Tensor, Tensor, bool]:

@@ -1,4 +1,4 @@
-"""What each decoder layer does with the tokens that it is given, read off a configuration."""
+"""Kinds of decoder layers (attention, window, recurrent, ...), read off a configuration."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""What happens at the input and the output of every decoder layer of a pruned forward."""
+"""Hooks at the input and the output of every decoder layer of a pruned forward."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap
-from lit_prune.host.compat import cache_of, check_layer_call, check_layer_output, parameters
+from lit_prune.host.checks import check_layer_call, check_layer_output
+from lit_prune.host.compat import cache_of, parameters
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.packing import Folded
@@ -82,9 +83,12 @@ class Layers:
     # -- the input --------------------------------------------------------------------------------------------------
 
     def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict):
+        """Step 3, in each layer: drop tokens where a stage begins, and cut the layer's arguments to what is left."""
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        if forward.settled and index > 0:
+            return self._step(index, module, args, kwargs, forward)
         check_layer_call(
             module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), forward.keys.rope is None
         )
@@ -105,6 +109,25 @@ class Layers:
             kwargs = layout.arguments(kwargs, hidden, flash=not self.reads_positions)
             return (layout.fold(hidden), *(Folded(layout).of(value) for value in rest)), kwargs
         return (hidden, *rest), kwargs
+
+    def _step(self, index: int, module: nn.Module, args: tuple, kwargs: dict, forward: Forward):
+        """Step 3 in decoding, kept short: once tokens have left, a layer's cached keys differ from the decoder's."""
+        hidden, keys = args[0], forward.keys
+        if index in self.stages:
+            hidden, keys.handed = self._stage(index, module, hidden, forward, args[1:], kwargs), {}
+        if keys.span is None and keys.rope is None:
+            return None
+        if keys.past_bias is not None or forward.packed.key_bias is not None:
+            rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
+            self._ask(index, forward, kwargs)
+            return (hidden, *rest), kwargs
+        # Layers of a kind are handed the same objects, one after another, so that they get the same.
+        values = (*args[1:], *kwargs.values())
+        key = (self.masks.groups[index], *map(id, values))
+        if key not in keys.handed:
+            keys.handed[key] = (values, *self._cut(index, hidden, forward, args[1:], kwargs))
+        _, rest, kwargs = keys.handed[key]
+        return (hidden, *rest), dict(kwargs)
 
     @staticmethod
     def _lengths(forward: Forward) -> tuple[int, ...]:
@@ -141,7 +164,7 @@ class Layers:
         return hidden
 
     def _arguments(self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict) -> dict[str, Any]:
-        """What the layer that a stage reads is handed beside its states, by name, over this forward's columns alone.
+        """Arguments, by name, of the layer that a stage reads, beside its states and over this forward's columns alone.
 
         A recurrence has no attention to read: the next layer's that has stands for it, at the stage's own states.
         """
@@ -172,6 +195,7 @@ class Layers:
     def _remember(self, index: int, forward: Forward) -> None:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
         state = forward.cache_state
+        # Which columns this stage's layers have cached: the first time those of this forward, then these behind them.
         past = state.valid.get(index)
         remember(index, forward, 0 if past is None else past.shape[1])
         columns = forward.packed.columns + (state.seen - forward.length)
@@ -185,11 +209,13 @@ class Layers:
             state.valid[index] = torch.cat([past, forward.packed.valid], dim=1)
             state.columns[index] = torch.cat([state.columns[index], columns], dim=1)
             forward.keys.key_slices = Slices(state.columns[index], state.seen)
+        # Filler among them decides whether attention needs a mask at all.
         padded = forward.padded
         if past is not None:
             # A decoding step feeds one real token per sample; of more at once only the device knows.
             padded = state.padded[index] if forward.length == 1 else (state.padded[index] or None)
         state.padded[index] = padded
+        # What decoding steps need of this prefill.
         if forward.counts:
             state.soft = forward.session.soft
             state.essence.update(forward.essence)
@@ -205,7 +231,7 @@ class Layers:
     def _cut(
         self, index: int, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict[str, Any]]:
-        """What the decoder hands a layer, at the columns that are left, with the mask of their keys."""
+        """A layer's arguments at the columns that are left, with the mask of their keys."""
         rest, kwargs = self._sliced(forward, rest, kwargs)
         if forward.keys.span is not None:
             kwargs["attention_mask"] = self._mask(index, hidden, forward, kwargs)
@@ -217,28 +243,26 @@ class Layers:
 
     @staticmethod
     def _sliced(forward: Forward, rest: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
-        """What has a row per token, at the columns that are left."""
-        kwargs, kept = dict(kwargs), (FORWARD, "attention_mask")
+        """A value with a row per token, at the columns that are left."""
+        kwargs, untouched = dict(kwargs), (FORWARD, "attention_mask")
         if forward.keys.slices is not None:
-            rest = forward.keys.slices.of(tuple(rest))
-            kwargs = {name: value if name in kept else forward.keys.slices.of(value) for name, value in kwargs.items()}
+            rest = tuple([forward.keys.slices.of(value) for value in rest])
+            kwargs = forward.keys.slices.named(kwargs, untouched)
         if forward.keys.key_slices is not None:
-            kwargs = {
-                name: value if name in kept else forward.keys.key_slices.of(value) for name, value in kwargs.items()
-            }
+            kwargs = forward.keys.key_slices.named(kwargs, untouched)
         if forward.keys.rope is not None:
             kwargs["position_embeddings"] = forward.keys.rope
         return rest, kwargs
 
     def _mask(self, index: int, hidden: Tensor, forward: Forward, kwargs: dict) -> Any:
         """The mask of a layer, built once for all layers of its kind between two stages."""
-        kind = self.masks.kinds[index]
-        if kind not in forward.keys.masks:
+        group = self.masks.groups[index]
+        if group not in forward.keys.masks:
             by_bias = forward.cache_state is None and forward.packed.key_bias is not None
-            forward.keys.masks[kind] = self.masks.of(
+            forward.keys.masks[group] = self.masks.of(
                 index, hidden, forward.keys.span, kwargs.get("attention_mask"), cache_of(kwargs), by_bias
             )
-        return forward.keys.masks[kind]
+        return forward.keys.masks[group]
 
     def _ask(self, index: int, forward: Forward, kwargs: dict) -> None:
         """Ask a layer's attention for what a stage or a caller wants to read, and hand it a bias."""
@@ -268,7 +292,7 @@ class Layers:
 
     def _after(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output):
         forward: Forward | None = kwargs.get(FORWARD)
-        if forward is None:
+        if forward is None or (forward.settled and index not in self.feeds):
             return None
         check_layer_output(module, output)
         if isinstance(output, tuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Lengths:
-    """What is known of each sample without looking at the device.
+    """Lengths of each sample that are known without reading from the device.
 
     Args:
         visual: visual columns present now.

@@ -47,6 +47,7 @@ class Masks:
 
     def __init__(self, config: PreTrainedConfig, kinds: tuple[Kind, ...], own: bool = False) -> None:
         self.config, self.kinds, self.own = config, kinds, own
+        self.groups = tuple(kinds.index(kind) for kind in kinds)  # the first layer of the same kind, for each layer
 
     def of(
         self, index: int, hidden: Tensor, span: Span, handed: Any, cache: Cache | None, hidden_by_bias: bool = False
@@ -99,7 +100,7 @@ class Masks:
 
     @staticmethod
     def _by_position(kind: Kind, queries: int, span: Span) -> Tensor:
-        """What the layer's queries, the last of the span, may see (batch, 1, queries, keys)."""
+        """Visibility of keys to the layer's queries, the last of the span (batch, 1, queries, keys)."""
         key = span.columns[:, None, None]
         query = span.columns[:, -queries:][:, None, :, None]
         allowed = (key <= query) & span.valid[:, None, None]

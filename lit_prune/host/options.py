@@ -1,4 +1,4 @@
-"""What the host does with tokens that a method left, whatever the method."""
+"""Options of a pruned forward that hold for any method."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args

@@ -1,4 +1,4 @@
-"""Where things are in a transformers vision-language model: the only table of names per family."""
+"""Parts of a transformers vision-language model: the only table of names per family."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class ModelParts:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder computes; offloaded weights may wait elsewhere. Raises `LitPruneError` if it is several.
+        """Device that the decoder computes on; offloaded weights may wait elsewhere. Raises `LitPruneError` if several.
 
         Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
         """
@@ -55,7 +55,7 @@ class ModelParts:
 
 
 def _device(module: nn.Module) -> torch.device:
-    """Where a module computes: accelerate's hook says so where it brings the weights in from the CPU or the disk."""
+    """Device that a module computes on, by accelerate's hook if it brings the weights in from the CPU or the disk."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
@@ -105,7 +105,7 @@ def _first_id(config: Config, names: Sequence[str]) -> int | None:
 
 
 def _unsuited(model: nn.Module, decoder: nn.Module | None, tokens: dict[str, int]) -> str | None:
-    """Why a model has no visual tokens in a decoder, in words that follow its name."""
+    """Reason why a model has no visual tokens in a decoder, in words that follow its name."""
     inputs = parameters(type(model).forward)
     if getattr(model.config, "is_encoder_decoder", False):
         return "is an encoder with a decoder that reads the image by cross-attention: it has no visual tokens to prune"

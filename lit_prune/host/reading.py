@@ -92,7 +92,7 @@ def query_key(
 
 
 def capture(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Capture:
-    """What a layer hands its attention function, its cache left alone.
+    """Arguments that a layer passes to its attention function, its cache left alone.
 
     Raises:
         LitPruneError: it hands its keywords to none that is registered.

@@ -1,4 +1,4 @@
-"""How a caller wants forwards to run, and what they note for it."""
+"""Sessions: a caller's settings for its forwards, and what they record for it."""
 
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Session:
-    """How the host treats the forwards inside `host.using(...)`.
+    """Settings of the forwards inside `host.using(...)`.
 
     `adapt`: LoRA adapters act, where tokens are pruned too; the plain model never has them.
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With

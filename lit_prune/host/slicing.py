@@ -4,7 +4,7 @@ Rotary embeddings, position ids, types of tokens, inputs of each layer: a decode
 length of the prompt. A tensor's shape says where its tokens are, so that no name is needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -26,20 +26,30 @@ class Slices:
         self.columns, self.length = columns, length
         self.known: dict[int, tuple[Any, Any]] = {}  # by identity, with the value itself, so that it lives as long
 
+    def named(self, arguments: dict[str, Any], untouched: Container[str]) -> dict[str, Any]:
+        """Keyword arguments at the columns that are left, without those `untouched`."""
+        known = self.known  # looked up here, for speed: all but the first layer find everything in it
+        return {
+            name: value if name in untouched else known[id(value)][1] if id(value) in known else self.of(value)
+            for name, value in arguments.items()
+        }
+
     def of(self, value: Any) -> Any:
         """The same at the columns that are left; what has no row per token is left alone."""
+        if id(value) in self.known:
+            return self.known[id(value)][1]
         if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, Mapping):
+            cut = self._cut(value)
+        elif type(value) is tuple:
+            cut = tuple([self.of(part) for part in value])
+        elif type(value) is list:  # it, and a mapping, may change from layer to layer
+            return [self.of(part) for part in value]
+        elif value is not None and isinstance(value, Mapping):
             return {key: self.of(part) for key, part in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self.of(part) for part in value)
-        return value
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        if id(value) not in self.known:
-            self.known[id(value)] = (value, self._cut(value))
-        return self.known[id(value)][1]
+        else:
+            cut = value
+        self.known[id(value)] = (value, cut)
+        return cut
 
     def _cut(self, value: Tensor) -> Tensor:
         batch, shape = self.columns.shape[0], value.shape

@@ -16,7 +16,7 @@ from lit_prune.host.session import StageRecord
 from lit_prune.host.state import Forward, Selected
 from lit_prune.host.streams import gained, mean_stream, rows_at
 from lit_prune.host.towers.find import Tower
-from lit_prune.host.vision import absent
+from lit_prune.host.towers.tail import absent
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Stage
 from lit_prune.repair import RepairAdapter
@@ -26,7 +26,7 @@ HIDDEN = -1e4  # bias of a key that nobody may see: far below any product of gat
 
 @dataclass(frozen=True)
 class Read:
-    """What a stage reads off the frozen model: attention to every column, row by row too, and keys."""
+    """Readings of the frozen model for a stage: attention to every column, row by row too, and keys."""
 
     attention: Float[Tensor, "batch columns"] | None = None
     each: Float[Tensor, "batch rows columns"] | None = None
@@ -35,7 +35,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a stage finds at its layer: the visual columns (`real`: no filler; `alive`: not pruned yet), rows, reads."""
+    """Input of a stage: the visual columns (`real`: no filler; `alive`: not pruned yet), rows, readings."""
 
     columns: Int[Tensor, "batch visual"]
     real: Bool[Tensor, "batch visual"]
@@ -129,7 +129,7 @@ class Stages:
             return Read(row_mean(each, real), each if asked.each else None, keys)
 
     def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
-        """What the method may look at: rows of visual columns and of text, cut out of states, embeddings and keys."""
+        """The method's view: rows of visual columns and of text, cut out of states, embeddings and keys."""
         columns, (rows, row_mask), read = seen.columns, seen.rows, seen.read
 
         def visual(values: Tensor | None) -> Tensor | None:

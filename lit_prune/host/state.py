@@ -1,4 +1,4 @@
-"""What travels with one forward, by keyword from hook to hook. Nothing here is ever stored on a module."""
+"""State of one forward, passed by keyword from hook to hook. Nothing here is ever stored on a module."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
 from lit_prune.host.counting import Counter
 from lit_prune.host.deepstack import Deepstack
-from lit_prune.host.kinds import Kind
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
 from lit_prune.host.packing import Layout, layout
@@ -48,7 +47,7 @@ class Selected:
 
 @dataclass
 class Packed:
-    """What a forward has for each column that is present, packed along with the states.
+    """Values per column that is present, packed along with the states.
 
     `columns`: where each stood at the start; `valid`: no padding or filler; `visual`, `text`: an image's token, one of
     the question; `answer_mask`: predicts an answer's token; `ordinal`: its place among the sample's visual tokens.
@@ -90,18 +89,19 @@ class Packed:
 
 @dataclass
 class Attended:
-    """What the layers from the last stage on attend to, and what is read of their attention.
+    """Keys that the layers from the last stage on attend to, and the readings of their attention.
 
-    `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by kind of layer. `past_bias`: what is
-    added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have left, `key_slices`
-    what has a row per key, cached ones included. `rope`: where tokens are numbered anew. `start`: padding to the left
-    of each sample; None: there is none. `packs`: samples share rows inside the layers, in the `layout` of the last
-    stage (None: no row is saved). `taps`: attention rows by the stage that reads them; `watched`: those that a
-    caller wants of the layer that runs now.
+    `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by the first layer of a kind.
+    `past_bias`: what is added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have
+    left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are numbered anew. `start`:
+    padding to the left of each sample; None: there is none. `packs`: samples share rows inside the layers, in the
+    `layout` of the last stage (None: no row is saved). `taps`: attention rows by the stage that reads them;
+    `watched`: those that a caller wants of the layer that runs now. `handed`: in decoding, what layers get, by the
+    identity of what they are handed, which is kept so that it stays unique.
     """
 
     span: Span | None = None
-    masks: dict[Kind, Any] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
     past_bias: Float[Tensor, "batch past"] | None = None
     slices: Slices | None = None
     key_slices: Slices | None = None
@@ -111,6 +111,7 @@ class Attended:
     layout: Layout | None = None
     taps: dict[int, Tap] = field(default_factory=dict)
     watched: Tap | None = None
+    handed: dict[tuple[int, ...], tuple[tuple, tuple, dict[str, Any]]] = field(default_factory=dict)
 
     def enter(self, span: Span) -> None:
         """Layers from here on attend to these keys."""
@@ -125,7 +126,8 @@ class Forward:
     visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
     `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
     are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
-    tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `deepstack`: features that are
+    tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it,
+    and nobody looks at its layers: a step of decoding. `deepstack`: features that are
     added to visual tokens after the first layers.
     """
 
@@ -151,6 +153,7 @@ class Forward:
     cumulative: Float[Tensor, "batch grid"] | None = None
     counter: Counter | None = None
     reached: bool = False
+    settled: bool = False
 
     def on_grid(self, values: Tensor, columns: Tensor, real: Tensor, fill: float) -> Tensor:
         """Values of visual columns on the image's grid of N tokens, `fill` elsewhere."""

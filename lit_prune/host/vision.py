@@ -23,7 +23,7 @@ from lit_prune.host.towers import tail
 from lit_prune.host.towers.cutting import cut, pairs
 from lit_prune.host.towers.find import Tower
 from lit_prune.host.towers.masks import tower_mask
-from lit_prune.host.towers.opening import begin, smaller
+from lit_prune.host.towers.opening import begin, smaller, stage_counts
 from lit_prune.host.towers.reading import Read, attention_of, read_again, read_seen
 from lit_prune.host.towers.state import TowerPass
 from lit_prune.ops.budget import Budget, Schedule
@@ -48,9 +48,8 @@ class TowerHost:
         size = tower.size
         self.schedule = self._schedule(size.side**2)
         self.side = self.pruner.image_side(pruner.leaving(size.share(keep), size.side**2), size.side)
-        self.passes: dict[
-            int, TowerPass
-        ] = {}  # of each thread, as long as its features are on their way to the decoder
+        # The pass of each thread, as long as its features are on their way to the decoder.
+        self.passes: dict[int, TowerPass] = {}
         self.orders: dict[str, bool] = {}  # in which order this tower has its patches, once a pass has shown it
         self._check()
 
@@ -131,7 +130,7 @@ class TowerHost:
         if index == 0:
             rope = kwargs.get("position_embeddings")
             begin(state, self.tower, hidden, rope, self.orders, self.side)
-            self._plan(state)
+            state.counts = stage_counts(state, self.schedule, self._plan)
         if index < self.tower.size.features:  # layers behind the features run too, but no stage is theirs
             hidden = self._stage(index, hidden, state) if index in self.schedule else hidden
             state.before = hidden if index + 1 in self.schedule and self.tower.clip_like else None
@@ -144,20 +143,11 @@ class TowerHost:
             return (), {**kwargs, name: hidden}
         return (hidden, *rest), kwargs
 
-    def _plan(self, state: TowerPass) -> None:
-        """How many units each tile keeps at each stage; the frames of one video share its budget."""
-        plans: dict[tuple[int, int], Schedule] = {}
-        counts: dict[int, list[int]] = {layer: [] for layer in self.schedule}
-        frames = state.images.bincount()[state.images].tolist()
-        for units, parts in zip(state.total.tolist(), frames, strict=True):
-            if (units, parts) not in plans:
-                whole = self.tower.size.share(self.keep, units * parts)
-                leaving = self.method.leaving(min(units, -(-whole // parts)), units)
-                plans[units, parts] = self.pruner.vision_schedule(leaving, units, self.tower.size.features)
-            for layer, count in plans[units, parts].items():
-                counts[layer].append(count)
-        device = state.rows.device
-        state.counts = {layer: torch.tensor(numbers, device=device) for layer, numbers in counts.items()}
+    def _plan(self, units: int, frames: int) -> Schedule:
+        """{layer: units kept} of a tile of so many; the frames of one video share its budget."""
+        whole = self.tower.size.share(self.keep, units * frames)
+        leaving = self.method.leaving(min(units, -(-whole // frames)), units)
+        return self.pruner.vision_schedule(leaving, units, self.tower.size.features)
 
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
         """Score, select, merge and pack the units at one place of the tower."""
@@ -201,7 +191,7 @@ class TowerHost:
         )
 
     def _cut(self, layer: nn.Module, hidden: Tensor, rest: tuple, kwargs: dict, state: TowerPass) -> tuple[tuple, dict]:
-        """What a layer is handed beside its states, at the rows that are left, with a mask of filler and sizes."""
+        """A layer's arguments at the rows that are left, with a mask of filler and sizes."""
         if state.columns is None or state.scaled:
             return rest, kwargs
         rest = tuple(cut(value, state.columns, state.there, state.extent) for value in rest)
@@ -216,14 +206,10 @@ class TowerHost:
             )
         place = taken.index("attention_mask")
         given = rest[place] if place < len(rest) else kwargs.get("attention_mask")
-        mask = self._mask(hidden, state, given)
+        mask = tower_mask(self.tower.module.config, type(self.pruner).__name__, hidden, state, given)
         if place < len(rest):
             return (*rest[:place], mask, *rest[place + 1 :]), kwargs
         return rest, {**kwargs, "attention_mask": mask}
-
-    def _mask(self, hidden: Tensor, state: TowerPass, given: Tensor | None = None) -> Tensor | None:
-        """Mask of the tower's later layers; `given`: that of the tower itself, cut."""
-        return tower_mask(self.tower.module.config, type(self.pruner).__name__, hidden, state, given)
 
     def _see(self, kind: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Keep what a projection gives, for the stage behind its layer."""
@@ -254,7 +240,7 @@ class TowerHost:
         return (state.final, *output[1:]) if isinstance(output, tuple) else state.final
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
-        """Where features are recorded states of layers: the last stage, and all rows back in each of them."""
+        """The last stage where features are recorded states of layers, with all rows back in each of them."""
         state, recorded = self.current, getattr(output, "hidden_states", None)
         if state is None or state.rows is None or recorded is None:
             return None
@@ -312,12 +298,3 @@ class TowerHost:
                 f"what follows the layers of {type(self.tower.module).__name__} mixes patches, so that none of the "
                 f"dropped ones leaves the decoder's input; use a method of the decoder"
             )
-
-
-def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:
-    """Which embeddings stand for patches that the tower dropped, and, in their samples, line breaks of rows."""
-    embeds = embeds.flatten(2)  # of a decoder with several streams
-    gone = (embeds == 0).all(-1)
-    if newline is None:
-        return gone
-    return gone | ((embeds == newline.to(embeds)).all(-1) & gone.any(1, keepdim=True))

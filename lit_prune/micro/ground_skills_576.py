@@ -28,7 +28,7 @@ def ask_ground(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def ask_region(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Where a texture, or a colour of the ground, is: its half or quarter, or nowhere."""
+    """Place of a texture, or of a colour of the ground: its half or quarter, or nowhere."""
     options: dict[str, list] = {"nowhere": []}
     for index, values in enumerate((TEXTURES, GROUNDS)):
         for value in values:
@@ -72,7 +72,7 @@ def ask_behind(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def ask_layout(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """How many regions the ground has, or whether two corners look alike."""
+    """Number of the ground's regions, or likeness of two corners."""
     if rng.random() < 0.25:
         count = str(len(scene.regions))
         return "How many parts does the ground have?", count, [r.box for r in scene.regions]
@@ -89,7 +89,7 @@ def ask_layout(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def ask_same(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Whether the ground is the same behind two objects."""
+    """Sameness of the ground behind two objects."""
     options: dict[str, list] = {"yes": [], "no": []}
     placed = [(t, region) for t in nameable(scene) if (region := region_behind(scene, t))]
     for i, (a, one) in enumerate(placed):

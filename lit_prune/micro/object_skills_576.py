@@ -115,7 +115,7 @@ def ask_position(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def ask_size(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Which of two is larger, or smaller; the first named is right half of the time."""
+    """The larger, or smaller, of two; the first named is right half of the time."""
     things = nameable(scene, pattern=False)
     pairs = [(a, b) for a in things for b in things if a.size >= LARGER * b.size]
     if not pairs:

@@ -107,9 +107,8 @@ class PruneModule(LightningModule):
         check_settings(loss, watch, pruner, plugin, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
-        attached = (
-            Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin).train()
-        )
+        made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
+        attached = made.train()
         self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
@@ -122,17 +121,9 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
-        self.teaching = Teaching(
-            self.vlm,
-            self.keep,
-            loss,
-            anneal,
-            train_mode=train_mode,
-            contenders=contenders,
-            gate_clip=gate_clip,
-            checkpoint_activations=checkpoint_activations,
-            watch=tuple(watch) if loss.attention else (),
-        )
+        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip}
+        saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
+        self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims
         self.meters = Meters(dims.depth, dims.width, attached.repair is not None, self.vlm.size is not None)
         self.scores: list[Score] = []  # official benchmark scores of the last evaluation

@@ -130,6 +130,7 @@ def test_runs_for_debugging_write_nothing(pruned_micro, benchmarks, tmp_path):
     assert not list(tmp_path.glob("gqa*"))
 
 
+@pytest.mark.slow  # tests/test_strategies.py has two processes that predict
 @pytest.mark.timeout(600)
 def test_two_processes_answer_and_score_as_one(official, tmp_path):
     """A run of two ranks that stops early is finished by one; the scores of two are those of one."""

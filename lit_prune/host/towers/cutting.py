@@ -1,4 +1,4 @@
-"""What a tower's layers are handed beside their states, cut down to the rows that are left."""
+"""Arguments of a tower's layers, cut down to the rows that are left."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a model's vision tower is and how its layers work, found by structure."""
+"""Discovery of a model's vision tower and of how its layers work, by structure."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lit_prune.cost.towers import TowerSize, first_side, tower_size
 from lit_prune.errors import LitPruneError
-from lit_prune.host.compat import check_tower, parameters, window_order
+from lit_prune.host.checks import check_tower
+from lit_prune.host.compat import parameters, window_order
 from lit_prune.host.towers.reading import attention_of, clip_like
 from lit_prune.host.towers.tail import leaves
 

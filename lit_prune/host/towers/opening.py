@@ -1,5 +1,7 @@
 """The beginning of a pass: which rows of the tower's sequences are which patch, and which patches make a unit."""
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +41,21 @@ def begin(state: TowerPass, tower: Any, hidden: Tensor, rope: Any, orders: dict[
     state.tile_of = torch.zeros(extent[0] * extent[1], dtype=torch.long, device=device)
     tiles = torch.arange(len(units.rows), device=device)[:, None, None].expand_as(units.rows)
     state.tile_of[units.rows[units.real].flatten()] = tiles[units.real].flatten()
+
+
+def stage_counts(
+    state: TowerPass, layers: Iterable[int], plan: Callable[[int, int], Mapping[int, int]]
+) -> dict[int, Tensor]:
+    """Units that each tile keeps, by the layer of the stage.
+
+    Args:
+        state: at its beginning. layers: with a stage before them.
+        plan: {layer: units kept} of a tile of so many units in an image of so many frames, asked once for each pair.
+    """
+    plan = cache(plan)
+    frames = state.images.bincount()[state.images].tolist()
+    plans = [plan(*tile) for tile in zip(state.total.tolist(), frames, strict=True)]
+    return {layer: torch.tensor([found[layer] for found in plans], device=state.rows.device) for layer in layers}
 
 
 def _ordered(

@@ -1,4 +1,4 @@
-"""What follows a tower's layers: modules that map rows of features to rows, each of them alone.
+"""Tail of a tower: the modules after its layers, which map rows of features to rows, each of them alone.
 
 Patches that left come back after the last layer as rows of zeros, so that everything there finds the shape that it
 expects: norms, pixel shuffles, mergers, projectors. Each module with weights runs on the other rows only and leaves a
@@ -70,3 +70,12 @@ def _windows(module: nn.Conv2d, features: Tensor, output: Tensor) -> Tensor:
     if bool(there.all()):
         return output
     return output * nn.functional.max_pool2d(there, module.kernel_size, module.stride)
+
+
+def absent(embeds: Tensor, newline: Tensor | None) -> Tensor:
+    """Mask of embeddings of patches that the tower dropped, and, in their samples, of line breaks of rows."""
+    embeds = embeds.flatten(2)  # of a decoder with several streams
+    gone = (embeds == 0).all(-1)
+    if newline is None:
+        return gone
+    return gone | ((embeds == newline.to(embeds)).all(-1) & gone.any(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Which patches become which visual token: a unit is the block of patches that the model merges into one.
+"""Units of a tower: a unit is the block of patches that the model merges into one visual token.
 
 Units are counted tile by tile. A tile is an image, one of its crops, or a frame of a video, as a grid of patches of its
 own; towers get tiles as a batch of one size, padded, or packed one after the other.

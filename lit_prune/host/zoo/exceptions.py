@@ -1,4 +1,4 @@
-"""What a class asks beyond the names of its fields, class by class."""
+"""Settings of single classes, beyond the names of their fields."""
 
 from typing import Any
 

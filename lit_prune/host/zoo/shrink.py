@@ -240,7 +240,7 @@ def _per_layer(fields: Fields, before: int, depth: int) -> Fields:
 
 
 def _own(values: Fields) -> Fields:
-    """What one layer has in place of the decoder's settings, shrunk."""
+    """Settings of one layer in place of the decoder's, shrunk."""
     found = {name: TEXT.get(name, value) for name, value in values.items()}
     if isinstance(heads := values.get("num_key_value_heads"), int):
         found["num_key_value_heads"] = 4 if heads == values.get("num_attention_heads") else 2
