@@ -1,9 +1,11 @@
 """What a command must not import before it needs it: each of these takes seconds."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from tiny import ROOT
 
 FRAMEWORK = {"torch", "transformers", "lightning"}
 # Neither pricing nor help has use for a model's code, and these bring PyTorch's compiler along.
@@ -38,3 +40,39 @@ def test_pricing_needs_no_models_code(model):
     found = imported(f"cost --model {model} --pruner configs/pruners/rcp.yaml --keep 320")
     assert "lit_prune.cost.flops" in found
     assert not MODELLING & found
+
+
+WITHOUT_TRAINING = """
+import sys
+for name in ("lightning", "pytorch_lightning", "lightning_fabric", "deepspeed", "wandb"):
+    sys.modules[name] = None  # as if it weren't installed
+import lit_prune
+from lit_prune.cli import main
+asked = ["--image", "sample/0.png", "--prompt", "What colour is the tile?"]
+main(["sample", "--out", "sample"])
+vlm = lit_prune.load("micro").attach("divprune", keep=16)
+assert vlm.answer("sample/0.png", "What colour is the tile?") == "blue"
+main(["cost", "--pruner", "divprune", "--keep", "64"])
+main(["show", *asked, "--pruner", "fastv", "--keep", "16", "--out", "kept.png"])
+main(["fit", "-c", "micro.yaml"])
+"""
+
+
+def test_a_plain_install_attaches_answers_shows_and_prices(tmp_path):
+    """`fit` says in one sentence what is missing, and the command that installs it."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRAINING],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=99, check=False
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: this verb needs lightning, which is not installed: pip install -e '.[train]'")
+    assert (tmp_path / "kept.png").is_file()
+
+
+def test_importing_the_package_imports_no_framework():
+    code = "import sys, time; t = time.perf_counter(); import lit_prune; print(time.perf_counter() - t, *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert not (FRAMEWORK | {"numpy"}) & set(said.split())
+    assert float(said.split()[0]) < 0.3
