@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from test_logging import fit
 from tiny import ROOT, trainer
@@ -20,6 +21,7 @@ from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError, UsageError
 from lit_prune.plugin import Plugin
 from lit_prune.training.loggers import MLflow, Trackio
+from lit_prune.training.strategies import refuse_unusable
 
 OVERLAYS = ROOT / "configs"
 
@@ -148,3 +150,9 @@ def test_what_is_wrong_in_an_appended_callback_is_named(tmp_path):
     overlay.write_text("trainer: {callbacks+: [{class_path: lit_prune.callbacks.ExportBest, init_args: {fold: a}}]}")
     with pytest.raises(UsageError, match=r"more\.yaml: unknown key `trainer\.callbacks\.init_args\.fold` .*`folder`"):
         build([str(OVERLAYS / "micro.yaml"), str(overlay)])
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy])
+def test_fsdp_is_refused_with_the_reason(kind):
+    with pytest.raises(LitPruneError, match="FSDP would split the plug-in too.*take DDP, or DeepSpeed's ZeRO-3"):
+        refuse_unusable(SimpleNamespace(strategy=kind(), precision="32-true"))
