@@ -213,6 +213,8 @@ def put_rows(
 
 def _flat(columns: Int[Tensor, "batch some"], length: int) -> Int[Tensor, " all"]:
     """Column indices into the concatenation of all samples' sequences."""
+    if columns.shape[0] == 1:
+        return columns.flatten()
     return (columns + torch.arange(columns.shape[0], device=columns.device)[:, None] * length).flatten()
 
 
