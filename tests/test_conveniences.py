@@ -154,5 +154,5 @@ def test_what_is_wrong_in_an_appended_callback_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy])
 def test_fsdp_is_refused_with_the_reason(kind):
-    with pytest.raises(LitPruneError, match="FSDP would split the plug-in too.*take DDP, or DeepSpeed's ZeRO-3"):
+    with pytest.raises(LitPruneError, match=r"FSDP would split the plug-in too.*take DDP, or DeepSpeed's ZeRO-3"):
         refuse_unusable(SimpleNamespace(strategy=kind(), precision="32-true"))

@@ -60,9 +60,10 @@ main(["fit", "-c", "micro.yaml"])
 
 def test_a_plain_install_attaches_answers_shows_and_prices(tmp_path):
     """`fit` says in one sentence what is missing, and the command that installs it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRAINING],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=1, timeout=99, check=False
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=99, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
