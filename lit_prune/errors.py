@@ -114,6 +114,12 @@ def check_numbers(name: str, values: Iterable[Any], **limits: Any) -> None:
         check_number(f"{name}[{i}]", value, **limits)
 
 
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise `LitPruneError` unless `value` is one of those allowed; the message names the key and lists them."""
+    if value not in (allowed := tuple(allowed)):
+        raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
 def _wanted(least: float | None, above: float | None, most: float | None, below: float | None, whole: bool) -> str:
     """Describe the range in words."""
     kind = "a whole number" if whole else "a finite number"

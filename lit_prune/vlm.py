@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lit_prune import loading
 from lit_prune.cost.flops import ModelSize
-from lit_prune.cost.sizes import known_size
 from lit_prune.errors import LitPruneError
 from lit_prune.files.inputs import Picture, check_prompts, is_image, pair
 from lit_prune.host import DecoderHost, Session, host_of
@@ -21,9 +20,13 @@ from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.encoding import encode_images
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find, unwrap
+from lit_prune.host.positions import settled
+from lit_prune.host.structure import counted_size
+from lit_prune.loading.locations import HUB_OPTIONS, LOCAL
 from lit_prune.ops.budget import parse_budget, resolve
 from lit_prune.plugin import Plugin, fingerprint
-from lit_prune.plugin.methods import as_plugin, plugin_from_yaml
+from lit_prune.plugin.description import as_html, describe
+from lit_prune.plugin.methods import as_plugin, plugin_from_yaml, plugin_in, plugin_on_hub
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
@@ -44,9 +47,9 @@ def load(
     """Load a frozen vision-language model with its processor, ready to attach a pruner to.
 
     Args:
-        base: "micro", a local folder in the Hugging Face layout, a hub id such as "llava-hf/llava-1.5-7b-hf", a folder
-            or hub id of a peft adapter, or a transformers model (or `PeftModel`) object, which is frozen in place. With
-            `random_weights` also a configuration.
+        base: "micro", a local folder in the Hugging Face layout, a hub id `OWNER/NAME[/SUBFOLDER][:REVISION]`, a folder
+            or hub id of a peft adapter, or of a plug-in, which is attached to its base model, or a transformers model
+            (or `PeftModel`) object, which is frozen in place. With `random_weights` also a configuration.
         dtype: of the weights. By default float32 for micro, otherwise the checkpoint's; random weights of more than a
             billion parameters are bfloat16.
         processor: a processor, or the name of one to load; by default that of `base`. Random weights and model objects
@@ -56,35 +59,24 @@ def load(
         seed: of random weights.
         strict: raise an error if a checkpoint lacks weights of the model or has unexpected ones; otherwise missing ones
             are random and unexpected ones ignored.
-        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...).
+        options: passed to `from_pretrained` (`attn_implementation`, `device_map`, `quantization_config`, ...), and
+            `revision`, `token`, `subfolder`, `cache_dir` of a repository or folder.
 
     Raises:
         LitPruneError: the model can't be found or built; the message says what would help.
     """
     if not isinstance(base, loading.Base | nn.Module) or base == "":
         raise LitPruneError(f"{base!r} is no model: give a name such as 'micro', a folder, a hub id, or a model object")
-    if isinstance(base, nn.Module):
-        if random_weights or dtype is not None or options:
-            raise LitPruneError("a model that is built already is taken as it is: set its dtype and options before")
-        model, name = base, str(getattr(base.config, "_name_or_path", ""))
-    elif random_weights:
-        model = loading.random_model(base, dtype, device or "cpu", seed, **options)
-        name = base.model_type if isinstance(base, loading.PreTrainedConfig) else str(base)
-    elif isinstance(base, loading.PreTrainedConfig):
-        raise LitPruneError("a configuration has no weights: load it with random_weights=True")
-    else:
-        if device is not None and "device_map" in options:
-            raise LitPruneError("give either device or device_map: a map says where each part of the model is")
-        # Quantized weights are created on their device, since they can't be moved.
-        if device is not None and "quantization_config" in options:
-            options["device_map"], device = {"": device}, None
-        model, name = loading.load_model(base, dtype, strict=strict, **options), str(base)
-        processor = processor or name
-    if processor is None:
-        processor = loading.local_processor(name) if name else None
-    elif isinstance(processor, (str, Path)):
-        processor = loading.load_processor(processor)
-    return VLM(model if device is None else model.to(device), processor, name)
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    settings = {"processor": processor, "device": device, "strict": strict, "random": seed if random_weights else None}
+    try:
+        if (plugin := plugin_in(base, hub)) is None:
+            return VLM(*loading.load_base(base, dtype, **settings, **options))
+    except LitPruneError:  # a repository shows only when it is opened that it is a plug-in's
+        if random_weights or (plugin := plugin_on_hub(base, hub)) is None:
+            raise
+    rest = {name: value for name, value in options.items() if name not in hub}
+    return VLM(*loading.load_base(plugin.base or LOCAL, dtype, **settings, **rest)).attach(plugin)
 
 
 class VLM:
@@ -102,17 +94,11 @@ class VLM:
 
     def __repr__(self) -> str:
         """Describe the model and the attached plug-in: method, budget, schedule, trainable parameters."""
-        weights = sum(p.numel() for p in self.model.parameters())
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        model = f"{type(self.model).__name__}, {weights:,} frozen parameters, {dtype} on {self.model.device}"
-        lines = [f"VLM({self.name and self.name + ', '}{model})"]
-        if self.processor is None:
-            lines.append("processor: none, so give token ids and pixels to `model`")
-        if self.plugin is None or self.host is None or not self.host.handles:
-            lines.append("pruner: none, the plain model")
-        else:
-            lines += self.plugin.summary(self.host.schedule)
-        return "\n  ".join(lines)
+        return "\n  ".join(describe(self))
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        return as_html(describe(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Make a model pickle after a forward; see `drop_capturing_hooks`."""
@@ -124,10 +110,10 @@ class VLM:
         vars(self).update(state)
         put_on_record(recording_classes(self.model))
 
-    @property
+    @cached_property
     def size(self) -> ModelSize | None:
         """Sizes for `lit_prune.cost.flops`, as far as known; None if not even the decoder's are."""
-        return known_size(self.model.config)
+        return counted_size(self.model)
 
     def attach(
         self,
@@ -137,25 +123,30 @@ class VLM:
         *,
         positions: Positions | None = None,
         proportional_attention: Proportional | None = None,
+        **hub: Any,
     ) -> "VLM":
         """Attach a pruner, which acts in forward and `generate()`; if this fails, the previous one stays attached.
 
         Args:
             pruner: the name of a shipped method such as "fastv", a YAML file (its `model.pruner`, `model.repair`,
-                `model.keep` and so on), a folder or hub id written by `save_pretrained`, each also as `PATH@BUDGET` or
-                `PATH!` without its repair adapter, "full" for the plain model, a pruner object, or a `Plugin`.
+                `model.keep` and so on), a folder written by `save_pretrained` or its hub id
+                `OWNER/NAME[/SUBFOLDER][:REVISION]`, each also as `PATH@BUDGET` or `PATH!` without its repair adapter,
+                "full" for the plain model, a pruner object, or a `Plugin`.
             repair: repair adapter for a pruner object.
             keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share of the
                 model's such as "11.1%" (where images differ, of each sample's), or the counts themselves as
                 {pruning layer: count} or "2:192,4:64"; overrides the file's.
-            positions: position ids of kept tokens, see `HostOptions`; overrides the file's.
+            positions: position ids of kept tokens, see `HostOptions`; overrides the file's. If a file asks for
+                `renumbered` ones and this model's tokens have several positions each (M-RoPE), they stay the original
+                ones, with a warning; as an argument it is an error.
             proportional_attention: add log(size) to the attention logits of kept tokens, which represent the dropped
                 ones; see `HostOptions`; overrides the file's.
+            hub: `revision`, `token`, `subfolder`, `cache_dir` of a plug-in's folder or repository.
 
         Raises:
             LitPruneError: layers outside the model, a budget that can't be met, or a plug-in of another base model.
         """
-        plugin = as_plugin(pruner, repair)
+        plugin = as_plugin(pruner, repair, **hub)
         parts = find(self.model)
         device, visual = parts.device, None if parts.dims.varies else parts.dims.visual
         default = plugin.pruner.default_keep if plugin.keep is None else plugin.keep
@@ -163,8 +154,7 @@ class VLM:
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        given = {"positions": positions, "proportional_attention": proportional_attention}
-        options = replace(plugin.options, **{name: value for name, value in given.items() if value is not None})
+        options = settled(plugin.options, parts.decoder, positions, proportional_attention)
         plugin.build(parts.dims, fingerprint(self.model), self.model)
         plugin.to(device)
         model = unwrap(self.model)
@@ -214,17 +204,25 @@ class VLM:
             return dict(plain)
         return encode_images(unwrap(self.model), inputs)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save the attached plug-in as a folder: safetensors and JSON."""
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save the attached plug-in as a folder: safetensors, JSON, a model card; see `Plugin.save_pretrained`."""
+        self._attached("save").save_pretrained(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the attached plug-in to a repository of the hub; see `Plugin.push_to_hub`."""
+        return self._attached("publish").push_to_hub(repo_id, **options)
+
+    def _attached(self, purpose: str) -> Plugin:
         if self.plugin is None:
-            raise LitPruneError("nothing is attached, so there is nothing to save")
-        self.plugin.save_pretrained(folder)
+            raise LitPruneError(f"nothing is attached, so there is nothing to {purpose}")
+        return self.plugin
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, **options: Any) -> "VLM":
-        """Load the base model named in a plug-in folder (or `base`), with the plug-in attached."""
-        plugin = Plugin.from_pretrained(folder)
-        return load(base or plugin.base, **options).attach(plugin)
+        """Load a plug-in on the base that it names, or on `base`; hub options are the plug-in's, others `load`'s."""
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        plugin = Plugin.from_pretrained(folder, **hub)
+        return load(base or plugin.base or LOCAL, **options).attach(plugin)
 
     def encode(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> Mapping[str, Tensor]:
         """Encode one image and one question per sample: chat template, left padding, on the model's device.

@@ -106,7 +106,10 @@ def test_a_pruned_decoder_behind_an_unknown_tower(tmp_path):
 def test_a_method_inside_a_tower_without_a_price(tmp_path, capsys):
     """Its stages are found by structure; what the tower itself costs isn't known from the configuration."""
     visionzip = str(ROOT / "configs" / "pruners" / "visionzip.yaml")
-    options = ("--model", "zai-org/GLM-4.6V-Flash", "--pruner", visionzip, "--keep", "64", "--visual-tokens", "576")
+    fields = shipped_fields(LLAVA)
+    fields["vision_config"]["model_type"] = "dinov2"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = ("--model", str(tmp_path), "--pruner", visionzip, "--keep", "64", "--visual-tokens", "576")
     found = report(tmp_path, *options)
     assert found["avg_visual_tokens"] == 64
     assert found["parts"]["vision"] is None

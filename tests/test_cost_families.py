@@ -36,17 +36,9 @@ CROPPED = ["llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-onevision-qwen2-
 TILED = "OpenGVLab/InternVL3-8B-hf"
 GRIDS = ["Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
 FAMILIES = [FIXED, *CROPPED, TILED, *GRIDS]
-# Shapes whose vision tower has no price yet, and those whose tower works more than the decoder: 4,096 patches for 256
-# visual tokens, and 17 crops.
-UNPRICED = (
-    "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
-    "Qwen/Qwen3.5-9B",
-    "allenai/Molmo2-8B",
-    "zai-org/GLM-4.6V-Flash",
-)
+# Shapes whose tower works more than the decoder: 4,096 patches for 256 visual tokens, 17 crops, and five that overlap.
 HEAVY = ("google/gemma-3-4b-it", "HuggingFaceTB/SmolVLM2-2.2B-Instruct")
-MISSING = pytest.mark.xfail(strict=True, raises=LitPruneError, reason="the tower has no line in TOWERS")
-SHAPES = [pytest.param(name, marks=MISSING if name in UNPRICED else ()) for name in names()]
+SHAPES = names()
 
 
 def shrunk(name: str) -> Any:

@@ -6,6 +6,7 @@ only loading is replaced, since there is nothing to load.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from lit_prune.evaluation.report.runs import read_run
 from lit_prune.evaluation.timing import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import wall_clock
 from lit_prune.evaluation.timing.prompts import random_prompt
-from lit_prune.host import Session
+from lit_prune.host import Session, structure
 from lit_prune.host.parts import nominal_tokens
 from lit_prune.ops.budget import asked, parse_budget
 from lit_prune.plugin import Plugin
@@ -260,12 +261,13 @@ def test_an_oracle_without_hints_fails_alone_and_says_why(family, questions):
 # -- towers and decoders without a price ----------------------------------------------------------------------------
 @pytest.fixture
 def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> VLM:
-    """A model whose tower, or decoder, has no known price: of a type of its own, or with experts."""
+    """A model whose tower, or decoder, has no known price: of types of their own, the layers' attention unknown."""
     model, processor = fitted("qwen2.5-vl")
     if request.param == "tower":
         model.config.vision_config.model_type = "seashell"
     else:
-        model.config.get_text_config().num_experts = 8
+        monkeypatch.setattr(model.config.get_text_config(), "model_type", "seashell")
+        monkeypatch.setattr(structure, "OUTPUT", re.compile("nothing"))  # by which attention is recognised
     monkeypatch.setattr(training, "load", lambda *args, **options: VLM(model, processor, "tiny"))
     monkeypatch.setattr(loading, "load_processor", lambda *args, **options: processor)
     return VLM(model, processor, "tiny")

@@ -27,7 +27,8 @@ EVERY = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda path: path.stem)
 MANY = pytest.mark.parametrize("images", [1, 2, 11, 20])
 LLAVA = FAMILIES["llava-1.5"]
 KEEP = 10
-EACH = {"downsample", "prumerge_plus", "scope", "tome", "visionzip"}  # the tower gives every image the budget
+# The tower gives every image the budget.
+EACH = {"downsample", "id_selection", "prumerge_plus", "scope", "tome", "visionzip"}
 REGIONS = {"regions": (torch.rand(3, 2, 20 * VISUAL, generator=torch.Generator().manual_seed(5)) - 0.7).clamp(min=0)}
 
 

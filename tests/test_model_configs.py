@@ -32,7 +32,6 @@ VISUAL = {
     "qwen3.5-9b": 441,
     "smolvlm2-2.2b": 1377,
 }
-UNKNOWN = {"gemma3-4b", "molmo2-8b", "smolvlm2-2.2b"}  # whose rule the price does not know yet
 
 
 @cache
@@ -65,9 +64,7 @@ def test_overlay_suits_its_model(path):
 
 
 @EVERY
-def test_price_knows_the_usual_image(path, request):
-    if path.stem in UNKNOWN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the processor's rule is missing in image_load"))
+def test_price_knows_the_usual_image(path):
     assert image_load(shipped_config(written(path)["base"]), *USUAL).visual == VISUAL[path.stem]
 
 

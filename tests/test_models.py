@@ -8,6 +8,7 @@ from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.laws import measure
 from lit_prune.host import Record, Session
+from lit_prune.host.zoo.exceptions import FIELDS
 from lit_prune.host.zoo.inputs import prompts
 from lit_prune.host.zoo.shrink import listed, tiny_model
 from lit_prune.pruners.uniform import Uniform
@@ -46,6 +47,16 @@ def test_every_class_works_or_is_refused_in_a_sentence(kind):
     assert found.verdict in ("works", "refused", "library"), (found.error, found.broken)
     if found.refused is not None:
         assert "\n" not in found.refused
+
+
+def test_soft_masks_are_refused_where_layers_choose_fewer_keys_than_a_prompt_has(monkeypatch):
+    """What chooses them doesn't see the mask; dropping is as exact as ever."""
+    kind = "mistral_large4"
+    monkeypatch.setitem(FIELDS, kind, {**FIELDS.get(kind, {}), "text_config.index_topk": 6})
+    found = measure(kind)
+    assert (found.verdict, found.error, found.laws["train, drop"]) == ("works", None, True)
+    for law in ("soft", "train, soft"):
+        assert "choose the 6 keys of each token" in found.laws[law]
 
 
 # -- towers without a known price -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lit_prune.pruners.dart import DART
 from lit_prune.pruners.divprune import DivPrune
 from lit_prune.pruners.pyramiddrop import PyramidDrop
 from lit_prune.pruners.sparsevlm import SparseVLM
+from lit_prune.pruners.tops import TOPS
 
 COUNTS = (9, 14, 5, 60)  # of 24, 19, 24 and 12 alive ones
 TOKENS, WORDS = 24, 6
@@ -126,13 +127,13 @@ def test_divprune_starts_the_same_whatever_the_blocks(monkeypatch):
 
 
 # -- CDPruner -------------------------------------------------------------------------------------------------------
-def cdpruner_by_hand(seen: Context, row: int, count: int) -> set[int]:
+def cdpruner_by_hand(seen: Context, row: int, count: int, sign: int = 1) -> set[int]:
     """The determinants themselves: each pick makes that of the kernel over the picks as large as it can be."""
     tokens, states = alive_of(seen, row), seen.visual_embeds[row]
     words = [seen.text_embeds[row, word] for word in words_of(seen, row)]
-    raw = {i: sum(cosine(states[i], word) for word in words) / len(words) for i in tokens}
+    raw = {i: sign * sum(cosine(states[i], word) for word in words) / len(words) for i in tokens}
     low, high = min(raw.values()), max(raw.values())
-    relevance = {i: (raw[i] - low) / (high - low) for i in tokens}
+    relevance = {i: (raw[i] - low) / (high - low) if sign else 1.0 for i in tokens}
 
     def volume(chosen: list[int]) -> float:
         kernel = [[relevance[i] * cosine(states[i], states[j]) * relevance[j] for j in chosen] for i in chosen]
@@ -146,7 +147,13 @@ def cdpruner_by_hand(seen: Context, row: int, count: int) -> set[int]:
 
 def test_cdpruner_picks_what_its_formula_picks():
     seen = context()
-    assert kept_by(CDPruner(), seen) == [cdpruner_by_hand(seen, row, count) for row, count in enumerate(COUNTS)]
+    chosen = {}
+    for name, sign in (("similar", 1), ("dissimilar", -1), ("none", 0)):
+        chosen[name] = kept_by(CDPruner(relevance=name), seen)
+        assert chosen[name] == [cdpruner_by_hand(seen, row, count, sign) for row, count in enumerate(COUNTS)]
+    assert kept_by(CDPruner(), seen) == chosen["similar"]
+    for row in (0, 1, 2):  # the last sample keeps all
+        assert len({frozenset(rows[row]) for rows in chosen.values()}) == 3
 
 
 def test_cdpruner_after_all_directions_are_taken_goes_by_relevance():
@@ -226,15 +233,18 @@ def sparsevlm_score_by_hand(seen: Context, row: int) -> dict[int, float]:
     return {i: sum(seen.row_attention[row, j, i].item() for j in raters) / len(raters) for i in tokens}
 
 
-def density_peaks_by_hand(states: dict[int, Tensor], clusters: int, neighbours: int = 5) -> dict[int, list[int]]:
-    """{centre: its members}, by the exponentials and products of the formula."""
+def density_peaks_by_hand(states: dict[int, Tensor], clusters: int, neighbours: int | None = 5) -> dict[int, list[int]]:
+    """{centre: its members}, by the exponentials and products of the formula; None: as in the authors' code."""
     tokens = list(states)
     squared = {(i, j): sum(x * x for x in (states[i] - states[j]).tolist()) for i in tokens for j in tokens}
     unit = math.sqrt(sum(squared.values()) / len(squared)) or 1.0
+    if neighbours is None:
+        unit = math.sqrt(len(states[tokens[0]]))
     distance = {pair: math.sqrt(value) / unit for pair, value in squared.items()}
     rho, delta = {}, {}
     for i in tokens:
-        nearest = sorted(distance[i, j] for j in tokens if j != i)[:neighbours]
+        others = [j for j in tokens if neighbours is None or j != i]
+        nearest = sorted(distance[i, j] for j in others)[: neighbours or clusters]
         rho[i] = math.exp(-sum(d * d for d in nearest) / max(1, len(nearest)))
     for i in tokens:
         denser = [distance[i, j] for j in tokens if rho[j] > rho[i] or (rho[j] == rho[i] and j < i)]
@@ -246,29 +256,38 @@ def density_peaks_by_hand(states: dict[int, Tensor], clusters: int, neighbours: 
     return members
 
 
-def sparsevlm_by_hand(seen: Context, row: int, count: int) -> dict[int, Tensor]:
+def sparsevlm_by_hand(
+    seen: Context, row: int, count: int, neighbours: int | None = 5, added: bool = False
+) -> dict[int, Tensor]:
     """{kept token: its state}."""
     score = sparsevlm_score_by_hand(seen, row)
     order = sorted(score, key=lambda i: -score[i])
     candidates = int(0.3 * max(0, len(order) - count) + 1e-9)
-    clusters = min(candidates // 3 + 1, candidates, count // 2)
-    best, rest = order[: count - clusters], order[count - clusters :]
+    clusters = min(candidates // 3 + 1, candidates, candidates if added else count // 2)
+    kept_plain = count if added else count - clusters
+    best, rest = order[:kept_plain], order[kept_plain:]
     kept = {i: seen.states[row, i] for i in best}
     if clusters:
-        members = density_peaks_by_hand({i: seen.states[row, i] for i in sorted(rest[:candidates])}, clusters)
+        members = density_peaks_by_hand(
+            {i: seen.states[row, i] for i in sorted(rest[:candidates])}, clusters, neighbours
+        )
         kept |= {c: sum(seen.states[row, i] for i in group) / len(group) for c, group in members.items()}
     return kept
 
 
+AUTHORS = {"neighbours": None, "distance": "width"}
+
+
 @pytest.mark.parametrize("counts", [COUNTS, (2, 6, 1, 3)])
-def test_sparsevlm_keeps_and_recycles_what_its_formula_says(counts):
+@pytest.mark.parametrize("form", [{}, AUTHORS, {**AUTHORS, "added": True}], ids=["ours", "authors", "added"])
+def test_sparsevlm_keeps_and_recycles_what_its_formula_says(counts, form):
     """Three tokens a cluster, so that there are several."""
     seen = context(count=torch.tensor(counts))
-    kept = SparseVLM(per_cluster=3).prune(seen)
+    kept = SparseVLM(per_cluster=3, **form).prune(seen)
     scores = SparseVLM().score(seen)
     recycled = 0
     for row, count in enumerate(counts):
-        by_hand = sparsevlm_by_hand(seen, row, count)
+        by_hand = sparsevlm_by_hand(seen, row, count, form.get("neighbours", 5), form.get("added", False))
         assert set(kept.mask[row].nonzero()[:, 0].tolist()) == set(by_hand)
         for token, state in by_hand.items():
             assert tiny.gap(kept.states[row, token], state) < 1e-5
@@ -276,6 +295,16 @@ def test_sparsevlm_keeps_and_recycles_what_its_formula_says(counts):
         for token, score in sparsevlm_score_by_hand(seen, row).items():
             assert scores[row, token].item() == pytest.approx(score, abs=1e-6)
     assert recycled >= 2
+
+
+def test_recycled_tokens_that_are_added_are_counted(pruned):
+    """The budget of the counts is 12; what a forward spends is more, by the tokens that are there."""
+    vlm = pruned(SparseVLM([0], [1.0], per_cluster=2, added=True), keep=12, shaken=False)
+    _, record = forward(vlm, batch(samples()), repair=False)
+    candidates = int(0.3 * (VISUAL - 12))
+    assert record.stages[0].kept.sum(1).tolist() == [12 + candidates // 2 + 1] * 3
+    assert record.trace.average_visual().tolist() == [12 + candidates // 2 + 1] * 3
+    assert (record.trace.excess() == candidates // 2 + 1).all()
 
 
 def test_density_peaks_of_many_tokens():
@@ -322,9 +351,32 @@ def test_sparsevlm_puts_means_into_the_sequence(tiny_model):
     assert torch.equal(rope[0][0, 2 : 2 + len(tokens)], full[0][0, tokens + 2])
 
 
+# -- TOPS -----------------------------------------------------------------------------------------------------------
+def tops_by_hand(seen: Context, row: int, count: int, powers: tuple[float, float, float]) -> set[int]:
+    """The product of three principles, pick after pick."""
+    tokens, states, relevance = alive_of(seen, row), seen.visual[row], sparsevlm_score_by_hand(seen, row)
+    alike = {(i, j): cosine(states[i], states[j]) for i in tokens for j in tokens}
+    picks: list[int] = []
+    while len(picks) < min(count, len(tokens)):
+        left = {i: 1 - max([0.0, *(alike[i, p] for p in picks)]) for i in tokens}
+        worth = {}
+        for j in (j for j in tokens if j not in picks):
+            coverage = (1 + sum(left[i] * alike[i, j] for i in tokens) / sum(left.values())) / 2
+            worth[j] = relevance[j] ** powers[0] * coverage ** powers[1] * left[j] ** powers[2]
+        picks.append(max(worth, key=worth.get))
+    return set(picks)
+
+
+@pytest.mark.parametrize("powers", [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.5, 0.0, 2.0)])
+def test_tops_picks_what_its_formula_picks(powers):
+    seen = context()
+    kept = kept_by(TOPS(**dict(zip(("relevance", "coverage", "diversity"), powers, strict=True))), seen)
+    assert kept == [tops_by_hand(seen, row, count, powers) for row, count in enumerate(COUNTS)]
+
+
 # -- several images -------------------------------------------------------------------------------------------------
 
-CHOOSERS = [DivPrune(), CDPruner(), DART(), SparseVLM(per_cluster=2)]
+CHOOSERS = [DivPrune(), CDPruner(), DART(), SparseVLM(per_cluster=2), TOPS()]
 
 
 @pytest.mark.parametrize("pruner", CHOOSERS, ids=lambda pruner: type(pruner).__name__)
@@ -346,7 +398,7 @@ def test_images_decide_alone(pruner):
 
 # -- nothing asked --------------------------------------------------------------------------------------------------
 
-PEERS = ["cdpruner", "dart", "divprune", "pyramiddrop", "sparsevlm"]
+PEERS = ["cdpruner", "dart", "divprune", "pyramiddrop", "sparsevlm", "tops"]
 
 
 @pytest.mark.parametrize("name", PEERS)

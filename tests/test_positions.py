@@ -1,6 +1,7 @@
 """Positions without gaps: what renumbering means, and that caches, batches and masks still agree."""
 
 import json
+import logging
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from tiny import DEPTH, IMAGE, PRUNERS, TOLERANCE, VISUAL, batch, forward, gap, 
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.host.options import HostOptions
 from lit_prune.plugin import SETTINGS, Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner
 from lit_prune.pruners.uniform import Uniform
@@ -88,7 +90,7 @@ def test_pruned_at_layer_0_it_is_the_plain_model_on_a_shorter_prompt(tiny_model,
 def test_decoding_goes_on_from_the_new_length(pruned, pruner):
     inputs = batch(samples())
     out = cached_decoding_equals_recomputation(pruned(pruner, **NEW), inputs)
-    old = generate(pruned(pruner), inputs)
+    old = generate(pruned(pruner, positions="original"), inputs)
     assert gap(old.logits[:, 0], out.logits[:, 0]) > 0.05
 
 
@@ -167,6 +169,35 @@ def forward_on(vlm, out, new):
 def test_tokens_with_several_positions_are_refused(name):
     with pytest.raises(LitPruneError, match="M-RoPE"):
         VLM(FAMILIES[name].build(), None).attach(Uniform([DEPTH // 2]), keep=12, **NEW)
+
+
+def test_a_file_asks_for_what_a_model_may_not_have(caplog):
+    """Shipped methods run on models with several positions per token too, and say that these stay."""
+    vlm = VLM(FAMILIES[next(name for name in FAMILIES if "qwen" in name)].build(), None)
+    with caplog.at_level(logging.WARNING, "lit_prune"):
+        vlm.attach(tiny.ROOT / "configs" / "pruners" / "divprune.yaml", keep=12)
+    assert vlm.host.renumbering is None
+    assert vlm.plugin.options.positions == "original"
+    assert len(caplog.messages) == 1
+    assert "original positions" in caplog.messages[0]
+
+
+RENUMBERED = {"cdpruner", "divprune", "id_selection", "prumerge_plus", "pyramiddrop", "scope", "sparsevlm", "tops"}
+
+
+def test_files_have_the_authors_positions():
+    """A title says where a method's positions are not its authors'."""
+    for path in PRUNERS:
+        plugin = plugin_from_yaml(path)
+        expected = "renumbered" if path.stem in RENUMBERED | {"visionzip"} else "original"
+        assert plugin.options.positions == plugin.pruner.positions == expected, path.stem
+        assert "positions" not in plugin.title
+    plugin = plugin_from_yaml(tiny.ROOT / "configs" / "pruners" / "scope.yaml")
+    plugin.options = HostOptions("original", "count")
+    assert plugin.title == "SCOPE, original positions, proportional attention"
+    plugin = plugin_from_yaml(tiny.ROOT / "configs" / "pruners" / "fastv.yaml")
+    plugin.options = HostOptions("renumbered")
+    assert plugin.title == "FastV, renumbered positions"
 
 
 def test_a_plugin_remembers_it(pruned, tiny_model, tmp_path):

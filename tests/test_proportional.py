@@ -17,13 +17,14 @@ from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
 from lit_prune.host.compat import cache_keyword, cache_of
-from lit_prune.ops.merging import collect_sizes
+from lit_prune.ops.merging import collect_sizes, rectified_sizes
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, plugin_from_yaml
 
 HOW = pytest.mark.parametrize("how", ["count", "similarity"])
 # A learned method with three stages, one that reads the layer before, one that reads its own, one that merges.
 SOME = [path for path in PRUNERS if path.stem in ("rcp", "fastv", "text_attention", "sparsevlm", "visionzip")]
+ERA = next(path for path in PRUNERS if path.stem == "era_bias")
 EACH = pytest.mark.parametrize("pruner", SOME, ids=lambda path: path.stem)
 
 
@@ -51,6 +52,43 @@ def test_sizes_are_collected_as_written(how):
     if how == "count":
         kept, there = (found * keep).sum(1), (sizes * alive).sum(1)
         assert gap(kept, there) < 1e-9, "none is lost"
+
+
+def test_rectified_sizes_give_a_kept_token_its_groups_attention():
+    """Softmax over the kept ones, with log(size), is the full softmax summed by nearest kept token, twice in a row."""
+    generator = torch.Generator().manual_seed(1)
+    states, logits = torch.randn(3, 20, 8, generator=generator), torch.randn(3, 20, generator=generator)
+    alive = torch.rand(3, 20, generator=generator) < 0.8
+    sizes = torch.ones(3, 20)
+    for share in (0.6, 0.3):
+        attention = (logits + sizes.log()).masked_fill(~alive, float("-inf")).softmax(1)
+        keep = alive & (torch.rand(3, 20, generator=generator) < share)
+        sizes = rectified_sizes(states, sizes, alive, keep, attention)
+        after = (logits + sizes.log()).masked_fill(~keep, float("-inf")).softmax(1)
+        for row in range(3):
+            expected = dict.fromkeys(keep[row].nonzero()[:, 0].tolist(), 0.0)
+            for token in alive[row].nonzero()[:, 0].tolist():
+                likeness = {c: torch.cosine_similarity(states[row, token], states[row, c], dim=0) for c in expected}
+                home = token if keep[row, token] else max(likeness, key=likeness.get)
+                expected[home] += attention[row, token].item()
+            for token, total in expected.items():
+                assert after[row, token].item() == pytest.approx(total, abs=1e-5)
+        alive = keep
+
+
+def test_eras_bias_changes_the_answer_and_is_cached(pruned):
+    inputs = batch(samples())
+    out = cached_decoding_equals_recomputation(pruned(ERA, repair=None), inputs)
+    counted = generate(pruned(ERA, proportional_attention="count"), inputs)
+    bare = generate(pruned(ERA, proportional_attention="none"), inputs)
+    assert gap(out.logits[:, 0], bare.logits[:, 0]) > 0.05
+    assert gap(out.logits[:, 0], counted.logits[:, 0]) > 0.05
+
+
+@pytest.mark.parametrize("name", ["divprune", "visionzip", "dcp_rcp"])
+def test_eras_bias_needs_attention_at_each_stage(pruned, name):
+    with pytest.raises(LitPruneError, match="reads attention at each of its stages"):
+        pruned(ERA.with_stem(name), proportional_attention="attention")
 
 
 def test_sizes_of_a_sample_that_keeps_nothing_are_lost():
@@ -103,7 +141,7 @@ def test_what_the_tower_dropped_is_spread_over_what_arrives(tiny_model, pruned):
     """A plain forward on the tower's features: -inf on places of dropped patches, log(36 / 12) on the others."""
     inputs = batch(samples((50,)))
     path = next(path for path in PRUNERS if path.stem == "visionzip")
-    vlm = pruned(path, proportional_attention="count", keep=12)
+    vlm = pruned(path, proportional_attention="count", positions="original", keep=12)
     found = forward(vlm, inputs, repair=False)[0]
     with torch.no_grad():
         features = tiny_model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)

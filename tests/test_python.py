@@ -114,6 +114,24 @@ def test_repr_of_another_depth_names_its_layers():
     assert "bfloat16 on meta" in repr(vlm)
 
 
+def test_a_notebook_shows_the_same_as_a_table(micro):
+    import xml.etree.ElementTree as xml
+
+    micro.attach("divprune", keep=16)
+    before = micro.name
+    try:
+        micro.name = "<b>&amp;"
+        table = xml.fromstring(micro._repr_html_())
+        head, *lines = repr(micro).split("\n  ")
+    finally:
+        micro.name = before
+        micro.detach()
+    assert table.find("caption").text == head
+    assert head.startswith("VLM(<b>&amp;, Llava")
+    assert [": ".join(cell.text for cell in row) for row in table.iter("tr")] == lines
+    assert len(lines) == 5
+
+
 def test_repr_without_a_name_or_a_processor(tiny_model):
     vlm = VLM(tiny_model, None)
     assert repr(vlm).startswith("VLM(LlavaForConditionalGeneration, ")

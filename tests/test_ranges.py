@@ -1,16 +1,20 @@
 """Numbers that can't be: refused when the object is made, by key and range, before a model is loaded."""
 
 import pytest
+import shapes
 
 from lit_prune.errors import LitPruneError, check_number
+from lit_prune.pruners.cdpruner import CDPruner
 from lit_prune.pruners.chain import Chain
 from lit_prune.pruners.dart import DART
 from lit_prune.pruners.dcp import DCPPrune
+from lit_prune.pruners.id_selection import IDSelection
 from lit_prune.pruners.prumerge import PruMergePlus
 from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.pruners.scope import Scope
 from lit_prune.pruners.sparsevlm import SparseVLM
+from lit_prune.pruners.tops import TOPS
 from lit_prune.pruners.visionzip import VisionZip
 from lit_prune.repair import RepairAdapter
 from lit_prune.training import module as training
@@ -64,6 +68,8 @@ CASES = [
     (SparseVLM, "pruner.neighbours", "neighbours", (0,), (1,)),
     (DART, "pruner.visual_pivots", "visual_pivots", (-1,), (4,)),
     (PruMergePlus, "pruner.neighbours", "neighbours", (0,), (32,)),
+    (TOPS, "pruner.coverage", "coverage", (-1.0, NAN), (0.0, 1.0)),
+    (IDSelection, "pruner.gamma", "gamma", (-1.0, INF), (0.0, 20.0)),
     (Scope, "pruner.power", "power", (-1.0, NAN), (0.0, 1.0)),
     (VisionZip, "pruner.contextual", "contextual", (-0.1, 1.0, NAN), (0.0, 0.5)),
     (VisionZip, "pruner.vision_depth", "vision_depth", (0,), (None, 4)),
@@ -110,6 +116,21 @@ def test_a_number_out_of_range_is_refused_by_its_key(make, key: str, name: str, 
 def test_lists_and_what_trains_nothing(make, key: str) -> None:
     with pytest.raises(LitPruneError, match=key):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: VisionZip(merging="sum"), "pruner.merging: 'sum' is not one of added, mean"),
+        (lambda: CDPruner(relevance="no"), "pruner.relevance: 'no' is not one of similar, dissimilar, none"),
+        (lambda: SparseVLM(distance="rms"), "pruner.distance: 'rms' is not one of sample, width"),
+    ],
+)
+def test_values_that_are_no_choice(monkeypatch: pytest.MonkeyPatch, make, says: str) -> None:
+    monkeypatch.setattr(shapes.jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(LitPruneError) as refused:
+        make()
+    assert str(refused.value) == says
 
 
 def test_one_learning_rate_of_zero_keeps_the_pruner_as_it_is() -> None:

@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache, pipeline
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, pipeline
 
 import lit_prune
 from lit_prune.host import Record, Session
@@ -178,3 +178,18 @@ def test_threads_share_a_pruned_model(served):
     alone = [answer(request) for request in requests]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(answer, requests)) == alone
+
+
+# -- continuous batching --------------------------------------------------------------------------------------------
+def test_continuous_batching_is_refused_with_a_sentence(served):
+    """It packs requests into one paged cache for all layers; afterwards the model answers as before."""
+    before = served.answer(IMAGES, PROMPTS, max_new_tokens=4)
+    ids = served.encode(IMAGES[:1], PROMPTS[:1])["input_ids"][0].tolist()
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2)
+    small = ContinuousBatchingConfig(num_blocks=16, block_size=32, max_batch_tokens=256)  # else as large as memory
+    outputs = served.model.generate_batch(
+        [ids], generation_config=config, continuous_batching_config=small, progress_bar=False
+    )
+    (output,) = outputs.values()
+    assert output.error.startswith("continuous batching can't be pruned")
+    assert served.answer(IMAGES, PROMPTS, max_new_tokens=4) == before

@@ -256,7 +256,8 @@ def test_leading_words_are_the_first_parameters_in_order():
     _, options = parse_verb("configs", ["copy", "micro", "fastv", "--to", "x"])
     assert (options["action"], options["names"], options["to"]) == ("copy", ["micro", "fastv"], Path("x"))
     _, options = parse_verb("export", ["last.ckpt", "--out", "plugin"])
-    assert options == {"checkpoint": Path("last.ckpt"), "out": Path("plugin")}
+    added = {"push": None, "private": False, "license": None}
+    assert options == {"checkpoint": Path("last.ckpt"), "out": Path("plugin"), **added}
     with pytest.raises(UsageError, match="extra"):
         parse_verb("export", ["last.ckpt", "plugin", "extra"])
 

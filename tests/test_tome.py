@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Session
+from lit_prune.host.towers.masks import tower_mask
 from lit_prune.host.vision import TowerPass
 from lit_prune.pruners.base import Context, Kept, Pruner, VisionContext, VisionPruner
 from lit_prune.pruners.tome import ToMe
@@ -145,7 +146,7 @@ def test_attention_that_takes_no_bias_is_refused(tiny_model, pruned, monkeypatch
     monkeypatch.setattr(tiny_model.model.vision_tower.config, "_attn_implementation_internal", "flash_attention_2")
     merged = TowerPass(real=torch.ones(1, 8, dtype=torch.bool), sizes=torch.ones(1, 8))
     with pytest.raises(LitPruneError, match=r"log\(size\).*attn_implementation='sdpa'"):
-        tower._mask(torch.zeros(1, 9, 32), merged)
+        tower_mask(tower.tower.module.config, "ToMe", torch.zeros(1, 9, 32), merged, None)
 
 
 def test_flops_are_those_of_the_rounds():

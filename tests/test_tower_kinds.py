@@ -17,7 +17,7 @@ from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
 from lit_prune.host.towers.find import vision_tower
 from lit_prune.host.zoo.inputs import Prompts, prompts
-from lit_prune.host.zoo.shrink import tiny_model
+from lit_prune.host.zoo.shrink import listed, tiny_model
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 from lit_prune.pruners.dcp import DCPPrune
@@ -31,6 +31,7 @@ from lit_prune.vlm import VLM
 KINDS = {  # of each kind the first runs by default
     "packed": ["qwen2_vl", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "kimi_k25", "paddleocr_vl", "qwen3_5"],
     "packed, more": ["cosmos3_edge", "ernie4_5_vl_moe", "glm5_next", "minimax_m3_vl", "qwen3_5_moe", "qwen4_exp"],
+    "packed, shuffled": ["muse_spark", "muse_glimmer", "dots3_note"],
     "windows": ["qwen2_5_vl", "qwen2_5_omni_thinker", "exaone4_5", "hyperclovax_vision_v2"],
     "deepstack": ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "cohere_compass"],
     "one patch, one token": ["deepseek_vl", "janus", "llava", "paligemma", "video_llava", "vipllava"],
@@ -41,7 +42,7 @@ KINDS = {  # of each kind the first runs by default
     "masked by blocks": ["mistral3", "lighton_ocr", "mistral_large4"],
     "line breaks": ["hy_v4_vl", "hunyuan_vl"],
 }
-SLOW = {"packed, more"}  # kinds of which another has the first
+SLOW = {"packed, more", "packed, shuffled"}  # kinds of which another has the first
 BREAKS = {"hunyuan_vl"}  # a batch of the plain model differs from its samples alone
 CLASSES = [
     pytest.param(name, marks=[pytest.mark.slow] * (place > 0 or kind in SLOW))
@@ -182,11 +183,30 @@ def test_flops_that_are_counted_ran(kind):
         assert counted == inner, index
 
 
+UNSUITED = {
+    "gemma4": "the place of each patch",
+    "granite_docling": "adds positions behind",
+    "idefics2": "mixes patches behind .* Idefics2PerceiverLayer",
+    "nemotron_h_omni": "class tokens between",
+    "ovis2": "makes visual words",
+    "step3p7": "windows overlap",
+    "video_llama_3": "size that comes with each image",
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITED)
+def test_a_tower_that_cannot_be_pruned_is_refused_when_a_method_attaches(kind):
+    if kind not in listed():
+        pytest.skip(f"this version of transformers has no {kind}")
+    with pytest.raises(LitPruneError, match=f"{UNSUITED[kind]}.*use a method of the decoder"):
+        VLM(tiny_model(kind), None).attach(VisionZip(), keep="50%")
+
+
 METHODS = {
     "visionzip": VisionZip,
     "scope": Scope,
     "prumerge": lambda: PruMergePlus(neighbours=2),
-    "dcp": lambda: DCPPrune([1, -1], [1.5, 1.0], None, tatcs=False),
+    "dcp": lambda: DCPPrune([1, -1], [1.5, 1.0], None),
     "tome": ToMe,
     "downsample": Downsample,
 }

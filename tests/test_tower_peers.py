@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host import host_of
 from lit_prune.ops import graphs
 from lit_prune.pruners.base import Context, Kept, VisionContext
 from lit_prune.pruners.dcp import DCPPrune, TextAwareClusters
 from lit_prune.pruners.downsample import Downsample
+from lit_prune.pruners.id_selection import IDSelection
 from lit_prune.pruners.prumerge import PruMergePlus
 from lit_prune.pruners.scope import Scope
 from lit_prune.pruners.visionzip import VisionZip
+from lit_prune.vlm import VLM
 
 SIDE, WIDTH, COUNT = 6, 8, 7
 TILES = range(3)
@@ -80,6 +83,41 @@ def test_visionzip(tile):
 
 
 @pytest.mark.parametrize("tile", TILES)
+def test_visionzip_as_the_authors(tile):
+    """Keys averaged over two heads, a sample every floor(rest / contextual) tokens, and the mean of others on top."""
+    found, contextual = replace(context(), heads=2), round(COUNT * 0.4)
+    tokens, half = present(found, tile), WIDTH // 2
+    keys = {i: (found.keys[tile, i, :half] + found.keys[tile, i, half:]) / 2 for i in tokens}
+    dominant = best({i: found.attention[tile, i].item() for i in tokens}, COUNT - contextual)
+    rest = [i for i in tokens if i not in dominant]
+    assert len(rest) % contextual or tile == 2, "the data shall have a remainder"
+    centres = rest[:: len(rest) // contextual][:contextual]
+    groups: dict[int, list[Tensor]] = {centre: [] for centre in centres}
+    for i in (i for i in rest if i not in centres):
+        near = {c: cosine(keys[i], keys[c]) for c in centres}
+        groups[max(near, key=near.get)].append(found.states[tile, i].double())
+    expected = {i: found.states[tile, i].double() for i in dominant}
+    for centre, group in groups.items():
+        expected[centre] = found.states[tile, centre].double() + (sum(group) / len(group) if group else 0.0)
+    check(VisionZip(contextual=0.4, merging="added").prune_vision(found), tile, expected)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("gamma", [0.0, 3.0, 20.0])
+def test_id_selection(tile, gamma):
+    """Importance that decays with each pick, by the products of the formula."""
+    found = context()
+    tokens, state, picked = present(found, tile), found.states[tile], []
+    score = {i: found.attention[tile, i].item() for i in tokens}
+    for _ in range(COUNT):
+        pick = max((i for i in tokens if i not in picked), key=score.get)
+        picked.append(pick)
+        score = {i: s * math.exp(-gamma * max(0.0, cosine(state[i], state[pick]))) for i, s in score.items()}
+    check(IDSelection(gamma=gamma).prune_vision(found), tile, picked)
+    assert (sorted(picked) == best({i: found.attention[tile, i].item() for i in tokens}, COUNT)) == (gamma == 0)
+
+
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_scope(tile, power):
     """The largest gain in coverage times attention, pick after pick."""
@@ -99,8 +137,8 @@ def test_scope(tile, power):
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("count", [3, 12])
-def test_prumerge_plus(tile, count):
+@pytest.mark.parametrize(("count", "extra"), [(3, 0), (12, 0), (3, 1), (12, 1)])
+def test_prumerge_plus(tile, count, extra):
     """Outliers above the fence, others evenly, and the attention-weighted sum of the nearest by key."""
     found = context(count)
     tokens = present(found, tile)
@@ -113,9 +151,9 @@ def test_prumerge_plus(tile, count):
         return ranked[low] + (place - low) * (ranked[min(low + 1, len(ranked) - 1)] - ranked[low])
 
     fence = quartile(0.75) + 1.5 * (quartile(0.75) - quartile(0.25))
-    outliers = best({i: a for i, a in attention.items() if a > fence}, count)
+    outliers = best({i: a for i, a in attention.items() if a > fence}, count - extra)
     assert outliers, "the data shall have some"
-    rest, wanted = [i for i in tokens if i not in outliers], count - len(outliers)
+    rest, wanted = [i for i in tokens if i not in outliers], count - extra - len(outliers)
     parts = [place * wanted // len(rest) for place in range(len(rest))]
     chosen = outliers + [rest[parts.index(part)] for part in range(wanted)]
     expected = {}
@@ -124,7 +162,49 @@ def test_prumerge_plus(tile, count):
         expected[a] = found.states[tile, a].double()
         for i in best(alike, 5):
             expected[a] = expected[a] + attention[i] * found.states[tile, i].double()
-    check(PruMergePlus(neighbours=5).prune_vision(found), tile, expected)
+    if extra:
+        dropped = [i for i in tokens if i not in chosen]
+        expected[dropped[-1]] = sum(attention[i] * found.states[tile, i].double() for i in dropped)
+    assert len(expected) == count
+    check(PruMergePlus(neighbours=5, extra_token=bool(extra)).prune_vision(found), tile, expected)
+
+
+def test_an_extra_token_needs_a_budget_of_two_and_something_dropped():
+    one = PruMergePlus(extra_token=True).prune_vision(context(1))
+    assert torch.equal(one.states[one.mask], PruMergePlus().prune_vision(context(1)).states[one.mask])
+    whole = replace(context(), count=torch.tensor([36, 30, 7]))
+    kept = PruMergePlus(extra_token=True).prune_vision(whole)
+    assert kept.mask.sum(1).tolist() == [36, 30, 7]
+    assert torch.equal(kept.states[:2], PruMergePlus().prune_vision(whole).states[:2])
+
+
+class Shown(PruMergePlus):
+    """Notes what it is shown."""
+
+    def prune_vision(self, context: VisionContext) -> Kept:
+        self.context = context
+        return super().prune_vision(context)
+
+
+@pytest.mark.parametrize("features", [-1, -2])
+def test_attention_of_one_head_in_the_towers_last_layer(features):
+    """Against that layer's projections, by loops; features of the last layer have none after it."""
+    model, inputs = tiny.build_model(), tiny.batch(tiny.samples((45, 50)))
+    model.config.vision_feature_layer = features
+    shown = Shown(one_head=True, last_layer=True)
+    VLM(model, None).attach(shown, keep=12)
+    with torch.no_grad():
+        model(**inputs)
+        tower = model.model.vision_tower
+        layer = getattr(tower, "vision_model", tower).encoder.layers[-1]
+        host_of(model).detach()
+        entered = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        query, keys = (part(layer.layer_norm1(entered)) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    for image in range(2):
+        weights = [math.exp(dot(query[image, 0], key) / math.sqrt(32)) for key in keys[image]]
+        expected = torch.tensor([weight / sum(weights) for weight in weights[1:]])
+        assert tiny.gap(shown.context.attention[image], expected) < 1e-6
+        assert tiny.gap(shown.context.keys[image], keys[image, 1:]) < 1e-5
 
 
 @pytest.mark.parametrize(("keep", "side"), [(1, 1), (4, 2), (8, 3), (9, 3), (10, 4), (36, 6), (40, 6)])
@@ -270,6 +350,20 @@ def test_tatcs(weight):
             worth = {i: (1 - weight) * alike(i, centre) + weight * asked[i].max().item() for i in members}
             chosen.append(max(worth, key=worth.get))
         assert kept.mask[row].nonzero()[:, 0].tolist() == sorted(chosen)
+
+
+def test_of_two_tokens_that_cover_each_other_the_earlier_is_the_centre():
+    """Their gains are equal: rounding, which differs from batch to batch, must not decide."""
+    draw = torch.Generator().manual_seed(5)
+    pairs = torch.nn.functional.normalize(torch.randn(200, 2, WIDTH, generator=draw).abs(), dim=-1)
+    unit = torch.cat([pairs, -pairs.mean(1, keepdim=True)], 1)
+    unit = torch.nn.functional.normalize(unit, dim=-1)
+    alike = graphs.cosines(unit)
+    assert torch.equal(alike, alike.transpose(1, 2))
+    assert torch.allclose(alike, unit @ unit.transpose(1, 2), atol=1e-6)
+    every = torch.ones(200, 3, dtype=torch.bool)
+    centres = graphs.facility_location(alike, every.float(), every, torch.full((200,), 2), every.float())
+    assert (centres == torch.tensor([True, False, True])).all()
 
 
 def test_clusters_without_a_question():

@@ -27,7 +27,7 @@ def test_the_lock_is_names_and_exact_versions_alone():
     assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line)] == []
 
 
-APART = ("gradio", "lmms-eval", "filelock")  # extras in environments of their own, see jobs/demo.sh and lmms_eval.sh
+APART = ("gradio", "lmms-eval", "filelock", "vllm")  # in environments of their own: jobs/{demo,lmms_eval,vllm}.sh
 
 
 def test_the_lock_holds_what_pyproject_admits():

@@ -162,7 +162,9 @@ def test_plugin_folder_finds_its_base(micro, micro_folder, tmp_path):
     micro.attach(PRUNERS[-1], keep=16)
     micro.save_pretrained(tmp_path)
     micro.detach()
-    vlm = VLM.from_pretrained(tmp_path)
+    with pytest.raises(LitPruneError, match="was a folder where it was made"):
+        VLM.from_pretrained(tmp_path)
+    vlm = VLM.from_pretrained(tmp_path, base=micro_folder)
     assert vlm.name == str(micro_folder)
     assert vlm.plugin.keep == 16
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lit_prune.host import Record, Session
+from lit_prune.host.options import HostOptions
+from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context, Kept, Pruner, PruningMethod
 from lit_prune.pruners.rcp import RCP
 from lit_prune.repair import RepairAdapter
@@ -141,13 +143,17 @@ def attach(
     shaken: bool = True,
     **options,
 ) -> VLM:
-    """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start."""
+    """A pruner with a repair adapter (of the file, else one at layer 6), moved away from its start.
+
+    Positions and proportional attention are the file's, unless given.
+    """
     plugin = None if isinstance(pruner, PruningMethod) else deepcopy(described(pruner))
     if plugin is not None:
         pruner, repair = plugin.pruner, plugin.repair or repair
     repair = repair or RepairAdapter([6], [0], bottleneck=16, condition=8, code=4)
     torch.manual_seed(3)
-    vlm = VLM(model, None, "tiny").attach(pruner, repair, keep, **options)
+    made = Plugin(pruner, repair, options=HostOptions() if plugin is None else plugin.options).eval()
+    vlm = VLM(model, None, "tiny").attach(made, keep=keep, **options)
     if shaken:
         shake(vlm.plugin)
     return vlm

@@ -32,7 +32,7 @@ from lit_prune.micro.scenes_576 import GATE_SEED, make_scene
 
 PRUNERS = Path(__file__).parent / "pruners"
 BOUND, OBJECTS = "half background", "objects"
-CONTROLS = ("random", "uniform", "downsample", "divprune")  # what room is measured against
+CONTROLS = ("random", "uniform", "downsample", f"DivPrune={PRUNERS / 'divprune.yaml'}")  # what room is measured against
 LOW, HIGH = 16, 32
 COSINE, BOUND_SHARE, ROOM, AUC, FULL = 0.3, 0.9, 0.10, (0.6, 0.8), 0.95
 

@@ -53,9 +53,14 @@ def as_table(title: str, figures: Mapping[str, float]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in _lines(dict(figures)):
+    for label, text in labelled(figures).items():
         table.add_row(label, text)
     return table
+
+
+def labelled(figures: Mapping[str, float]) -> dict[str, str]:
+    """The figures of one evaluation, by name without its stage, as the table shows them: text by label."""
+    return dict(_lines(dict(figures)))
 
 
 def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:

@@ -116,7 +116,7 @@ def _keep(logger: WandbLogger, folder: Path, module: LightningModule, trainer: T
     metadata = {
         "method": spec(plugin.pruner)["class_path"],
         "keep": as_json(plugin.keep),
-        "base": plugin.base,
+        "base": plugin.settings()["base"],
         "schedule": plugin.settings()["schedule"],
         "step": trainer.global_step,
         "val/accuracy/all": None if accuracy is None else float(accuracy),

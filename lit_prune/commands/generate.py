@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_prune.commands._support import console
-from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
+from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, own_choice, respond
 from lit_prune.commands._support.outputs import check_file, write_json
 from lit_prune.cost.flops import ModelSize, decoder_total, price
 from lit_prune.cost.trace import Trace
@@ -54,9 +54,10 @@ def run(
         image: PNG or JPEG files, e.g. --image a.png b.png; several are one batch.
         prompt: Questions without chat template, e.g. --prompt "What colour is the circle?"; one for all images or one
             each.
-        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
+        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf; or a plug-in's folder or hub
+            id, which brings its base model.
         pruner: Shipped method (`lit-prune configs list pruners`), YAML file, plug-in folder or hub id, e.g. --pruner
-            fastv; without it the plain model answers.
+            fastv; without it the plain model answers, or the plug-in of --model.
         keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16 or --keep 11.1%; by
             default the plug-in's own.
         max_new_tokens: Longest answer, e.g. --max-new-tokens 8.
@@ -78,11 +79,12 @@ def run(
     images, prompts = pair(image, prompt)
     opened = {path: as_image(path) for path in images}
     vlm = load_model(model, dtype, device)
+    chosen = chosen or own_choice(vlm, model)
     name = "full model" if chosen is None else attach(vlm, chosen)
     inputs = encode(vlm, [opened[path] for path in images], prompts)
     total = full_trace(inputs, vlm)
-    runs = {} if pruner is None else {name: run_pruned(vlm, inputs, max_new_tokens)}
-    if pruner is None or compare:
+    runs = {} if chosen is None else {name: run_pruned(vlm, inputs, max_new_tokens)}
+    if chosen is None or compare:
         vlm.detach()
         runs["full model"] = run_plain(vlm, inputs, max_new_tokens, total)
     budget = None if keep is None else as_json(parse_budget(keep))

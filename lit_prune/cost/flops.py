@@ -7,6 +7,8 @@ own. Norms, activations and softmax are left out, as everywhere.
 There is one arithmetic: `price` of a `lit_prune.cost.trace.Trace`, whether a forward left it or a schedule.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +22,31 @@ CARRIER = 8  # channels that a bias per key adds to each head of queries, keys a
 
 
 @dataclass(frozen=True)
+class LayerSize:
+    """One decoder layer, in multiply-adds and values.
+
+    `matrices`: multiply-adds of a token in its matrices, of experts in those that it takes. `pair`: of a (query, key)
+    pair of its attention, 0 without any. `cached`: values that the cache holds of a token, of the last `window` ones
+    where it says so. `state`: values of a recurrence's state, `recurrence` its multiply-adds for a token.
+    """
+
+    matrices: float
+    pair: int
+    cached: int
+    window: int | None = None
+    state: int = 0
+    recurrence: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """Sizes that the price of a forward depends on.
 
     `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
-    `projector_in` to `projector_inner` to `width`. `image`: the load of a usual image, for forwards whose images are
-    known by their visual tokens only. Without `tower_known` vision tower and projector have no price.
+    `projector_in` to `projector_inner` to `width`, or takes `projector_matrices` multiply-adds a row. `image`: the
+    load of a usual image, for forwards whose images are known by their visual tokens only. Without `tower_known` vision
+    tower and projector have no price. `layers`: of the decoder, where they aren't all of plain attention and SwiGLU,
+    which the other sizes describe.
     """
 
     width: int
@@ -43,20 +64,55 @@ class ModelSize:
     projector_in: int = 0
     projector_inner: int = 0
     projectors: int = 1
+    projector_matrices: int = 0
     image: ImageLoad | None = None
     tower_known: bool = True
+    layers: tuple[LayerSize, ...] = ()
 
 
-def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
-    """FLOPs of one decoder layer: projections, attention over `keys`, SwiGLU."""
+def plain_layer(size: ModelSize) -> LayerSize:
+    """A layer of plain attention and SwiGLU."""
+    projections = size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
+    return LayerSize(
+        matrices=projections + 3 * size.width * size.mlp,
+        pair=2 * size.heads * size.head_dim,
+        cached=2 * size.key_heads * size.head_dim,
+    )
+
+
+def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """FLOPs of decoder layers: matrices, or projections and SwiGLU, attention over `keys`, recurrences.
+
+    `queries`, `keys`: tokens of each layer, (layers, batch), of all layers by default; of one layer also (batch,).
+    """
     rows = queries.double()
-    projections = 2 * rows * size.width * size.head_dim * (2 * size.heads + 2 * size.key_heads)
-    return projections + attention(size, queries, keys) + 6 * rows * size.width * size.mlp
+    if size.layers:
+        own = [layer.matrices + layer.recurrence for layer in _chosen(size, layers)]
+        return 2 * rows * _column(own, rows) + attention(size, queries, keys, layers)
+    return 2 * rows * plain_layer(size).matrices + attention(size, queries, keys)
 
 
-def attention(size: ModelSize, queries: Tensor, keys: Tensor) -> Tensor:
-    """FLOPs of one decoder layer's attention between queries and keys, without its projections."""
-    return 4 * queries.double() * keys.double() * size.heads * size.head_dim
+def attention(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """FLOPs of decoder layers' attention between queries and keys, without its projections.
+
+    A prefill computes the full square, whatever its mask hides; a decoding step has a window's cached keys alone.
+    """
+    if not size.layers:
+        return 2 * queries.double() * keys.double() * plain_layer(size).pair
+    chosen, seen = _chosen(size, layers), keys.double()
+    windows = _column([math.inf if layer.window is None else layer.window for layer in chosen], seen)
+    seen = torch.where(queries > 1, seen, seen.minimum(windows))
+    return 2 * queries.double() * seen * _column([layer.pair for layer in chosen], seen)
+
+
+def _chosen(size: ModelSize, layers: Sequence[int] | None) -> list[LayerSize]:
+    return list(size.layers) if layers is None else [size.layers[layer] for layer in layers]
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """One value for each layer, beside (layers, batch) tokens."""
+    column = torch.tensor(values, dtype=torch.float64, device=like.device)
+    return column[:, None] if like.ndim == 2 else column
 
 
 def vision_tower(size: ModelSize, vision: VisionTrace) -> Tensor:
@@ -68,6 +124,8 @@ def vision_tower(size: ModelSize, vision: VisionTrace) -> Tensor:
 
 def projector(size: ModelSize, rows: Tensor) -> Tensor:
     """FLOPs of the projector (or merger) over `rows` rows."""
+    if size.projector_matrices:
+        return 2 * rows.double() * size.projector_matrices
     return 2 * size.projectors * rows.double() * size.projector_inner * (size.projector_in + size.width)
 
 
@@ -124,7 +182,7 @@ def price(
         "projector": zero if vision is None else projector(size, vision.projected).to(zero),
     }
     parts = {
-        **(tower if size.tower_known else {} if trace.counted is None else {"vision": trace.counted.to(zero)}),
+        **({"vision": trace.counted.to(zero)} if trace.counted is not None else tower if size.tower_known else {}),
         "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
         + _size_channels(size, trace),
         "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),
@@ -177,4 +235,9 @@ def decoder_total(parts: dict[str, Tensor]) -> Tensor:
 
 def kv_bytes(trace: Trace, size: ModelSize, bytes_per_value: int) -> Tensor:
     """Bytes of keys and values cached after the forward, per sample."""
-    return sum(k.double() for k in trace.keys) * 2 * size.key_heads * size.head_dim * bytes_per_value
+    keys = torch.stack(trace.keys).double()
+    if not size.layers:
+        return keys.sum(0) * plain_layer(size).cached * bytes_per_value
+    held = _column([math.inf if layer.window is None else layer.window - 1 for layer in size.layers], keys)
+    values = keys.minimum(held) * _column([layer.cached for layer in size.layers], keys)
+    return (values.sum(0) + sum(layer.state for layer in size.layers)) * bytes_per_value

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
+from lit_prune.cost.decoders import decoder_size
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.shapes import Config
+from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops
 from lit_prune.cost.trace import ImageLoad, VisionTrace
 from lit_prune.errors import LitPruneError
 
@@ -20,42 +23,26 @@ TOWERS = {
     "internvl_vision": (1, 2),
     "qwen2_5_vl_vision": (0, 3),
     "qwen3_vl_vision": (0, 2),
+    "qwen3_5_vision": (0, 2),
+    "glm4v_vision": (0, 3),
+    "smolvlm_vision": (0, 2),
+    "idefics3_vision": (0, 2),
+    "molmo2_vision": (0, 2),
 }
-DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# A decoder with one of these fields has several MLPs a layer, of which each token takes some.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Fields that say how many patches along a side become one visual token, or one over it.
+MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
+RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
 USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
 TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
 
 
-def decoder_size(config: Config) -> ModelSize:
-    """Sizes for the price of the decoder alone, with KV cache and LM head.
-
-    Raises `LitPruneError` for a decoder whose arithmetic isn't known.
-    """
-    text = config.get_text_config()
-    sizes = [getattr(text, name, None) for name in DECODER]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or any(getattr(text, name, 0) for name in EXPERTS):
-        raise LitPruneError(f"the price of a decoder of type {getattr(text, 'model_type', '?')} isn't known")
-    width, depth, heads, mlp, vocab = sizes
-    return ModelSize(
-        width=width,
-        depth=depth,
-        heads=heads,
-        key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or width // heads,
-        mlp=mlp,
-        vocab=vocab,
-        tower_known=False,
-    )
-
-
-def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
+def model_size(config: Config, image: tuple[int, int] = USUAL, decoder: ModelSize | None = None) -> ModelSize:
     """Sizes for the price of a forward; `image` is a usual image's height and width in pixels.
 
-    Raises `LitPruneError` for a vision tower, or a decoder, whose arithmetic isn't known.
+    `decoder`: sizes of the decoder, by default those that the configuration describes. Raises `LitPruneError` for a
+    vision tower, or a decoder, whose arithmetic isn't known.
     """
-    decoder, matrices, vision = decoder_size(config), _tower(config)[1], config.vision_config
+    decoder, matrices, vision = decoder or decoder_size(config), _tower(config)[1], config.vision_config
     merge, layers = merged(config), getattr(config, "vision_feature_layer", -1)
     features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
     return replace(
@@ -63,14 +50,37 @@ def model_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize:
         tower_known=True,
         vision_width=vision.hidden_size,
         vision_heads=getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", 1),
-        vision_mlp=vision.intermediate_size,
+        vision_mlp=vision.out_hidden_size if _is_glm(vision) else vision.intermediate_size,
         vision_matrices=matrices,
         patch_values=patch_values(vision),
         projector_in=features,
         projector_inner=features if hasattr(vision, "spatial_merge_size") else decoder.width,
         projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        projector_matrices=_projector(config, features, decoder.width),
         image=image_load(config, *image),
     )
+
+
+def _is_glm(vision: Config) -> bool:
+    return vision.model_type == "glm4v_vision"
+
+
+def _projector(config: Config, features: int, width: int) -> int:
+    """Multiply-adds for one row of projectors that aren't two matrices; 0: they are."""
+    kind, vision = config.model_type, config.vision_config
+    if kind in ("gemma3", "paligemma"):
+        return vision.hidden_size * width
+    if hasattr(config, "scale_factor"):
+        return features * width
+    if _is_glm(vision):  # a convolution, a matrix, a gated MLP
+        out = vision.out_hidden_size
+        return features * out + out * out + 3 * out * vision.intermediate_size
+    if kind == "molmo2":  # one query for each block of patches, then a gated MLP
+        own, block = config.adapter_config, merged(config) ** 2
+        taken, inner = own.hidden_size * len(own.vision_feature_layer), own.num_attention_heads * own.head_dim
+        attention = taken * inner + 2 * block * taken * inner + inner * own.hidden_size + 2 * block * inner
+        return attention + own.intermediate_size * (2 * own.hidden_size + own.text_hidden_size)
+    return 0
 
 
 def known_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | None:
@@ -99,6 +109,12 @@ def image_load(config: Config, height: int, width: int) -> ImageLoad:
     if hasattr(config, "downsample_ratio"):
         tiles = _tiles(height, width, pair(config.vision_config.image_size))
         return crop_load(config, tiles + (tiles > 1))
+    if hasattr(config, "scale_factor"):
+        return crop_load(config, square_crops(height, width))
+    if config.model_type == "molmo2":
+        side, patch = pair(config.vision_config.image_size)[0], pair(config.vision_config.patch_size)[0]
+        rows, columns = overlapping_crops(height, width, side, patch)
+        return crop_load(config, rows * columns + 1, overlapped(rows, columns, side, patch, merged(config)))
     return crop_load(config, 1)
 
 
@@ -111,6 +127,8 @@ def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoa
     tokens, depth = rows * columns + _tower(config)[0], vision.num_hidden_layers
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     projected = crops * (tokens if whole else rows * columns) // merged(config) ** 2
+    if visual is not None and config.model_type == "molmo2":
+        projected = visual  # of what crops share one patch is pooled
     return ImageLoad(
         patches=crops * rows * columns,
         tokens=(crops * tokens,) * depth,
@@ -236,7 +254,23 @@ def _tower(config: Config) -> tuple[int, int]:
 
 def merged(config: Config) -> int:
     """Patches along one side that become one visual token."""
-    return getattr(config.vision_config, "spatial_merge_size", None) or int(1 / getattr(config, "downsample_ratio", 1))
+    vision = config.vision_config
+    for part in (vision, config):
+        for name in MERGES:
+            if (found := first_side(getattr(part, name, None))) is not None:
+                return found
+        for name in RATIOS:
+            if isinstance(ratio := getattr(part, name, None), float) and ratio > 0:
+                return round(1 / ratio)
+    if isinstance(visual := getattr(config, "mm_tokens_per_image", None), int):
+        return max(1, first_side(vision.image_size) // first_side(vision.patch_size) // isqrt(visual))
+    return 2 if config.model_type == "molmo2" else 1
+
+
+def first_side(value: Any) -> int | None:
+    """A size that may be given as one number or one for each side."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def patch_values(vision: Config) -> int:

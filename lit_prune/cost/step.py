@@ -72,8 +72,8 @@ def _ran(trace: Trace, size: ModelSize) -> Tensor:
 
 
 def _backward(trace: Trace, size: ModelSize) -> Tensor:
-    reached = [tokens for tokens, learns in zip(trace.ran, trace.learns, strict=True) if learns]
+    reached = [layer for layer, learns in enumerate(trace.learns) if learns]
     if not reached:
         return torch.zeros_like(trace.ran[0], dtype=torch.float64)
-    tokens = torch.stack(reached)
-    return (decoder_layer(size, tokens, tokens) + attention(size, tokens, tokens)).sum(0)
+    tokens = torch.stack([trace.ran[layer] for layer in reached])
+    return (decoder_layer(size, tokens, tokens, reached) + attention(size, tokens, tokens, reached)).sum(0)

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
-from typing import Any
 
 import torch
 
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import TOWERS
+from lit_prune.cost.sizes import TOWERS, first_side, merged
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.ops.budget import Budget, tokens
@@ -16,9 +14,6 @@ from lit_prune.pruners.base import PruningMethod
 
 NOMINAL = 672  # pixels along the sides of an image where images keep their own size [ours]
 DEPTH = ("num_hidden_layers", "depth", "num_layers", "layers")
-# Fields that say how many patches along a side become one visual token, or one over it.
-MERGES = ("spatial_merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
-RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ def tower_size(config: Config) -> TowerSize:
     ]
     packed = first_side(getattr(vision, "image_size", None)) is None or hasattr(vision, "spatial_merge_size")
     image = NOMINAL if packed else first_side(vision.image_size)
-    merge = merge_side(config)
+    merge = merged(config)
     return TowerSize(
         layers=layers,
         features=max(features),
@@ -83,27 +78,6 @@ def tower_size(config: Config) -> TowerSize:
         tiles=5 if getattr(config, "image_grid_pinpoints", None) or hasattr(config, "downsample_ratio") else 1,
         merge=merge,
     )
-
-
-def merge_side(config: Any) -> int:
-    """Patches along one side that become one visual token."""
-    vision = config.vision_config
-    for part in (vision, config):
-        for name in MERGES:
-            if (found := first_side(getattr(part, name, None))) is not None:
-                return found
-        for name in RATIOS:
-            if isinstance(ratio := getattr(part, name, None), float) and ratio > 0:
-                return round(1 / ratio)
-    if isinstance(visual := getattr(config, "mm_tokens_per_image", None), int):
-        return first_side(vision.image_size) // first_side(vision.patch_size) // isqrt(visual)
-    return 1
-
-
-def first_side(value: Any) -> int | None:
-    """A size that may be given as one number or one for each side."""
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def tower_trace(config: Config, pruner: PruningMethod, keep: Budget, patches: int) -> TowerTrace | None:

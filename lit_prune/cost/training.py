@@ -128,8 +128,15 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
 
 def repeated_flops(student: Trace, size: ModelSize) -> float:
     """FLOPs of recomputing a student's layers in backward, except the MLP's last product, whose output isn't needed."""
-    reached = [tokens for tokens, learns in zip(student.ran, student.learns, strict=True) if learns]
-    layers = (decoder_layer(size, tokens, tokens) - 2 * tokens.double() * size.width * size.mlp for tokens in reached)
+    reached = [
+        (layer, tokens)
+        for layer, (tokens, learns) in enumerate(zip(student.ran, student.learns, strict=True))
+        if learns
+    ]
+    layers = (
+        decoder_layer(size, tokens, tokens, [layer]) - 2 * tokens.double() * size.width * size.mlp
+        for layer, tokens in reached
+    )
     return sum(layer.sum().item() for layer in layers)
 
 

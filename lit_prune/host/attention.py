@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lit_prune.ops import selection
+
 REQUEST = "lit_prune_attention"
 BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -88,22 +90,14 @@ def row_attention(
     """
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1] * count, dim)
-    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).float().mul_(scaling)
+    exact = torch.promote_types(query.dtype, torch.float32)  # half precision is too coarse to rank by
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, count, key.shape[2]).to(exact).mul_(scaling)
     if key_bias is not None:
-        logits = logits + key_bias[:, None, None].float()
+        logits = logits + key_bias[:, None, None].to(exact)
     columns = torch.arange(key.shape[2], device=key.device)
     allowed = ((columns <= rows[..., None]) if limits is None else limits) & valid[:, None]
     # A filler row may be allowed nothing: a large negative number instead of -inf keeps it finite, the mask drops it.
     return logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
-
-
-def row_mean(
-    probabilities: Float[Tensor, "batch rows seq"], row_mask: Bool[Tensor, "batch rows"]
-) -> Float[Tensor, "batch seq"]:
-    """Mean over the real rows."""
-    weight = row_mask.to(probabilities.dtype)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-    return (weight[:, None] @ probabilities).squeeze(1)
 
 
 def wrap_attention() -> None:
@@ -163,7 +157,7 @@ def _read(tap: Tap, key_bias: Tensor | None, query: Tensor, key: Tensor, scaling
         index = tap.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         keys = key[:, :, tap.past : tap.past + query.shape[2]]
         each = row_attention(query.gather(2, index), keys, tap.rows, tap.valid, scaling, key_bias, limits)
-        tap.scores = row_mean(each, tap.row_mask)
+        tap.scores = selection.row_mean(each, tap.row_mask)
 
 
 def mask_rows(mask: Any, rows: Tensor, past: int, keys: int) -> Tensor | None:

@@ -136,6 +136,15 @@ def _columns(positions: Tensor, state: CacheState) -> int:
     return int(positions[0, 0, -1]) + 1 if positions.shape[0] == 4 else int(positions[-1, 0, -1] + 1 - state.lag)
 
 
+def refuse_paged(cache: Any) -> None:
+    """Raise `LitPruneError` for the paged cache of continuous batching (`generate_batch`)."""
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise LitPruneError(
+            "continuous batching can't be pruned: its paged KV cache holds the same tokens in every decoder layer, and "
+            "its requests take no images; use generate(), or detach the plug-in"
+        )
+
+
 def real_columns(kwargs: dict, cache: Cache | None) -> Tensor | None:
     """Mask of the real columns so far (batch, columns), by the mask that a model is called with; None: all are.
 

@@ -8,12 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import TOWERS
 
+BY_CROPS = ("molmo2_vision",)  # towers whose work isn't in proportion to the visual tokens, nor said by the inputs
 COUNTED = "lit_prune_flops"  # attribute of an encoded image: what encoding it took
 
 
 def unknown(config: Config) -> bool:
-    """True if the price of a model's tower can't be read off its configuration."""
-    return getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS
+    """True if the price of a tower for some images can't be read off configuration and inputs."""
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return kind not in TOWERS or kind in BY_CROPS
 
 
 class Counter:

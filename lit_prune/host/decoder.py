@@ -18,11 +18,12 @@ from lit_prune.cost.sizes import vision_trace
 from lit_prune.errors import LitPruneError
 from lit_prune.host import checks, compat, parts
 from lit_prune.host.attention import wrap_attention, wrapped
-from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks
+from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real_columns, refuse_chunks, refuse_paged
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
+from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
 from lit_prune.host.lora import LoRA
 from lit_prune.host.masks import Masks
@@ -170,6 +171,11 @@ class DecoderHost:
                 f"{implementation} attention can't be read; load the model with attn_implementation='sdpa', if its "
                 f"class has it, or use a method that reads no attention, such as DivPrune"
             )
+        if self.proportional is not None and self.proportional.rule == "attention" and None in asked.values():
+            raise LitPruneError(
+                "proportional_attention: attention needs a method that reads attention at each of its stages, such as "
+                "FastV, and none in the vision tower; use proportional_attention: count"
+            )
         if self.proportional is not None and not wrapped(implementation):
             raise LitPruneError(
                 f"proportional_attention: {implementation} attention takes no bias per key; load with "
@@ -276,8 +282,8 @@ class DecoderHost:
         """Step 1 of a forward: find the columns, plan the stages, and put the `Forward` among the keywords."""
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        refuse_paged(cache := cache_of(kwargs))
         # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
-        cache = cache_of(kwargs)
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
         real = real_columns(kwargs, cache)
@@ -352,8 +358,13 @@ class DecoderHost:
         return args, kwargs
 
     def _check_soft(self, forward: Forward) -> None:
-        """Raise `LitPruneError` where a token that attention doesn't see would still move a recurrent state."""
-        kinds = self.parts.kinds
+        """Raise `LitPruneError` where a token that attention doesn't see would still move a state, or other keys."""
+        kinds, keys = self.parts.kinds, keys_chosen(self.parts.decoder.config)
+        if forward.session.soft and forward.counts and keys is not None and keys < forward.length:
+            raise LitPruneError(
+                f"soft masks hide tokens from attention alone, and layers of this model choose the {keys} keys of each "
+                f"token among all {forward.length} of the prompt: train it with model.train_mode: drop"
+            )
         if forward.session.soft and forward.counts and any(kind.recurrent for kind in kinds[self.stages[0] :]):
             layers = [layer for layer, kind in enumerate(kinds) if kind.recurrent]
             raise LitPruneError(

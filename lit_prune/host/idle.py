@@ -29,7 +29,7 @@ def one_column(args: tuple, kwargs: dict, length: int) -> tuple[tuple, dict]:
     hidden, *rest = args
     first = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
     slices = Slices(first, length)
-    kwargs = {name: slices.of(value) for name, value in kwargs.items()}
+    kwargs = slices.named(kwargs, ())
     return (hidden[:, :1], *slices.of(tuple(rest))), {**kwargs, "attention_mask": None, "position_ids": None}
 
 

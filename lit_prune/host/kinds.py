@@ -53,6 +53,13 @@ def kinds(text: Any, given: bool = False) -> tuple[Kind, ...]:
     return tuple(_kind(name, window, chunk, given) for name in names)
 
 
+def keys_chosen(text: Any) -> int | None:
+    """Keys that each token attends to in layers that choose them (sparse attention); None: no layer does."""
+    if (blocks := _first(text, "index_topk_blocks")) is not None:
+        return blocks * (_first(text, "index_block_size") or 1)
+    return _first(text, "index_topk", "indexer_budget")
+
+
 def _kind(name: str, window: int | None, chunk: int | None, given: bool) -> Kind:
     if _has(name, WITHOUT_ATTENTION):
         return Kind(attends=False, recurrent=_has(name, RECURRENT))

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import check_choice
 
 Positions = Literal["original", "renumbered"]
-Proportional = Literal["none", "count", "similarity"]
+Proportional = Literal["none", "count", "similarity", "attention"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class HostOptions:
     Args:
         positions: `original`: a kept token keeps its position, and decoding goes on behind the whole prompt.
             `renumbered`: from each stage on, tokens are numbered anew without gaps, and decoding goes on from there.
+            The files of `configs/pruners/` set what each method's authors do.
         proportional_attention: add log(size) to the attention logits of each kept token, whose size grows by the tokens
-            dropped next to it: by each in full (`count`), or times the similarity of the two (`similarity`); `none`:
-            off. See `ProportionalAttention`.
+            dropped next to it: by each in full (`count`), times the similarity of the two (`similarity`), or by their
+            attention (`attention`, ERA's bias); `none`: off. See `ProportionalAttention`.
 
     Raises:
         LitPruneError: a value that there is not.
@@ -29,14 +30,14 @@ class HostOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (("positions", get_args(Positions)), ("proportional_attention", get_args(Proportional))):
-            if (value := getattr(self, name)) not in allowed:
-                raise LitPruneError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
 
-    def described(self) -> list[str]:
-        """Options that differ from their defaults, in words."""
-        words = {"proportional_attention": "proportional attention", "positions": "renumbered positions"}
-        plain = ("count", "renumbered")
-        return [words[name] + ("" if value in plain else f" ({value})") for name, value in self.changed().items()]
+    def described(self, published: str = "original") -> list[str]:
+        """Options that differ from a method's `published` positions and from no proportional attention, in words."""
+        positions = [] if self.positions == published else [f"{self.positions} positions"]
+        rules = {"none": [], "count": ["proportional attention"], "attention": ["ERA's bias"]}
+        rule = self.proportional_attention
+        return positions + rules.get(rule, [f"proportional attention ({rule})"])
 
     def changed(self) -> dict[str, Any]:
         """Options that differ from their defaults."""

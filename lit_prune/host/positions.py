@@ -1,10 +1,16 @@
 """Positions without gaps: from each stage on, tokens are numbered anew, and cached sequences go on from there."""
 
+import logging
+from dataclasses import replace
+
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lit_prune.errors import LitPruneError
+from lit_prune.host.options import HostOptions
 from lit_prune.host.state import Forward
+
+log = logging.getLogger(__name__)
 
 
 class Renumbering:
@@ -22,7 +28,7 @@ class Renumbering:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.rotary = getattr(decoder, "rotary_emb", None)
-        if self.rotary is None or not _one_position(decoder.config):
+        if not renumbers(decoder):
             raise LitPruneError(
                 "positions: renumbered needs one position per token and one rotary embedding for all layers; this "
                 "model's tokens have several (M-RoPE: time, height, width), or its layers differ: use "
@@ -45,6 +51,29 @@ class Renumbering:
         )
         if removed is not None and state is not None:
             state.removed[index] = removed if past is None else past + removed
+
+
+def renumbers(decoder: nn.Module) -> bool:
+    """True if tokens of this decoder can be renumbered: each has one position, and all layers one embedding."""
+    return getattr(decoder, "rotary_emb", None) is not None and _one_position(decoder.config)
+
+
+def settled(
+    options: HostOptions, decoder: nn.Module, positions: str | None, proportional_attention: str | None
+) -> HostOptions:
+    """A plug-in's options for one decoder, with those that the caller sets in their place.
+
+    Methods ask for renumbered positions where their authors' code, written for models with one position per token,
+    renumbers; elsewhere their tokens keep the original ones, with a warning. Only what the caller asks for is refused.
+    """
+    if positions is None and options.positions == "renumbered" and not renumbers(decoder):
+        log.warning(
+            "kept tokens keep their original positions, where this method renumbers them: tokens of this model have "
+            "several positions each (M-RoPE), or its layers have several embeddings"
+        )
+        positions = "original"
+    given = {"positions": positions, "proportional_attention": proportional_attention}
+    return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
 def _one_position(config: PreTrainedConfig) -> bool:

@@ -21,10 +21,12 @@ class ProportionalAttention:
 
     Args:
         rule: `count` adds all of the size; `similarity` that times the cosine of the two, at least 0 (in the spirit of
-            RESTORE, arXiv 2606.01711; the formula is ours).
+            RESTORE, arXiv 2606.01711; the formula is ours). `attention`: a kept token's size grows so that it gets the
+            attention that the tokens dropped next to it had, in the rows that the stage reads (the logit bias of ERA,
+            arXiv 2606.31982, for the tokens of a cluster; the formula is ours); each stage must read some.
     """
 
-    def __init__(self, rule: Literal["count", "similarity"]) -> None:
+    def __init__(self, rule: Literal["count", "similarity", "attention"]) -> None:
         self.rule = rule
 
     @torch.no_grad()
@@ -43,15 +45,12 @@ class ProportionalAttention:
             each = forward.total / arrived.sum(1).clamp(min=1)
             before = torch.where(arrived, each[:, None], known)
         most = None if forward.session.soft else forward.most_visual
-        sizes = merging.collect_sizes(
-            states,
-            before.gather(1, columns),
-            selected.alive,
-            selected.kept.mask,
-            weighted=self.rule == "similarity",
-            most=most,
-        )
-        _grow(before.scatter(1, columns, sizes), known, forward)
+        stage = (states, before.gather(1, columns), selected.alive, selected.kept.mask)
+        if self.rule == "attention":
+            sizes = merging.rectified_sizes(*stage, selected.attention, most)
+        else:
+            sizes = merging.collect_sizes(*stage, weighted=self.rule == "similarity", most=most)
+        _grow(before.to(sizes.dtype).scatter(1, columns, sizes), known, forward)
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class Record:
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
     to predict, where labels were given and the session is `answers_only`.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
-    `embeds` (batch, N, width) are the visual tokens as they enter the decoder.
+    `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
+    vision tower left in `VisionContext.memory`.
     """
 
     keep_hidden: bool | frozenset[int] = False
@@ -41,6 +42,7 @@ class Record:
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
     targets: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
     begun: bool = False
 
     def keeps(self, layer: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lit_prune.host.attention import mask_rows, row_attention, row_mean
+from lit_prune.host.attention import mask_rows, row_attention
 from lit_prune.host.compat import pre_norm, projects
 from lit_prune.host.lengths import on_device
 from lit_prune.host.masks import Span
@@ -90,7 +90,7 @@ class Stages:
         here = self.walk[stage]
         kept = here.pruner.prune(context)
         exact = forward.counts[index] if here.pruner.exact(here.index) and not forward.session.soft else None
-        selected = Selected(columns, real, alive, kept, dead, exact)
+        selected = Selected(columns, real, alive, kept, dead, exact, context.attention)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
         self._leave_essence(stage, context, kept, forward)
@@ -126,7 +126,7 @@ class Stages:
             each = row_attention(
                 own.query, own.key, columns, forward.packed.valid, own.scaling, forward.packed.key_bias, limits
             )
-            return Read(row_mean(each, real), each if asked.each else None, keys)
+            return Read(selection.row_mean(each, real), each if asked.each else None, keys)
 
     def _context(self, stage: int, hidden: Tensor, normed: Tensor, seen: Seen, forward: Forward) -> Context:
         """The method's view: rows of visual columns and of text, cut out of states, embeddings and keys."""

@@ -30,7 +30,7 @@ class Selected:
 
     `columns`: where they stand among those present; `real`: no filler; `alive`: not pruned by an earlier stage. `dead`
     marks, among all columns, what the vision tower dropped and arrives here. `exact`: how many stay of each sample,
-    where the method says so without a look at the device.
+    where the method says so without a look at the device. `attention`: what the stage read of each, if it did.
     """
 
     columns: Int[Tensor, "batch visual"]
@@ -39,6 +39,7 @@ class Selected:
     kept: Kept
     dead: Bool[Tensor, "batch columns"] | None = None
     exact: list[int] | None = None
+    attention: Float[Tensor, "batch visual"] | None = None
 
     def dropped(self, like: Bool[Tensor, "batch columns"]) -> Bool[Tensor, "batch columns"]:
         """Columns that the method drops, among all columns present."""
@@ -51,7 +52,7 @@ class Packed:
 
     `columns`: where each stood at the start; `valid`: no padding or filler; `visual`, `text`: an image's token, one of
     the question; `answer_mask`: predicts an answer's token; `ordinal`: its place among the sample's visual tokens.
-    `image`: number of its image, where some sample has several. `positions`: where tokens are numbered anew, position
+    `image`: number of its image, where some sample has several. `positions`: where tokens are renumbered, position
     ids less those that left in front. `gone`: soft mode, pruned so far. `token_sizes`: tokens that it stands for, where
     attention is proportional or a method merges. `key_bias`: what is added to the logits of attention to it. `embeds`:
     its embedding, where a method asks for it.
@@ -93,7 +94,7 @@ class Attended:
 
     `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by the first layer of a kind.
     `past_bias`: what is added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have
-    left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are numbered anew. `start`:
+    left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are renumbered. `start`:
     padding to the left of each sample; None: there is none. `packs`: samples share rows inside the layers, in the
     `layout` of the last stage (None: no row is saved). `taps`: attention rows by the stage that reads them;
     `watched`: those that a caller wants of the layer that runs now. `handed`: in decoding, what layers get, by the

@@ -151,30 +151,29 @@ class TowerHost:
 
     def _stage(self, index: int, hidden: Tensor, state: TowerPass) -> Tensor:
         """Score, select, merge and pack the units at one place of the tower."""
-        count = state.counts[index]
-        if bool((count >= state.real.sum(1)).all()):
+        if bool((state.counts[index] >= state.real.sum(1)).all()):
             return hidden
         shape = hidden.shape
         hidden = hidden.view(1, *shape) if hidden.ndim == 2 else hidden
         units = state.units(hidden.reshape(-1, shape[-1])).flatten(2)
-        kept = self.pruner.prune_vision(self._context(index, units, state))
+        kept = self.pruner.prune_vision(self._context(index, hidden, units, state))
         if kept.states is not None:
             hidden = state.merge(hidden, units, kept)
         state.stages.append((state.real.sum(1), kept.mask.sum(1)))
         hidden = state.pack(hidden, kept)
         return hidden[0] if len(shape) == 2 else hidden
 
-    def _context(self, index: int, units: Tensor, state: TowerPass) -> VisionContext:
-        read, heads = Read(), 1
-        if index > 0:
-            layer = self.tower.layers[index - 1]
-            if self.tower.clip_like:
-                read = read_again(layer, state, self.tower.size.prefix, self.pruner.needs_values)
-                state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
-            else:
-                read = read_seen(layer, state)
-            heads = read.heads
-            state.rated += state.before.shape[1] if self.tower.clip_like else state.present()
+    def _context(self, index: int, hidden: Tensor, units: Tensor, state: TowerPass) -> VisionContext:
+        read, layers = Read(), self.tower.layers
+        if index > 0 and self.tower.clip_like:
+            ahead = self.pruner.reads_next and index < len(layers)
+            layer, entered = (layers[index], hidden) if ahead else (layers[index - 1], state.before)
+            read = read_again(layer, entered, state, self.tower.size.prefix, self.pruner)
+            state.scored += self.tower.size.read(state.rows.shape[1] * state.members, self.pruner.needs_values)
+            state.rated += state.before.shape[1]
+        elif index > 0:
+            read = read_seen(layers[index - 1], state, self.pruner)
+            state.rated += state.present()
         return VisionContext(
             stage=list(self.schedule).index(index),
             states=units,
@@ -185,7 +184,7 @@ class TowerHost:
             ordinal=state.ordinal,
             count=state.counts[index],
             side=state.side,
-            heads=heads,
+            heads=read.heads,
             sizes=state.sizes,
             memory=state.memory,
         )
@@ -266,6 +265,7 @@ class TowerHost:
         record = self.session().record
         if record is None or record.trace.tower is not None:
             return
+        record.memory = state.memory
         tiles = torch.ones_like(state.present())
         final, taps = state.real.sum(1), self.tower.taps
         rows = sum(state.merged, final * (1 + len(taps) - len(state.merged))).double() / (1 + len(taps))

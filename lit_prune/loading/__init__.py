@@ -18,17 +18,69 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune.cost.shapes import Config, shipped_fields, shipped_shape
 from lit_prune.errors import LitPruneError, extra
-from lit_prune.loading.locations import adapted_from, fetch, first_line, is_shipped
+from lit_prune.loading.locations import (
+    HUB_OPTIONS,
+    adapted_from,
+    fetch,
+    first_line,
+    hub_text,
+    is_shipped,
+    refuse_unnamed,
+)
 
 Base = str | Path | PreTrainedConfig  # a folder, a hub id, a configuration
 HALF_FROM = 1e9  # parameters from which random weights are bfloat16 by default
 
 
-def load_processor(base: str | Path) -> Any:
-    """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's."""
+def load_base(
+    base: Base | nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    processor: Any = None,
+    device: str | torch.device | None = None,
+    strict: bool = True,
+    random: int | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Any, str]:
+    """Model, processor and name, from all that `lit_prune.load` takes but plug-ins; arguments as there.
+
+    `random`: seed of random weights; None for those of the checkpoint.
+    """
+    if isinstance(base, nn.Module):
+        if random is not None or dtype is not None or options:
+            raise LitPruneError("a model that is built already is taken as it is: set its dtype and options before")
+        model, name = base, str(getattr(base.config, "_name_or_path", ""))
+    elif random is not None:
+        model = random_model(base, dtype, device or "cpu", random, **options)
+        name = base.model_type if isinstance(base, PreTrainedConfig) else str(base)
+    elif isinstance(base, PreTrainedConfig):
+        raise LitPruneError("a configuration has no weights: load it with random_weights=True")
+    else:
+        refuse_unnamed(base)
+        hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+        if device is not None and "device_map" in options:
+            raise LitPruneError("give either device or device_map: a map says where each part of the model is")
+        # Quantized weights are created on their device, since they can't be moved.
+        if device is not None and "quantization_config" in options:
+            options["device_map"], device = {"": device}, None
+        model, name = load_model(base, dtype, strict=strict, **options), hub_text(base, hub)
+        processor = processor or load_processor(base, **hub)
+    if processor is None:
+        processor = local_processor(name) if name else None
+    elif isinstance(processor, (str, Path)):
+        processor = load_processor(processor)
+    return model if device is None else model.to(device), processor, name
+
+
+def load_processor(base: str | Path, **hub: Any) -> Any:
+    """Processor (tokenizer, image processor, chat template) of a model; a folder of an adapter has its base's.
+
+    `hub`: options of a repository, see `HUB_OPTIONS`.
+    """
     from transformers import AutoProcessor
 
-    return fetch(AutoProcessor.from_pretrained, adapted_from(base) or base)
+    adapted = adapted_from(base)
+    return fetch(AutoProcessor.from_pretrained, adapted or base, **({} if adapted else hub))
 
 
 def local_processor(base: str | Path) -> Any | None:

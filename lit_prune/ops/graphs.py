@@ -17,6 +17,17 @@ def centred(
     return normalize(features - mean, dim=-1)
 
 
+def cosines(unit: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens tokens"]:
+    """Cosines of all pairs of unit vectors, exactly symmetric, and exactly 1 on the diagonal.
+
+    Two tokens that are alike gain as much by one as by the other: what decides is then their place, not rounding, which
+    differs between batches.
+    """
+    product = unit @ unit.transpose(1, 2)
+    product = (product + product.transpose(1, 2)) / 2
+    return product.diagonal_scatter(product.new_ones(product.shape[:2]), dim1=1, dim2=2)
+
+
 def squared_distance(
     a: Int[Tensor, "batch some"], b: Int[Tensor, "batch others"], side: int
 ) -> Float[Tensor, "batch some others"]:
@@ -52,6 +63,27 @@ def spread(
         close = torch.exp(-squared_distance(place, place.gather(1, pick), side)[..., 0] / (2 * width**2))
         near = near.maximum(alike * close)
     return chosen
+
+
+def suppressed(
+    importance: Float[Tensor, "batch visual"],
+    unit: Float[Tensor, "batch visual width"],
+    gamma: float,
+    alive: Bool[Tensor, "batch visual"],
+    count: Int[Tensor, " batch"],
+) -> Bool[Tensor, "batch visual"]:
+    """Greedily pick the `count` most important tokens; each pick p scales all others by exp(-gamma max(0, cos(i, p))).
+
+    Importance must be non-negative; scores are compared as logarithms, since decays accumulate over the picks. `unit`
+    has norms of one. O(visual) per pick, without a matrix of all pairs; ties go to the earlier token.
+    """
+    score = importance.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    order = torch.full(alive.shape, -1, device=alive.device)
+    for _ in range(min(int(count.max()), alive.shape[1])):
+        best, _, order = selection.pick(score, alive, order, count)
+        alike = (unit @ selection.gather_rows(unit, best).transpose(1, 2)).squeeze(2)
+        score = score - gamma * alike.clamp(min=0)
+    return order >= 0
 
 
 def facility_location(

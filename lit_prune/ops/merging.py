@@ -1,5 +1,7 @@
 """Pure functions for merging tokens: assignment to centres, sizes, and means over groups."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -45,6 +47,25 @@ def collect_sizes(
     return sizes.scatter_add(1, centre, given)
 
 
+def rectified_sizes(
+    states: Float[Tensor, "batch visual width"],
+    sizes: Float[Tensor, "batch visual"],
+    alive: Bool[Tensor, "batch visual"],
+    kept: Bool[Tensor, "batch visual"],
+    attention: Float[Tensor, "batch visual"],
+    most: int | None = None,
+) -> Float[Tensor, "batch visual"]:
+    """Size of each kept token, so that log(size) gives it the attention of those dropped nearest to it, by cosine.
+
+    A size grows by the factor (own + dropped attention) / own attention: `attention` is that before the drop, with the
+    sizes so far, so that exp(logit + log size) of a kept token becomes its group's sum. Own attention is at least 1e-6.
+    Dropped tokens keep their own size.
+    """
+    centre = nearest(states, kept, most)
+    dropped = torch.zeros_like(attention).scatter_add(1, centre, attention * (alive & ~kept))
+    return torch.where(kept, sizes * (1 + dropped / attention.clamp(min=1e-6)), sizes)
+
+
 def group_means(
     states: Float[Tensor, "batch visual width"],
     centre: Int[Tensor, "batch visual"],
@@ -67,32 +88,55 @@ def evenly(flags: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]) ->
     return flags & (count > 0) & ((place == 0) | (part != (place - 1) * count // total.clamp(min=1)))
 
 
+def every(flags: Bool[Tensor, "batch visual"], count: Int[Tensor, " batch"]) -> Bool[Tensor, "batch visual"]:
+    """Keep `count` of the set flags of each sample, each floor(total / count)-th from the first; all if fewer are set.
+
+    Unlike those of `evenly`, they leave the remainder of the division at the end.
+    """
+    place, total = flags.long().cumsum(1) - 1, flags.sum(1, keepdim=True)
+    count = torch.minimum(count[:, None], total)
+    step = total // count.clamp(min=1)
+    return flags & (place % step.clamp(min=1) == 0) & (place < count * step)
+
+
 def density_peaks(
     features: Float[Tensor, "batch some width"],
     real: Bool[Tensor, "batch some"],
     count: Int[Tensor, " batch"],
-    neighbours: int,
+    neighbours: int | None,
+    scale: Literal["sample", "width"] = "sample",
 ) -> tuple[Bool[Tensor, "batch some"], Int[Tensor, "batch some"]]:
     """Cluster by density peaks: `count` centres per sample, and the column of each token's nearest centre.
 
-    DPC-KNN: a token's density rho is exp(-mean squared distance to its `neighbours` nearest), its delta the distance to
-    the nearest denser token (for the densest one, the largest distance); centres have the largest rho x delta, compared
-    as logarithms. Distances are divided by the sample's root mean square distance [ours]: otherwise, for states of
-    large norm, rho alone decides. Of equally dense tokens the earlier counts as denser. Holds (some, some) distances.
+    DPC-KNN: a token's density rho is exp(-mean squared distance to its `neighbours` nearest others), its delta the
+    distance to the nearest denser token (for the densest one, the largest distance); centres have the largest
+    rho x delta, compared as logarithms. Of equally dense tokens the earlier counts as denser. Holds (some, some)
+    distances.
+
+    Args:
+        features: states to compare. real: False for filler. count: clusters of each sample.
+        neighbours: number of nearest others; None: as many tokens as clusters, each token among its own.
+        scale: unit of the distances: `sample`, its root mean square distance [ours]: otherwise, for states of large
+            norm, rho alone decides; `width`: the square root of the number of channels.
     """
     number = real.sum(1).clamp(min=1)[:, None, None]
     mean = (features.float() * real[..., None]).sum(1, keepdim=True) / number
     centred = (features.float() - mean) * real[..., None]  # centred, the squares' difference below loses less precision
     square = centred.square().sum(2, keepdim=True)
     squared = square + square.transpose(1, 2) - 2 * centred @ centred.transpose(1, 2)
-    squared = (squared / (2 * square.sum(1, keepdim=True) / number).clamp(min=1e-30)).clamp(min=0)
+    unit = features.shape[2] if scale == "width" else (2 * square.sum(1, keepdim=True) / number).clamp(min=1e-30)
+    squared = (squared / unit).clamp(min=0)
     own = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
     far = torch.finfo(squared.dtype).max
 
-    others = squared.masked_fill(own | ~real[:, None], far)
-    closest = others.topk(min(neighbours, others.shape[2]), largest=False).values
-    real_neighbour = closest < far
-    log_rho = -(closest * real_neighbour).sum(2) / real_neighbour.sum(2).clamp(min=1)
+    # A token itself is left out, or is the first of its own nearest at a distance of exactly 0.
+    others = squared.masked_fill(own, far if neighbours is not None else 0.0).masked_fill(~real[:, None], far)
+    most = int(count.max()) if neighbours is None else neighbours
+    closest = others.topk(min(most, others.shape[2]), largest=False).values
+    counted = closest < far
+    if neighbours is None:
+        counted = counted & (torch.arange(closest.shape[2], device=closest.device) < count[:, None, None])
+    log_rho = -(closest * counted).sum(2) / counted.sum(2).clamp(min=1)
 
     earlier = own.new_ones(own.shape).tril(-1)
     denser = (log_rho[:, None] > log_rho[..., None]) | ((log_rho[:, None] == log_rho[..., None]) & earlier)

@@ -230,3 +230,12 @@ def hashed_uniform(seed: Int[Tensor, " batch"], ordinal: Int[Tensor, "batch visu
         state = (state * multiplier) & mask
     state = state ^ (state >> 16)
     return (state.to(torch.float64) / 2**32).to(torch.float32)
+
+
+def row_mean(
+    probabilities: Float[Tensor, "batch rows seq"], row_mask: Bool[Tensor, "batch rows"]
+) -> Float[Tensor, "batch seq"]:
+    """Mean over the real rows."""
+    weight = row_mask.to(probabilities.dtype)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
+    return (weight[:, None] @ probabilities).squeeze(1)

@@ -1,7 +1,7 @@
 """A plug-in: a pruner and its repair adapter, trained, saved, loaded and attached together.
 
-A saved folder holds `plugin.safetensors` and `plugin.json`; nothing in it is executed, and only classes of this
-project, or ones already imported, are instantiated from it.
+A saved folder holds `plugin.safetensors`, `plugin.json`, a model card and, if it was tested, `results.json`. Nothing in
+it is executed, and only classes of this project, or ones already imported, are instantiated from it.
 """
 
 import copy
@@ -13,44 +13,28 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
 from lit_prune.host.lora import LoRA
 from lit_prune.host.options import HostOptions
+from lit_prune.loading.locations import LOCAL, first_line, public_name
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
 from lit_prune.plugin import reading
-from lit_prune.plugin.reading import SETTINGS, WEIGHTS
+from lit_prune.plugin.bases import same_weights
+from lit_prune.plugin.card import LICENSE, MARK, model_card
+from lit_prune.plugin.reading import RESULTS, SETTINGS, WEIGHTS
 from lit_prune.pruners.base import Dims, Full, PruningMethod, spec
 from lit_prune.repair import RepairAdapter
 
-CARD = """---
-{{ card_data }}
----
 
-# {{ title }}
-
-A visual-token pruning plug-in of `lit_prune` for {{ base }}; the model's own weights are not in it.
-
-{{ summary }}
-
-Attach it, with this folder in place of FOLDER:
-
-```python
-import lit_prune
-
-vlm = lit_prune.load("{{ base }}")
-vlm.attach("FOLDER")
-```
-"""
-
-
-class Plugin(
-    nn.Module, ModelHubMixin, library_name="lit_prune", tags=["visual-token-pruning"], model_card_template=CARD
-):
+class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
     """Everything but the frozen model: pruner, repair adapter and budget.
+
+    `results`: figures of a test, as `results.json` holds them: `figures` by name, `data` and `date`, and `weights` and
+    `keep` that they hold for. They are left out of a saved folder whose weights or budget are others.
 
     Args:
         pruner: the method.
@@ -76,6 +60,8 @@ class Plugin(
         self.keep = None if keep is None else parse_budget(keep)
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
+        self.results: dict[str, Any] | None = None
+        self._hub_mixin_config = None  # no config.json: it would repeat plugin.json
 
     def build(self, dims: Dims, fingerprint: list[float], model: nn.Module | None = None) -> None:
         """Create the parameters for a host's sizes; raises `LitPruneError` if they exist for another host.
@@ -84,13 +70,13 @@ class Plugin(
         """
         if self.dims is not None and (self.dims.width, self.dims.depth) != (dims.width, dims.depth):
             raise LitPruneError(
-                f"this plug-in was made for {self.base or 'a model'} with {self.dims.depth} decoder layers of width "
-                f"{self.dims.width}, the model here has {dims.depth} of width {dims.width}"
+                f"this plug-in was made for {self._base_text or 'a model'} with {self.dims.depth} decoder layers of "
+                f"width {self.dims.width}, the model here has {dims.depth} of width {dims.width}"
             )
-        if self.trained and self.fingerprint and fingerprint and not _same(self.fingerprint, fingerprint):
+        if self.trained and self.fingerprint and fingerprint and not same_weights(self.fingerprint, fingerprint):
             raise LitPruneError(
-                f"this plug-in was trained for the weights of {self.base or 'another model'}, which differ from the "
-                f"model's here: load that base model, or train again for this one"
+                f"this plug-in was trained for the weights of {self._base_text or 'another model'}, which differ from "
+                f"the model's here: load that base model, or train again for this one"
             )
         self.pruner.build(dims)
         if self.repair is not None:
@@ -104,6 +90,10 @@ class Plugin(
     def trained(self) -> bool:
         """True if there are parameters, which depend on the model they were trained with."""
         return any(True for _ in self.parameters())
+
+    @property
+    def _base_text(self) -> str:
+        return "a local model" if self.base == LOCAL else self.base
 
     def summary(self, schedule: Schedule | None = None) -> list[str]:
         """Summary lines: method, budget, the `schedule` solved from it, repair, options, and trainable parameters."""
@@ -132,17 +122,17 @@ class Plugin(
         if not self.pruner.title:
             return ""
         repair = " + repair" if self.repair is not None and not self.pruner.repairs else ""
-        return "".join([self.pruner.title, repair, *(f", {added}" for added in self.options.described())])
+        return ", ".join([self.pruner.title + repair, *self.options.described(self.pruner.positions)])
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Generate the folder's README.md: method, budget, contents, usage."""
-        info = self._hub_mixin_info
-        fields = {
-            "title": self.title or type(self.pruner).__name__,
-            "base": self.base or "MODEL",
-            "summary": "\n".join(f"- {line}" for line in self.summary(self.settings()["schedule"])),
-        }
-        return ModelCard.from_template(info.model_card_data, template_str=info.model_card_template, **fields)
+    def generate_model_card(self, place: str = "FOLDER", license: str = LICENSE, **_: Any) -> ModelCard:
+        """Generate the folder's README.md: method, budget, contents, usage, and figures of a test.
+
+        Args:
+            place: the folder or repository that the card is for.
+            license: of the plug-in's weights, as the hub spells it.
+        """
+        title = self.title or type(self.pruner).__name__
+        return model_card(self, title, self.summary(self.settings()["schedule"]), place, license)
 
     def settings(self) -> dict[str, Any]:
         """Contents of `plugin.json`: everything needed to rebuild the plug-in, and the model it belongs to."""
@@ -152,7 +142,7 @@ class Plugin(
         return {
             "format": 1,
             "lit_prune": __version__,
-            "base": self.base,
+            "base": public_name(self.base) if self.base else "",
             "fingerprint": self.fingerprint,
             "dims": None if self.dims is None else vars(self.dims),
             "keep": as_json(self.keep),
@@ -163,28 +153,88 @@ class Plugin(
             **({} if self.lora is None else {"lora": {**spec(self.lora), "sizes": self.lora.sizes()}}),
         }
 
+    def save_pretrained(self, save_directory: str | Path, *, license: str | None = None, **options: Any) -> str | None:
+        """Save as a folder. A model card that was edited, so that it lacks the line that says so, is left as it is.
+
+        Args:
+            save_directory: the folder, created if it doesn't exist.
+            license: of the weights, for the model card; by default that of this project.
+            options: of `ModelHubMixin.save_pretrained`.
+
+        Raises:
+            LitPruneError: the folder holds a model.
+        """
+        folder = Path(save_directory)
+        if reading.holds_model(folder):  # whose configuration the mixin would delete
+            raise LitPruneError(f"{folder} is the folder of a model: give the plug-in one of its own")
+        if license is not None:
+            options["model_card_kwargs"] = {**(options.get("model_card_kwargs") or {}), "license": license}
+        return super().save_pretrained(folder, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS, metadata={"format": "pt"})
+        content = self.content()
+        (save_directory / WEIGHTS).write_bytes(content)
         if self.lora is not None:
             self.lora.save_for_peft(save_directory / "lora", self.base)
+        results = self.results
+        if results is not None and (results["weights"], results.get("keep")) == (
+            reading.digest(content),
+            as_json(self.keep),
+        ):
+            (save_directory / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        else:
+            self.results = None
+            (save_directory / RESULTS).unlink(missing_ok=True)
+        card = save_directory / "README.md"
+        if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
+            card.unlink()  # the mixin writes one if there is none
+
+    def content(self) -> bytes:
+        """Content of `plugin.safetensors`."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        return save(tensors, metadata={"format": "pt"})
+
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, **options: Any) -> str:
+        """Upload to a repository of the hub, created if it doesn't exist; returns the commit's URL.
+
+        Args:
+            repo_id: `OWNER/NAME`.
+            license: of the weights, for the model card; by default that of this project.
+            options: of `ModelHubMixin.push_to_hub`: `private`, `token`, `branch`, `create_pr`, `commit_message`.
+
+        Raises:
+            LitPruneError: the hub refuses it, or can't be reached.
+        """
+        card = {"place": repo_id} | ({} if license is None else {"license": license})
+        stale = [RESULTS, "config.json"]  # of an earlier push
+        try:
+            if reading.has_own_card(repo_id, options.get("branch"), options.get("token")):
+                options["ignore_patterns"] = ["README.md"]
+            return super().push_to_hub(repo_id, model_card_kwargs=card, **{"delete_patterns": stale} | options)
+        except Exception as error:  # of the client's network library too
+            raise LitPruneError(f"{repo_id} can't be published: {first_line(error)}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> "Plugin":
-        """Load a plug-in from a local folder or a hub id (`hub`: options of `snapshot_download`).
+        """Load a plug-in from a local folder, or from the hub by `OWNER/NAME[/SUBFOLDER][:REVISION]`.
 
-        Raises `LitPruneError` if the folder is missing, incomplete or damaged.
+        Args:
+            folder: the folder or repository.
+            hub: `revision`, `token`, `subfolder`, `cache_dir`.
+
+        Raises:
+            LitPruneError: the folder is missing, incomplete or damaged.
         """
-        path = Path(folder)
-        if not path.is_dir():
-            path = reading.download(str(folder), hub)
+        path = reading.find_folder(folder, hub)
         settings = reading.read_settings(path / SETTINGS)
         try:
             tensors = load_file(path / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise LitPruneError(f"{path / WEIGHTS} can't be read: {error}") from error
-        return cls._from_parts(settings, tensors, path / SETTINGS, path / WEIGHTS)
+        plugin = cls._from_parts(settings, tensors, path / SETTINGS, path / WEIGHTS)
+        plugin.results = reading.read_results(path / RESULTS)
+        return plugin
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "Plugin":
@@ -216,7 +266,8 @@ class Plugin(
         try:
             pruner = reading.build(settings["pruner"], PruningMethod, source)
             repair = None if settings["repair"] is None else reading.build(settings["repair"], RepairAdapter, source)
-            plugin = cls(pruner, repair, settings["keep"], settings["base"], reading.options(settings, source))
+            base = reading.known_base(settings["base"])
+            plugin = cls(pruner, repair, settings["keep"], base, reading.options(settings, source))
             if settings["dims"] is not None:
                 plugin.build(Dims(**settings["dims"]), [])
             if (adapted := settings.get("lora")) is not None:
@@ -246,21 +297,3 @@ def learns(plugin: Plugin, dims: Dims) -> bool:
     except LitPruneError:  # it doesn't fit this model; attaching it raises the error
         return False
     return built.trained
-
-
-def fingerprint(model: nn.Module) -> list[float]:
-    """Sample a few weights, to distinguish models of the same shape; empty if weights can't be read."""
-    values: list[float] = []
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and "self_attn" in name]
-    for _, weight in (named[0], named[len(named) // 2], named[-1]) if named else ():
-        if weight.is_meta or not weight.is_floating_point() or weight.numel() < 8:
-            return []
-        values += weight.detach().flatten()[:8].float().cpu().tolist()
-    return values
-
-
-def _same(a: list[float], b: list[float]) -> bool:
-    """Equal up to rounding to half precision."""
-    if len(a) != len(b):
-        return False
-    return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2 * max(map(abs, a)))

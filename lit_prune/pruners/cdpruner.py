@@ -1,10 +1,14 @@
 """CDPruner: tokens that are relevant to the question and differ from each other."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lit_prune.errors import check_choice
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Context
 from lit_prune.pruners.by_image import PickedOneByOne
@@ -20,12 +24,30 @@ class CDPruner(PickedOneByOne):
     O(kept x visual) memory, O(kept^2 x visual) time besides the cosines. Tokens without a residual come last, by
     relevance [ours].
 
-    Relevance [ours]: mean cosine to the question's word embeddings, at the decoder's input. The paper uses CLIP's text
-    encoder, which LLaVA doesn't contain. Several images of a prompt are pruned one by one, min-max too [ours]; the
-    FLOPs are then an upper bound.
+    The authors' relevance is *minus* the mean cosine of a patch to the question in the joint space of CLIP, whose text
+    encoder LLaVA doesn't contain. Ours is a cosine to the question's word embeddings at the decoder's input, with
+    either sign, or none: then this is the authors' DPP without a question. Several images of a prompt are pruned one by
+    one, min-max too [ours]; the FLOPs are then an upper bound.
+
+    Args:
+        layers, stage_ratios, depth: see `PickedOneByOne`.
+        relevance: `similar`: mean cosine to the question's words [ours]; `dissimilar`: minus that, the authors' sign in
+            our space; `none`: 1 for all tokens, a pure DPP, which doesn't read the question.
     """
 
     title = "CDPruner"
+    positions = "renumbered"
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (0,),
+        stage_ratios: Sequence[float] | None = None,
+        depth: int | None = None,
+        relevance: Literal["similar", "dissimilar", "none"] = "similar",
+    ) -> None:
+        super().__init__(layers, stage_ratios, depth)
+        check_choice("pruner.relevance", relevance, ("similar", "dissimilar", "none"))
+        self.relevance = relevance
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Higher for earlier picks, 1 for the last; for the others the relevance, shifted below 0."""
@@ -45,12 +67,14 @@ class CDPruner(PickedOneByOne):
             left = left - factor[..., step].square()
         return self.picks_first(order, context.count, relevance - 2.0)
 
-    @staticmethod
-    def _relevance(unit: Tensor, context: Context) -> Tensor:
-        """Mean cosine to the question's words, scaled to [0, 1] over the sample's alive tokens; 1 if all are equal."""
+    def _relevance(self, unit: Tensor, context: Context) -> Tensor:
+        """Mean cosine to the question's words, or minus that, scaled to [0, 1] over the sample; 1 if all are equal."""
+        if self.relevance == "none":
+            return torch.ones_like(unit[..., 0])
         words = normalize(context.text_embeds.detach().float(), dim=-1) * context.text_mask[..., None]
         mean = words.sum(1, keepdim=True) / context.text_mask.sum(1).clamp(min=1)[:, None, None]
         cosine = (unit @ mean.transpose(1, 2)).squeeze(2)
+        cosine = -cosine if self.relevance == "dissimilar" else cosine
         low = cosine.masked_fill(~context.alive, float("inf")).amin(1, keepdim=True)
         high = cosine.masked_fill(~context.alive, float("-inf")).amax(1, keepdim=True)
         flat = ~(high > low)
@@ -58,6 +82,6 @@ class CDPruner(PickedOneByOne):
         return torch.where(flat | ~context.alive, 1.0, scaled)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """Cosines to the mean word and to each pick, and the growing Cholesky factor."""
+        """Cosines to the mean word, if it is read, and to each pick, and the growing Cholesky factor."""
         visual, kept = visual.to(torch.float64), kept.to(torch.float64)
-        return 2 * width * visual * (1 + kept) + visual * kept * (kept - 1)
+        return 2 * width * visual * (kept + (self.relevance != "none")) + visual * kept * (kept - 1)

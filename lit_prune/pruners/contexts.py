@@ -80,7 +80,7 @@ class VisionContext:
     the class token's, or the mean query's in towers without one [ours], averaged over `heads`. `alive` is False for
     filler. `ordinal` is the patch's index on the tile's grid of `side` x `side`. `sizes` is the number of patches that
     each one represents; None until a stage has returned `Kept.sizes`. `memory` passes values from a stage to later
-    ones of the same forward, over all side x side positions.
+    ones of the same forward, over all side x side positions, or one for each tile.
     """
 
     stage: int
@@ -95,6 +95,11 @@ class VisionContext:
     memory: dict[str, Tensor] = field(default_factory=dict)
     heads: int = 1
     sizes: Float[Tensor, "tiles visual"] | None = None
+
+    @property
+    def head_mean_keys(self) -> Float[Tensor, "tiles visual head"]:
+        """Keys averaged over heads, in fp32."""
+        return self.keys.float().unflatten(2, (self.heads, -1)).mean(2)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,11 @@ class DCPPrune(VisionPruner):
         self.temperature, self.width, self.strength = temperature, width, strength
         self.threshold, self.candidates, self.text = threshold, candidates, text
 
+    @property
+    def measured(self) -> str | None:
+        """Kappa of plain top-k, if TATCS is on."""
+        return "kappa" if self.tatcs else None
+
     def prune_vision(self, context: VisionContext) -> Kept:
         """One stage of ACGR; the last one also keeps more tokens than the budget if kappa requires it."""
         unit = graphs.centred(context.states, context.alive)
@@ -88,8 +93,9 @@ class DCPPrune(VisionPruner):
         count = context.count
         if self.tatcs and context.stage == len(self.vision_layers) - 1:
             plain = selection.top_k(scores, context.alive, count)
+            context.memory["kappa"] = kappa(context.states, plain, context.alive)
             # The question isn't known in the tower: keep candidates, of which TATCS selects later.
-            triggered = kappa(context.states, plain, context.alive) > self.threshold
+            triggered = context.memory["kappa"] > self.threshold
             count = torch.where(triggered, (count * self.candidates).round().long(), count)
         if not self.acgr:
             return Kept(selection.top_k(scores, context.alive, count), scores=scores)
@@ -153,7 +159,7 @@ class TextAwareClusters(Pruner):
         visual = normalize(selection.gather_rows(context.visual_embeds, columns).float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1) * context.text_mask[..., None]
         to_words = visual @ words.transpose(1, 2)
-        alike = visual @ visual.transpose(1, 2)
+        alike = graphs.cosines(visual)
         centres = graphs.facility_location(alike, real.float(), real, context.count, real.float())
         profile = normalize(to_words, dim=-1)
         mixed = torch.lerp(alike, profile @ profile.transpose(1, 2), self.text)

@@ -22,6 +22,7 @@ class DivPrune(PickedOneByOne):
     """
 
     title = "DivPrune"
+    positions = "renumbered"
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Higher for earlier picks, 1 for the last; for the others minus the cosine to the nearest pick, less 2."""

@@ -38,6 +38,7 @@ class PruningMethod(nn.Module):
     """
 
     title: str = ""  # published name; if empty, the name of the method's file is used
+    positions: str = "original"  # of kept tokens in the authors' code, as in `HostOptions`; a title names others
     repairs: bool = False  # True if the published method includes a repair adapter
     tower: "PruningMethod | None" = None  # the `VisionPruner` that acts inside the vision tower
     default_keep: Budget | None = None  # default budget; None: a budget is required

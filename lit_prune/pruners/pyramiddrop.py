@@ -15,7 +15,7 @@ class PyramidDrop(Pruner):
     whose input tokens are dropped. A decoder of 32 layers has four segments of eight, each of which passes on half of
     its tokens [paper: lambda = 0.5]. The first segment sees all tokens, so the average can't go below a quarter of
     them: smaller budgets raise an error and need earlier `layers`. Counts follow `stage_ratios`, scaled to the budget
-    [ours]; position ids stay the original ones [ours; the paper renumbers].
+    [ours]. The authors renumber position ids.
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 8, 16, 24 of 32].
@@ -24,6 +24,7 @@ class PyramidDrop(Pruner):
     """
 
     title = "PyramidDrop"
+    positions = "renumbered"
     attention = AttentionRows("own", "last")
 
     def __init__(

@@ -24,6 +24,7 @@ class Scope(VisionPruner):
     """
 
     title = "SCOPE"
+    positions = "renumbered"
 
     def __init__(
         self, vision_layers: Sequence[int] = (-1,), power: float = 1.0, vision_depth: int | None = None
@@ -36,9 +37,8 @@ class Scope(VisionPruner):
         """Keep tokens picked greedily by gain."""
         unit = normalize(context.states.float(), dim=-1)
         weight = context.attention.float() ** self.power
-        kept = graphs.facility_location(
-            unit @ unit.transpose(1, 2), weight, context.alive, context.count, context.alive.float()
-        )
+        alike = graphs.cosines(unit)
+        kept = graphs.facility_location(alike, weight, context.alive, context.count, context.alive.float())
         return Kept(kept, scores=torch.where(kept, weight + 1, weight))
 
     def vision_flops(self, visual: Tensor, kept: Tensor, width: int, heads: int) -> Tensor:

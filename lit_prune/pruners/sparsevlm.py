@@ -1,15 +1,17 @@
 """SparseVLM: attention from the visually relevant prompt tokens, and recycling of the best dropped tokens."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from lit_prune.errors import check_number
+from lit_prune.errors import check_choice, check_number
 from lit_prune.ops import merging, selection
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
+from lit_prune.pruners.raters import rater_attention
 
 
 class SparseVLM(Pruner):
@@ -20,24 +22,30 @@ class SparseVLM(Pruner):
     of the raters to it, averaged over heads and raters. The best dropped tokens are clustered by density peaks and
     replaced by the clusters' means.
 
-    Ours: attention is the pruning layer's own, computed before it runs, and tokens leave at its input. Raters are
-    chosen again at each stage, by the visual tokens still present. Counts are fixed by the budget instead of the
-    attention's rank, and recycled tokens count towards it, at most half of it; the paper adds them to its counts. A
-    mean is over the residual stream, unweighted, and takes column and position of its cluster's centre. Several images
-    of a prompt are pruned one by one; the FLOPs are then approximate.
+    Ours: attention is the pruning layer's own, computed before it runs, and tokens leave at its input, where the
+    authors' code prunes a layer's output by that layer's attention. Raters are chosen again at each stage, by the
+    visual tokens still present. Counts are fixed by the budget instead of the attention's rank. A mean is over the
+    residual stream, unweighted, and takes column and position of its cluster's centre, where the authors append it.
+    Several images of a prompt are pruned one by one; the FLOPs are then approximate.
 
     Args:
         layers: decoder layers at whose input tokens are dropped [paper: 2, 6, 15 of 32].
         stage_ratios: relative counts of the stages [paper: 66, 30, 17 for 64 tokens; 303, 110, 36 for 128; 300, 200,
             110 for 192].
         depth: see `Pruner`.
-        recycled: share of the dropped tokens, the best ones, that are clustered [paper: 0.3].
-        per_cluster: clustered tokens per cluster; there is one cluster more [paper: 10]. 0: no recycling, for the
-            ablation.
-        neighbours: nearest neighbours in the density estimate [ours: 5].
+        recycled: share of the dropped tokens, the best ones, that are clustered [paper: 0.3]. 0: no recycling.
+        per_cluster: clustered tokens per cluster; there is one cluster more [paper: 10].
+        neighbours: nearest neighbours in the density estimate [ours: 5]. None, the authors' code: as many as there are
+            clusters, the token itself included.
+        distance: unit of distances in the density estimate: `sample`, the root mean square distance [ours], or `width`,
+            the square root of the hidden size, as the authors' code.
+        added: if True, recycled tokens come on top of the budget's counts, as in the authors' code, where 30 tokens are
+            34. They are real tokens: averages, FLOPs and KV bytes that are measured count them, those that are planned
+            don't. If False, they are within the counts, at most half of them [ours], so that the budget holds.
     """
 
     title = "SparseVLM"
+    positions = "renumbered"
     attention = AttentionRows("own", "question", each=True)
     needs_embeds = True
     needs_states = True
@@ -49,42 +57,34 @@ class SparseVLM(Pruner):
         depth: int | None = None,
         recycled: float = 0.3,
         per_cluster: int = 10,
-        neighbours: int = 5,
+        neighbours: int | None = 5,
+        distance: Literal["sample", "width"] = "sample",
+        added: bool = False,
     ) -> None:
         super().__init__(layers, stage_ratios, depth)
         check_number("pruner.recycled", recycled, least=0, below=1)
         check_number("pruner.per_cluster", per_cluster, least=1, whole=True)
         check_number("pruner.neighbours", neighbours, least=1, whole=True)
+        check_choice("pruner.distance", distance, ("sample", "width"))
         self.recycled, self.per_cluster, self.neighbours = recycled, per_cluster, neighbours
+        self.distance, self.added = distance, added
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Attention averaged over heads and raters."""
-        weight = self._raters(context).to(context.row_attention.dtype)
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-        return (weight[:, None] @ context.row_attention).squeeze(1)
-
-    @staticmethod
-    def _raters(context: Context) -> Bool[Tensor, "batch text"]:
-        """Words at least as similar to the visual tokens, on average, as the mean word; all words if none is."""
-        products = context.visual_embeds.detach().float() @ context.text_embeds.detach().float().transpose(1, 2)
-        words = context.text_mask
-        shares = products.masked_fill(~words[:, None], torch.finfo(products.dtype).min).softmax(2)
-        visual = context.alive[..., None]
-        similarity = (shares * visual).sum(1) / visual.sum(1).clamp(min=1)
-        raters = words & (similarity >= 1 / words.sum(1, keepdim=True).clamp(min=1))  # shares sum to one: their mean
-        return torch.where(raters.any(1, keepdim=True), raters, words)
+        return rater_attention(context)
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
         """Keep the best tokens, and cluster centres with the means of the recycled ones."""
         scores = self.score(context)
         candidates, clusters = self._counts(context.alive.sum(1), context.count)
-        best = selection.top_k(scores, context.alive, context.count - clusters)
+        count = context.count if self.added else context.count - clusters
+        best = selection.top_k(scores, context.alive, count)
         columns, real = selection.compact(selection.top_k(scores, context.alive & ~best, candidates))
         if not columns.shape[1]:
             return Kept(best, scores=scores)
         states = selection.gather_rows(context.states, columns)
-        centres, centre = merging.density_peaks(states.detach(), real, clusters, self.neighbours)
+        centres, centre = merging.density_peaks(states.detach(), real, clusters, self.neighbours, self.distance)
         means = merging.group_means(states, centre, real.float())
         changed = torch.where(centres[..., None], means, states.float())
         states = context.states.float().scatter(1, columns[..., None].expand_as(changed), changed)
@@ -92,11 +92,9 @@ class SparseVLM(Pruner):
 
     def _counts(self, visual: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of clustered tokens and of clusters if `kept` of `visual` tokens stay."""
-        if not self.per_cluster:
-            return torch.zeros_like(visual), torch.zeros_like(visual)
         candidates = ((visual - kept).clamp(min=0) * self.recycled + 1e-6).long()
-        clusters = torch.minimum(candidates // self.per_cluster + 1, torch.minimum(candidates, kept // 2))
-        return candidates, clusters
+        most = candidates if self.added else torch.minimum(candidates, kept // 2)
+        return candidates, torch.minimum(candidates // self.per_cluster + 1, most)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """Visual x word embeddings, the mean over raters, and distances between clustered tokens."""

@@ -37,7 +37,7 @@ class ToMe(VisionPruner):
         """Merge pairs until the layer's count is reached; a round at most halves the patches."""
         alive, states = context.alive, context.states.float()
         sizes = torch.ones_like(alive, dtype=torch.float32) if context.sizes is None else context.sizes
-        keys = context.keys.float().unflatten(2, (context.heads, -1)).mean(2)
+        keys = context.head_mean_keys
         for _ in range(_rounds(alive.shape[1], int(context.count.min()))):
             left, home = _match(keys, alive, alive.sum(1) - context.count)
             received = torch.zeros_like(alive).scatter_reduce(1, home, left, "amax")

@@ -35,6 +35,9 @@ class VisionPruner(PruningMethod):
     """
 
     needs_values: bool = False
+    measured: str | None = None  # what `threshold` is compared with, (tiles,), by its key in `VisionContext.memory`
+    one_head: bool = False  # attention as of a single head as wide as all, in place of the mean over heads
+    reads_next: bool = False  # attention and keys of the layer after the stage, where the tower gives them
     sized: bool = False  # whether stages return `Kept.sizes`, which enter the attention of later layers
 
     def __init__(

@@ -70,7 +70,13 @@ def test_three_files_make_a_benchmark(files, tmp_path, capsys):
     assert len(files) == 3
     assert "madeup" in benchmarks.names()
     words = ["-c", "micro.yaml", "-c", "pruners/divprune.yaml", "-c", str(files[2]), "--data.root", str(tmp_path)]
-    words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.accelerator=cpu", "--model.keep=48"]
+    words += [
+        "--trainer.logger=false",
+        "--trainer.callbacks=null",
+        "--trainer.accelerator=cpu",
+        "--model.keep=48",
+        "--model.positions=original",
+    ]
     words += [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.enable_progress_bar=false"]
     with pytest.raises(SystemExit):
         cli.main(["test", *words])

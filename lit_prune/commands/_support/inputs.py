@@ -55,11 +55,17 @@ class Choice:
     def of(cls, pruner: str, keep: Any) -> "Choice":
         """By the method's name, YAML file or plug-in folder; raises `LitPruneError`."""
         budget, plugin = None if keep is None else parse_budget(keep, "--keep"), as_plugin(pruner)
-        if budget is None and plugin.keep is None:
+        if budget is None and plugin.keep is None and plugin.pruner.default_keep is None:
             raise LitPruneError(
                 f"{pruner} names no budget: give --keep N, visual tokens averaged over the decoder layers"
             )
         return cls(pruner, plugin, budget)
+
+
+def own_choice(vlm: VLM, name: str, keep: Any = None) -> Choice | None:
+    """The plug-in that came with the model, where `name` is that of a plug-in and not of a model; else None."""
+    budget = None if keep is None else parse_budget(keep, "--keep")
+    return None if vlm.plugin is None else Choice(name, vlm.plugin, budget)
 
 
 def attach(vlm: VLM, choice: Choice) -> str:

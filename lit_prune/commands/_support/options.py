@@ -157,7 +157,9 @@ def _read_words(argv: list[str], run: Callable[..., None]) -> dict[str, Any]:
     """
     hints, given = _hints(run), {}
     first = words = list(takewhile(lambda word: not word.startswith("-"), argv))
-    for name in inspect.signature(run).parameters:
+    for name, parameter in inspect.signature(run).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:  # by its name alone
+            break
         if words:
             given[name], words = (words, []) if _is(hints[name], list) else (words[0], words[1:])
     try:

@@ -1,14 +1,16 @@
 """Price a prompt and its answer on a model's shape, full and at a method's budgets (`lit-prune cost`)."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lit_prune.commands._support.inputs import image_pixels
+from lit_prune.cost.decoders import decoder_size
 from lit_prune.cost.flops import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
-from lit_prune.cost.shapes import Config, names
-from lit_prune.cost.sizes import USUAL, decoder_size, known_size
+from lit_prune.cost.shapes import Config, Shape, names
+from lit_prune.cost.sizes import USUAL, known_size
 from lit_prune.cost.towers import tower_trace
 from lit_prune.cost.trace import TowerTrace, Trace, plan, step
 from lit_prune.errors import LitPruneError
@@ -115,11 +117,25 @@ class Case:
             kv=self._bytes(trace),
             kv_after=self._bytes(step(trace, prompt.steps)),
             visual=[int(count) for count in trace.visual],
-            layers=[decoder_layer(size, q, k).item() for q, k in zip(trace.queries, trace.keys, strict=True)],
+            layers=decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys))[:, 0].tolist(),
         )
 
     def _bytes(self, trace: Trace) -> int:
         return int(kv_bytes(trace, self.size, self.prompt.bytes_per_value).item())
+
+
+def _counted(config: Config) -> ModelSize | None:
+    """Sizes of a decoder that its fields don't describe, counted on the model's classes; None: nor can these be built.
+
+    Of models whose shape is shipped the fields are enough.
+    """
+    if isinstance(config, Shape):
+        return None
+    from lit_prune.host.structure import meta_size  # brings models' code
+
+    with suppress(Exception):  # configurations are anyone's
+        return meta_size(config)
+    return None
 
 
 def describe(
@@ -139,7 +155,7 @@ def describe(
     pixels = image_pixels(image_size)
     if pixels is not None and visual is not None:
         raise LitPruneError("--image-size tells the visual tokens: leave --visual-tokens out")
-    size = known_size(config, pixels or USUAL) or decoder_size(config)  # which says what isn't known
+    size = known_size(config, pixels or USUAL) or _counted(config) or decoder_size(config)  # which says what is missing
     if visual is None and size.image is None:
         raise LitPruneError(f"{model}: how many visual tokens an image has isn't known; give --visual-tokens")
     visual = size.image.visual if visual is None else visual

@@ -6,11 +6,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lit_prune.cost.towers import TowerSize, first_side, tower_size
+from lit_prune.cost.sizes import first_side
+from lit_prune.cost.towers import TowerSize, tower_size
 from lit_prune.errors import LitPruneError
 from lit_prune.host.checks import check_tower
 from lit_prune.host.compat import parameters, window_order
 from lit_prune.host.towers.reading import attention_of, clip_like
+from lit_prune.host.towers.suited import unsuited
 from lit_prune.host.towers.tail import leaves
 
 
@@ -56,7 +58,8 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         )
     check_tower()
     base = getattr(model, "model", model)
-    _check_tail(model, decoder, module, layers)
+    if (reason := unsuited(model, decoder, module, layers, _another)) is not None:
+        raise _refused(model, reason)
     apart = {decoder, layers, model.get_output_embeddings()}
     apart |= {part for part in model.modules() if _another(part, module)}
     tail = tuple(leaves(model, apart))
@@ -107,24 +110,6 @@ def _towers(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[str, tuple[n
         inside |= set(module.modules())
         if stacks:
             yield name, (module, stacks)
-
-
-def _check_tail(model: nn.Module, decoder: nn.Module, module: nn.Module, layers: nn.ModuleList) -> None:
-    """Raise `LitPruneError` where what makes visual tokens of a tower's features mixes patches of different places."""
-    pixels = [name for name in parameters(type(model).forward) if name.endswith("pixel_values")]
-    if len(pixels) > 1:
-        raise _refused(model, "makes its visual tokens of images in two resolutions")
-    inputs = {part for part in model.modules() if _another(part, module) and part.main_input_name != "input_ids"}
-    for part in _outside(model, {decoder, layers, *inputs}):
-        if attention_of(part) is not None:
-            raise _refused(model, f"mixes patches behind the tower's layers, in {type(part).__name__}")
-
-
-def _outside(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
-    if module not in apart:
-        yield module
-        for child in module.children():
-            yield from _outside(child, apart)
 
 
 def _same(own: object, vision: object) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_prune.host.towers.state import TowerPass
+from lit_prune.pruners.base import VisionPruner
 
 NAMES = {"q": re.compile(r"w?q(_proj|uery)?"), "k": re.compile(r"w?k(_proj|ey)?"), "v": re.compile(r"w?v(_proj|alue)?")}
 FUSED = re.compile(r"w?qkv(_proj)?")
@@ -74,12 +75,12 @@ def clip_like(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "layer_norm1", None), nn.Module) and all(hasattr(own, name) for name in names)
 
 
-def read_again(layer: nn.Module, state: TowerPass, prefix: int, values: bool) -> Read:
-    """Keys, values and attention of a layer in CLIP's layout, projected once more from its input.
+def read_again(layer: nn.Module, hidden: Tensor, state: TowerPass, prefix: int, asked: VisionPruner) -> Read:
+    """Keys, values and attention of a layer in CLIP's layout, projected once more from its input `hidden`.
 
     Not every family hands keywords down to its attention function, where queries and keys could be read for free.
     """
-    own, normed = layer.self_attn, layer.layer_norm1(state.before)
+    own, normed = layer.self_attn, layer.layer_norm1(hidden)
     there = state.there if prefix else state.patches(normed.shape[:2])
     there = torch.ones(normed.shape[:2], dtype=torch.bool, device=normed.device) if there is None else there
     keys = own.k_proj(normed)
@@ -90,6 +91,7 @@ def read_again(layer: nn.Module, state: TowerPass, prefix: int, values: bool) ->
         query = query.mean(1)
     split = keys.unflatten(2, (own.num_heads, -1))
     logits = torch.einsum("bhd,bnhd->bhn", query.unflatten(1, (own.num_heads, -1)), split).float() * own.scale
+    logits = _one_head(logits) if asked.one_head else logits
     if state.sizes is not None:
         units = state.rows[state.real]
         bias = torch.zeros(logits.shape[0] * logits.shape[2], device=logits.device)
@@ -98,7 +100,7 @@ def read_again(layer: nn.Module, state: TowerPass, prefix: int, values: bool) ->
     attention = logits.masked_fill(~there[:, None], torch.finfo(logits.dtype).min).softmax(-1).mean(1)
     return Read(
         keys=_side_by_side(keys.flatten(0, 1).unflatten(1, (own.num_heads, -1)), state),
-        values=_values(own.v_proj(normed[:, prefix:]), prefix, state) if values else None,
+        values=_values(own.v_proj(normed[:, prefix:]), prefix, state) if asked.needs_values else None,
         attention=state.units(attention.flatten()).sum(2),
         heads=own.num_heads,
     )
@@ -109,7 +111,12 @@ def _values(values: Tensor, prefix: int, state: TowerPass) -> Tensor:
     return _side_by_side(torch.nn.functional.pad(values, (0, 0, prefix, 0)).flatten(0, 1)[:, None], state)
 
 
-def read_seen(layer: nn.Module, state: TowerPass) -> Read:
+def _one_head(logits: Float[Tensor, "samples heads ..."]) -> Float[Tensor, "samples 1 ..."]:
+    """Logits of one head as wide as all: their sum, scaled by the root of the whole width instead of a head's."""
+    return logits.sum(1, keepdim=True) * logits.shape[1] ** -0.5
+
+
+def read_seen(layer: nn.Module, state: TowerPass, asked: VisionPruner) -> Read:
     """Keys, values and attention out of what a layer's projections gave.
 
     Attention is the class token's to all patches of its tile, or, without one, the mean query's, also where the layer
@@ -121,13 +128,14 @@ def read_seen(layer: nn.Module, state: TowerPass) -> Read:
     members = state.real[..., None].expand_as(state.rows)
     if state.prefix:
         rows = state.extent[1] if state.columns is None else state.columns.shape[1]
-        asked = query[torch.arange(len(state.rows), device=query.device) * rows]
+        rating = query[torch.arange(len(state.rows), device=query.device) * rows]
     else:
         own = state.units(query) * members[..., None, None]
-        asked = own.sum((1, 2)) / members.sum((1, 2))[:, None, None]
+        rating = own.sum((1, 2)) / members.sum((1, 2))[:, None, None]
     keys = state.units(key)
     repeated = keys.repeat_interleave(heads // key_heads, 3)
-    logits = torch.einsum("thd,tumhd->thum", asked, repeated).float() * key.shape[-1] ** -0.5
+    logits = torch.einsum("thd,tumhd->thum", rating, repeated).float() * key.shape[-1] ** -0.5
+    logits = _one_head(logits) if asked.one_head else logits
     logits = logits.masked_fill(~members[:, None], torch.finfo(logits.dtype).min)
     weights = logits.flatten(2).softmax(-1).view_as(logits).mean(1)
     return Read(

@@ -96,8 +96,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "text_config.layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"] * 2,
     },
     "paddleocr_vl": {"text_config.rope_parameters": _MROPE | {"mrope_section": [4, 6, 6]}},
-    "gemma3": {"mm_tokens_per_image": 4},
-    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "gemma3": {"mm_tokens_per_image": 4, "vision_config.vision_use_head": False},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "vision_config.vision_use_head": False},
     "gemma4": {"vision_config.pooling_kernel_size": 2, "vision_config.position_embedding_size": 64},
     "gemma4_unified": {
         "vision_config.mm_embed_dim": 32,
@@ -154,6 +154,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vision_config.vision_output_dim": 32,
     },
     "minimax_m3_vl": {"text_config.shared_intermediate_size": 32},
+    "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 4},
     "molmo2": {
         "adapter_config.vision_feature_layer": [-1, -2],
         "adapter_config.text_hidden_size": 64,

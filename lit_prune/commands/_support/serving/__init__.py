@@ -1,0 +1,1 @@
+"""`lit-prune serve`: between the network and transformers' server, requests are checked, counted and limited."""
