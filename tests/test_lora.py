@@ -1,5 +1,7 @@
 """LoRA adapters trained with a plug-in: off in the teacher, saved and resumed with it, and readable by peft."""
 
+import json
+
 import peft
 import pytest
 import tiny
@@ -8,10 +10,12 @@ from faults import Cut, PowerCut
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import batch, forward, gap, same_ends, samples, shake, trainer
 
+from lit_prune.commands import export
 from lit_prune.errors import LitPruneError
 from lit_prune.host.lora import LoRA
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Full
+from lit_prune.training.module import PruneModule
 from lit_prune.training.step import StepKey
 from lit_prune.vlm import VLM
 
@@ -62,9 +66,36 @@ def test_the_folder_attaches_again_and_peft_reads_its_adapters(adapted, tmp_path
     with torch.no_grad():
         assert torch.equal(again.model(**inputs).logits, expected)
     again.detach()
+    config = json.loads((tmp_path / "plugin/lora/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
     other = peft.PeftModel.from_pretrained(tiny.build_model(), str(tmp_path / "plugin/lora"))
     with torch.no_grad():
         assert gap(other(**inputs).logits, expected) < 1e-4
+
+
+def test_a_folder_with_adapters_is_exported_and_saved_over_without_them(adapted, tmp_path):
+    """No path of this machine in what peft reads; adapters of an earlier save don't stay."""
+    adapted.plugin.base = str(tmp_path)
+    adapted.save_pretrained(tmp_path / "plugin")
+    export.run(tmp_path / "plugin", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported/lora/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    found = Plugin.from_pretrained(tmp_path / "exported").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in adapted.plugin.state_dict().items())
+    Plugin(Full(), keep=36).save_pretrained(tmp_path / "exported")
+    assert not (tmp_path / "exported/lora").exists()
+
+
+def test_sizes_are_known_while_zero_3_holds_the_weights(adapted):
+    sizes = adapted.plugin.lora.sizes()
+    assert len(sizes) == len(adapted.plugin.lora.adapters) > 0
+    for parameter in adapted.plugin.lora.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    assert adapted.plugin.lora.sizes() == sizes
+
+
+def test_adapters_come_from_the_folder_or_from_the_settings(tmp_path):
+    with pytest.raises(LitPruneError, match=r"^either model\.lora or model\.plugin, .*: add --model\.lora=null$"):
+        PruneModule("micro", plugin=str(tmp_path), lora=LoRA(), keep=16)
 
 
 def test_a_wrong_name_is_refused_with_those_that_there_are(tiny_model):
@@ -92,6 +123,25 @@ def test_gradients_reach_adapters_below_the_first_stage(student, world, mode):
     second = module.step(items, StepKey(0, 0.5))
     assert all(torch.equal(first.teacher.hidden[i], second.teacher.hidden[i]) for i in first.teacher.hidden)
     assert any(gap(first.student.hidden[i], second.student.hidden[i]) > 1e-3 for i in first.student.hidden)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_recomputed_layers_draw_the_same_dropout(student, world, pack):
+    """Layers run again in backward, outside of the forward's session, packed or not."""
+    data = world()
+    data.prepare_data()
+    data.setup("fit")
+    items = {**next(iter(data.train_dataloader())), "pack": pack}
+    items["inputs"]["attention_mask"][0, -3:] = 0  # a shorter sample
+    found = []
+    for again in (False, True):
+        module = student(lora=LoRA(lora_dropout=0.5), checkpoint_activations=again).train()
+        torch.manual_seed(3)
+        shake(module.plugin.lora)
+        module.step(items, StepKey(0, 0.5)).total.backward()
+        found.append([p.grad for p in module.plugin.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert any(grad.abs().max() > 0 for grad in found[0])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(student, world, tmp_path):

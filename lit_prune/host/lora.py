@@ -7,6 +7,7 @@ after `detach`, never see them.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.host.parts import find, unwrap
 
+FILES = ("adapter_model.safetensors", "adapter_config.json")
 SEPARATOR = "/"  # in place of dots, which names of modules can't have
 
 
@@ -33,6 +35,7 @@ class Adapter(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, r: int, scale: float, rate: float) -> None:
         super().__init__()
+        self.inputs, self.outputs = inputs, outputs  # ZeRO-3 leaves the parameters without a shape
         self.scale, self.rate = scale, rate
         self.down, self.up = nn.Parameter(torch.empty(r, inputs)), nn.Parameter(torch.zeros(outputs, r))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -98,7 +101,7 @@ class LoRA(nn.Module):
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the adapted layers by their paths in the model."""
         parts = self.adapters.items()
-        return {path.replace(SEPARATOR, "."): (part.down.shape[1], part.up.shape[0]) for path, part in parts}
+        return {path.replace(SEPARATOR, "."): (part.inputs, part.outputs) for path, part in parts}
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linear layers to adapt, by their paths in the model; raises `LitPruneError` if a name has none."""
@@ -129,16 +132,26 @@ class LoRA(nn.Module):
             return None
         return output + self.adapters[path](args[0]).to(output.dtype)
 
-    def save_for_peft(self, folder: Path, base: str) -> None:
-        """Write the adapters as a folder that peft and the hub's tools read."""
-        folder.mkdir(exist_ok=True)
-        tensors = {}
-        for path, adapter in self.adapters.items():
-            name = f"base_model.model.{path.replace(SEPARATOR, '.')}"
-            for kind, value in (("lora_A", adapter.down), ("lora_B", adapter.up)):
-                tensors[f"{name}.{kind}.weight"] = value.detach().cpu().contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        fields = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True, "bias": "none"}
-        # By their whole paths: equal names in the vision tower are not adapted.
-        config = {**fields, **self.config(), "target_modules": sorted(self.sizes())}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+def save_for_peft(lora: LoRA | None, folder: Path, base: str | None) -> None:
+    """Write adapters as a folder that peft and the hub's tools read; of None, remove those of an earlier save.
+
+    `base`: hub id of their model, if it has one.
+    """
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    if lora is None:
+        with suppress(OSError):  # absent, or something else is in it
+            folder.rmdir()
+        return
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for path, adapter in lora.adapters.items():
+        name = f"base_model.model.{path.replace(SEPARATOR, '.')}"
+        for kind, value in (("lora_A", adapter.down), ("lora_B", adapter.up)):
+            tensors[f"{name}.{kind}.weight"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / FILES[0], metadata={"format": "pt"})
+    fields = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True, "bias": "none"}
+    # By their whole paths: equal names in the vision tower are not adapted.
+    config = {**fields, **lora.config(), "target_modules": sorted(lora.sizes())}
+    (folder / FILES[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

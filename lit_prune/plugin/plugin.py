@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
-from lit_prune.host.lora import LoRA
+from lit_prune.host.lora import LoRA, save_for_peft
 from lit_prune.host.options import HostOptions
 from lit_prune.loading.locations import LOCAL, first_line, public_name
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
@@ -175,8 +175,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         (save_directory / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         content = self.content()
         (save_directory / WEIGHTS).write_bytes(content)
-        if self.lora is not None:
-            self.lora.save_for_peft(save_directory / "lora", self.base)
+        base = self.settings()["base"]
+        save_for_peft(self.lora, save_directory / "lora", None if base in ("", LOCAL) else base)
         results = self.results
         if results is not None and (results["weights"], results.get("keep")) == (
             reading.digest(content),
@@ -207,7 +207,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
             LitPruneError: the hub refuses it, or can't be reached.
         """
         card = {"place": repo_id} | ({} if license is None else {"license": license})
-        stale = [RESULTS, "config.json"]  # of an earlier push
+        stale = [RESULTS, "config.json", "lora/*"]  # of an earlier push
         try:
             if reading.has_own_card(repo_id, options.get("branch"), options.get("token")):
                 options["ignore_patterns"] = ["README.md"]

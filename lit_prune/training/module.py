@@ -104,15 +104,15 @@ class PruneModule(LightningModule):
         self.strict_loading = False
         rates = {"lr": lr, "repair_lr": repair_lr, "weight_decay": weight_decay, "warmup": warmup, "final_lr": final_lr}
         others = {"contenders": contenders, "gate_clip": gate_clip, "max_new_tokens": max_new_tokens, "seed": seed}
-        check_settings(loss, watch, pruner, plugin, **rates, **others)
+        check_settings(loss, watch, pruner, plugin, lora, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
-        attached = made.train()
+        attached, adapters = made.train(), made.lora
         self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
-            checkpointing.prepare(self.vlm.model)
+            checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(attached, keep=keep, positions=positions, proportional_attention=proportional_attention)
