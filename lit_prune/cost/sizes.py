@@ -152,29 +152,53 @@ def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad
     return ImageLoad(patches, (patches,) * depth, pairs, patches // merge**2, patches // merge**2)
 
 
-def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
+def vision_trace(
+    config: Config, inputs: Mapping[str, Any], total: Tensor, videos: Tensor | None = None
+) -> VisionTrace | None:
     """Load on the tower of a processor's `inputs`, whose samples have `total` visual tokens (batch,).
 
-    None where images have one size, where the inputs don't say which size they have, or where the tower's price isn't
-    known.
+    `videos`: how many of them are videos' (batch,); None: none are. None where images have one size, where the inputs
+    don't say which size they have, or where the tower's price isn't known.
     """
     if getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS:
         return None
+    of_videos = [0] * len(total) if videos is None else videos.tolist()
+    of_images = [both - mine for both, mine in zip(total.tolist(), of_videos, strict=True)]
+    samples = [[] for _ in total]
+    for loads, totals in ((_image_loads, of_images), (_video_loads, of_videos)):
+        if not any(totals):
+            continue
+        mine = _by_sample(loads(config, inputs, sum(totals)), totals)
+        if mine is None:
+            return None
+        samples = [before + more for before, more in zip(samples, mine, strict=True)]
+    return VisionTrace.of(samples) if any(samples) else None
+
+
+def _image_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[ImageLoad]:
+    """Of all images of some inputs, in the prompts' order; none where they don't say."""
     grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
     if grids is not None:
-        loads = [grid_load(config, *grid) for grid in grids.tolist()]
-    elif sizes is not None and hasattr(config, "image_grid_pinpoints"):
-        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        counts = inputs.get("batch_num_images")
-        alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
-        loads = [
-            _any_resolution(config, *size) if by_crops else _lone_crop(config)
-            for size, by_crops in zip(sizes, alone, strict=True)
-        ]
-    else:
-        return None
-    samples = _by_sample(loads, total.tolist())
-    return None if samples is None else VisionTrace.of(samples)
+        return [grid_load(config, *grid) for grid in grids.tolist()]
+    if sizes is None or not hasattr(config, "image_grid_pinpoints"):
+        return []
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    counts = inputs.get("batch_num_images")
+    alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
+    return [
+        _any_resolution(config, *size) if by_crops else _lone_crop(config)
+        for size, by_crops in zip(sizes, alone, strict=True)
+    ]
+
+
+def _video_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[ImageLoad]:
+    """Of all videos of some inputs, with `total` visual tokens: grids of frames, or frames of the tower's fixed size."""
+    grids, pixels = inputs.get("video_grid_thw"), inputs.get("pixel_values_videos")
+    if grids is not None:
+        return [grid_load(config, *grid) for grid in grids.tolist()]
+    if not isinstance(pixels, Tensor) or pixels.ndim != 5:
+        return []
+    return [crop_load(config, pixels.shape[1], total // pixels.shape[0])] * pixels.shape[0]
 
 
 def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[ImageLoad]] | None:
