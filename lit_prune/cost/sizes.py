@@ -192,7 +192,7 @@ def _image_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[
 
 
 def _video_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[ImageLoad]:
-    """Of all videos of some inputs, with `total` visual tokens: grids of frames, or frames of the tower's fixed size."""
+    """Of all videos, with `total` visual tokens: grids of frames, or frames of the tower's fixed size."""
     grids, pixels = inputs.get("video_grid_thw"), inputs.get("pixel_values_videos")
     if grids is not None:
         return [grid_load(config, *grid) for grid in grids.tolist()]

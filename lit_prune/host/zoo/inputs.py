@@ -60,7 +60,7 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
     total = sum(IMAGES)
     lengths = [_visual(kind, model, pixels, image) for image in range(total)]
     token = image_token(config)
-    start, end = (_marker(config, which) for which in ("start", "end"))
+    start, end = (marker(config, which) for which in ("start", "end"))
     draw, samples, owned, first = torch.Generator().manual_seed(0), [], [], 0
     for images, words in zip(IMAGES, QUESTION, strict=True):
         parts = [torch.randint(3, 90, (2,), generator=draw)]
@@ -89,7 +89,8 @@ def image_token(config: Any) -> int:
     return vocabulary.get("<image>", 250)
 
 
-def _marker(config: Any, which: str) -> list[Tensor]:
+def marker(config: Any, which: str) -> list[Tensor]:
+    """The token in front of an image (`start`) or behind it (`end`), if a class has one."""
     names = (
         f"vision_{which}_token_id",
         f"image_{which}_token_id",
