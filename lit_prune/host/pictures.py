@@ -26,8 +26,9 @@ Columns = Bool[Tensor, "batch columns"]
 class Sizes:
     """Images or videos of a batch, in the prompts' order.
 
-    `shares`: proportional to their numbers of tokens; None: each frame is one run. `frames`: of each video; None:
-    images. `samples`: prompts that they belong to; `generate()` repeats each of them where it returns several.
+    `shares`: patches of each, of which a token stands for the same number everywhere, or ones where all have as many
+    tokens; None: each frame is one run. `frames`: of each video; None: images. `samples`: prompts that they belong to;
+    `generate()` repeats each of them where it returns several.
     """
 
     shares: Int[Tensor, " pictures"] | None
@@ -46,7 +47,8 @@ class Sizes:
         inside = (place - (ends - lengths)[which]).view_as(mine)
         starts = mine & (inside == 0)
         rows = runs & (mine.cumsum(1) == 1)  # none goes on from one prompt to the next
-        exact = (scaled % whole == 0).all() & (lengths > 0).all() & ~(rows & ~starts).any()
+        fits = (whole % total.clamp(min=1) == 0) | (self.shares == 1).all()
+        exact = fits & (scaled % whole == 0).all() & (lengths > 0).all() & ~(rows & ~starts).any()
         if not apart or self.frames is None:
             return starts, starts, exact
         each = (lengths // self.frames.clamp(min=1)).clamp(min=1)[which].view_as(mine)
