@@ -142,5 +142,5 @@ def join_tiles(ids: Int[Tensor, "batch columns"], runs: Columns) -> Columns:
     before = pad(torch.where(runs, columns, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the run before, its start
     there = before.clamp(min=0)
     ended = name.gather(1, there) == whole
-    same = (mark == around) & (mark.gather(1, there) == around) & (before >= 0) & ~ended
-    return runs & ~same
+    tiles = (mark == around) & (mark.gather(1, there) == around) & (around != ids.gather(1, last))
+    return runs & ~(tiles & (before >= 0) & ~ended)
