@@ -142,8 +142,7 @@ class VLM:
                 ones, with a warning; as an argument it is an error.
             proportional_attention: add log(size) to the attention logits of kept tokens, which represent the dropped
                 ones; see `HostOptions`; overrides the file's.
-            frames: of a video: `together` they compete for its budget, `apart` each has its share; overrides the
-                file's.
+            frames: of a video compete for its budget (`together`) or have a share each (`apart`); overrides the file's.
             hub: `revision`, `token`, `subfolder`, `cache_dir` of a plug-in's folder or repository.
 
         Raises:
@@ -157,13 +156,7 @@ class VLM:
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        options = settled(
-            plugin.options,
-            parts.decoder,
-            positions,
-            proportional_attention=proportional_attention,
-            frames=frames,
-        )
+        options = settled(plugin.options, parts.decoder, positions, proportional_attention, frames)
         plugin.build(parts.dims, fingerprint(self.model), self.model)
         plugin.to(device)
         model = unwrap(self.model)

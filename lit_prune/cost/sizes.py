@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_prune.cost.decoders import decoder_size
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops
+from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops, tile_count
 from lit_prune.cost.trace import ImageLoad, VisionTrace
 from lit_prune.errors import LitPruneError
 
@@ -33,7 +33,6 @@ TOWERS = {
 MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
 RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
 USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
-TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
 
 
 def model_size(config: Config, image: tuple[int, int] = USUAL, decoder: ModelSize | None = None) -> ModelSize:
@@ -107,7 +106,7 @@ def image_load(config: Config, height: int, width: int) -> ImageLoad:
     if hasattr(config, "image_grid_pinpoints"):
         return _any_resolution(config, height, width)
     if hasattr(config, "downsample_ratio"):
-        tiles = _tiles(height, width, pair(config.vision_config.image_size))
+        tiles = tile_count(height, width, pair(config.vision_config.image_size))
         return crop_load(config, tiles + (tiles > 1))
     if hasattr(config, "scale_factor"):
         return crop_load(config, square_crops(height, width))
@@ -244,21 +243,6 @@ def _canvas(height: int, width: int, canvases: Sequence[Sequence[int]]) -> Seque
 def _lone_crop(config: Config) -> ImageLoad:
     """One of several images, which is not cut into crops: its tokens and one line break."""
     return crop_load(config, 1, visual=crop_load(config, 1).visual + 1)
-
-
-def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
-    """Tiles of the canvas nearest to the image's shape; of equally near ones the larger, if the image fills half."""
-    shapes = sorted(
-        ((a, b) for a in range(1, TILES + 1) for b in range(1, TILES + 1) if a * b <= TILES),
-        key=lambda shape: shape[0] * shape[1],
-    )
-    best, nearest = (1, 1), float("inf")
-    for shape in shapes:
-        distance = abs(width / height - shape[0] / shape[1])
-        fills = height * width > 0.5 * tile[0] * tile[1] * shape[0] * shape[1]
-        if distance < nearest or (distance == nearest and fills):
-            best, nearest = shape, distance
-    return best[0] * best[1]
 
 
 def _squares(length: int, side: int) -> int:

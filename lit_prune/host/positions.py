@@ -59,7 +59,11 @@ def renumbers(decoder: nn.Module) -> bool:
 
 
 def settled(
-    options: HostOptions, decoder: nn.Module, positions: str | None = None, **others: str | None
+    options: HostOptions,
+    decoder: nn.Module,
+    positions: str | None,
+    proportional_attention: str | None,
+    frames: str | None,
 ) -> HostOptions:
     """A plug-in's options for one decoder, with those that the caller sets in their place; None: not set.
 
@@ -72,7 +76,7 @@ def settled(
             "several positions each (M-RoPE), or its layers have several embeddings"
         )
         positions = "original"
-    given = {"positions": positions, **others}
+    given = {"positions": positions, "proportional_attention": proportional_attention, "frames": frames}
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 

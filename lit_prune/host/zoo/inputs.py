@@ -109,7 +109,7 @@ def _visual(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
     owner = model if hasattr(model, "get_image_features") else model.model
     known = inspect.signature(owner.get_image_features).parameters
     renamed = {"pixel_values_images": "pixel_values"}
-    arguments = {renamed.get(name, name): value for name, value in arguments.items()}
+    arguments = {name if name in known else renamed.get(name, name): value for name, value in arguments.items()}
     if "kwargs" not in known and "args" not in known:
         arguments = {name: value for name, value in arguments.items() if name in known}
     features = owner.get_image_features(**arguments)
