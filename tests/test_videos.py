@@ -16,10 +16,14 @@ from lit_prune.evaluation.laws import measure
 from lit_prune.host import Session
 from lit_prune.host.options import HostOptions
 from lit_prune.host.pictures import Sizes, split
-from lit_prune.host.zoo.shrink import listed
+from lit_prune.host.zoo.inputs import prompts
+from lit_prune.host.zoo.shrink import listed, tiny_model
+from lit_prune.host.zoo.videos import video_prompts
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Context
 from lit_prune.pruners.random import Random
+from lit_prune.pruners.visionzip import VisionZip
+from lit_prune.vlm import VLM
 
 VIDEOS = [name for name in FAMILIES if FAMILIES[name].video is not None]
 EACH = pytest.mark.parametrize("name", VIDEOS)
@@ -131,6 +135,32 @@ def test_frames_are_an_option_of_a_plugin(tmp_path, pruned):
     assert Plugin.from_pretrained(tmp_path).options == HostOptions(frames="apart")
     with pytest.raises(LitPruneError, match="frames"):
         HostOptions(frames="each")
+
+
+# -- inside the tower -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+def test_frames_have_even_shares_inside_the_tower(pruned, name):
+    family = FAMILIES[name]
+    inputs = collate(family, [prompt(family, [Picture(family.video, 9, "video")], 5, 1)])
+    vlm, each = pruned(VisionZip(), "50%", model=built(name)), family.length(Picture(family.video, 9, "video")) // 3
+    _, record = forward(vlm, inputs)
+    assert record.trace.average_visual().tolist() == [3 * each / 2]
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "llava_next_video", "video_llava"])
+def test_towers_that_videos_are_not_pruned_in_refuse_them(kind):
+    """Pooled behind the tower, or a tower of their own: images are pruned there, and videos in the decoder."""
+    model = tiny_model(kind)
+    images, videos = prompts(kind, model).batch(), video_prompts(kind, model).batch()
+    vlm = VLM(model, None).attach(VisionZip(), keep="50%")
+    with torch.no_grad():
+        model(**images)
+        with pytest.raises(LitPruneError, match=r"its videos .* use a method of the decoder"):
+            model(**videos)
+        vlm.attach(Early([2]), keep="50%")
+        model(**videos)
 
 
 # -- what belongs together ------------------------------------------------------------------------------------------

@@ -311,6 +311,7 @@ class DecoderHost:
         forward = begin(kwargs, self.parts, session, self.plans, real, self.apart)
         if forward is not None:
             self._check_soft(forward)
+            self._check_videos(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.packed.valid, self.stages, self.counted))
         # What a caller wants to know: the tower's work, and answers alone in place of all logits.
@@ -384,6 +385,14 @@ class DecoderHost:
             raise LitPruneError(
                 f"soft masks hide tokens from attention alone, and layers {layers} of this model are recurrent or "
                 f"convolutional, which they would still move: train it with model.train_mode: drop"
+            )
+
+    def _check_videos(self, forward: Forward) -> None:
+        """Raise `LitPruneError` where stages inside the tower would miss a video, or spoil it."""
+        if forward.videos is not None and self.prunes_tower and self.tower.tower.videos is not None:
+            raise LitPruneError(
+                f"{type(parts.unwrap(self.model)).__name__}: its videos {self.tower.tower.videos}; use a method of the "
+                f"decoder, such as FastV or DivPrune"
             )
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
