@@ -388,10 +388,16 @@ class DecoderHost:
             )
 
     def _check_videos(self, forward: Forward) -> None:
-        """Raise `LitPruneError` where stages inside the tower would miss a video, or spoil it."""
+        """Raise `LitPruneError` where stages inside the tower would miss or spoil a video, or the model prunes it."""
+        model = parts.unwrap(self.model)
+        if forward.videos is not None and forward.counts and getattr(model, "video_pruning_rate", 0):
+            raise LitPruneError(
+                f"{type(model).__name__} drops tokens of videos itself (video_pruning_rate is "
+                f"{model.video_pruning_rate}): set model.video_pruning_rate = 0, or detach"
+            )
         if forward.videos is not None and self.prunes_tower and self.tower.tower.videos is not None:
             raise LitPruneError(
-                f"{type(parts.unwrap(self.model)).__name__}: its videos {self.tower.tower.videos}; use a method of the "
+                f"{type(model).__name__}: its videos {self.tower.tower.videos}; use a method of the "
                 f"decoder, such as FastV or DivPrune"
             )
 
