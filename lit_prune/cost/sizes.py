@@ -32,6 +32,7 @@ TOWERS = {
 # Fields that say how many patches along a side become one visual token, or one over it.
 MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
 RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
+SIZED = ("image_grid_thw", "image_sizes", "video_grid_thw", "pixel_values_videos")  # inputs that tell sizes
 USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
 
 
@@ -159,7 +160,8 @@ def vision_trace(
     `videos`: how many of them are videos' (batch,); None: none are. None where images have one size, where the inputs
     don't say which size they have, or where the tower's price isn't known.
     """
-    if getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS:
+    known = getattr(getattr(config, "vision_config", None), "model_type", None) in TOWERS
+    if not known or all(inputs.get(name) is None for name in SIZED):
         return None
     of_videos = [0] * len(total) if videos is None else videos.tolist()
     of_images = [both - mine for both, mine in zip(total.tolist(), of_videos, strict=True)]
