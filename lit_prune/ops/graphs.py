@@ -7,6 +7,8 @@ from torch.nn.functional import normalize
 
 from lit_prune.ops import selection
 
+DENSE = 1024  # tokens up to which a method may hold a matrix of all pairs
+
 
 def centred(
     features: Float[Tensor, "batch visual width"], alive: Bool[Tensor, "batch visual"]
