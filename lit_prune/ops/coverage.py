@@ -50,7 +50,7 @@ def facility_location(
     Beyond `graphs.DENSE` tokens gains are sums over a fixed pseudo-random `sample` of the tokens [ours]: memory and a
     pick's time are then O(tokens x sample). With None they are exact, in O(tokens) memory: cosines are computed each
     time that a gain is, all of them for the first pick (tokens^2 x width multiplications), later only of candidates
-    whose gain before could still be the best.
+    whose gain before could still be the best. Where gains are equal, rounding may decide.
     """
     if alike.all is not None:
         return graphs.facility_location(alike.all, weight, alive, count, alive.float())
