@@ -104,6 +104,7 @@ def tower_context(tokens: int, budget: int, smooth: bool) -> VisionContext:
         ordinal=torch.arange(tokens)[None],
         count=torch.tensor([budget]),
         side=round(tokens**0.5),
+        heads=16,
     )
 
 

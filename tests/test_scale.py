@@ -85,10 +85,10 @@ def test_density_peaks_without_all_pairs(monkeypatch, neighbours):
 
 
 def test_spread_looks_only_around_a_pick(monkeypatch):
-    unit, alive, count = unit_vectors("random", 400), some_alive(400), torch.tensor([0, 30, 90])
-    place = torch.stack([torch.randperm(400, generator=torch.Generator().manual_seed(row)) for row in range(3)])
-    scores = torch.rand(3, 400, generator=torch.Generator().manual_seed(3))
-    inputs = (scores, unit, place, 20, 0.3, alive, count)
+    unit, alive, count = unit_vectors("random", 900), some_alive(900), torch.tensor([0, 30, 200])
+    place = torch.stack([torch.randperm(900, generator=torch.Generator().manual_seed(row)) for row in range(3)])
+    scores = torch.rand(3, 900, generator=torch.Generator().manual_seed(3))
+    inputs = (scores, unit, place, 30, 0.5, alive, count)
     around = graphs.spread(*inputs)
     monkeypatch.setattr(graphs, "EXPONENT", 1e6)
     assert torch.equal(around, graphs.spread(*inputs))
