@@ -269,7 +269,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="(default 1 8)")
     parser.add_argument("--text-tokens", type=int, default=64, help="beside the image's (default 64)")
     parser.add_argument("--steps", type=int, default=8, help="further tokens that are decoded (default 8)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one that isn't counted (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before that, which aren't counted (default 1)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -278,7 +279,7 @@ def main() -> None:
     prompts = {size: random_prompt(vlm, size, options.text_tokens) for size in options.batch_sizes}
     rows = variants(vlm, options.text_tokens + 576)
     times: dict[tuple[int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for turn in tqdm(range(-1, options.repeats), "rounds"):
+    for turn in tqdm(range(-options.warmup, options.repeats), "rounds"):
         for size, prompt in prompts.items():
             for variant in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
                 for name, value in measure(variant, prompt, vlm.model, options.steps).items():

@@ -59,22 +59,25 @@ def spread(
     to the earlier token.
     """
     around = _Around(place, side, math.ceil(width * math.sqrt(2 * EXPONENT)), alive)
-    count = torch.minimum(count, alive.sum(1))
-    chosen, near = torch.zeros_like(alive), torch.zeros_like(scores, dtype=torch.float32)
+    scores, count = scores.float(), torch.minimum(count, alive.sum(1))
+    taken, near, chosen = ~alive, torch.zeros_like(scores), torch.zeros_like(alive)
+    row, column = (place // side).float(), (place % side).float()
     for turn in range(int(count.max())):
-        # Alive tokens have values >= 0, picked ones -1, filler -2: the argmax never picks twice while others are left.
-        worth = (scores.float() * (1 - near)).masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
-        pick = worth.argmax(1, keepdim=True)
-        chosen = chosen | ((turn < count)[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
+        # Free tokens have values >= 0: the argmax never picks twice while a sample has picks left.
+        pick = (scores * (1 - near)).masked_fill_(taken, -1.0).argmax(1, keepdim=True)
         there, absent = around(place.gather(1, pick))
-        mine = unit if there is None else selection.gather_rows(unit, there)
-        alike = (mine * selection.gather_rows(unit, pick)).sum(-1).clamp(min=0)
-        theirs = place if there is None else place.gather(1, there)
-        close = torch.exp(-squared_distance(theirs, place.gather(1, pick), side)[..., 0] / (2 * width**2))
+        mine, rows, columns = unit, row, column
+        if there is not None:
+            mine, rows, columns = selection.gather_rows(unit, there), row.gather(1, there), column.gather(1, there)
+        alike = (mine * selection.gather_rows(unit, pick)).sum(-1).clamp_(min=0)
+        squared = (rows - row.gather(1, pick)).square_() + (columns - column.gather(1, pick)).square_()
+        affinity = alike * torch.exp(-squared / (2 * width**2))
         if there is None:
-            near = near.maximum(alike * close)
+            near = near.maximum(affinity)
         else:
-            near = near.scatter_reduce(1, there, (alike * close).masked_fill(absent, 0.0), "amax")
+            near = near.scatter_reduce(1, there, affinity.masked_fill(absent, 0.0), "amax")
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | (turn < count)[:, None])
+        taken = taken.scatter(1, pick, True)
     return chosen
 
 
