@@ -101,6 +101,7 @@ class Naive(Measured):
         key, inputs, teaching = self.step_key(), batch["inputs"], self.teaching
         torch.manual_seed(key.seed)
         self.plugin.pruner.anneal(teaching.anneal.tau(key.done), teaching.anneal.noise_scale(key.done))
+        self.plugin.pruner.relax(teaching.anneal.surplus(key.done))
         with torch.no_grad():
             target = self.teacher[0].to(self.device)(**inputs, use_cache=False)
         student = Record(keep_hidden=frozenset(self.host.feeds))

@@ -101,7 +101,7 @@ def test_full_forward(pruned):
 
 def test_wide_scorer_and_adapter(pruned):
     """Plug-ins that weigh as much as the decoder: an error in their lines would show."""
-    rcp = RCP(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=512)
+    rcp = RCP(layers=[1, 3, 5], stage_ratios=[4.0, 2.0, 1.0], select="topk", inner=256)
     repair = RepairAdapter([5, 7], [1, 2], bottleneck=512, condition=256, code=64)
     vlm = pruned(rcp, repair=repair)
     inputs = batch(samples((50,)), answers=6)

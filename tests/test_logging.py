@@ -46,7 +46,7 @@ STEP_FIGURES = {
 VALIDATION_FIGURES = {
     *("val/agreement", "val/kappa", "val/visual_tokens", "val/flops", "val/kv_bytes", "val/accuracy/all"),
     *(f"val/accuracy/{skill}" for skill in SKILLS),
-    *(f"val/{name}/layer_{i}" for name in ("w2", "w2_without_repair", "kept") for i in range(DEPTH)),
+    *(f"val/{name}/layer_{i}" for name in ("w2", "w2_relative", "w2_without_repair", "kept") for i in range(DEPTH)),
 }
 
 
@@ -204,7 +204,7 @@ def test_wandb_has_system_figures(run):
     assert {"proc.memory.rssMB", "memory_percent"} <= found
 
 
-@pytest.mark.parametrize("name", ["w2", "w2_without_repair", "kept"])
+@pytest.mark.parametrize("name", ["w2", "w2_relative", "w2_without_repair", "kept"])
 def test_wandb_chart_has_a_line_a_validation(run, history, rows, name):
     path = series(history, f"val/{name}_by_layer_table/path")[-1]
     table = json.loads((run.wandb / "files" / path).read_text())

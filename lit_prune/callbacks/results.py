@@ -65,7 +65,7 @@ def labelled(figures: Mapping[str, float]) -> dict[str, str]:
 
 def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
     """Label and text of each group; what belongs to none comes last, by its name."""
-    layers = {group: _layers(figures, group) for group in ("kept", "w2", "w2_without_repair")}
+    layers = {group: _layers(figures, group) for group in ("kept", "w2", "w2_relative", "w2_without_repair")}
     skills = {name.partition("/")[2]: figures.pop(name) for name in list(figures) if name.startswith("accuracy/")}
     if "all" in skills:
         yield "accuracy, %", f"{100 * skills.pop('all'):.1f}"
@@ -82,6 +82,10 @@ def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
         if values := layers[group]:
             most = max(range(len(values)), key=values.__getitem__)
             yield label, f"{fmean(values):.2f} on average, {values[most]:.2f} at most (after layer {most})"
+    if values := layers["w2_relative"]:
+        most = max(range(len(values)), key=values.__getitem__)
+        text = f"{100 * fmean(values):.1f} on average, {100 * values[most]:.1f} at most (after layer {most})"
+        yield "W2 relative, %", text
     if "kappa" in figures:
         yield "kappa", f"{figures.pop('kappa'):.3f}"
     for name, value in sorted(figures.items()):

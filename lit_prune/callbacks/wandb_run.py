@@ -15,6 +15,7 @@ from lit_prune.training.logging import logged_step
 
 CHARTS = {  # validation metrics by layer, `NAME/layer_0` and so on, and titles of their charts
     "w2": "W2² of student and teacher per decoder layer",
+    "w2_relative": "W2² per decoder layer, relative to the teacher's mean square",
     "w2_without_repair": "W2² per decoder layer, repair off",
     "kept": "visual tokens per decoder layer",
 }

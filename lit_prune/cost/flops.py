@@ -202,8 +202,9 @@ def price(
             inside = pruner.tower.vision_flops(found, kept, width, size.vision_heads)
             parts["pruner"] = parts["pruner"] + trace.tower.share(inside, visual)
     if repair is not None and trace.repaired is not None:
-        for index in trace.repair_stages:
-            parts["repair"] = parts["repair"] + repair.context_flops(trace.stages[index].visual, visual, size.width)
+        for index, stage in enumerate(trace.stages[: max(trace.repair_stages, default=-1) + 1]):
+            context = repair.context_flops(stage.visual, visual, size.width, feeds=index in trace.repair_stages)
+            parts["repair"] = parts["repair"] + context
         parts["repair"] = parts["repair"] + repair.adapter_flops(trace.repaired, size.width)
     parts["total"] = sum(parts.values(), zero)
     return parts

@@ -13,7 +13,7 @@ class Training:
         strategy: What is split over the ranks: nothing (ddp), or ZeRO's stage.
         batch_size: Samples of one batch on one rank.
         accumulate: Batches of a step.
-        samples: Of the whole run; by default 1,000 steps of 64, as configs/rcp.yaml.
+        samples: Of the whole run; by default 1,000 steps of 64, as configs/rcp_ours.yaml.
         mode: `soft` masks at full length, `drop` discards.
         checkpointing: Whether layers keep their inputs alone and run again in backward.
         peak: TFLOP/s of one GPU in the frozen model's dtype [assumed: an H100 in bfloat16].

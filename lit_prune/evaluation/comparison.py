@@ -58,6 +58,7 @@ class Tally:
         records, count = self.records, len(self.records)
         figures, costs, shift = self.meters.compute(), self.meters.costs.compute(), self.meters.shift.compute().tolist()
         right, skills = _accuracy(records)
+        relative = self.meters.relative_shift()
         lost = [each.id for each in records if each.full_right and not each.right]
         gained = [each.id for each in records if each.right and not each.full_right]
         diverging = [each.kl for each in records if each.kl is not None]
@@ -79,6 +80,8 @@ class Tally:
             "kappa": figures["kappa"],
             "w2": sum(shift) / len(shift),
             "w2_per_layer": shift,
+            "w2_relative": sum(relative) / len(relative),
+            "w2_relative_per_layer": relative,
             "hits": "".join(str(int(each.right)) for each in records),
             "flips": {"lost": lost, "gained": gained},
             "seconds": self.seconds,

@@ -8,7 +8,16 @@ from torchmetrics import Metric
 
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.metrics import OVERALL, Consistency, LayerTokens, Means, Shift, SkillAccuracy, figure_name
+from lit_prune.evaluation.metrics import (
+    OVERALL,
+    Consistency,
+    LayerTokens,
+    Means,
+    Power,
+    Shift,
+    SkillAccuracy,
+    figure_name,
+)
 from lit_prune.evaluation.records import SampleRecord
 from lit_prune.evaluation.scorers.several import BenchmarkScores, Score
 
@@ -37,7 +46,7 @@ class Meters(nn.Module):
         super().__init__()
         self.scorer: Metric = ExactMatch()  # the data module's own in its place, see `judged_by`
         self.agreement = SkillAccuracy()
-        self.shift, self.kappa = Shift(depth, width), Consistency()
+        self.shift, self.power, self.kappa = Shift(depth, width), Power(depth), Consistency()
         self.shift_unrepaired = Shift(depth, width) if repaired else None
         self.kept = LayerTokens(depth)
         self.costs = Means(("visual_tokens", "flops", "kv_bytes") if priced else ("visual_tokens",))
@@ -59,6 +68,7 @@ class Meters(nn.Module):
         self.scorer.update(student.texts, batch)
         self.agreement.update([each.agrees for each in records], [each.skill for each in records])
         self.shift.update(student.hidden, teacher.hidden)
+        self.power.update(teacher.hidden)
         measuring.add_consistency(self.kappa, student, teacher)
         self.kept.update(student.per_layer)
         if self.shift_unrepaired is not None:
@@ -75,10 +85,15 @@ class Meters(nn.Module):
         values |= self.costs.compute()
         values |= {f"kept/layer_{i}": v for i, v in enumerate(self.kept.compute().tolist())}
         values |= {f"w2/layer_{i}": v for i, v in enumerate(self.shift.compute().tolist())}
+        values |= {f"w2_relative/layer_{i}": v for i, v in enumerate(self.relative_shift())}
         if self.shift_unrepaired is not None:
             bare = self.shift_unrepaired.compute().tolist()
             values |= {f"w2_without_repair/layer_{i}": v for i, v in enumerate(bare)}
         return values
+
+    def relative_shift(self) -> list[float]:
+        """W2^2 per decoder layer as a share of the teacher's mean square in that layer."""
+        return (self.shift.compute() / self.power.compute().clamp(min=1e-12)).tolist()
 
     def scores(self) -> list[Score]:
         """Official scores, where the scorer has some; on all ranks."""
@@ -86,7 +101,7 @@ class Meters(nn.Module):
 
     def reset(self) -> None:
         """Forget every batch."""
-        for meter in (self.scorer, self.agreement, self.shift, self.kappa, self.kept, self.costs):
+        for meter in (self.scorer, self.agreement, self.shift, self.power, self.kappa, self.kept, self.costs):
             meter.reset()
         if self.shift_unrepaired is not None:
             self.shift_unrepaired.reset()

@@ -135,6 +135,31 @@ class Shift(Sums):
         return mean, (sums[1] / count - mean.square()).clamp(min=0).sqrt()
 
 
+class Power(Sums):
+    """Mean square of states per decoder layer: mean^2 + variance, averaged over channels.
+
+    W2^2 divided by the teacher's is a share of each layer's own scale, so that the last layers, whose states are
+    largest, don't decide the mean over layers. Sums are float64 over all ranks.
+    """
+
+    full_state_update = False
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.zeros(depth, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, states: dict[int, Tensor]) -> None:
+        """Add the states of some positions: {layer: (positions, width)}."""
+        stacked = torch.stack([states[layer] for layer in sorted(states)]).detach().to(torch.float64)
+        self.total = self.total + stacked.square().mean(-1).sum(1)
+        self.count += stacked.shape[1]
+
+    def compute(self) -> Tensor:
+        """Mean square per decoder layer, float64; 0 without positions."""
+        return self.total / self.count.clamp(min=1)
+
+
 class Means(Sums):
     """Means of named figures over samples. Sums are float64 over all ranks."""
 

@@ -1,4 +1,4 @@
-"""Keys renamed since version 0.1: an error in users' files, translated in saved ones."""
+"""Keys renamed or added since version 0.1: renamed ones are an error in users' files, saved files are translated."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ RENAMED = {
     "RCP": {"floor": "attention_floor", "mass": "keep_mass"},
     "SavedStep": {"moment": "key"},
 }
+# By class: an argument that came later, and its value in files that were saved before.
+ADDED = {"RCP": {"form": "first"}, "RepairAdapter": {"form": "first"}}
 CONFIGS = {"dcp_mass": "dcp_proportional"}  # names of shipped configurations
 MODEL = "model"  # the key of a configuration that holds the arguments of PruneModule
 OLD = {old for names in RENAMED.values() for old in names}
@@ -30,9 +32,20 @@ def new_names(kind: type) -> dict[str, str]:
 
 
 def translated(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved arguments of a class under today's names. One that is there under both names stays, to be refused."""
+    """Saved arguments of a class under today's names. One that is there under both names stays, to be refused.
+
+    An argument that is missing, since it came later, has the value that saved files imply.
+    """
     names = new_names(kind)
-    return {new if (new := names.get(name, name)) not in arguments else name: arguments[name] for name in arguments}
+    today = {new if (new := names.get(name, name)) not in arguments else name: arguments[name] for name in arguments}
+    return {**_added(kind), **today}
+
+
+def _added(kind: type) -> dict[str, Any]:
+    parameters, values = inspect.signature(kind).parameters, {}
+    for ancestor in reversed(kind.__mro__):
+        values |= {name: value for name, value in ADDED.get(ancestor.__name__, {}).items() if name in parameters}
+    return values
 
 
 def old_keys(node: Any, key: str = "") -> dict[str, str]:

@@ -53,7 +53,6 @@ def own_keys(
     return capture(layer, hidden, unrotated).key.transpose(1, 2).flatten(2)
 
 
-@torch.no_grad()
 def own_rows(
     handed: Handed,
     hidden: Tensor,

@@ -93,7 +93,7 @@ class Stages:
         selected = Selected(columns, real, alive, kept, dead, exact, context.attention)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
-        self._leave_essence(stage, context, kept, forward)
+        self._leave_essence(stage, context, real, kept, forward)
         self._note(index, columns, context, kept, forward)
         # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
@@ -119,7 +119,7 @@ class Stages:
         if asked.layer == "previous":
             return Read(forward.keys.taps[stage].scores, keys=keys)
         columns, real = rows
-        with torch.no_grad():
+        with torch.set_grad_enabled(asked.gradient and torch.is_grad_enabled()):
             own = own_rows(handed, hidden, normed, columns)
             limits = mask_rows(own.mask, columns, 0, own.key.shape[2])
             # In soft mode the tokens pruned so far are still keys, as the layer itself will see them.
@@ -169,23 +169,36 @@ class Stages:
         reads = None if asked is None else asked.layer
         forward.trace_stage(index, reads, rows[1].sum(1), kept.mask.sum(1), needs_keys, sized, whole)
 
-    def _leave_essence(self, stage: int, context: Context, kept: Kept, forward: Forward) -> None:
-        if self.repair is None or not forward.session.repair or stage not in self.repair.stages:
+    def _leave_essence(self, stage: int, context: Context, real: Tensor, kept: Kept, forward: Forward) -> None:
+        """Cache where tokens were kept and what was lost, for the repair layers that this stage feeds."""
+        repair = self.repair
+        if repair is None or not forward.session.repair or stage > max(repair.stages):
+            return
+        alive, earlier = context.alive, None
+        if repair.cumulative:
+            # The gates of earlier stages, with their gradient; 0 for what they pruned.
+            gates = forward.cumulative
+            alive = alive.float() if gates is None else gates.gather(1, context.ordinal) * real
+            earlier = forward.lost
+        elif stage not in repair.stages:
             return
         gate = kept.mask.float() if kept.gate is None else kept.gate
-        forward.essence[stage] = self.repair.essence(
-            context.visual, context.ordinal, context.alive, gate, context.total
-        )
+        if stage in repair.stages:
+            given = (context.visual, context.ordinal, alive, gate, context.total, earlier)
+            forward.essence[stage] = repair.essence(*given)
+        if repair.cumulative and stage < max(repair.stages):
+            forward.lost = repair.lost(context.visual, alive, gate, earlier)
 
-    @staticmethod
-    def _note(index: int, columns: Tensor, context: Context, kept: Kept, forward: Forward) -> None:
+    def _note(self, index: int, columns: Tensor, context: Context, kept: Kept, forward: Forward) -> None:
         """Record the outcome on the image's grid; gates multiply from stage to stage."""
         record = forward.record
-        if record is None:
+        if record is None and self.repair is None:
             return
         gate = kept.mask if kept.gate is None else kept.gate
         gate = forward.on_grid(gate.float(), columns, context.alive, 0.0)
         forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
+        if record is None:
+            return
         marks = forward.on_grid(kept.mask, columns, context.alive, 0.0)
         scores = None
         if kept.scores is not None:

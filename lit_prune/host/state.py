@@ -14,11 +14,12 @@ from lit_prune.host.counting import Counter
 from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
+from lit_prune.host.packing import Layout, layout
 from lit_prune.host.session import Record, Session
 from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
-from lit_prune.repair import Essence
+from lit_prune.repair import Essence, Lost
 
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
 
@@ -94,7 +95,8 @@ class Attended:
     `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by the first layer of a kind.
     `past_bias`: what is added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have
     left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are renumbered. `start`:
-    padding to the left of each sample; None: there is none. `taps`: attention rows by the stage that reads them;
+    padding to the left of each sample; None: there is none. `packs`: samples share rows inside the layers, in the
+    `layout` of the last stage (None: no row is saved). `taps`: attention rows by the stage that reads them;
     `watched`: those that a caller wants of the layer that runs now. `handed`: in decoding, what layers get, by the
     identity of what they are handed, which is kept so that it stays unique.
     """
@@ -106,6 +108,8 @@ class Attended:
     key_slices: Slices | None = None
     rope: tuple[Tensor, Tensor] | None = None
     start: Int[Tensor, " batch"] | None = None
+    packs: bool = False
+    layout: Layout | None = None
     taps: dict[int, Tap] = field(default_factory=dict)
     watched: Tap | None = None
     handed: dict[tuple[int, ...], tuple[tuple, tuple, dict[str, Any]]] = field(default_factory=dict)
@@ -122,9 +126,10 @@ class Forward:
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
     visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
     `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
-    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `counter`: of a
-    tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it,
-    and nobody looks at its layers: a step of decoding. `deepstack`: features that are
+    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `lost`: the states that
+    stages have pruned so far, where a repair adapter averages over them all. `counter`: of a tower's FLOPs, while that
+    runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it, and nobody looks at its
+    layers: a step of decoding. `deepstack`: features that are
     added to visual tokens after the first layers.
     """
 
@@ -147,6 +152,7 @@ class Forward:
     removed: Int[Tensor, " batch"] | None = None
     deepstack: Deepstack | None = None
     essence: dict[int, Essence] = field(default_factory=dict)
+    lost: Lost | None = None
     cumulative: Float[Tensor, "batch grid"] | None = None
     counter: Counter | None = None
     reached: bool = False
@@ -215,6 +221,12 @@ class Forward:
         left = self.packed.pack(dropped, None if self.lengths is None else max(self.lengths.valid))
         self.keys.slices = Slices(self.packed.columns, self.length)
         return left
+
+    def lay_out(self, one_row: bool) -> None:
+        """Choose the rows that samples share from this layer on; without known lengths the device is asked."""
+        valid = self.packed.valid
+        lengths = valid.sum(1).tolist() if self.lengths is None else self.lengths.valid
+        self.keys.layout = layout(valid, lengths, one_row)
 
     def trace_layer(self, hidden: Tensor | None) -> None:
         """Note the lengths at a layer's input, and what it will compute; nothing without `hidden`: it idles."""

@@ -142,7 +142,8 @@ def log_gate(gate: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape
 
     With gate in {0, 1} and the softmax's normalisation, this is the paper's multiplication of visual columns by c. The
     derivative 1/eps of the log cancels the factor eps in the softmax weight, so a dropped token gets the exact gradient
-    of adding it again; eps must not underflow: 1e-8 in fp32 or bf16.
+    of adding it again; eps must not underflow: 1e-8 in fp32 or bf16. Of its weight a dropped token keeps the share eps,
+    by which soft masking differs from dropping: more where its logit is far above those of the tokens kept.
     """
     return (eps + (1.0 - eps) * gate).log()
 

@@ -32,11 +32,13 @@ class AttentionRows:
     `layer`: `own` is the pruning layer's attention, computed from its norm, query and key projections before it runs;
     `previous` is that of the layer before, read while it runs. `rows`: every question token (text after the image, up
     to the answer) or the `last` prompt token. `each`: also return the rows separately (own attention only).
+    `gradient`: let gradients pass through the attention to earlier gates (own attention only).
     """
 
     layer: Literal["own", "previous"]
     rows: Literal["question", "last"]
     each: bool = False
+    gradient: bool = False
 
 
 @dataclass(frozen=True)

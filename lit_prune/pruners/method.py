@@ -33,8 +33,8 @@ class PruningMethod(nn.Module):
     """Base class of all methods: a `Pruner`, a `VisionPruner`, a `Chain` of both, or `Full`.
 
     The host reads the decoder's stages from `walk` and the vision tower's method from `tower`, and depends on nothing
-    else of a method's structure. Composite methods need no forwarding code: `build`, `anneal` and `redraw` reach all
-    parts.
+    else of a method's structure. Composite methods need no forwarding code: `build`, `anneal`, `relax` and `redraw`
+    reach all parts.
     """
 
     title: str = ""  # published name; if empty, the name of the method's file is used
@@ -133,6 +133,14 @@ class PruningMethod(nn.Module):
         """Set temperature and noise of the training gates, between steps; does nothing for untrained methods."""
         for part in self.parts:
             part.anneal(tau, noise)
+
+    def relax(self, surplus: float) -> None:
+        """Set, between training steps, the share of the tokens above the scheduled counts that are kept all the same.
+
+        1: nothing is dropped, 0: as scheduled. Does nothing for methods whose counts are not raised in training.
+        """
+        for part in self.parts:
+            part.relax(surplus)
 
     def build(self, dims: Dims) -> None:
         """Create parameters for the host's sizes, once; does nothing for methods without parameters."""

@@ -3,73 +3,18 @@
 Values marked [R] were read in drafts of the method, [ours] are this project's choice; all are arguments.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_prune.errors import LitPruneError, check_number
+from lit_prune.errors import LitPruneError, check_choice, check_number
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
-
-
-class CrossAttentionScorer(nn.Module):
-    """Correction of one pruning layer's intrinsic attention: S_a + S_t + bias.
-
-    S_a: learnable queries, shifted by the projected mean of the question, attend to the visual tokens kept so far; a
-    linear layer, initialised as the mean, combines their weights. S_t: a score per token, whose last layer is
-    initialised to zero.
-    """
-
-    def __init__(
-        self, width: int, inner: int, queries: int, heads: int, dropout: float, bias: float, relative: bool
-    ) -> None:
-        super().__init__()
-        self.heads, self.relative = heads, relative
-        self.queries = nn.Parameter(torch.randn(queries, inner) * inner**-0.5)
-        self.question = nn.Linear(width, inner)
-        self.question_norm = nn.LayerNorm(inner)
-        self.key = nn.Linear(width, inner)
-        self.fold = nn.Linear(queries, 1, bias=False)
-        self.token = nn.Linear(width, inner)
-        self.token_score = nn.Sequential(
-            nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, inner // 2), nn.GELU(), nn.Linear(inner // 2, 1)
-        )
-        self.bias = nn.Parameter(torch.full((1,), float(bias)))  # DeepSpeed doesn't support 0-d parameters
-        nn.init.constant_(self.fold.weight, 1.0 / queries)
-        nn.init.zeros_(self.token_score[-1].weight)
-        nn.init.zeros_(self.token_score[-1].bias)
-
-    def forward(
-        self,
-        visual: Float[Tensor, "batch visual width"],
-        alive: Bool[Tensor, "batch visual"],
-        text: Float[Tensor, "batch text width"],
-        text_mask: Bool[Tensor, "batch text"],
-    ) -> Float[Tensor, "batch visual"]:
-        """Correction to the log attention of every visual token."""
-        return self._attention_score(visual, alive, text, text_mask) + self._token_score(visual)
-
-    def _question(self, text: Tensor, text_mask: Tensor) -> Tensor:
-        weight = text_mask.to(text.dtype)[..., None]
-        mean = (text * weight).sum(1) / weight.sum(1).clamp(min=1.0)
-        return self.question_norm(self.question(mean))
-
-    def _attention_score(self, visual: Tensor, alive: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        batch, tokens, _ = visual.shape
-        queries = self.queries + self._question(text, text_mask)[:, None]
-        queries = queries.view(batch, -1, self.heads, queries.shape[-1] // self.heads).transpose(1, 2)
-        keys = self.key(visual).view(batch, tokens, self.heads, -1).transpose(1, 2)
-        logits = queries @ keys.transpose(2, 3) * keys.shape[-1] ** -0.5
-        lowest = torch.finfo(logits.dtype).min  # not -inf, which gives NaN for a sample without an image
-        weights = logits.masked_fill(~alive[:, None, None], lowest).softmax(-1).mean(1)
-        score = self.fold(weights.transpose(1, 2)).squeeze(-1)
-        return score * alive.sum(1, keepdim=True) if self.relative else score
-
-    def _token_score(self, visual: Tensor) -> Tensor:
-        return self.token_score(self.token(visual)).squeeze(-1) + self.bias
+from lit_prune.pruners.rcp_scorers import SCORERS
 
 
 class RCP(Pruner):
@@ -83,9 +28,10 @@ class RCP(Pruner):
         layers: pruning layers [R]: 4/14/24 of 32 for 192 or 128 tokens on average, 1/13/25 for 64.
         stage_ratios: relative counts of the stages for `select: topk` [R, kept shares at 64: 16.7/4.6/1.4 %].
         depth: depth of the decoder that `layers` is written for; `None`: as written.
-        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss), `topk` [ours], or
-            `mass` [ours]: the fewest tokens that hold the share `keep_mass` of softmax(logits), so that images with
-            confident logits keep fewer; `jobs/adapt.py` finds the share for an average budget.
+        select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss; a stage to which the
+            budget leaves all tokens keeps them), `topk` [ours], or `mass` [ours]: the fewest tokens that hold the share
+            `keep_mass` of softmax(logits), so that images with confident logits keep fewer; `jobs/adapt.py` finds the
+            share for an average budget.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
         dropout: [R: 0.2]. bias: initial value of the learnable bias [R: +2, which keeps more tokens at the start].
         baseline: `attention` (paper) or `none`, without intrinsic attention, for the ablation.
@@ -94,6 +40,12 @@ class RCP(Pruner):
             in advance for all tokens, or the `previous` layer's, which is computed anyway [ours].
         attention_score: `weight`, S_a is the aggregated attention weight (paper), or `relative`, the same in units of
             the uniform weight 1 / tokens, so that a short training run can change it [ours].
+        form: of the scorers, `published`, or `first`, which plug-ins from before this argument have [ours]; see
+            `rcp_scorers`.
+        inference_threshold: `select: threshold` keeps a token if sigmoid(logit) is above it, in inference [R: 0.5;
+            development runs also 0.3 and 0.4]. Training always decides at 0.5.
+        baseline_gradient: pass gradients through the log attention to the gates of earlier stages [ours: off, the
+            baseline is a constant; the paper doesn't say]. Needs `attention_layer: own`.
     """
 
     repairs = True
@@ -114,8 +66,13 @@ class RCP(Pruner):
         attention_score: Literal["weight", "relative"] = "weight",
         attention_layer: Literal["own", "previous"] = "own",
         keep_mass: float = 0.9,
+        form: Literal["published", "first"] = "published",
+        inference_threshold: float = 0.5,
+        baseline_gradient: bool = False,
     ) -> None:
         super().__init__(layers, stage_ratios, depth)
+        check_choice("pruner.form", form, SCORERS)
+        check_number("pruner.inference_threshold", inference_threshold, above=0, below=1)
         check_number("pruner.inner", inner, least=2, whole=True)
         check_number("pruner.queries", queries, least=1, whole=True)
         check_number("pruner.heads", heads, least=1, whole=True)
@@ -125,12 +82,15 @@ class RCP(Pruner):
         check_number("pruner.keep_mass", keep_mass, above=0, most=1)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
+        if baseline_gradient and attention_layer != "own":
+            raise LitPruneError("pruner.baseline_gradient needs attention_layer: own; others are read without gradient")
         self.select, self.inner, self.queries, self.heads = select, inner, queries, heads
         self.dropout, self.bias, self.baseline, self.attention_floor = dropout, bias, baseline, attention_floor
         self.attention_score, self.attention_layer, self.keep_mass = attention_score, attention_layer, keep_mass
-        self.attention = AttentionRows(attention_layer, "question")
-        # Set by `anneal` between steps, never in forward.
-        self.tau, self.noise = 1.0, 0.0
+        self.form, self.inference_threshold, self.baseline_gradient = form, inference_threshold, baseline_gradient
+        self.attention = AttentionRows(attention_layer, "question", gradient=baseline_gradient)
+        # Set by `anneal` and `relax` between steps, never in forward.
+        self.tau, self.noise, self.surplus = 1.0, 0.0, 0.0
         self.scorers = nn.ModuleList()
 
     @property
@@ -144,26 +104,30 @@ class RCP(Pruner):
         return self.select != "topk"
 
     def exact(self, stage: int) -> bool:
-        """True for `topk`."""
-        return not self.free
+        """True for `topk`, unless the counts of a training step are raised."""
+        return not self.free and not (self.training and self.surplus)
 
     def anneal(self, tau: float, noise: float) -> None:
         """Set temperature and noise of the straight-through gate."""
         self.tau, self.noise = tau, noise
 
+    def relax(self, surplus: float) -> None:
+        """Set the share of the tokens above the scheduled counts that `topk` keeps in training."""
+        self.surplus = surplus
+
     def build(self, dims: Dims) -> None:
         """Create one scorer per pruning layer for the host's hidden size."""
         if not self.scorers:
-            make = (
-                dims.width,
-                self.inner,
-                self.queries,
-                self.heads,
-                self.dropout,
-                self.bias,
-                self.attention_score == "relative",
-            )
-            self.scorers.extend(CrossAttentionScorer(*make) for _ in self.layers)
+            relative = self.attention_score == "relative"
+            sizes = (dims.width, self.inner, self.queries, self.heads, self.dropout, self.bias, relative)
+            self.scorers.extend(SCORERS[self.form](*sizes) for _ in self.layers)
+
+    def take_form(self, form: str, dims: Dims) -> None:
+        """Build the scorers anew in another form, where they are."""
+        device = next(self.parameters()).device
+        self.form, self.scorers = form, nn.ModuleList()
+        self.build(dims)
+        self.to(device)
 
     def score(self, context: Context) -> Float[Tensor, "batch visual"]:
         """Logits: the centred log attention plus the learned correction."""
@@ -176,26 +140,37 @@ class RCP(Pruner):
         log_attention = context.attention.float().clamp(min=self.attention_floor).log()
         kept = context.alive.float()
         centre = (log_attention * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1.0)
-        return (log_attention - centre).detach()
+        baseline = log_attention - centre
+        return baseline if self.baseline_gradient else baseline.detach()
 
     def prune(self, context: Context) -> Kept:
         """Keep mask from the logits; the training gate has the gradient of sigmoid((logits - cut + noise) / tau)."""
         logits = self.score(context)
         noise = selection.logistic_noise(logits) * self.noise if self.training and self.noise > 0 else 0.0
         noisy = logits + noise
+        cut = 0.0
         if self.select == "threshold":
-            mask, cut = selection.threshold(noisy, context.alive, images=context.images), 0.0
+            lowest = 0.0 if self.training else math.log(self.inference_threshold / (1 - self.inference_threshold))
+            mask = selection.threshold(noisy - lowest, context.alive, images=context.images)
+            mask = mask | ((context.count >= context.total)[:, None] & context.alive)
         else:
             if self.select == "mass":
                 mask = selection.top_mass(noisy.detach(), context.alive, self.keep_mass)
             else:
-                mask = selection.top_k(noisy, context.alive, context.count, context.images)
+                mask = selection.top_k(noisy, context.alive, self._count(context), context.images)
             cut = self._cut(noisy, mask, context.alive, context.images)
         if not self.training:
             return Kept(mask, scores=logits)
         # Forward is the hard mask; backward is that of the sigmoid around the decision's cut.
         soft = torch.sigmoid((noisy - cut) / self.tau)
         return Kept(mask, selection.straight_through(mask, soft), logits)
+
+    def _count(self, context: Context) -> Tensor:
+        """Tokens that `topk` keeps of each sample: as scheduled, or in training more, as far as they are `relax`ed."""
+        if not (self.training and self.surplus):
+            return context.count
+        surplus = (context.total - context.count).clamp(min=0)
+        return context.count + (surplus * self.surplus).ceil().long()
 
     @staticmethod
     def _cut(logits: Tensor, mask: Tensor, alive: Tensor, images: selection.Images | None) -> Tensor:
@@ -210,8 +185,7 @@ class RCP(Pruner):
         return torch.where(best.isfinite() & worst.isfinite(), (worst + best) / 2, torch.zeros_like(worst))
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
-        """FLOPs of one scorer over V visual tokens: key and token projections, queries, MLP."""
-        visual = visual.to(torch.float64)
-        per_token = 2 * width * self.inner * 2 + 2 * self.queries * self.inner + 2 * self.queries
-        per_token += 2 * self.inner * (self.inner // 2) + 2 * (self.inner // 2)
-        return visual * per_token + 2 * width * self.inner
+        """FLOPs of one scorer."""
+        sizes = (width, self.inner, self.queries)
+        scorer = SCORERS[self.form]
+        return visual.to(torch.float64) * scorer.flops_per_token(*sizes) + scorer.flops_per_sample(*sizes)

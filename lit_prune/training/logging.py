@@ -17,7 +17,7 @@ from lit_prune.training.step import Step, Teaching
 from lit_prune.vlm import VLM
 
 MEASURED = ("accuracy/*", "agreement", "kappa", "visual_tokens", "flops", "kv_bytes")
-MEASURED += tuple(f"{name}/layer_*" for name in ("kept", "w2", "w2_without_repair"))
+MEASURED += tuple(f"{name}/layer_*" for name in ("kept", "w2", "w2_relative", "w2_without_repair"))
 NAMES = (  # patterns of all names that a run may log, which callbacks may monitor
     *(f"val/{name}" for name in MEASURED),
     *("val_accuracy", "loss", "kept"),  # on the progress bar

@@ -63,7 +63,8 @@ class Anneal:
         tau_share: share of the steps over which it decreases linearly [R: 0.6].
         noise: scale of the logistic noise; 0 turns it off.
         quiet_share: final share of the steps without noise, so that training matches the inference rule [R: 0.2].
-        target_share: share of the steps over which the budget's target decreases from 1, along a cosine [R: 0.1].
+        target_share: share of the steps over which the budget's target decreases from 1, along a cosine [R: 0.1]. The
+            counts of `select: topk` follow it in training [ours]; 0: the budget holds from the first step on.
 
     Raises:
         LitPruneError: a temperature is not above 0, a share is outside [0, 1], or the noise is negative.
@@ -93,9 +94,13 @@ class Anneal:
 
     def target(self, final: float | Tensor, done: float) -> float | Tensor:
         """Target share of visual tokens, from 1 to `final`."""
+        return final + (1.0 - final) * surplus if (surplus := self.surplus(done)) else final
+
+    def surplus(self, done: float) -> float:
+        """Share of the tokens above the final target that are still wanted, from 1 to 0."""
         if done >= self.target_share:
-            return final
-        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done / self.target_share))
+            return 0.0
+        return 0.5 * (1.0 + math.cos(math.pi * done / self.target_share))
 
 
 def answer_loss(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
