@@ -29,6 +29,7 @@ from lit_prune.host.lora import LoRA
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
 from lit_prune.host.packing import check_packable
+from lit_prune.host.pictures import keep_sizes
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
@@ -42,6 +43,9 @@ from lit_prune.ops.budget import Budget
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
+# Methods of `generate()` that no hook sees, which a host stands for on its model while it is attached.
+REPLACED = ("_prefill", "_maybe_prepare_encoder_kwargs_for_generation")
+
 
 class DecoderHost:
     """A pruner and a repair adapter attached to one model; `detach()` leaves no trace.
@@ -49,7 +53,7 @@ class DecoderHost:
     A copy of the model, made by `copy.deepcopy` or by pickling, has a host of its own, outside of any session.
 
     Args:
-        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `_prefill`.
+        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `REPLACED`.
         pruner: the method; `Full` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
@@ -73,7 +77,7 @@ class DecoderHost:
         replaces: "DecoderHost | None" = None,
         lora: LoRA | None = None,
     ) -> None:
-        self.lora = lora
+        self.lora, self.apart = lora, options.frames == "apart"
         self.model, self.parts = model, parts.find(model)
         self._check_free(replaces)
         dims = self.parts.dims
@@ -209,13 +213,15 @@ class DecoderHost:
             self.handles.extend(self.tower.hook())
         if self.lora is not None:
             self.handles.extend(self.lora.hook(self.model, self._adapts))
-        parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
+        for name in REPLACED:  # last: while attaching fails, another host's stay
+            setattr(parts.unwrap(self.model), name, getattr(self, name))
 
     def detach(self) -> None:
         """Remove every hook."""
         attributes = vars(parts.unwrap(self.model))
-        if getattr(attributes.get("_prefill"), "__self__", None) is self:  # else of the host that replaces this one
-            del attributes["_prefill"]
+        for name in REPLACED:
+            if getattr(attributes.get(name), "__self__", None) is self:  # else of the host that replaces this one
+                del attributes[name]
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -278,6 +284,14 @@ class DecoderHost:
             refuse_chunks(generation_config)
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: torch.Tensor, model_kwargs: dict, *args, **kwargs):
+        """Stands for the model's method of this name, which encodes images and drops what tells their sizes."""
+        model, given = parts.unwrap(self.model), {**model_kwargs, "input_ids": inputs}
+        prepare = type(model)._maybe_prepare_encoder_kwargs_for_generation
+        prepared = prepare(model, inputs, model_kwargs, *args, **kwargs)
+        keep_sizes(prepared.get(compat.ENCODED) or {}, given, self.parts.ended_rows)
+        return prepared
+
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         """Step 1 of a forward: find the columns, plan the stages, and put the `Forward` among the keywords."""
         if args:
@@ -294,14 +308,15 @@ class DecoderHost:
         session = self.session if self.stages else plain
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.parts, session, self.plans, real)
+        forward = begin(kwargs, self.parts, session, self.plans, real, self.apart)
         if forward is not None:
             self._check_soft(forward)
+            self._check_videos(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.packed.valid, self.stages, self.counted))
         # What a caller wants to know: the tower's work, and answers alone in place of all logits.
         if forward is not None and forward.record is not None:
-            forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
+            forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total, forward.videos)
             self._count_tower(module, kwargs, forward)
         if forward is not None and session.answers_only:
             labels = kwargs.pop("labels", None)
@@ -370,6 +385,20 @@ class DecoderHost:
             raise LitPruneError(
                 f"soft masks hide tokens from attention alone, and layers {layers} of this model are recurrent or "
                 f"convolutional, which they would still move: train it with model.train_mode: drop"
+            )
+
+    def _check_videos(self, forward: Forward) -> None:
+        """Raise `LitPruneError` where stages inside the tower would miss or spoil a video, or the model prunes it."""
+        model = parts.unwrap(self.model)
+        if forward.videos is not None and forward.counts and getattr(model, "video_pruning_rate", 0):
+            raise LitPruneError(
+                f"{type(model).__name__} drops tokens of videos itself (video_pruning_rate is "
+                f"{model.video_pruning_rate}): set model.video_pruning_rate = 0, or detach"
+            )
+        if forward.videos is not None and self.prunes_tower and self.tower.tower.videos is not None:
+            raise LitPruneError(
+                f"{type(model).__name__}: its videos {self.tower.tower.videos}; use a method of the "
+                f"decoder, such as FastV or DivPrune"
             )
 
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:

@@ -124,13 +124,13 @@ class Forward:
     """One language-model forward as the hooks see it.
 
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
-    visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
-    `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
-    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `lost`: the states that
-    stages have pruned so far, where a repair adapter averages over them all. `counter`: of a tower's FLOPs, while that
-    runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it, and nobody looks at its
-    layers: a step of decoding. `deepstack`: features that are
-    added to visual tokens after the first layers.
+    visual tokens of the sample that has most there; `sizes`: those of each image; `videos`: those of each sample's
+    videos. `lengths`, `most_text`, `most_answers`, `all_answers` (of all samples): what is known without a look at the
+    device. `removed`: where tokens are renumbered, how many have left of each sample. `cumulative`: gate on the image's
+    grid. `lost`: the states that stages have pruned so far, where a repair adapter averages over them all. `counter`:
+    of a tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts
+    in it, and nobody looks at its layers: a step of decoding. `deepstack`: features that are added to visual tokens
+    after the first layers.
     """
 
     session: Session
@@ -141,6 +141,7 @@ class Forward:
     pictured: Bool[Tensor, " batch"]
     length: int
     sizes: Int[Tensor, "batch images"] | None = None
+    videos: Int[Tensor, " batch"] | None = None
     record: Record | None = None
     counts: dict[int, list[int]] = field(default_factory=dict)
     grid: int = 0
