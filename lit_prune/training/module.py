@@ -56,6 +56,8 @@ class PruneModule(LightningModule):
             kept and remove the others, which shortens the sequence [ours]. `None`: all tokens, as in the paper.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Without it, the gradient of
             the cross entropy at the pruner has a norm of 1e7 on micro-LLaVA and dominates every other loss.
+        gate_centre: the task and repair losses decide which tokens stay, the budget loss alone how many: the gradients
+            of a sample's scores by the former sum to 0 at each stage [ours].
         checkpoint_activations: keep only the layers' inputs and recompute the rest in backward: less memory, more time.
         watch: decoder layers whose attention in the teacher `loss.attention` reads.
         loss: weights of the losses.
@@ -86,6 +88,7 @@ class PruneModule(LightningModule):
         train_mode: Literal["soft", "drop"] = "soft",
         contenders: float | None = None,
         gate_clip: float | None = None,
+        gate_centre: bool = False,
         checkpoint_activations: bool = False,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
@@ -126,6 +129,7 @@ class PruneModule(LightningModule):
             train_mode=train_mode,
             contenders=contenders,
             gate_clip=gate_clip,
+            gate_centre=gate_centre,
             checkpoint_activations=checkpoint_activations,
             watch=tuple(watch) if loss.attention else (),
         )
