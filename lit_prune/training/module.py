@@ -121,18 +121,10 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
-        self.teaching = Teaching(
-            self.vlm,
-            self.keep,
-            loss,
-            anneal,
-            train_mode=train_mode,
-            contenders=contenders,
-            gate_clip=gate_clip,
-            gate_centre=gate_centre,
-            checkpoint_activations=checkpoint_activations,
-            watch=tuple(watch) if loss.attention else (),
-        )
+        gates = {"contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
+        options = {"train_mode": train_mode, "checkpoint_activations": checkpoint_activations, **gates}
+        watched = tuple(watch) if loss.attention else ()
+        self.teaching = Teaching(self.vlm, self.keep, loss, anneal, watch=watched, **options)
         self.work, dims = Work(self.vlm, attached), attached.dims
         self.meters = Meters(dims.depth, dims.width, attached.repair is not None, self.vlm.size is not None)
         self.scores: list[Score] = []  # official benchmark scores of the last evaluation
