@@ -10,5 +10,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/integration.sh"
 # PyTorch first, as jobs/install.sh has it: everything else takes the build that is there.
 torch=$(sed -n 's/^torch==/torch==/p' constraints.txt)
 "${pip[@]}" "$torch"
-"${pip[@]}" -e '.[demo]' playwright pytest pytest-timeout hypothesis beartype
+"${pip[@]}" -e '.[train,demo]' playwright pytest pytest-timeout hypothesis beartype
 "$VENV/bin/python" -m pytest -m integrations tests/test_demo.py -q "$@"

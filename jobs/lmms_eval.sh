@@ -9,5 +9,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/integration.sh"
 # torchvision goes with one version of PyTorch: both are chosen together, before anything pins one of them.
 "${pip[@]}" torch torchvision
-"${pip[@]}" -e '.[lmms-eval]' pytest pytest-timeout hypothesis beartype
+"${pip[@]}" -e '.[train,lmms-eval]' pytest pytest-timeout hypothesis beartype
 "$VENV/bin/python" -m pytest -m integrations tests/test_lmms_eval.py -q "$@"

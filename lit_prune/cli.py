@@ -16,7 +16,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 from lit_prune.commands import LIGHTNING_VERBS
-from lit_prune.errors import LitPruneError, UsageError, one_line
+from lit_prune.errors import LitPruneError, UsageError, extra, one_line
 
 EXAMPLES = (
     "lit-prune sample --out sample",
@@ -26,6 +26,7 @@ EXAMPLES = (
     "lightning test -c micro.yaml -c pruners/fastv.yaml",
 )
 DISTRIBUTION = "lit-prune"
+TRAIN = ("lightning", "deepspeed", "wandb")  # packages of the extra `train`
 WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # the new and the old name of W&B's own server
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 LONGEST = 400  # characters of another library's message
@@ -171,7 +172,7 @@ def _report(error: BaseException, debug: bool) -> int | None:
 
 def _rank() -> str:
     """Prefix of messages of a process, as in Lightning; empty for rank zero."""
-    if "lightning" not in sys.modules:
+    if sys.modules.get("lightning") is None:
         return ""
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -188,6 +189,8 @@ def _users(error: BaseException) -> BaseException | None:
         if isinstance(cause, LitPruneError):
             return cause
         cause = cause.__cause__
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN:
+        return LitPruneError(f"this verb needs {error.name}, which is not installed: {extra('train')}")
     if type(error).__name__ == "MisconfigurationException" or _refused(error):
         return LitPruneError(_in_short(error))
     if type(error).__name__ == "OutOfMemoryError":

@@ -155,10 +155,11 @@ class VLM:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
         options = settled(plugin.options, parts.decoder, positions, proportional_attention)
-        plugin.build(parts.dims, fingerprint(self.model))
+        plugin.build(parts.dims, fingerprint(self.model), self.model)
         plugin.to(device)
         model = unwrap(self.model)
-        self.host = DecoderHost(model, plugin.pruner, plugin.repair, budget, options, replaces=host_of(model))
+        given = (plugin.pruner, plugin.repair, budget, options, host_of(model), plugin.lora)
+        self.host = DecoderHost(model, *given)
         plugin.keep, plugin.base, plugin.options = budget, plugin.base or self.name, options
         self.plugin = plugin
         return self

@@ -1,7 +1,9 @@
 """Lightning callbacks of this project."""
 
 from lit_prune.callbacks.answers import WriteAnswers
+from lit_prune.callbacks.curves import Curves
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.export_best import ExportBest
 from lit_prune.callbacks.last import SaveLast
 from lit_prune.callbacks.limits import Limits
 from lit_prune.callbacks.monitors import Monitors
@@ -19,6 +21,8 @@ from lit_prune.callbacks.throughput import Throughput
 from lit_prune.callbacks.wandb_run import WandbRun
 
 __all__ = [
+    "Curves",
+    "ExportBest",
     "ExportPlugin",
     "Limits",
     "Monitors",

@@ -75,6 +75,7 @@ class NanGuard(Callback):
             rank=trainer.global_rank,
             loss=self.loss.item() * trainer.accumulate_grad_batches,
             config=config,
+            pack=self.batch.get("pack", False),
         )
         save_step(path, step)
         return path

@@ -15,6 +15,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.files.writing import written_whole
 from lit_prune.files.yaml_files import read_yaml
 from lit_prune.training.checkpoints import saving_folder
+from lit_prune.training.loggers import MLflow, Trackio
 
 WANDB_RUN = "wandb_run_id"  # file next to the checkpoints with the W&B id of their run
 LONGEST_HEAD = 5000  # bytes of the first line, which may hold a long path
@@ -82,6 +83,8 @@ class SaveConfig(SaveConfigCallback):
                 if stage == "fit" and (checkpoints := saving_folder(trainer)):
                     checkpoints.mkdir(parents=True, exist_ok=True)
                     (checkpoints / WANDB_RUN).write_text(f"{logger.experiment.id}\n", encoding="utf-8")
+            elif isinstance(logger, MLflow | Trackio):
+                logger.log_hyperparams(self.content)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", f"```yaml\n{text}```")
 

@@ -11,12 +11,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.callbacks.answers import WriteAnswers
+from lit_prune.callbacks.curves import Curves
 from lit_prune.callbacks.export import ExportPlugin
+from lit_prune.callbacks.export_best import ExportBest
 from lit_prune.callbacks.samples import SamplePictures
 from lit_prune.callbacks.settings import SaveConfig, settings_of
 from lit_prune.callbacks.signals import Stopped
 from lit_prune.errors import LitPruneError
 from lit_prune.training.debug_modes import leaves_no_trace
+from lit_prune.training.loggers import MLflow, Trackio
 
 
 class RunSummary(Callback):
@@ -92,6 +95,10 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:
         if isinstance(callback, ExportPlugin) and callback.written:
             yield "plug-in", str(callback.folder)
+        if isinstance(callback, ExportBest) and callback.written:
+            yield "best plug-in", str(callback.folder)
+        if isinstance(callback, Curves) and callback.file is not None:
+            yield "curves", str(callback.file)
         if isinstance(callback, SamplePictures) and callback.written:
             yield "pictures", str(callback.folder)
         if isinstance(callback, WriteAnswers) and callback.file is not None:
@@ -115,6 +122,10 @@ def _logs(trainer: Trainer) -> Iterator[tuple[str, str]]:
                 yield "figures", str(file)
         elif isinstance(logger, TensorBoardLogger):
             yield "TensorBoard", f"tensorboard --logdir {shlex.quote(str(logger.log_dir))}"
+        elif isinstance(logger, MLflow):
+            yield "MLflow", f"{logger._tracking_uri}, run {logger.run_id}"
+        elif isinstance(logger, Trackio):
+            yield "trackio", f"trackio show --project {shlex.quote(logger.name)}"
         elif isinstance(logger, WandbLogger) and logger._experiment is not None:  # don't start one that failed
             run = logger.experiment
             folder = Path(run.dir).parent

@@ -51,7 +51,8 @@ def run(
 
 def _read(place: Path) -> tuple[Plugin, Path]:
     """The plug-in of a checkpoint or folder, and the checkpoint that was taken."""
-    alone = place.is_dir() and all(file.is_file() for file in place.iterdir())  # DeepSpeed's have folders inside
+    # DeepSpeed's have folders inside; that of a plug-in has its adapters for peft at most.
+    alone = place.is_dir() and all(file.is_file() or file.name == "lora" for file in place.iterdir())
     if alone and (place / SETTINGS).is_file() and not (place / SUMS).is_file():
         return Plugin.from_pretrained(place), place
     if any(place.glob("*.ckpt")):

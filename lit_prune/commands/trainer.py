@@ -11,6 +11,7 @@ import re
 import signal
 import warnings
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any
 
 import lightning
@@ -45,7 +46,7 @@ from lit_prune.commands._support.traces import Traces
 from lit_prune.commands._support.trainer_parser import ConfigFile, PruneParser
 from lit_prune.data import BenchmarkData, InstructData, MicroData, StreamedData  # noqa: F401 (configurations may use short names)
 from lit_prune.data.loader import dead_workers_explained
-from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.errors import LitPruneError, UsageError, extra
 from lit_prune.loading import hide_progress
 from lit_prune.training.averaging import of_plugin
 from lit_prune.training.checkpoints import SafeTrainer
@@ -110,6 +111,8 @@ class PruneCLI(LightningCLI):
     def __init__(self, verb: str | None, args: list[str], reads: str | None = None) -> None:
         self.verb, self.reads = verb, reads or verb
         self.refused: list[tuple[type, Exception]] = []
+        if find_spec("wandb") is None:  # the options of its logger would be unknown keys
+            raise LitPruneError(f"this verb needs wandb, which is not installed: {extra('train')}")
         _hush()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         yaml_loader.install("omegaconf+")

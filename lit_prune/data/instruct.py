@@ -74,6 +74,7 @@ class InstructData(LightningDataModule):
         too_long: handling of longer training samples: "skip" makes them bad samples, "cut_turns" removes their last
             turns; see `encode`.
         max_bad_share: largest share of bad samples, checked from 100 samples of an epoch on.
+        pack: training samples share rows in the decoder's layers; losses stay the same, see docs/training.md.
 
     Raises:
         LitPruneError: a file is missing or can't be indexed, a required split is not given, a number is out of range,
@@ -97,10 +98,11 @@ class InstructData(LightningDataModule):
         too_long: TooLong = "skip",
         group_by_length: bool = False,
         prefetch_factor: int | None = None,
+        pack: bool = False,
     ):
         super().__init__()
-        check_numbers(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        check_numbers(1, prefetch_factor=prefetch_factor)
+        sizes = {"eval_batch_size": eval_batch_size, "max_length": max_length, "prefetch_factor": prefetch_factor}
+        check_numbers(1, batch_size=batch_size, **sizes)
         check_numbers(0, num_workers=num_workers, seed=seed)
         check_share(max_bad_share=max_bad_share)
         self.base, self.images = base, images
@@ -111,8 +113,7 @@ class InstructData(LightningDataModule):
         self.too_long, self.group_by_length, self.prefetch_factor = too_long, group_by_length, prefetch_factor
         self.datasets: dict[str, InstructDataset | Mixture] = {}
         self.opened: dict[str, list[Source]] = {}  # by split: what `check` opened and `setup` takes
-        self.tally = Tally()
-        self.bad_samples = BadSampleLog(max_bad_share)
+        self.tally, self.bad_samples, self.pack = Tally(), BadSampleLog(max_bad_share), pack
         self._processor: Any = None
         self._loaded_from: str | None = None
         self._train_batches: TrainBatches | None = None
@@ -188,15 +189,15 @@ class InstructData(LightningDataModule):
             stage = self.trainer.state.stage.value
             current = (self.trainer.current_epoch, None if self.trainer.training else self.trainer.global_step)
         split = {"train": "train", "test": "test", "predict": "predict"}.get(stage, "val")
-        size = len(self.datasets[split]) if split in self.datasets else 0
-        share = len(RankShare(size, *self._rank_and_world()))
+        share = len(RankShare(len(self.datasets.get(split, ())), *self._rank_and_world()))
         self.bad_samples.update(stage, current, len(batch["ids"]) - replaced, skipped, share)
         if "failure" in batch:
             raise LitPruneError(batch["failure"])
         if split == "train":
             self.tally.add(batch, cut)
-            cut_turns = self.too_long == "cut_turns"
-            batch["figures"] = self.tally.figures(self.datasets["train"].names, len(self.bad_samples.known), cut_turns)
+            known, cuts = len(self.bad_samples.known), self.too_long == "cut_turns"
+            figures = self.tally.figures(self.datasets["train"].names, known, cuts)
+            batch |= {"pack": self.pack, "figures": figures}
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -210,8 +211,6 @@ class InstructData(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if self._train_batches is not None and resumes(self.trainer, state_dict):
             restore_place(self.trainer, self._train_batches, state_dict)
-
-    # Parts
 
     def _splits(self, stage: str) -> list[str]:
         """Splits that a verb reads. Raises LitPruneError if the required one is not given."""

@@ -53,7 +53,8 @@ class Captured(Exception):
 class Request:
     """Request to one layer's attention call: a bias per key of this forward, a stage's tap, a bias per cached key.
 
-    `watch` is the tap of a caller. With `capture` the layer stops there.
+    `watch` is the tap of a caller. With `capture` the layer stops there. `layout`: the rows that samples share inside
+    the layer, if they do, see `lit_prune.host.packing`; biases and taps are sample by sample.
     """
 
     key_bias: Float[Tensor, "batch seq"] | None = None
@@ -61,9 +62,12 @@ class Request:
     past_bias: Float[Tensor, "batch past"] | None = None
     watch: Tap | None = None
     capture: Capture | None = None
+    layout: Any = None
 
     def bias(self, keys: int) -> Tensor | None:
         """Bias of all `keys`: cached ones in front, zeros for what follows those that have one."""
+        if self.layout is not None:
+            return None if self.key_bias is None else self.layout.fold(self.key_bias)
         parts = [part for part in (self.past_bias, self.key_bias) if part is not None]
         if not parts:
             return None
@@ -126,9 +130,11 @@ def _wrap(name: str, function: Callable) -> Callable:
         if (capture := request.capture) is not None:
             capture.query, capture.key, capture.mask, capture.scaling = query, key, attention_mask, scaling
             raise Captured
+        layout = request.layout
         for tap in (request.tap, request.watch):
             if tap is not None:
-                _read(tap, request.key_bias, query, key, scaling, attention_mask)
+                states = (query, key) if layout is None else map(layout.unfold_heads, (query, key))
+                _read(tap, request.key_bias, *states, scaling, attention_mask)
         bias = request.bias(key.shape[2])
         if bias is None:
             return function(module, query, key, value, attention_mask, **kwargs)

@@ -10,16 +10,18 @@ from lit_prune.host import parts
 from lit_prune.host.compat import enable_checkpointing
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module, draws: bool = False) -> None:
     """Prepare every layer; nothing changes until a forward runs inside `checkpointed`.
+
+    `draws`: random numbers are drawn inside the layers, and the second run has to draw the same.
 
     Raises:
         LitPruneError: a model that has no activation checkpointing.
     """
     model = parts.unwrap(model)
     try:
-        # Nothing in a frozen layer draws random numbers. Reentrant checkpoints lose gradients that come by keyword.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
+        # A frozen layer alone draws no random numbers. Reentrant checkpoints lose gradients that come by keyword.
+        options = {"use_reentrant": False, "preserve_rng_state": draws}
         enable_checkpointing(model, options)
     except ValueError as error:
         raise LitPruneError(f"model.checkpoint_activations: {error}") from error

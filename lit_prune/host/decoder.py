@@ -25,8 +25,10 @@ from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
+from lit_prune.host.lora import LoRA
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
+from lit_prune.host.packing import check_packable
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
@@ -53,6 +55,7 @@ class DecoderHost:
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
             the decoder layers' inputs, or a schedule {layer: count}. Samples with fewer keep all.
         options: settings that every method has alike.
+        lora: adapters on its linear layers, which act where `Session.prune` is on.
         replaces: the host that is attached to the model now. It is detached last, and stays attached if anything fails.
 
     Raises:
@@ -68,7 +71,9 @@ class DecoderHost:
         keep: Budget,
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
         replaces: "DecoderHost | None" = None,
+        lora: LoRA | None = None,
     ) -> None:
+        self.lora = lora
         self.model, self.parts = model, parts.find(model)
         self._check_free(replaces)
         dims = self.parts.dims
@@ -202,6 +207,8 @@ class DecoderHost:
         self.handles.extend(self.layers.hook(self.parts.layers))
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
+        if self.lora is not None:
+            self.handles.extend(self.lora.hook(self.model, self._adapts))
         parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
 
     def detach(self) -> None:
@@ -235,7 +242,7 @@ class DecoderHost:
     @property
     def shared(self) -> int:
         """Decoder layers that the plug-in leaves alone: below layer `shared` a forward with it equals one without."""
-        if not self.stages:
+        if not self.stages or self.lora is not None:
             return 0
         return self.layers.attention(self.stages[0] - 1, -1) if self.layers.reads_previous(0) else self.stages[0]
 
@@ -255,6 +262,9 @@ class DecoderHost:
 
     def _session(self) -> Session:
         return self.session
+
+    def _adapts(self) -> bool:
+        return self.session.prune and self.session.adapt
 
     # -- generate(), the model and its decoder ------------------------------------------------------------------
 
@@ -280,7 +290,8 @@ class DecoderHost:
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
         # Visual columns, budgets and counts per stage; None: nothing to do in this forward.
-        session = self.session if self.stages else Session(False, False, record=self.session.record)
+        plain = Session(False, False, record=self.session.record, pack=self.session.pack)
+        session = self.session if self.stages else plain
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
         forward = begin(kwargs, self.parts, session, self.plans, real)
@@ -328,6 +339,9 @@ class DecoderHost:
             if not hasattr(cache, CACHE):
                 setattr(cache, CACHE, CacheState(counted=self.counted))
             self._continue(forward, getattr(cache, CACHE), kwargs)
+        if forward.session.pack and cache is None:
+            check_packable(self.masks)
+            forward.keys.packs = True
         if forward.counts:
             forward.deepstack = Deepstack.taken(kwargs)
         session = forward.session

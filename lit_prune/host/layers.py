@@ -14,6 +14,7 @@ from lit_prune.host.checks import check_layer_call, check_layer_output
 from lit_prune.host.compat import cache_of, parameters
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
+from lit_prune.host.packing import Folded
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention, remember
@@ -100,8 +101,13 @@ class Layers:
         if index in self.stages:
             hidden = self._stage(index, module, hidden, forward, args[1:], kwargs)
         rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
+        if forward.keys.packs and (index in self.stages or forward.keys.layout is None):
+            forward.lay_out(one_row=not self.reads_positions)
         self._ask(index, forward, kwargs)
         forward.trace_layer(hidden)
+        if (layout := forward.keys.layout) is not None:
+            kwargs = layout.arguments(kwargs, hidden, flash=not self.reads_positions)
+            return (layout.fold(hidden), *(Folded(layout).of(value) for value in rest)), kwargs
         return (hidden, *rest), kwargs
 
     def _step(self, index: int, module: nn.Module, args: tuple, kwargs: dict, forward: Forward):
@@ -275,7 +281,7 @@ class Layers:
             raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
         asked = (forward.packed.key_bias, tap, forward.keys.past_bias, forward.keys.watched)
         if any(part is not None for part in asked):
-            kwargs[REQUEST] = Request(*asked)
+            kwargs[REQUEST] = Request(*asked, layout=forward.keys.layout)
 
     def reads_previous(self, stage: int) -> bool:
         """True if a stage reads the attention of the layer before its own."""
@@ -297,6 +303,8 @@ class Layers:
 
     def _leave(self, index: int, output: Tensor, forward: Forward) -> Tensor:
         """A layer's states, repaired, and what a caller wants to know of them."""
+        if forward.keys.layout is not None and not forward.session.idle(index):
+            output = forward.keys.layout.unfold(output)
         if forward.session.idle(index):
             return stretched(output, forward.packed.columns.shape[1])
         before = mean_stream(output, self.width)

@@ -54,6 +54,7 @@ class Record:
 class Session:
     """Settings of the forwards inside `host.using(...)`.
 
+    `adapt`: LoRA adapters act, where tokens are pruned too; the plain model never has them.
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
@@ -62,12 +63,14 @@ class Session:
     stage (those that are masked softly or kept): what it says about their number. Gates in a `record` aren't affected.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
     `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
-    vocabulary) row by row over the batch, and no loss. `prefix`: states to leave or to start from. `stop`: decoder
+    vocabulary) row by row over the batch, and no loss. `pack`: samples share rows in the decoder's layers, see
+    `lit_prune.host.packing`; without a cache only. `prefix`: states to leave or to start from. `stop`: decoder
     layers from here on idle, so that nothing behind them means anything. Both without a cache only.
     """
 
     prune: bool = True
     repair: bool = True
+    adapt: bool = True
     soft: bool = False
     contenders: float | None = None
     gate_clip: float | None = None
@@ -77,6 +80,7 @@ class Session:
     record: Record | None = None
     watch: tuple[int, ...] = ()
     answers_only: bool = False
+    pack: bool = False
     prefix: Prefix | None = None
     stop: int | None = None
 

@@ -54,14 +54,18 @@ class Slices:
     def _cut(self, value: Tensor) -> Tensor:
         batch, shape = self.columns.shape[0], value.shape
         if value.ndim >= 2 and shape[1] == self.length and shape[0] in (1, batch):
-            return _gather(value.expand(batch, *shape[1:]), self.columns)
+            return self.take(value.expand(batch, *shape[1:]))
         positions = not value.is_floating_point() and not value.is_complex()  # of several parts each
         if positions and value.ndim == 3 and shape[2] == self.length and shape[1] in (1, batch):
             parts = value.expand(shape[0], batch, *shape[2:])
-            return torch.stack([_gather(part, self.columns) for part in parts])
+            return torch.stack([self.take(part) for part in parts])
         if value.ndim == 1 and shape[0] == self.length and batch == 1:
             return value[self.columns[0]]
         return value
+
+    def take(self, value: Tensor) -> Tensor:
+        """Values (batch, columns, ...) at the columns that are left."""
+        return _gather(value, self.columns)
 
 
 def _gather(value: Tensor, columns: Tensor) -> Tensor:

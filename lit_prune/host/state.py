@@ -14,6 +14,7 @@ from lit_prune.host.counting import Counter
 from lit_prune.host.deepstack import Deepstack
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
+from lit_prune.host.packing import Layout, layout
 from lit_prune.host.session import Record, Session
 from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
@@ -94,7 +95,8 @@ class Attended:
     `span`: their keys; None: as the decoder thinks. `masks`: those of this span, by the first layer of a kind.
     `past_bias`: what is added to the logits of the cached keys. `slices` cuts what layers are handed, once columns have
     left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are renumbered. `start`:
-    padding to the left of each sample; None: there is none. `taps`: attention rows by the stage that reads them;
+    padding to the left of each sample; None: there is none. `packs`: samples share rows inside the layers, in the
+    `layout` of the last stage (None: no row is saved). `taps`: attention rows by the stage that reads them;
     `watched`: those that a caller wants of the layer that runs now. `handed`: in decoding, what layers get, by the
     identity of what they are handed, which is kept so that it stays unique.
     """
@@ -106,6 +108,8 @@ class Attended:
     key_slices: Slices | None = None
     rope: tuple[Tensor, Tensor] | None = None
     start: Int[Tensor, " batch"] | None = None
+    packs: bool = False
+    layout: Layout | None = None
     taps: dict[int, Tap] = field(default_factory=dict)
     watched: Tap | None = None
     handed: dict[tuple[int, ...], tuple[tuple, tuple, dict[str, Any]]] = field(default_factory=dict)
@@ -217,6 +221,12 @@ class Forward:
         left = self.packed.pack(dropped, None if self.lengths is None else max(self.lengths.valid))
         self.keys.slices = Slices(self.packed.columns, self.length)
         return left
+
+    def lay_out(self, one_row: bool) -> None:
+        """Choose the rows that samples share from this layer on; without known lengths the device is asked."""
+        valid = self.packed.valid
+        lengths = valid.sum(1).tolist() if self.lengths is None else self.lengths.valid
+        self.keys.layout = layout(valid, lengths, one_row)
 
     def trace_layer(self, hidden: Tensor | None) -> None:
         """Note the lengths at a layer's input, and what it will compute; nothing without `hidden`: it idles."""

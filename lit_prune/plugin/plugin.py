@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_prune import __version__
 from lit_prune.errors import LitPruneError
+from lit_prune.host.lora import LoRA, save_for_peft
 from lit_prune.host.options import HostOptions
 from lit_prune.loading.locations import LOCAL, first_line, public_name
 from lit_prune.ops.budget import Schedule, as_json, parse_budget, scale_layers
@@ -41,6 +42,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         keep: budget, visual tokens averaged over the decoder layers' inputs, in any form that `parse_budget` accepts.
         base: name of the base model.
         options: settings common to all methods.
+        lora: adapters on the decoder's linear layers, or None.
     """
 
     def __init__(
@@ -50,18 +52,22 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         keep: Any = None,
         base: str = "",
         options: HostOptions = HostOptions(),  # noqa: B008 (frozen)
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.options = options
-        self.pruner, self.repair, self.base = pruner, repair, base
+        self.pruner, self.repair, self.lora, self.base = pruner, repair, lora, base
         self.keep = None if keep is None else parse_budget(keep)
         self.dims: Dims | None = None
         self.fingerprint: list[float] = []
         self.results: dict[str, Any] | None = None
         self._hub_mixin_config = None  # no config.json: it would repeat plugin.json
 
-    def build(self, dims: Dims, fingerprint: list[float]) -> None:
-        """Create the parameters for a host's sizes; raises `LitPruneError` if they exist for another host."""
+    def build(self, dims: Dims, fingerprint: list[float], model: nn.Module | None = None) -> None:
+        """Create the parameters for a host's sizes; raises `LitPruneError` if they exist for another host.
+
+        `model`: the host, where linear layers are adapted.
+        """
         if self.dims is not None and (self.dims.width, self.dims.depth) != (dims.width, dims.depth):
             raise LitPruneError(
                 f"this plug-in was made for {self._base_text or 'a model'} with {self.dims.depth} decoder layers of "
@@ -75,6 +81,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         self.pruner.build(dims)
         if self.repair is not None:
             self.repair.build(dims)
+        if self.lora is not None and model is not None:
+            self.lora.build(model)
         self.train(self.training)  # new modules take the mode of the rest
         self.dims, self.fingerprint = dims, fingerprint or self.fingerprint
 
@@ -101,6 +109,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
             if self.dims is not None:
                 layers = scale_layers(tuple(layers), self.repair.depth, self.dims.depth)
             lines.append(f"repair: {type(self.repair).__name__} at layers {', '.join(map(str, layers))}")
+        if self.lora is not None:
+            lines.append(f"lora: rank {self.lora.r} at {', '.join(self.lora.target_modules)}")
         lines += [f"{name}: {value}" for name, value in self.options.changed().items()]
         parts = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
         trained = [f"{count:,} parameters of the {name}" for name, count in parts if count]
@@ -140,6 +150,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
             **vars(self.options),
             "pruner": spec(self.pruner),
             "repair": None if self.repair is None else spec(self.repair),
+            **({} if self.lora is None else {"lora": {**spec(self.lora), "sizes": self.lora.sizes()}}),
         }
 
     def save_pretrained(self, save_directory: str | Path, *, license: str | None = None, **options: Any) -> str | None:
@@ -164,6 +175,8 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
         (save_directory / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         content = self.content()
         (save_directory / WEIGHTS).write_bytes(content)
+        base = self.settings()["base"]
+        save_for_peft(self.lora, save_directory / "lora", None if base in ("", LOCAL) else base)
         results = self.results
         if results is not None and (results["weights"], results.get("keep")) == (
             reading.digest(content),
@@ -194,7 +207,7 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
             LitPruneError: the hub refuses it, or can't be reached.
         """
         card = {"place": repo_id} | ({} if license is None else {"license": license})
-        stale = [RESULTS, "config.json"]  # of an earlier push
+        stale = [RESULTS, "config.json", "lora/*"]  # of an earlier push
         try:
             if reading.has_own_card(repo_id, options.get("branch"), options.get("token")):
                 options["ignore_patterns"] = ["README.md"]
@@ -257,6 +270,9 @@ class Plugin(nn.Module, ModelHubMixin, library_name="lit_prune"):
             plugin = cls(pruner, repair, settings["keep"], base, reading.options(settings, source))
             if settings["dims"] is not None:
                 plugin.build(Dims(**settings["dims"]), [])
+            if (adapted := settings.get("lora")) is not None:
+                plugin.lora = reading.build(adapted, LoRA, source)
+                plugin.lora.create(adapted["sizes"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LitPruneError(f"{source} can't be used: {error}") from error
         plugin.fingerprint = settings["fingerprint"]

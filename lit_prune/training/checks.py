@@ -14,6 +14,7 @@ def check_settings(
     watch: Any,
     pruner: Any,
     plugin: str | None,
+    lora: Any,
     **numbers: float | None,
 ) -> None:
     """Raise `LitPruneError` if settings of `PruneModule` contradict each other or a number is out of range.
@@ -23,6 +24,7 @@ def check_settings(
         watch: decoder layers to read.
         pruner: the method.
         plugin: a plug-in folder in its place.
+        lora: adapters of a new plug-in.
         numbers: the numeric settings, by name.
     """
     for name, limits in RANGES.items():
@@ -35,6 +37,8 @@ def check_settings(
         raise LitPruneError("give either model.pruner (a method, see configs/pruners/) or model.plugin (a folder)")
     if plugin is not None and pruner is not None:
         raise LitPruneError("either model.pruner or model.plugin: add --model.pruner=null --model.repair=null")
+    if plugin is not None and lora is not None:
+        raise LitPruneError("either model.lora or model.plugin, which has its own adapters: add --model.lora=null")
 
 
 RANGES: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from lit_prune.evaluation.meters import Meters
 from lit_prune.evaluation.records import sample_records
 from lit_prune.evaluation.scorers.several import Score
 from lit_prune.host import checkpointing
+from lit_prune.host.lora import LoRA
 from lit_prune.host.options import Positions, Proportional
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import as_json, parse_budget
@@ -42,6 +43,7 @@ class PruneModule(LightningModule):
         base: the frozen model: "micro", a folder, or a hub id.
         pruner: the method, see configs/pruners/.
         repair: the pruner's repair adapter, if any.
+        lora: low-rank adapters of the frozen decoder, trained with the plug-in; the teacher never has them.
         keep: budget, visual tokens averaged over the decoder layers' inputs: a count such as 16, a share such as 11.1%
             of the model's (where images differ, of each sample's), or counts by layer such as 2:192,4:64.
         plugin: folder written by `save_pretrained` to start from, in place of `pruner` and `repair`.
@@ -100,19 +102,21 @@ class PruneModule(LightningModule):
         final_lr: float = 0.1,
         max_new_tokens: int = 8,
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
         rates = {"lr": lr, "repair_lr": repair_lr, "weight_decay": weight_decay, "warmup": warmup, "final_lr": final_lr}
         others = {"contenders": contenders, "gate_clip": gate_clip, "max_new_tokens": max_new_tokens, "seed": seed}
-        check_settings(loss, watch, pruner, plugin, **rates, **others)
+        check_settings(loss, watch, pruner, plugin, lora, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
-        attached = Plugin(pruner, repair, keep, base) if plugin is None else Plugin.from_pretrained(plugin).train()
+        made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
+        attached, adapters = made.train(), made.lora
         self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
-            checkpointing.prepare(self.vlm.model)
+            checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vlm.attach(attached, keep=keep, positions=positions, proportional_attention=proportional_attention)
@@ -121,10 +125,9 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
-        gates = {"contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
-        options = {"train_mode": train_mode, "checkpoint_activations": checkpoint_activations, **gates}
-        watched = tuple(watch) if loss.attention else ()
-        self.teaching = Teaching(self.vlm, self.keep, loss, anneal, watch=watched, **options)
+        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
+        saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
+        self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims
         self.meters = Meters(dims.depth, dims.width, attached.repair is not None, self.vlm.size is not None)
         self.scores: list[Score] = []  # official benchmark scores of the last evaluation

@@ -10,11 +10,13 @@ from lit_prune.plugin import Plugin
 
 
 def adamw(plugin: Plugin, lr: float, repair_lr: float | None, weight_decay: float) -> AdamW:
-    """Create AdamW with one group for the pruner and one for the repair adapter, whose rate is `lr` by default."""
+    """Create AdamW with groups for pruner, repair adapter and LoRA; the repair adapter's rate is `lr` by default."""
     groups = [{"params": list(plugin.pruner.parameters()), "lr": lr, "name": "pruner"}]
     if plugin.repair is not None:
         rate = lr if repair_lr is None else repair_lr
         groups.append({"params": list(plugin.repair.parameters()), "lr": rate, "name": "repair"})
+    if plugin.lora is not None:
+        groups.append({"params": list(plugin.lora.parameters()), "lr": lr, "name": "lora"})
     return AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
 
 

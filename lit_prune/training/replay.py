@@ -32,7 +32,7 @@ class SavedStep:
     """Everything a training step depends on, taken before it changes the weights.
 
     `inputs`: the model's tensor inputs. `weights`: the plug-in's, before the step. `loss`: the run's total loss over
-    all ranks. `config`: path of the run's saved configuration.
+    all ranks. `config`: path of the run's saved configuration. `pack`: samples shared rows.
     """
 
     inputs: dict[str, Tensor]
@@ -43,6 +43,7 @@ class SavedStep:
     rank: int
     loss: float
     config: str | None
+    pack: bool = False
 
 
 def save_step(path: Path, saved: SavedStep) -> None:
@@ -112,7 +113,7 @@ def replay(module: PruneModule, saved: SavedStep) -> Replayed:
     first = _first_bad({f"the batch's {name}": value for name, value in inputs.items()}, saved.ids)
     first = first or _first_bad({f"the weight {name}": value for name, value in module.named_parameters()}, saved.ids)
     with _watched(module, saved.ids) as seen:
-        step = module.step({"inputs": inputs, "ids": saved.ids}, saved.key)
+        step = module.step({"inputs": inputs, "ids": saved.ids, "pack": saved.pack}, saved.key)
     losses = {name: value.item() for name, value in step.losses.items()}
     step.total.backward()
     bad = [name for name, p in module.plugin.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

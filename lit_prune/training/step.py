@@ -73,7 +73,7 @@ class Teaching:
         after the last layer that a loss reads, and only answer positions get logits.
 
         Args:
-            batch: a batch with `inputs`. key: position of the step in the run.
+            batch: a batch with `inputs`, and `pack` if samples share rows. key: position of the step in the run.
             ranks: number of ranks over which gradients are averaged afterwards.
             in_step: all ranks must run the same modules.
             part: opens a named section of a profiler.
@@ -84,7 +84,7 @@ class Teaching:
         torch.manual_seed(key.seed)
         plugin.pruner.anneal(self.anneal.tau(key.done), self.anneal.noise_scale(key.done))
         plugin.pruner.relax(self.anneal.surplus(key.done))
-        plain, pruned = self.sessions(ranks)
+        plain, pruned = (replace(session, pack=batch.get("pack", False)) for session in self.sessions(ranks))
         teacher, student = plain.record, pruned.record
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
             inputs = vlm.encode_images(batch["inputs"])

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
@@ -241,6 +241,9 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def refuse_unusable(trainer: Trainer) -> None:
     """Raise `LitPruneError` for Trainer settings that would silently train badly or fail late."""
     deepspeed, precision = isinstance(trainer.strategy, DeepSpeedStrategy), str(trainer.precision)
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        reason = "FSDP would split the plug-in too, whose weights are used outside of any module's forward"
+        raise LitPruneError(f"trainer.strategy: {reason}; take DDP, or DeepSpeed's ZeRO-3 to split the frozen model")
     instead = "take 32-true, and model.dtype=bfloat16 or float16 for the frozen model alone"
     if precision in ("16-true", "16-mixed"):
         reason = "its loss scale would enlarge the gradients that model.gate_clip bounds"

@@ -135,6 +135,7 @@ class Settings:
         """Find the error below one of the parser's keys; `place` is that key with its prefix in a file."""
         hints, groups = types_of(parser), self._groups(parser)
         for key, value in content.items():
+            key = str(key).removesuffix("+")  # `callbacks+: [...]` appends to a list
             name = f"{prefix}{key}"
             if name in hints:
                 yield from self._wrong(f"{place}{key}", hints[name], value)

@@ -82,14 +82,19 @@ def specs(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def merged(old: Any, new: Any) -> Any:
-    """Mappings merged key by key, except where a class is replaced by another; in a list the last one is meant."""
+    """Mappings merged key by key, except where a class is replaced by another; in a list the last one is meant.
+
+    The value of a key with a plus, such as `callbacks+`, is appended to the list of that name.
+    """
     if isinstance(old, list) and old and isinstance(new, dict) and "class_path" not in new:
         return [*old[:-1], merged(old[-1], new)]
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     if "class_path" in new and last_name(old.get("class_path")) != last_name(new["class_path"]):
         return new
-    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+    appended = {key: value for key, value in new.items() if str(key).endswith("+") and isinstance(value, list)}
+    lists = {key[:-1]: [*(old.get(key[:-1]) or []), *value] for key, value in appended.items()}
+    return {**old, **{key: merged(old.get(key), value) for key, value in new.items() if key not in appended}, **lists}
 
 
 def value_at(content: Any, key: str) -> Any:
