@@ -60,7 +60,7 @@ class Session:
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
     `gate_centre` subtracts from that gradient, and from the repair adapter's, its mean over the sample's tokens at the
-    stage (those that are masked softly or kept): what it says about their number. Gates in a `record` aren't affected.
+    stage, weighed by `Kept.slope`: what it says about their number. Gates in a `record` aren't affected.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
     `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
     vocabulary) row by row over the batch, and no loss. `pack`: samples share rows in the decoder's layers, see
