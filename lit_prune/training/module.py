@@ -58,6 +58,8 @@ class PruneModule(LightningModule):
             kept and remove the others, which shortens the sequence [ours]. `None`: all tokens, as in the paper.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Without it, the gradient of
             the cross entropy at the pruner has a norm of 1e7 on micro-LLaVA and dominates every other loss.
+        gate_centre: the task and repair losses decide which tokens stay, the budget loss alone how many: the gradients
+            of a sample's scores by the former sum to 0 at each stage [ours].
         checkpoint_activations: keep only the layers' inputs and recompute the rest in backward: less memory, more time.
         watch: decoder layers whose attention in the teacher `loss.attention` reads.
         loss: weights of the losses.
@@ -88,6 +90,7 @@ class PruneModule(LightningModule):
         train_mode: Literal["soft", "drop"] = "soft",
         contenders: float | None = None,
         gate_clip: float | None = None,
+        gate_centre: bool = False,
         checkpoint_activations: bool = False,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
@@ -122,7 +125,7 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
-        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip}
+        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
         saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
         self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims
