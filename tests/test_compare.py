@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -86,6 +87,37 @@ def measured(config, tmp_path_factory) -> Path:
 
 def rows_of(out: Path) -> list[dict]:
     return json.loads((out / "results.json").read_text())
+
+
+def on_two(config: list[str], out: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
+    """The comparison of two processes, as a user starts it."""
+    files = [part for file in config for part in ("-c", file)]
+    command = [sys.executable, "-m", "lit_prune", "compare", *files, "--out", str(out), "--processes", "2", *more]
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=alike)
+
+
+@pytest.mark.slow  # two starts of the libraries
+@pytest.mark.timeout(600)
+def test_two_processes_give_the_table_of_one(config, measured, tmp_path):
+    """With three batches for two: answers and tables byte for byte, sums of floats to their last digits."""
+    files = [*config, str(tmp_path / "batches.yaml")]
+    (tmp_path / "batches.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"eval_batch_size": 5}}}))
+    options = ["--methods", *METHODS, "--keep", "16", "--seeds", "0", "--split", "test", "--groups", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli.main(["compare", *(part for file in files for part in ("-c", file)), *options, "--out", str(one)])
+    done = on_two(files, two, *options)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("test, 16 tokens (1 of 1): 2 cells\n") == 1, "one process speaks"
+    rounded = [re.sub(r"\d+\.\d+(e-\d+)?", lambda x: f"{float(x[0]):.9g}", (out / "results.json").read_text()) for out in (one, two)]
+    assert rounded[0] == rounded[1]
+    for name in ("table.md", "groups.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    for file in (one / "samples").iterdir():
+        assert (two / "samples" / file.name).read_bytes() == file.read_bytes()
+    again = on_two(files, one, *options)
+    assert again.returncode == 0, again.stderr[-6000:]
+    assert "5 cells were measured before" in again.stderr
 
 
 # -- what comes out -------------------------------------------------------------------------------------------------

@@ -78,11 +78,11 @@ def run_pass(comparison: Comparison, data: Any, split: str, title: str, ranks: R
         console.say(title)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
-    share = len(range(ranks.rank, len(data.datasets[split]), ranks.world))
+    batches, share = _shared(loader, len(data.datasets[split]), ranks)
     with Progress(*columns, console=console.err, disable=not ranks.writes) as progress:
         samples = progress.add_task(f"{title}, samples", total=share)
         bar = progress.add_task("  this batch, cells", total=cells + 1)
-        for batch in _shared(loader, ranks):
+        for batch in batches:
             batch = data.on_before_batch_transfer(batch, 0)
             batch = data.transfer_batch_to_device(batch, comparison.vlm.model.device, 0)
             progress.reset(bar)
@@ -91,14 +91,17 @@ def run_pass(comparison: Comparison, data: Any, split: str, title: str, ranks: R
     comparison.gather(ranks)
 
 
-def _shared(loader: Any, ranks: Ranks) -> Iterator[dict[str, Any]]:
-    """Every `world`-th batch: they stay as one process has them, so that each sample meets the same padding."""
+def _shared(loader: Any, total: int, ranks: Ranks) -> tuple[Iterator[dict[str, Any]], int]:
+    """Every `world`-th batch, and how many of all samples that is.
+
+    Batches stay as one process has them, so that each sample meets the same padding.
+    """
     turns = slice(ranks.rank, None, ranks.world)
     batches = getattr(loader, "batch_sampler", None)
     if not isinstance(batches, EvalBatches):
-        return islice(loader, turns.start, None, turns.step)
+        return islice(loader, turns.start, None, turns.step), total // ranks.world
     batches.turns = turns
-    return iter(loader)
+    return iter(loader), sum(map(len, batches))
 
 
 class Work:
