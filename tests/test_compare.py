@@ -109,7 +109,10 @@ def test_two_processes_give_the_table_of_one(config, measured, tmp_path):
     done = on_two(files, two, *options)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stderr.count("test, 16 tokens (1 of 1): 2 cells\n") == 1, "one process speaks"
-    rounded = [re.sub(r"\d+\.\d+(e-\d+)?", lambda x: f"{float(x[0]):.9g}", (out / "results.json").read_text()) for out in (one, two)]
+    rounded = [
+        re.sub(r"\d+\.\d+(e-\d+)?", lambda x: f"{float(x[0]):.9g}", (out / "results.json").read_text())
+        for out in (one, two)
+    ]
     assert rounded[0] == rounded[1]
     for name in ("table.md", "groups.json"):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name

@@ -43,7 +43,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Devices(TorchFunctionMode):
-    """While it is on, a tensor is on the first device unless it was made on, or moved to, another; ops don't mix them."""
+    """While it is on, a tensor is on the first device unless it was made on another, or moved; ops don't mix them."""
 
     def __init__(self) -> None:
         super().__init__()

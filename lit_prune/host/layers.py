@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.attention import REQUEST, Request, Tap
+from lit_prune.host.attention import REQUEST, Request, Tap, wrapped
 from lit_prune.host.checks import check_layer_call, check_layer_output
 from lit_prune.host.compat import cache_of, parameters
 from lit_prune.host.devices import Places, moved
@@ -291,8 +291,8 @@ class Layers:
             forward.keys.watched = Tap(
                 *selection.compact(forward.packed.text, forward.most_text), forward.packed.valid, limited=limited
             )
-        if forward.packed.key_bias is not None and self.masks.config._attn_implementation == "eager":
-            raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
+        if forward.packed.key_bias is not None and not wrapped(name := self.masks.config._attn_implementation):
+            raise LitPruneError(f"{name} attention takes no bias per key; load with attn_implementation='sdpa'")
         asked = (forward.packed.key_bias, tap, forward.keys.past_bias, forward.keys.watched)
         if any(part is not None for part in asked):
             kwargs[REQUEST] = Request(*asked, layout=forward.keys.layout)
