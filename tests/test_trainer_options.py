@@ -145,7 +145,7 @@ def steps(folder: Path) -> int:
 # -- options that turn a part off -----------------------------------------------------------------------------------
 def test_options_turn_off_what_the_shipped_file_brings(lightning: Run, tmp_path: Path) -> None:
     """Each by itself, with the rest of the run as it is."""
-    everything = {"checkpoints", "logs", "wandb", "plugin", "samples", "config_fit.yaml"}
+    everything = {"checkpoints", "logs", "wandb", "plugin", "samples", "curves.png", "config_fit.yaml"}
     for option, gone in (
         ("enable_progress_bar", set()),
         ("enable_checkpointing", {"checkpoints"}),

@@ -49,7 +49,7 @@ class Curves(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, and print the curves."""
         self._draw(trainer)
-        shown = {name: self.curves[name] for name in SHOWN if len(self.curves.get(name, ())) > 1}
+        shown = {name: self.curves[name] for name in SHOWN if len(self.curves.get(name, ())) > 2}
         if shown and not leaves_no_trace(trainer):
             width = max(map(len, shown))
             rank_zero_info("\n".join(f"{name:<{width}}  {bars(curve)}" for name, curve in shown.items()))
