@@ -69,11 +69,11 @@ class WriteAnswers(Callback):
         found: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(found, (self.file, self.records))
         if trainer.is_global_zero:
-            _join(found)
+            join(found)
         trainer.strategy.barrier("answers")
 
 
-def _join(parts: list[tuple[Path, list[int]]]) -> None:
+def join(parts: list[tuple[Path, list[int]]]) -> None:
     """Merge the ranks' files, each with the places of its lines in the data, in the first of them."""
     lines = []
     for file, records in parts:
