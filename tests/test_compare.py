@@ -152,7 +152,7 @@ def test_what_another_process_measured_is_taken_in_by_the_order_of_the_data(micr
 
     class Other(Ranks):
         def gather(self, value):
-            records, parts, waits, seconds, end = value
+            records, parts, *_, end = value
             theirs = [replace(each, record=each.record - 100) for each in records]
             failed = (True, "broken there") if parts and end[1] == "fails" else end
             return [value, (theirs, parts, [2.0], 1.0, failed)]

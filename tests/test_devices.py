@@ -14,7 +14,7 @@ from two_devices import FIRST, SECOND, Devices, spread
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
-from lit_prune.host.devices import check_places, check_tower
+from lit_prune.host.devices import check_devices, check_tower
 from lit_prune.host.lora import LoRA
 from lit_prune.plugin import Plugin
 from lit_prune.pruners.base import Full
@@ -148,7 +148,7 @@ def test_soft_masks_and_lora(two, one, inputs):
 
 def test_without_the_moves_devices_mix(two, one, inputs):
     attached(two, one, "fastv")
-    two.host.places = two.host.layers.places = None
+    two.host.devices = two.host.layers.devices = None
     with pytest.raises(RuntimeError, match="mixes"):
         ran(two, one, inputs)
 
@@ -157,7 +157,7 @@ def test_layers_that_must_be_together():
     with pytest.raises(
         LitPruneError, match="layer 2 reads the attention of layer 3, which is on cpu:1 and not on cpu:0"
     ):
-        check_places((FIRST, FIRST, FIRST, SECOND), {1: 1, 2: 3})
+        check_devices((FIRST, FIRST, FIRST, SECOND), {1: 1, 2: 3})
     parts = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, device="meta")]
     with pytest.raises(LitPruneError, match=r"spread over cpu, meta, .* keeps model.vision_tower together"):
         check_tower(parts)

@@ -23,7 +23,7 @@ from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
-from lit_prune.host.devices import check_places, check_tower, move, places, reachable
+from lit_prune.host.devices import check_devices, check_tower, devices_of, move, reachable
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
@@ -93,9 +93,9 @@ class DecoderHost:
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
-        self.places = places(self.model.get_input_embeddings(), self.parts.norms)
+        self.devices = devices_of(self.model, self.parts.norms)
         walk = self.walk
-        if self.places is not None:
+        if self.devices is not None:
             walk = tuple(replace(stage, pruner=reachable(stage.pruner, "prune", "exact")) for stage in walk)
             repair = repair and reachable(repair, "essence", "lost", "forward")
         parts_of_tower = self.tower and self.tower.tower
@@ -111,7 +111,7 @@ class DecoderHost:
             self.feeds,
             self.renumbering,
             self.proportional,
-            self.places,
+            self.devices,
         )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
@@ -166,8 +166,8 @@ class DecoderHost:
         asked = {stage.layer: stage.pruner.reads(stage.index) for stage in self.walk}
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
-        if self.places is not None:
-            check_places(self.places, {layer: self.layers.attention(layer, 1) for layer in own})
+        if self.devices is not None:
+            check_devices(self.devices, {layer: self.layers.attention(layer, 1) for layer in own})
         own = [self.layers.attention(layer, 1) for layer in own]
         checks.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
@@ -219,7 +219,7 @@ class DecoderHost:
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
         if self.lora is not None:
-            if self.places is not None:
+            if self.devices is not None:
                 self.lora.place(self.model)
             self.handles.extend(self.lora.hook(self.model, self._adapts))
         parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
@@ -299,7 +299,7 @@ class DecoderHost:
         # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
-            if self.places is not None and kwargs.get("input_ids") is not None:
+            if self.devices is not None and kwargs.get("input_ids") is not None:
                 move(getattr(cache, CACHE), kwargs["input_ids"].device)
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
@@ -349,7 +349,7 @@ class DecoderHost:
         self._end_count(module, args, kwargs)
         compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
-        if self.places is not None:
+        if self.devices is not None:
             forward.follow(kwargs["inputs_embeds"].device)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
@@ -416,7 +416,7 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
-        if forward is not None and self.places is not None:
+        if forward is not None and self.devices is not None:
             forward.follow(output.last_hidden_state.device)
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_answers(output.last_hidden_state)[None]
@@ -431,7 +431,7 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             checks.check_reached(module, forward.reached)
-        if forward is not None and self.places is not None and forward.record is not None:
+        if forward is not None and self.devices is not None and forward.record is not None:
             move(forward.record, kwargs["input_ids"].device)
 
 

@@ -6,6 +6,7 @@ what they need themselves. A plug-in stays on one device: what its parts are giv
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
 
-Places = tuple[torch.device, ...]
+Devices = tuple[torch.device, ...]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -29,19 +30,21 @@ def device_of(module: nn.Module) -> torch.device:
     raise LitPruneError(f"{type(module).__name__} has no weights that would say on which device it is")
 
 
-def places(entrance: nn.Module, layers: Iterable[nn.Module]) -> Places | None:
-    """The device of each layer; None if all are on the one of `entrance`, where embeddings come from."""
-    found = tuple(device_of(layer) for layer in layers)
-    return found if {*found, device_of(entrance)} != {found[0]} else None
+def devices_of(model: nn.Module, layers: Iterable[nn.Module]) -> Devices | None:
+    """The device of each layer; None if all are on the one that the model's embeddings come from."""
+    found, others = tuple(device_of(layer) for layer in layers), set()
+    with suppress(NotImplementedError, AttributeError):  # a class that doesn't say where its embeddings are
+        others.add(device_of(model.get_input_embeddings()))
+    return found if others.union(found) != {found[0]} else None
 
 
-def check_places(places: Places, pairs: Mapping[int, int]) -> None:
+def check_devices(devices: Devices, pairs: Mapping[int, int]) -> None:
     """Raise `LitPruneError` if a stage reads the attention of a layer on another device: {stage: that layer}."""
     for stage, read in pairs.items():
-        if places[stage] != places[read]:
+        if devices[stage] != devices[read]:
             raise LitPruneError(
-                f"pruning before layer {stage} reads the attention of layer {read}, which is on {places[read]} and not "
-                f"on {places[stage]}: load with a device_map that keeps the two together"
+                f"pruning before layer {stage} reads the attention of layer {read}, which is on {devices[read]} and "
+                f"not on {devices[stage]}: load with a device_map that keeps the two together"
             )
 
 

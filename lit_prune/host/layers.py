@@ -12,7 +12,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Request, Tap, wrapped
 from lit_prune.host.checks import check_layer_call, check_layer_output
 from lit_prune.host.compat import cache_of, parameters
-from lit_prune.host.devices import Places, moved
+from lit_prune.host.devices import Devices, moved
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.packing import Folded
@@ -45,7 +45,7 @@ class Layers:
         feeds: {layer: (adapter, stage that feeds it)}.
         renumbering: gives tokens that are left new position ids, if that is asked.
         proportional: proportional attention, if it is on.
-        places: the device of each layer, where they are on several.
+        devices: the device of each layer, where they are on several.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Layers:
         feeds: dict[int, tuple[int, int]],
         renumbering: Renumbering | None,
         proportional: ProportionalAttention | None,
-        places: Places | None = None,
+        devices: Devices | None = None,
     ) -> None:
-        self.places = places
+        self.devices = devices
         self.stages, self.runner, self.masks, self.plans = stages, runner, masks, plans
         self.repair, self.feeds, self.renumbering, self.proportional = repair, feeds, renumbering, proportional
         self.tapped = {self.attention(layer - 1, -1): i for i, layer in enumerate(stages) if self.reads_previous(i)}
@@ -91,7 +91,7 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
-        if self.places is not None:
+        if self.devices is not None:
             args, kwargs = self._arrive(index, args, kwargs, forward)
         if forward.settled and index > 0:
             return self._step(index, module, args, kwargs, forward)
@@ -118,7 +118,7 @@ class Layers:
 
     def _arrive(self, index: int, args: tuple, kwargs: dict, forward: Forward) -> tuple[tuple, dict[str, Any]]:
         """A layer's arguments, and all that hooks share, on its device: accelerate moves them after this."""
-        device = self.places[index]
+        device = self.devices[index]
         forward.follow(device)
         take = forward.transfers.of
         rest = (value.to(device) if isinstance(value, Tensor) else take(value) for value in args)
@@ -309,7 +309,7 @@ class Layers:
         if forward is None or (forward.settled and index not in self.feeds):
             return None
         check_layer_output(module, output)
-        if self.places is not None:
+        if self.devices is not None:
             forward.follow((output[0] if isinstance(output, tuple) else output).device)
         if isinstance(output, tuple):
             states = self._leave(index, output[0], forward)

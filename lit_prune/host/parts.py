@@ -47,7 +47,8 @@ class ModelParts:
     @property
     def norms(self) -> list[nn.Module]:
         """A module of each layer that is on its device: its first norm, else the layer itself."""
-        return [pre_norm(layer) or layer for layer in self.layers]
+        norms = ((pre_norm(layer), layer) for layer in self.layers)
+        return [layer if norm is None or not any(True for _ in norm.parameters()) else norm for norm, layer in norms]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
