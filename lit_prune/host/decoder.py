@@ -8,6 +8,7 @@ the original length, so that labels, losses and `generate()` need no change.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
+from lit_prune.host.devices import check_devices, check_tower, devices_of, move, reachable
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
@@ -95,8 +97,13 @@ class DecoderHost:
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
+        self.devices = devices_of(self.model, self.parts.norms)
+        walk = self.walk
+        if self.devices is not None:
+            walk = tuple(replace(stage, pruner=reachable(stage.pruner, "prune", "exact")) for stage in walk)
+            repair = repair and reachable(repair, "essence", "lost", "forward")
         parts_of_tower = self.tower and self.tower.tower
-        runner = Stages(self.walk, repair, dims.width, parts_of_tower, self.proportional)
+        runner = Stages(walk, repair, dims.width, parts_of_tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(
             self.stages,
@@ -108,6 +115,7 @@ class DecoderHost:
             self.feeds,
             self.renumbering,
             self.proportional,
+            self.devices,
         )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
@@ -153,6 +161,7 @@ class DecoderHost:
         if self.stages[0] != 0:
             raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
         found = tower(parts.unwrap(self.model), self.parts.decoder)
+        check_tower(found.layers)
         return TowerHost(found, self.pruner, self.keep, self._session)
 
     def _check_attention(self) -> None:
@@ -161,6 +170,8 @@ class DecoderHost:
         asked = {stage.layer: stage.pruner.reads(stage.index) for stage in self.walk}
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
+        if self.devices is not None:
+            check_devices(self.devices, {layer: self.layers.attention(layer, 1) for layer in own})
         own = [self.layers.attention(layer, 1) for layer in own]
         checks.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
@@ -212,6 +223,8 @@ class DecoderHost:
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
         if self.lora is not None:
+            if self.devices is not None:
+                self.lora.place(self.model)
             self.handles.extend(self.lora.hook(self.model, self._adapts))
         for name in REPLACED:  # last: while attaching fails, another host's stay
             setattr(parts.unwrap(self.model), name, getattr(self, name))
@@ -300,6 +313,8 @@ class DecoderHost:
         # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
+            if self.devices is not None and kwargs.get("input_ids") is not None:
+                move(getattr(cache, CACHE), kwargs["input_ids"].device)
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
@@ -349,6 +364,8 @@ class DecoderHost:
         self._end_count(module, args, kwargs)
         compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
+        if self.devices is not None:
+            forward.follow(kwargs["inputs_embeds"].device)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
@@ -428,6 +445,8 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
+        if forward is not None and self.devices is not None:
+            forward.follow(output.last_hidden_state.device)
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_answers(output.last_hidden_state)[None]
             return output
@@ -441,6 +460,8 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             checks.check_reached(module, forward.reached)
+        if forward is not None and self.devices is not None and forward.record is not None:
+            move(forward.record, kwargs["input_ids"].device)
 
 
 def host_of(model: nn.Module) -> DecoderHost | None:

@@ -10,6 +10,7 @@ from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import TOWERS, USUAL, crop_load
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import all_parameters, builds_masks, parameters, pre_norm
+from lit_prune.host.devices import device_of
 from lit_prune.host.kinds import Kind, kinds
 from lit_prune.pruners.base import Dims
 
@@ -48,24 +49,14 @@ class ModelParts:
 
     @property
     def device(self) -> torch.device:
-        """Device that the decoder computes on; offloaded weights may wait elsewhere. Raises `LitPruneError` if several.
+        """Device that the decoder's first layer computes on; offloaded weights may wait elsewhere."""
+        return device_of(self.norms[0])
 
-        Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
-        """
-        devices = {_device(pre_norm(layer) or layer) for layer in self.layers}
-        if len(devices) > 1:
-            raise LitPruneError(
-                f"the decoder is spread over {', '.join(sorted(map(str, devices)))}, and pruning needs its layers on "
-                f"one device: load with a device_map that keeps them together, such as device_map={{'': 0}}, which may "
-                f"offload to 'cpu' or 'disk'"
-            )
-        return devices.pop()
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Device that a module computes on, by accelerate's hook if it brings the weights in from the CPU or the disk."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+    @property
+    def norms(self) -> list[nn.Module]:
+        """A module of each layer that is on its device: its first norm, else the layer itself."""
+        norms = ((pre_norm(layer), layer) for layer in self.layers)
+        return [layer if norm is None or not any(True for _ in norm.parameters()) else norm for norm, layer in norms]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -46,9 +46,9 @@ class Renumbering:
         past = None if state is None else state.removed.get(index)
         if removed is None and past is None:
             return
-        forward.keys.rope = self.rotary(
-            hidden, forward.packed.positions if past is None else forward.packed.positions - past[:, None]
-        )
+        positions = forward.packed.positions if past is None else forward.packed.positions - past[:, None]
+        cos, sin = self.rotary(hidden, positions)  # on its own device, by accelerate's hook
+        forward.keys.rope = (cos.to(hidden.device), sin.to(hidden.device))
         if removed is not None and state is not None:
             state.removed[index] = removed if past is None else past + removed
 

@@ -71,6 +71,8 @@ class PruneModule(LightningModule):
         final_lr: last learning rate, as a share of the peak `lr`, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws the same numbers.
+        attn_implementation: of the frozen model, as in `from_pretrained`, such as flash_attention_2; by default the
+            library's choice, sdpa. `eager` can't train, but evaluates.
 
     Raises:
         LitPruneError: a number is out of range (raised before the model is loaded), or base or plug-in can't be used.
@@ -103,6 +105,7 @@ class PruneModule(LightningModule):
         max_new_tokens: int = 8,
         seed: int = 0,
         lora: LoRA | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -113,7 +116,10 @@ class PruneModule(LightningModule):
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         attached, adapters = made.train(), made.lora
-        self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        self.vlm = load(
+            base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights, **options
+        )
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
