@@ -18,7 +18,7 @@ from lit_prune.host import DecoderHost, Session, host_of
 from lit_prune.host.compat import drop_capturing_hooks, put_on_record, recording_classes
 from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.encoding import encode_images
-from lit_prune.host.options import Positions, Proportional
+from lit_prune.host.options import Frames, Positions, Proportional
 from lit_prune.host.parts import find, unwrap
 from lit_prune.host.positions import settled
 from lit_prune.host.structure import counted_size
@@ -123,6 +123,7 @@ class VLM:
         *,
         positions: Positions | None = None,
         proportional_attention: Proportional | None = None,
+        frames: Frames | None = None,
         **hub: Any,
     ) -> "VLM":
         """Attach a pruner, which acts in forward and `generate()`; if this fails, the previous one stays attached.
@@ -141,6 +142,7 @@ class VLM:
                 ones, with a warning; as an argument it is an error.
             proportional_attention: add log(size) to the attention logits of kept tokens, which represent the dropped
                 ones; see `HostOptions`; overrides the file's.
+            frames: of a video compete for its budget (`together`) or have a share each (`apart`); overrides the file's.
             hub: `revision`, `token`, `subfolder`, `cache_dir` of a plug-in's folder or repository.
 
         Raises:
@@ -154,7 +156,7 @@ class VLM:
         if budget is None:
             raise LitPruneError("give a budget: keep=N, visual tokens averaged over the decoder layers' inputs")
         budget = budget if visual is None else resolve(budget, visual)
-        options = settled(plugin.options, parts.decoder, positions, proportional_attention)
+        options = settled(plugin.options, parts.decoder, positions, proportional_attention, frames)
         plugin.build(parts.dims, fingerprint(self.model), self.model)
         plugin.to(device)
         model = unwrap(self.model)

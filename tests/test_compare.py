@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import chdir
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from torch import nn
 from lit_prune import cli
 from lit_prune.commands import compare
 from lit_prune.commands._support import passes as passes_module
+from lit_prune.commands._support.processes import started
 from lit_prune.data import MicroData
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation import measuring, plots, tables
@@ -29,6 +32,7 @@ from lit_prune.evaluation import rows as rows_module
 from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, describe, prepare
 from lit_prune.evaluation.comparison import TIMES, Comparison
 from lit_prune.evaluation.groups import Groups, downsampled, views
+from lit_prune.evaluation.ranks import Ranks
 from lit_prune.evaluation.store import Store
 from lit_prune.ops.moments import kappa
 from lit_prune.plugin import Plugin
@@ -86,6 +90,82 @@ def measured(config, tmp_path_factory) -> Path:
 
 def rows_of(out: Path) -> list[dict]:
     return json.loads((out / "results.json").read_text())
+
+
+def on_two(config: list[str], out: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
+    """The comparison of two processes, as a user starts it."""
+    files = [part for file in config for part in ("-c", file)]
+    command = [sys.executable, "-m", "lit_prune", "compare", *files, "--out", str(out), "--processes", "2", *more]
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=alike)
+
+
+@pytest.mark.slow  # two starts of the libraries
+@pytest.mark.timeout(600)
+def test_two_processes_give_the_table_of_one(config, measured, tmp_path):
+    """With three batches for two: answers and tables byte for byte, sums of floats to their last digits."""
+    files = [*config, str(tmp_path / "batches.yaml")]
+    (tmp_path / "batches.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"eval_batch_size": 5}}}))
+    options = ["--methods", *METHODS, "--keep", "16", "--seeds", "0", "--split", "test", "--groups", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli.main(["compare", *(part for file in files for part in ("-c", file)), *options, "--out", str(one)])
+    done = on_two(files, two, *options)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stderr.count("test, 16 tokens (1 of 1): 2 cells\n") == 1, "one process speaks"
+    rounded = [
+        re.sub(r"\d+\.\d+(e-\d+)?", lambda x: f"{float(x[0]):.9g}", (out / "results.json").read_text())
+        for out in (one, two)
+    ]
+    assert rounded[0] == rounded[1]
+    for name in ("table.md", "groups.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    for file in (one / "samples").iterdir():
+        assert (two / "samples" / file.name).read_bytes() == file.read_bytes()
+    again = on_two(files, one, *options)
+    assert again.returncode == 0, again.stderr[-6000:]
+    assert "5 cells were measured before" in again.stderr
+
+
+def test_processes_end_with_the_first_that_fails(monkeypatch, capfd):
+    """And none starts where there are some already, or too few are asked for."""
+    monkeypatch.setattr(sys, "argv", ["lit-prune", "--version"])
+    assert started(2)
+    assert capfd.readouterr().out.count("lit-prune") == 2
+    monkeypatch.setattr(sys, "argv", ["lit-prune", "compair"])
+    with pytest.raises(SystemExit) as end:
+        started(2)
+    assert end.value.code == 2
+    assert not started(None)
+    assert not started(1)
+    with pytest.raises(LitPruneError, match="--processes"):
+        started(0)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert not started(None)
+    assert not started(2)
+    with pytest.raises(LitPruneError, match="--processes 3: torchrun has started 2 already"):
+        started(3)
+
+
+def test_what_another_process_measured_is_taken_in_by_the_order_of_the_data(micro, batch):
+    """And a cell that failed there has failed here."""
+
+    class Other(Ranks):
+        def gather(self, value):
+            records, parts, *_, end = value
+            theirs = [replace(each, record=each.record - 100) for each in records]
+            failed = (True, "broken there") if parts and end[1] == "fails" else end
+            return [value, (theirs, parts, [2.0], 1.0, failed)]
+
+    comparison = Comparison(micro, Cell(FULL), [Cell("x", 16, 0, Plugin(Random()), reason="fails")], 4)
+    comparison.update(batch)
+    full, cell = comparison.tallies
+    before, spent = list(full.records), full.parts["decoder"]
+    comparison.gather(Other(0, 2))
+    assert [each.record for each in full.records] == sorted(each.record + n for n in (0, -100) for each in before)
+    assert (full.parts["decoder"], full.waits[1:]) == (2 * spent, [2.0])
+    assert (cell.cell.failed, cell.cell.reason) == (True, "broken there")
+    assert [found.method for found, _ in comparison.results()] == [FULL]
 
 
 # -- what comes out -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,11 @@ from lit_prune.callbacks import Curves, ExportBest
 from lit_prune.callbacks.curves import MOST, bars
 from lit_prune.commands.trainer import build
 from lit_prune.errors import LitPruneError, UsageError
+from lit_prune.files.yaml_files import read_yaml
 from lit_prune.plugin import Plugin
+from lit_prune.training import PruneModule
 from lit_prune.training.loggers import MLflow, Trackio
+from lit_prune.training.step import StepKey
 from lit_prune.training.strategies import refuse_unusable
 
 OVERLAYS = ROOT / "configs"
@@ -156,3 +160,61 @@ def test_what_is_wrong_in_an_appended_callback_is_named(tmp_path):
 def test_fsdp_is_refused_with_the_reason(kind):
     with pytest.raises(LitPruneError, match=r"FSDP would split the plug-in too.*take DDP, or DeepSpeed's ZeRO-3"):
         refuse_unusable(SimpleNamespace(strategy=kind(), precision="32-true"))
+
+
+# -- attention implementations --------------------------------------------------------------------------------------
+def first_loss(module: PruneModule, world) -> float:
+    data = world()
+    data.prepare_data()
+    data.setup("fit")
+    return float(module.train().step(next(iter(data.train_dataloader())), StepKey(0, 0.0)).total.detach())
+
+
+@pytest.fixture
+def stand_in() -> Iterator[list[str]]:
+    """Another package's attention function: sdpa, with a note of each call."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def attention(*args, **kwargs):
+        calls.append("attention")
+        return plain(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["of_a_package"] = attention
+    yield calls
+    ALL_ATTENTION_FUNCTIONS.pop("of_a_package")
+
+
+def test_the_attention_implementation_can_be_chosen(student, world, stand_in):
+    """One that would not see the gates, a bias per key, is refused; the teacher has run by then."""
+    usual = student()
+    assert usual.model.config._attn_implementation == "sdpa"
+    chosen = student(attn_implementation="sdpa")
+    assert first_loss(chosen, world) == first_loss(usual, world)
+    chosen.model.set_attn_implementation("of_a_package")
+    with pytest.raises(LitPruneError, match="of_a_package attention takes no bias per key"):
+        first_loss(chosen, world)
+    assert stand_in
+
+
+def test_eager_attention_evaluates_and_does_not_train(student, world):
+    module = student(attn_implementation="eager")
+    assert module.model.config._attn_implementation == "eager"
+    with pytest.raises(
+        LitPruneError, match="eager attention takes no bias per key; load with attn_implementation='sdpa'"
+    ):
+        first_loss(module, world)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it is installed here")
+@pytest.mark.parametrize("random", [False, True])
+def test_an_attention_whose_package_is_missing(student, random):
+    """By the overlay, with random weights too."""
+    name = read_yaml(OVERLAYS / "training/flash.yaml")["model"]["attn_implementation"]
+    with pytest.raises(
+        LitPruneError, match=f"attn_implementation={name} .*install the package .* or leave the option out"
+    ):
+        student(attn_implementation=name, random_weights=random)
+    with pytest.raises(LitPruneError, match='attn_implementation="nonsense"` is not supported'):
+        student(attn_implementation="nonsense", random_weights=random)

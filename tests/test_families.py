@@ -229,7 +229,8 @@ def test_training_step_reaches_every_plugin(attach, name, soft):
         vlm.model(**inputs).loss.backward()
     missing = [key for key, p in vlm.plugin.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert missing == []
-    still = [key for key, p in vlm.plugin.named_parameters() if not p.grad.any() and "code" not in key]
+    idle = ("code", ".unused")  # what no loss reaches, or nothing
+    still = [key for key, p in vlm.plugin.named_parameters() if not p.grad.any() and not any(n in key for n in idle)]
     assert still == []
     assert all(p.grad is None for p in vlm.model.parameters())
 
@@ -467,7 +468,8 @@ def test_windows_of_attention_behind_a_stage_go_by_position(attach, name, window
     inputs = collate(family, prompts(family))
     model = family.build(**window)
     vlm = attach(name, model=model)
-    dropped, masked = forward(vlm, inputs)[0], forward(vlm, inputs, soft=True)[0]
+    dropped = forward(vlm, inputs)[0]
+    masked = forward(vlm, inputs, soft=True, eps=1e-30)[0]  # pruned tokens keep no weight at all
     assert gap(dropped[text(inputs)], masked[text(inputs)]) <= TOLERANCE
     wide = forward(attach(name), inputs)[0]
     assert gap(dropped[text(inputs)], wide[text(inputs)]) > 0.1, "the window hid nothing"

@@ -305,16 +305,6 @@ def test_a_device_and_a_map_are_too_much(micro_folder):
         lit_prune.load(micro_folder, device="cpu", device_map="cpu")
 
 
-def test_a_decoder_on_two_devices_is_refused(micro_folder):
-    hooks = pytest.importorskip("accelerate.hooks")
-    vlm = lit_prune.load(micro_folder)
-    norm = vlm.model.get_decoder().layers[3].input_layernorm
-    hooks.add_hook_to_module(norm, hooks.AlignDevicesHook(execution_device="meta"))
-    with pytest.raises(LitPruneError, match="spread over cpu, meta, and pruning needs its layers on one device"):
-        vlm.attach(Random([1]), keep=24)
-    assert vlm.host is None
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized(micro_folder, tmp_path, bits):
     """bitsandbytes on the CPU; a plug-in of quantized weights has no fingerprint, so it is not refused elsewhere."""

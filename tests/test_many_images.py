@@ -1,6 +1,7 @@
 """Prompts with more images than the budget has tokens: pruned as far as possible, reported once, never refused."""
 
 import logging
+from functools import partial
 
 import pytest
 import tiny
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.pictures import join_tiles
+from lit_prune.host.zoo.inputs import Prompts, prompts
+from lit_prune.host.zoo.shrink import tiny_model
 from lit_prune.ops.budget import OutOfReach, average
 from lit_prune.pruners.chain import Chain
 from lit_prune.pruners.dcp import DCPPrune
@@ -101,6 +105,63 @@ def test_the_frames_of_a_video_may_go_empty(pruned):
     with torch.no_grad(), vlm.using(Session(record=record)):
         vlm.model(**collate(family, [prompt(family, [video], 5, 1)]))
     assert record.stages[0].kept.sum(1).tolist() == [5]
+
+
+# -- images in pieces -----------------------------------------------------------------------------------------------
+
+FAKE, WHOLE, ROW = 90, 91, 92  # of Idefics 3 and SmolVLM: around each tile, the whole image's name, the first tile's
+
+
+def tiled(tiles: int, each: int, image: int) -> list[int]:
+    """An image as SmolVLM's processor writes it: tiles in rows of two, then the whole image."""
+    found = []
+    for tile in range(tiles):
+        found += [FAKE, ROW + tile, *[image] * each, *[80] * (tile % 2)]
+    return [*found, *[80] * (tiles > 0), FAKE, WHOLE, *[image] * each, FAKE]
+
+
+def test_tiles_of_one_image_belong_together():
+    rows = [
+        [5, *tiled(4, 3, IMAGE), 6, *tiled(0, 3, IMAGE), 7],
+        [5, *tiled(0, 3, IMAGE), *tiled(0, 3, IMAGE), *tiled(2, 3, IMAGE), 7],
+        [5, 6, IMAGE, IMAGE, 7, IMAGE, 8, IMAGE],  # tiles without names
+        [5, IMAGE, IMAGE],
+    ]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mine = ids == IMAGE
+    starts = join_tiles(ids, mine & ~torch.nn.functional.pad(mine[:, :-1], (1, 0)))
+    assert starts.sum(1).tolist() == [2, 3, 3, 1]
+    runs = [(mine[row] & starts[row]).nonzero()[:, 0].tolist() for row in range(2)]
+    visual = [mine[row].cumsum(0)[runs[row]].tolist() for row in range(2)]
+    assert visual == [[1, 16], [1, 4, 7]]
+
+
+def pieces(kind: str, given: Prompts, model) -> dict[str, Tensor]:
+    """A prompt of two images that text cuts into pieces, as the class's processor does."""
+    token, each = given.image_token, int((given.ids[1] == given.image_token).sum()) // 2
+    if kind == "smolvlm":
+        ids, images = [5, *tiled(2, each, token), 6, *tiled(0, each, token), 7, 8], [0, 1, 2, 3]
+    else:
+        row = [*[token] * (each // 2), 80]  # Molmo 2's <im_col>
+        ids, images = [5, *row * 2, 6, *row * 2, 7, 8], [1, 2]
+    ids = torch.tensor([ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given.pixels(images, [len(images)])}
+    return inputs | given.extra(ids, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("kind", ["molmo2", "smolvlm"])
+def test_an_image_in_pieces_has_one_budget(kind):
+    """Each image keeps a token, not each of its pieces; so in `generate()`, which drops what tells sizes."""
+    model = tiny_model(kind)
+    given = prompts(kind, model)
+    inputs, vlm = pieces(kind, given, model), VLM(model, None).attach(Uniform([2]), keep={2: 2})
+    for call in (model, partial(model.generate, max_new_tokens=1, do_sample=False, pad_token_id=PAD)):
+        record = Record()
+        with torch.no_grad(), vlm.using(Session(record=record)):
+            call(**inputs)
+        assert record.stages[0].kept.sum().item() == 2
+    assert record.trace.excess().tolist() == [0]
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def test_every_class_works_or_is_refused_in_a_sentence(kind):
 def test_soft_masks_are_refused_where_layers_choose_fewer_keys_than_a_prompt_has(monkeypatch):
     """What chooses them doesn't see the mask; dropping is as exact as ever."""
     kind = "mistral_large4"
+    if kind not in listed():
+        pytest.skip(f"this version of transformers has no {kind}")
     monkeypatch.setitem(FIELDS, kind, {**FIELDS.get(kind, {}), "text_config.index_topk": 6})
     found = measure(kind)
     assert (found.verdict, found.error, found.laws["train, drop"]) == ("works", None, True)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import ROOT, batch, forward, same, same_ends, samples, trainer
 
 from lit_prune.callbacks import RunSummary, WriteAnswers
+from lit_prune.callbacks.answers import join
 from lit_prune.data import InstructData
 from lit_prune.data.mixture import WeightedSource
 from lit_prune.errors import LitPruneError
@@ -171,6 +172,16 @@ def test_predict_writes_its_answers(student, world, tmp_path, caplog):
     assert lines == [answer for batch in answers for answer in batch]
     assert len(lines) > len(answers[0])
     assert f"answers  {tmp_path}/answers.jsonl" in caplog.text
+
+
+def test_answers_of_several_ranks_become_one_file(tmp_path):
+    """In the order of the data; a rank may have had no sample."""
+    files = [tmp_path / f"answers{part}.jsonl" for part in ("", ".rank1", ".rank2")]
+    for file, text in zip(files, ("0\n2\n5\n", "1\n4\n", ""), strict=True):
+        file.write_text(text)
+    join([(files[0], [0, 2, 5]), (files[1], [1, 4]), (files[2], [])])
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+    assert files[0].read_text() == "0\n1\n2\n4\n5\n"
 
 
 @pytest.mark.parametrize(("pruner", "passes"), [("rcp", 1), ("visionzip", 2)])

@@ -9,6 +9,7 @@ from rich.table import Table
 from lit_prune.commands._support import console
 from lit_prune.commands._support.outputs import check_folder
 from lit_prune.commands._support.passes import STAGES, Work, load_data, source_of
+from lit_prune.commands._support.processes import started
 from lit_prune.commands._support.sample_images import SampleImages
 from lit_prune.commands._support.trainer_options import LARGEST_SEED
 from lit_prune.commands.trainer import PruneCLI, build
@@ -17,6 +18,7 @@ from lit_prune.evaluation.cells import FULL, Cell, Method, budget, cells_of, des
 from lit_prune.evaluation.groups import FILE as GROUPS_FILE
 from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.plots import draw
+from lit_prune.evaluation.ranks import Ranks
 from lit_prune.evaluation.report.figures import all_tables
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.logged import as_wandb
@@ -47,6 +49,7 @@ def run(
     wandb: bool = False,
     split: Literal["val", "test"] = "val",
     groups: int | None = None,
+    processes: int | None = None,
 ) -> None:
     """Measure methods x budgets x seeds on a configuration's data, batch by batch beside the full model.
 
@@ -78,6 +81,8 @@ def run(
         groups: Tell questions that the full model answers from a blank image, or from one whose sides are divided by
             this number, e.g. --groups 4, from the rest, with figures for each group. Takes two more passes of the full
             model.
+        processes: Number of processes of this machine, one a GPU, that share the batches; the results are those of one.
+            Over several machines, start `torchrun ... -m lit_prune compare` instead.
 
     Examples:
         lit-prune compare --methods full random fastv divprune --keep 16 --limit 140
@@ -89,23 +94,34 @@ def run(
     chosen = [Method.parse(text) for text in dict.fromkeys(methods or _all_methods())]
     for method in chosen:
         method.check()
-    made = _build(config or ["configs/micro.yaml"], data_seed, STAGES[split])
-    vlm = made.model.vlm.detach()
-    _to_gpu(vlm)
-    dims = find(vlm.model).dims
-    asked_for = [as_json(made.model.keep)] if keep is None else keep
-    keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
-    setting = load_data(made, split, limit)
-    cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
-    work = Work(made, split, Store(out / "cells"), SampleImages(source_of(made.datamodule, split), out / "images"))
-    prepare([work.full, *cells], vlm, {**describe(vlm), **setting})
-    views = work.views(groups, {**describe(vlm), **setting})
-    if not fresh:
-        work.recall([work.full, *views.values(), *cells])
-    divided = work.divide(groups, views)
-    work.measure(cells, keeps, lambda: _write(work.rows(cells, divided), divided, out, dims.visual))
+    if started(processes):
+        return
+    with Ranks.joined() as ranks:
+        made = _build(config or ["configs/micro.yaml"], data_seed, STAGES[split])
+        vlm = made.model.vlm.detach()
+        _to_gpu(vlm, ranks)
+        dims = find(vlm.model).dims
+        asked_for = [as_json(made.model.keep)] if keep is None else keep
+        keeps = list(dict.fromkeys(budget(each, dims.visual, dims.varies) for each in asked_for))
+        setting = load_data(made, split, limit, ranks)
+        cells = cells_of(chosen, keeps, [0, 1, 2] if seeds is None else seeds, lambda plugin: learns(plugin, dims))
+        images = SampleImages(source_of(made.datamodule, split), out / "images")
+        work = Work(made, split, Store(out / "cells"), images, ranks)
+        prepare([work.full, *cells], vlm, {**describe(vlm), **setting})
+        views = work.views(groups, {**describe(vlm), **setting})
+        if not fresh:
+            work.recall([work.full, *views.values(), *cells])
+        divided = work.divide(groups, views)
+
+        def write() -> None:
+            if ranks.writes:
+                _write(work.rows(cells, divided), divided, out, dims.visual)
+
+        work.measure(cells, keeps, write)
+        write()
+    if not ranks.writes:
+        return
     rows = work.rows(cells, divided)
-    _write(rows, divided, out, dims.visual)
     pictures = _draw(rows, out, dims.visual)
     _print(rows, dims.visual)
     if wandb:
@@ -141,10 +157,10 @@ def _all_methods() -> list[str]:
     return [FULL, *(found or config_names("pruners"))]
 
 
-def _to_gpu(vlm: VLM) -> None:
+def _to_gpu(vlm: VLM, ranks: Ranks) -> None:
     import torch
 
-    vlm.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    vlm.model.to(torch.device("cuda", ranks.local) if torch.cuda.is_available() else "cpu")
 
 
 # What comes out

@@ -7,7 +7,7 @@ from lit_prune.commands._support.outputs import check_file
 from lit_prune.errors import LitPruneError
 
 
-def run(kinds: list[str] | None = None, laws: bool = False, out: Path | None = None) -> None:
+def run(kinds: list[str] | None = None, laws: bool = False, videos: bool = False, out: Path | None = None) -> None:
     """List every image-text-to-text class of the installed transformers, and whether it can be pruned.
 
     Each is built as a tiny random model from its own default configuration, and RCP with its repair adapter is attached
@@ -17,6 +17,7 @@ def run(kinds: list[str] | None = None, laws: bool = False, out: Path | None = N
         kinds: Model types, e.g. --kinds gemma3 qwen3_vl; by default all of the list.
         laws: Measure the laws of pruning on each, seconds a class: keep-all = plain model bit for bit, dropping =
             masking, batch = alone, cached = recomputed, a training step, detach, e.g. --laws true.
+        videos: Measure the laws on prompts with videos in place of images, e.g. --laws true --videos true.
         out: Markdown file with a table between the marks <!-- classes --> and <!-- end of classes -->, whose rows are
             to be written, e.g. --out docs/models.md.
 
@@ -34,7 +35,7 @@ def run(kinds: list[str] | None = None, laws: bool = False, out: Path | None = N
         raise LitPruneError(f"--kinds: {unknown[0]} is not in this transformers' list; it has {', '.join(known)}")
     found = []
     for kind in kinds or known:
-        found.append(measuring.measure(kind, laws=laws))
+        found.append(measuring.measure(kind, laws=laws, videos=videos))
         console.out.print(as_text(found[-1]), highlight=False)
     counts = {
         word: sum(one.verdict == word for one in found) for word in ("works", "refused", "library", "wrong", "crash")

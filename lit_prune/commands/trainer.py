@@ -94,8 +94,8 @@ SPEAKERS = (
     "lightning.fabric.utilities.seed",
 )
 UNSAID = re.compile(  # settings that are as they were given, and hardware that is not there
-    r"Seed set to|GPU available: False|TPU available: False|💡 Tip|Loading `train_dataloader` to estimate"
-    r"|`Trainer\(\w+=[\d.]+\)` was configured so|`weights_only` was not set"
+    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available: False|💡 Tip"
+    r"|Loading `train_dataloader` to estimate|`Trainer\(\w+=[\d.]+\)` was configured so|`weights_only` was not set"
 )
 
 

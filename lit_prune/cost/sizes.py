@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_prune.cost.decoders import decoder_size
 from lit_prune.cost.flops import ModelSize
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops
+from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops, tile_count
 from lit_prune.cost.trace import ImageLoad, VisionTrace
 from lit_prune.errors import LitPruneError
 
@@ -32,8 +32,8 @@ TOWERS = {
 # Fields that say how many patches along a side become one visual token, or one over it.
 MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
 RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
+SIZED = ("image_grid_thw", "image_sizes", "video_grid_thw", "pixel_values_videos")  # inputs that tell sizes
 USUAL = (672, 672)  # height and width in pixels of the image that stands for an unknown one [ours]
-TILES = 12  # at most so many tiles an image in InternVL's processor, beside the thumbnail
 
 
 def model_size(config: Config, image: tuple[int, int] = USUAL, decoder: ModelSize | None = None) -> ModelSize:
@@ -107,7 +107,7 @@ def image_load(config: Config, height: int, width: int) -> ImageLoad:
     if hasattr(config, "image_grid_pinpoints"):
         return _any_resolution(config, height, width)
     if hasattr(config, "downsample_ratio"):
-        tiles = _tiles(height, width, pair(config.vision_config.image_size))
+        tiles = tile_count(height, width, pair(config.vision_config.image_size))
         return crop_load(config, tiles + (tiles > 1))
     if hasattr(config, "scale_factor"):
         return crop_load(config, square_crops(height, width))
@@ -152,29 +152,54 @@ def grid_load(config: Config, frames: int, rows: int, columns: int) -> ImageLoad
     return ImageLoad(patches, (patches,) * depth, pairs, patches // merge**2, patches // merge**2)
 
 
-def vision_trace(config: Config, inputs: Mapping[str, Any], total: Tensor) -> VisionTrace | None:
+def vision_trace(
+    config: Config, inputs: Mapping[str, Any], total: Tensor, videos: Tensor | None = None
+) -> VisionTrace | None:
     """Load on the tower of a processor's `inputs`, whose samples have `total` visual tokens (batch,).
 
-    None where images have one size, where the inputs don't say which size they have, or where the tower's price isn't
-    known.
+    `videos`: how many of them are videos' (batch,); None: none are. None where images have one size, where the inputs
+    don't say which size they have, or where the tower's price isn't known.
     """
-    if getattr(getattr(config, "vision_config", None), "model_type", None) not in TOWERS:
+    known = getattr(getattr(config, "vision_config", None), "model_type", None) in TOWERS
+    if not known or all(inputs.get(name) is None for name in SIZED):
         return None
+    of_videos = [0] * len(total) if videos is None else videos.tolist()
+    of_images = [both - mine for both, mine in zip(total.tolist(), of_videos, strict=True)]
+    samples = [[] for _ in total]
+    for loads, totals in ((_image_loads, of_images), (_video_loads, of_videos)):
+        if not any(totals):
+            continue
+        mine = _by_sample(loads(config, inputs, sum(totals)), totals)
+        if mine is None:
+            return None
+        samples = [before + more for before, more in zip(samples, mine, strict=True)]
+    return VisionTrace.of(samples) if any(samples) else None
+
+
+def _image_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[ImageLoad]:
+    """Of all images of some inputs, in the prompts' order; none where they don't say."""
     grids, sizes = inputs.get("image_grid_thw"), inputs.get("image_sizes")
     if grids is not None:
-        loads = [grid_load(config, *grid) for grid in grids.tolist()]
-    elif sizes is not None and hasattr(config, "image_grid_pinpoints"):
-        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        counts = inputs.get("batch_num_images")
-        alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
-        loads = [
-            _any_resolution(config, *size) if by_crops else _lone_crop(config)
-            for size, by_crops in zip(sizes, alone, strict=True)
-        ]
-    else:
-        return None
-    samples = _by_sample(loads, total.tolist())
-    return None if samples is None else VisionTrace.of(samples)
+        return [grid_load(config, *grid) for grid in grids.tolist()]
+    if sizes is None or not hasattr(config, "image_grid_pinpoints"):
+        return []
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    counts = inputs.get("batch_num_images")
+    alone = [n == 1 for n in counts for _ in range(n)] if counts is not None else [True] * len(sizes)
+    return [
+        _any_resolution(config, *size) if by_crops else _lone_crop(config)
+        for size, by_crops in zip(sizes, alone, strict=True)
+    ]
+
+
+def _video_loads(config: Config, inputs: Mapping[str, Any], total: int) -> list[ImageLoad]:
+    """Of all videos, with `total` visual tokens: grids of frames, or frames of the tower's fixed size."""
+    grids, pixels = inputs.get("video_grid_thw"), inputs.get("pixel_values_videos")
+    if grids is not None:
+        return [grid_load(config, *grid) for grid in grids.tolist()]
+    if not isinstance(pixels, Tensor) or pixels.ndim != 5:
+        return []
+    return [crop_load(config, pixels.shape[1], total // pixels.shape[0])] * pixels.shape[0]
 
 
 def _by_sample(loads: Sequence[ImageLoad], totals: Sequence[int]) -> list[list[ImageLoad]] | None:
@@ -220,21 +245,6 @@ def _canvas(height: int, width: int, canvases: Sequence[Sequence[int]]) -> Seque
 def _lone_crop(config: Config) -> ImageLoad:
     """One of several images, which is not cut into crops: its tokens and one line break."""
     return crop_load(config, 1, visual=crop_load(config, 1).visual + 1)
-
-
-def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
-    """Tiles of the canvas nearest to the image's shape; of equally near ones the larger, if the image fills half."""
-    shapes = sorted(
-        ((a, b) for a in range(1, TILES + 1) for b in range(1, TILES + 1) if a * b <= TILES),
-        key=lambda shape: shape[0] * shape[1],
-    )
-    best, nearest = (1, 1), float("inf")
-    for shape in shapes:
-        distance = abs(width / height - shape[0] / shape[1])
-        fills = height * width > 0.5 * tile[0] * tile[1] * shape[0] * shape[1]
-        if distance < nearest or (distance == nearest and fills):
-            best, nearest = shape, distance
-    return best[0] * best[1]
 
 
 def _squares(length: int, side: int) -> int:

@@ -7,6 +7,7 @@ from itertools import product
 
 EDGE = 4  # crops along an image's longer side, Idefics 3 and SmolVLM
 CROPS = 8  # at most, beside the whole image, Molmo 2
+TILES = 12  # at most, beside the thumbnail, InternVL
 MARGIN = 4  # patches along each side of a crop that its neighbour sees too, Molmo 2
 
 
@@ -34,3 +35,18 @@ def overlapped(rows: int, columns: int, side: int, patch: int, pooled: int) -> i
     window, margin, whole = side // patch - 2 * MARGIN, 2 * MARGIN, -(-(side // patch) // pooled)
     down, across = (-(-(count * window + margin) // pooled) for count in (rows, columns))
     return down * across + whole**2
+
+
+def tile_count(height: int, width: int, tile: tuple[int, int]) -> int:
+    """InternVL's tiles of the canvas nearest to an image's shape; of equally near ones the larger, if it fills half."""
+    shapes = sorted(
+        ((a, b) for a in range(1, TILES + 1) for b in range(1, TILES + 1) if a * b <= TILES),
+        key=lambda shape: shape[0] * shape[1],
+    )
+    best, nearest = (1, 1), float("inf")
+    for shape in shapes:
+        distance = abs(width / height - shape[0] / shape[1])
+        fills = height * width > 0.5 * tile[0] * tile[1] * shape[0] * shape[1]
+        if distance < nearest or (distance == nearest and fills):
+            best, nearest = shape, distance
+    return best[0] * best[1]

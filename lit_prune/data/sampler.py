@@ -148,17 +148,21 @@ class RankShare(Sampler[int]):
 class EvalBatches(Sampler[list[int]]):
     """Batches of a RankShare, equally many on every rank: a rank without samples left yields an empty last batch.
 
-    Not a `BatchSampler`: in prediction Lightning recreates those around a sampler of its own.
+    Not a `BatchSampler`: in prediction Lightning recreates those around a sampler of its own. `turns` are the numbers
+    of the batches to yield, by default all.
     """
 
     def __init__(self, share: RankShare, batch_size: int):
-        self.share, self.batch_size = share, batch_size
+        self.share, self.batch_size, self.turns = share, batch_size, slice(None)
 
     def __len__(self) -> int:
+        return len(self._numbers())
+
+    def _numbers(self) -> range:
         longest = -(-self.share.size // self.share.world)
-        return -(-longest // self.batch_size)
+        return range(-(-longest // self.batch_size))[self.turns]
 
     def __iter__(self) -> Iterator[list[int]]:
         indices = list(self.share)
-        for batch in range(len(self)):
+        for batch in self._numbers():
             yield indices[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -1,4 +1,4 @@
-"""Several methods on one teacher and one data set, batch by batch, in one process."""
+"""Several methods on one teacher and one data set, batch by batch."""
 
 import math
 import time
@@ -14,6 +14,7 @@ from lit_prune.evaluation.cells import Cell
 from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.meters import Meters
 from lit_prune.evaluation.metrics import OVERALL, SkillAccuracy
+from lit_prune.evaluation.ranks import Ranks
 from lit_prune.evaluation.records import SampleRecord, sample_records
 from lit_prune.host import Session
 from lit_prune.host.parts import find
@@ -44,6 +45,21 @@ class Tally:
         self.waits.append(measured.seconds / len(records))
         for name, flops in measured.parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + flops.double().sum().item()
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what the other processes have measured, in the order of the data; all must call it.
+
+        What the meters hold is gathered when they compute. A cell that failed in one process has failed in all.
+        """
+        cell = self.cell
+        mine = (self.records, self.parts, self.waits, self.seconds, (cell.failed, cell.reason))
+        found = ranks.gather(mine)
+        records, parts, waits, seconds, ends = zip(*found, strict=True)
+        self.records = sorted((each for part in records for each in part), key=lambda each: each.record)
+        names = dict.fromkeys(name for part in parts for name in part)
+        self.parts = {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+        self.waits, self.seconds = [wait for part in waits for wait in part], sum(seconds)
+        cell.failed, cell.reason = next((end for end in ends if end[0]), ends[0])
 
     def result(self) -> dict[str, Any]:
         """The cell's result as JSON has it; FLOPs and bytes are means per sample.
@@ -99,7 +115,7 @@ class Tally:
 
 def _accuracy(records: Sequence[SampleRecord]) -> tuple[float, dict[str, float]]:
     """Exact match over all records, and by skill; also where a benchmark has another rule."""
-    accuracy = SkillAccuracy()
+    accuracy = SkillAccuracy(sync_on_compute=False)  # the records are those of all processes
     accuracy.update([each.right for each in records], [each.skill for each in records])
     shares = accuracy.compute()
     return shares.pop(OVERALL), shares
@@ -164,6 +180,12 @@ class Comparison:
     def _measure(self, cell: Cell, batch: dict[str, Any], plain: dict[str, Any], session: Session) -> Measured:
         self.vlm.attach(cell.plugin, keep=cell.keep)
         return measuring.measure(self.vlm, batch, session, self.max_new_tokens, keep_logits=True, plain=plain)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in the batches of the other processes, which all must call this and then `results`."""
+        if ranks.world > 1:
+            for tally in self.tallies:
+                tally.gather(ranks)
 
     def results(self) -> list[tuple[Cell, dict[str, Any]]]:
         """The full model's result and those of all cells that didn't fail."""

@@ -14,6 +14,7 @@ from lit_prune.host import Record, Session
 from lit_prune.host.parts import allowed_stages
 from lit_prune.host.zoo.inputs import Inputs, Prompts, prompts
 from lit_prune.host.zoo.shrink import tiny_model
+from lit_prune.host.zoo.videos import video_prompts
 from lit_prune.pruners.base import Pruner
 from lit_prune.repair import RepairAdapter
 from lit_prune.vlm import VLM
@@ -85,8 +86,8 @@ def stages(model: nn.Module) -> list[int]:
     return sorted({allowed[round(part * (len(allowed) - 1))] for part in (0.17, 0.5, 0.83)})
 
 
-def measure(kind: str, seed: int = 0, laws: bool = True) -> Findings:
-    """Every law on one class; without `laws` whether a method can be attached, and why not."""
+def measure(kind: str, seed: int = 0, laws: bool = True, videos: bool = False) -> Findings:
+    """Every law on one class; without `laws` whether a method can be attached, and why not; with `videos` on videos."""
     found = Findings(kind)
     law = "build"
     try:
@@ -96,12 +97,12 @@ def measure(kind: str, seed: int = 0, laws: bool = True) -> Findings:
         if not laws:
             return found
         law = "plain"
-        given = prompts(kind, model)
+        given = video_prompts(kind, model) if videos else prompts(kind, model)
         _plain(vlm, given)
         for law, value in _laws(vlm, given):
             found.laws[law] = value
     except LitPruneError as error:
-        if law == "attach":
+        if law == "attach" or (videos and law == "plain"):
             found.refused = str(error)
         else:
             found.error, found.place = f"after {law}: LitPruneError: {error}", _place(error)
@@ -273,7 +274,7 @@ def _training(vlm: VLM, given: Prompts) -> Iterator[tuple[str, Any]]:
         still = [
             key
             for key, p in vlm.plugin.named_parameters()
-            if p.grad is not None and not p.grad.any() and "code" not in key
+            if p.grad is not None and not p.grad.any() and "code" not in key and not key.endswith(".unused")
         ]
         if missing or still:
             yield f"{name}: {(missing + still)[:3]}", False

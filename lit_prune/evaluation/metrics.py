@@ -27,8 +27,8 @@ class SkillAccuracy(Metric):
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.names: dict[int, str] = {}
         self.add_state("skills", default=[], dist_reduce_fx="cat")
         self.add_state("hits", default=[], dist_reduce_fx="cat")

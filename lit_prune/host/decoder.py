@@ -8,6 +8,7 @@ the original length, so that labels, losses and `generate()` need no change.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lit_prune.host.cache import CACHE, CacheState, chosen_cache, only_new, real
 from lit_prune.host.compat import cache_of
 from lit_prune.host.counting import Counter, counted, shared, unknown
 from lit_prune.host.deepstack import Deepstack
+from lit_prune.host.devices import check_devices, check_tower, devices_of, move, reachable
 from lit_prune.host.inputs import begin, passed_modalities
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.layers import Layers
@@ -29,6 +31,7 @@ from lit_prune.host.lora import LoRA
 from lit_prune.host.masks import Masks
 from lit_prune.host.options import HostOptions
 from lit_prune.host.packing import check_packable
+from lit_prune.host.pictures import keep_sizes
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
@@ -42,6 +45,9 @@ from lit_prune.ops.budget import Budget
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
+# Methods of `generate()` that no hook sees, which a host stands for on its model while it is attached.
+REPLACED = ("_prefill", "_maybe_prepare_encoder_kwargs_for_generation")
+
 
 class DecoderHost:
     """A pruner and a repair adapter attached to one model; `detach()` leaves no trace.
@@ -49,7 +55,7 @@ class DecoderHost:
     A copy of the model, made by `copy.deepcopy` or by pickling, has a host of its own, outside of any session.
 
     Args:
-        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `_prefill`.
+        model: a `*ForConditionalGeneration`, never modified beyond its hooks and, on this object, `REPLACED`.
         pruner: the method; `Full` hosts nothing but records (the teacher's side).
         repair: adapter on late layers, fed by the pruner's stages.
         keep: budget of each sample (one prompt, whatever its number of images or crops): visual tokens averaged over
@@ -73,7 +79,7 @@ class DecoderHost:
         replaces: "DecoderHost | None" = None,
         lora: LoRA | None = None,
     ) -> None:
-        self.lora = lora
+        self.lora, self.apart = lora, options.frames == "apart"
         self.model, self.parts = model, parts.find(model)
         self._check_free(replaces)
         dims = self.parts.dims
@@ -91,8 +97,13 @@ class DecoderHost:
         self.schedule = pruner.nominal_schedule(keep, dims)
         self.plans = Plans(pruner, keep, dims.depth)
         self.tower = self._tower_host()
+        self.devices = devices_of(self.model, self.parts.norms)
+        walk = self.walk
+        if self.devices is not None:
+            walk = tuple(replace(stage, pruner=reachable(stage.pruner, "prune", "exact")) for stage in walk)
+            repair = repair and reachable(repair, "essence", "lost", "forward")
         parts_of_tower = self.tower and self.tower.tower
-        runner = Stages(self.walk, repair, dims.width, parts_of_tower, self.proportional)
+        runner = Stages(walk, repair, dims.width, parts_of_tower, self.proportional)
         plans = None if self.tower is None else self.plans
         self.layers = Layers(
             self.stages,
@@ -104,6 +115,7 @@ class DecoderHost:
             self.feeds,
             self.renumbering,
             self.proportional,
+            self.devices,
         )
         self._check_attention()
         self.handles: list[RemovableHandle] = []
@@ -149,6 +161,7 @@ class DecoderHost:
         if self.stages[0] != 0:
             raise LitPruneError("a pruner with stages in the tower needs its first decoder stage at layer 0")
         found = tower(parts.unwrap(self.model), self.parts.decoder)
+        check_tower(found.layers)
         return TowerHost(found, self.pruner, self.keep, self._session)
 
     def _check_attention(self) -> None:
@@ -157,6 +170,8 @@ class DecoderHost:
         asked = {stage.layer: stage.pruner.reads(stage.index) for stage in self.walk}
         keys = {stage.layer for stage in self.walk if stage.pruner.needs_keys}
         own = [layer for layer, rows in asked.items() if layer in keys or (rows is not None and rows.layer == "own")]
+        if self.devices is not None:
+            check_devices(self.devices, {layer: self.layers.attention(layer, 1) for layer in own})
         own = [self.layers.attention(layer, 1) for layer in own]
         checks.check_decoder(self.model, self.parts.decoder, self.parts.layers, own)
         previous = [layer for layer, rows in asked.items() if rows is not None and rows.layer == "previous"]
@@ -208,14 +223,18 @@ class DecoderHost:
         if self.tower is not None:
             self.handles.extend(self.tower.hook())
         if self.lora is not None:
+            if self.devices is not None:
+                self.lora.place(self.model)
             self.handles.extend(self.lora.hook(self.model, self._adapts))
-        parts.unwrap(self.model)._prefill = self._prefill  # last: while attaching fails, another host's stays
+        for name in REPLACED:  # last: while attaching fails, another host's stay
+            setattr(parts.unwrap(self.model), name, getattr(self, name))
 
     def detach(self) -> None:
         """Remove every hook."""
         attributes = vars(parts.unwrap(self.model))
-        if getattr(attributes.get("_prefill"), "__self__", None) is self:  # else of the host that replaces this one
-            del attributes["_prefill"]
+        for name in REPLACED:
+            if getattr(attributes.get(name), "__self__", None) is self:  # else of the host that replaces this one
+                del attributes[name]
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -278,6 +297,14 @@ class DecoderHost:
             refuse_chunks(generation_config)
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs: torch.Tensor, model_kwargs: dict, *args, **kwargs):
+        """Stands for the model's method of this name, which encodes images and drops what tells their sizes."""
+        model, given = parts.unwrap(self.model), {**model_kwargs, "input_ids": inputs}
+        prepare = type(model)._maybe_prepare_encoder_kwargs_for_generation
+        prepared = prepare(model, inputs, model_kwargs, *args, **kwargs)
+        keep_sizes(prepared.get(compat.ENCODED) or {}, given, self.parts.ended_rows)
+        return prepared
+
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         """Step 1 of a forward: find the columns, plan the stages, and put the `Forward` among the keywords."""
         if args:
@@ -286,6 +313,8 @@ class DecoderHost:
         # Beams may have reordered a cache that holds pruned columns, and `generate()` may feed columns it has again.
         if hasattr(cache, CACHE):
             getattr(cache, CACHE).follow(cache)
+            if self.devices is not None and kwargs.get("input_ids") is not None:
+                move(getattr(cache, CACHE), kwargs["input_ids"].device)
         real = real_columns(kwargs, cache)
         if hasattr(cache, CACHE):
             kwargs = only_new(kwargs, getattr(cache, CACHE), real)
@@ -294,14 +323,15 @@ class DecoderHost:
         session = self.session if self.stages else plain
         if session.prune and kwargs.get("inputs_embeds") is not None:
             raise LitPruneError("inputs_embeds don't tell which tokens are visual: give input_ids, or detach")
-        forward = begin(kwargs, self.parts, session, self.plans, real)
+        forward = begin(kwargs, self.parts, session, self.plans, real, self.apart)
         if forward is not None:
             self._check_soft(forward)
+            self._check_videos(forward)
         if forward is not None and forward.counts and cache is not None and not hasattr(cache, CACHE):
             setattr(cache, CACHE, CacheState.of(cache, real, forward.packed.valid, self.stages, self.counted))
         # What a caller wants to know: the tower's work, and answers alone in place of all logits.
         if forward is not None and forward.record is not None:
-            forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total)
+            forward.record.trace.vision = vision_trace(module.config, kwargs, forward.total, forward.videos)
             self._count_tower(module, kwargs, forward)
         if forward is not None and session.answers_only:
             labels = kwargs.pop("labels", None)
@@ -334,6 +364,8 @@ class DecoderHost:
         self._end_count(module, args, kwargs)
         compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
+        if self.devices is not None:
+            forward.follow(kwargs["inputs_embeds"].device)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
@@ -372,6 +404,20 @@ class DecoderHost:
                 f"convolutional, which they would still move: train it with model.train_mode: drop"
             )
 
+    def _check_videos(self, forward: Forward) -> None:
+        """Raise `LitPruneError` where stages inside the tower would miss or spoil a video, or the model prunes it."""
+        model = parts.unwrap(self.model)
+        if forward.videos is not None and forward.counts and getattr(model, "video_pruning_rate", 0):
+            raise LitPruneError(
+                f"{type(model).__name__} drops tokens of videos itself (video_pruning_rate is "
+                f"{model.video_pruning_rate}): set model.video_pruning_rate = 0, or detach"
+            )
+        if forward.videos is not None and self.prunes_tower and self.tower.tower.videos is not None:
+            raise LitPruneError(
+                f"{type(model).__name__}: its videos {self.tower.tower.videos}; use a method of the "
+                f"decoder, such as FastV or DivPrune"
+            )
+
     def _continue(self, forward: Forward, state: CacheState, kwargs: dict) -> None:
         """Positions and mask of the first layer when a cache that was pruned at layer 0 is continued."""
         if state.seen and state.soft:
@@ -399,6 +445,8 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             compat.need(output, f"the output of {type(module).__name__}", ("last_hidden_state",))
+        if forward is not None and self.devices is not None:
+            forward.follow(output.last_hidden_state.device)
         if forward is not None and forward.session.answers_only:
             output.last_hidden_state = forward.at_answers(output.last_hidden_state)[None]
             return output
@@ -412,6 +460,8 @@ class DecoderHost:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is not None:
             checks.check_reached(module, forward.reached)
+        if forward is not None and self.devices is not None and forward.record is not None:
+            move(forward.record, kwargs["input_ids"].device)
 
 
 def host_of(model: nn.Module) -> DecoderHost | None:

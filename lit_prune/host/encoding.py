@@ -7,7 +7,8 @@ from torch import nn
 
 from lit_prune.host.compat import ENCODED, parameters
 from lit_prune.host.counting import COUNTED, Counter, unknown
-from lit_prune.host.parts import INPUTS
+from lit_prune.host.parts import INPUTS, ended_rows
+from lit_prune.host.pictures import keep_sizes
 
 
 def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -28,4 +29,5 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
             flops = None if counter is None else counter.end()
         if flops is not None:
             setattr(encoded[modality], COUNTED, flops)
+    keep_sizes(encoded, inputs, ended_rows(model.config))
     return {**rest, ENCODED: encoded} if encoded else inputs

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.attention import REQUEST, Request, Tap
+from lit_prune.host.attention import REQUEST, Request, Tap, wrapped
 from lit_prune.host.checks import check_layer_call, check_layer_output
 from lit_prune.host.compat import cache_of, parameters
+from lit_prune.host.devices import Devices, moved
 from lit_prune.host.idle import one_column, stretched
 from lit_prune.host.masks import Masks, Span
 from lit_prune.host.packing import Folded
@@ -44,6 +45,7 @@ class Layers:
         feeds: {layer: (adapter, stage that feeds it)}.
         renumbering: gives tokens that are left new position ids, if that is asked.
         proportional: proportional attention, if it is on.
+        devices: the device of each layer, where they are on several.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Layers:
         feeds: dict[int, tuple[int, int]],
         renumbering: Renumbering | None,
         proportional: ProportionalAttention | None,
+        devices: Devices | None = None,
     ) -> None:
+        self.devices = devices
         self.stages, self.runner, self.masks, self.plans = stages, runner, masks, plans
         self.repair, self.feeds, self.renumbering, self.proportional = repair, feeds, renumbering, proportional
         self.tapped = {self.attention(layer - 1, -1): i for i, layer in enumerate(stages) if self.reads_previous(i)}
@@ -87,6 +91,8 @@ class Layers:
         forward: Forward | None = kwargs.get(FORWARD)
         if forward is None:
             return None
+        if self.devices is not None:
+            args, kwargs = self._arrive(index, args, kwargs, forward)
         if forward.settled and index > 0:
             return self._step(index, module, args, kwargs, forward)
         check_layer_call(
@@ -109,6 +115,14 @@ class Layers:
             kwargs = layout.arguments(kwargs, hidden, flash=not self.reads_positions)
             return (layout.fold(hidden), *(Folded(layout).of(value) for value in rest)), kwargs
         return (hidden, *rest), kwargs
+
+    def _arrive(self, index: int, args: tuple, kwargs: dict, forward: Forward) -> tuple[tuple, dict[str, Any]]:
+        """A layer's arguments, and all that hooks share, on its device: accelerate moves them after this."""
+        device = self.devices[index]
+        forward.follow(device)
+        take = forward.transfers.of
+        rest = (value.to(device) if isinstance(value, Tensor) else take(value) for value in args)
+        return tuple(rest), {name: value if name == FORWARD else take(value) for name, value in kwargs.items()}
 
     def _step(self, index: int, module: nn.Module, args: tuple, kwargs: dict, forward: Forward):
         """Step 3 in decoding, kept short: once tokens have left, a layer's cached keys differ from the decoder's."""
@@ -190,7 +204,7 @@ class Layers:
         """The rotary embeddings that a decoder would give a layer, where it gives them to that layer's kind alone."""
         kinds = {"layer_type": self.masks.config.layer_types[reader]}
         given = {name: value for name, value in kinds.items() if name in parameters(type(self.rotary).forward)}
-        return self.rotary(hidden, kwargs["position_ids"], **given)
+        return moved(self.rotary(hidden, kwargs["position_ids"], **given), hidden.device)
 
     def _remember(self, index: int, forward: Forward) -> None:
         """Grow the cache's record of its columns from this stage on: the keys of the layers that follow."""
@@ -277,8 +291,8 @@ class Layers:
             forward.keys.watched = Tap(
                 *selection.compact(forward.packed.text, forward.most_text), forward.packed.valid, limited=limited
             )
-        if forward.packed.key_bias is not None and self.masks.config._attn_implementation == "eager":
-            raise LitPruneError("eager attention takes no bias per key; load the model with attn_implementation='sdpa'")
+        if forward.packed.key_bias is not None and not wrapped(name := self.masks.config._attn_implementation):
+            raise LitPruneError(f"{name} attention takes no bias per key; load with attn_implementation='sdpa'")
         asked = (forward.packed.key_bias, tap, forward.keys.past_bias, forward.keys.watched)
         if any(part is not None for part in asked):
             kwargs[REQUEST] = Request(*asked, layout=forward.keys.layout)
@@ -295,6 +309,8 @@ class Layers:
         if forward is None or (forward.settled and index not in self.feeds):
             return None
         check_layer_output(module, output)
+        if self.devices is not None:
+            forward.follow((output[0] if isinstance(output, tuple) else output).device)
         if isinstance(output, tuple):
             states = self._leave(index, output[0], forward)
             return None if states is output[0] else (states, *output[1:])

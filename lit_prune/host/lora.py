@@ -20,6 +20,7 @@ from torch.nn.functional import dropout, linear
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import LitPruneError, check_number
+from lit_prune.host.devices import device_of
 from lit_prune.host.parts import find, unwrap
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -121,6 +122,11 @@ class LoRA(nn.Module):
                 f"{', '.join(sorted(absent)) or 'so'}; there is {', '.join(known)}"
             )
         return found
+
+    def place(self, model: nn.Module) -> None:
+        """Put each adapter on the device of its layer."""
+        for path, part in self.layers(model).items():
+            self.adapters[path.replace(".", SEPARATOR)].to(device_of(part))
 
     def hook(self, model: nn.Module, active: Callable[[], bool]) -> Iterator[RemovableHandle]:
         """Add the adapters to their layers, and give the handles; they act while `active()` is true."""

@@ -10,6 +10,7 @@ from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import TOWERS, USUAL, crop_load
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import all_parameters, builds_masks, parameters, pre_norm
+from lit_prune.host.devices import device_of
 from lit_prune.host.kinds import Kind, kinds
 from lit_prune.pruners.base import Dims
 
@@ -18,6 +19,10 @@ INPUTS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_val
 TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")  # inputs of models without visual tokens
 INNER = ("model", "decoder", "language_model")  # where a language model keeps what runs its layers
+# Model types whose videos stand in a prompt under the image's token.
+VIDEOS_AS_IMAGES = ("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "glm5_next", "nemotron_h_omni")
+NAMED_TILES = ("idefics3", "smolvlm", "granite_docling")  # each tile has its name in the prompt
+ENDED_ROWS = ("pixtral",)  # towers whose images have a text token behind each row
 # Model types whose images all have the same number of tokens. In the others it depends on the image's size.
 FIXED_GRID = ("llava",)
 NOMINAL = 576  # visual tokens of an image about which a configuration says nothing [ours]
@@ -28,7 +33,8 @@ class ModelParts:
     """The parts of a model that pruning touches.
 
     `tokens`: id of each modality's placeholder. `image_length`: visual tokens of every image, `None` where images
-    differ. `kinds`: what each layer does with tokens.
+    differ. `kinds`: what each layer does with tokens. `video_marks`: ids before and behind a video.
+    `named_tiles`, `ended_rows`: text tokens separate the tiles of an image, or its rows.
     """
 
     decoder: nn.Module
@@ -37,27 +43,20 @@ class ModelParts:
     dims: Dims
     image_length: int | None
     kinds: tuple[Kind, ...]
+    video_marks: tuple[int, int] | None = None
+    named_tiles: bool = False
+    ended_rows: bool = False
 
     @property
     def device(self) -> torch.device:
-        """Device that the decoder computes on; offloaded weights may wait elsewhere. Raises `LitPruneError` if several.
+        """Device that the decoder's first layer computes on; offloaded weights may wait elsewhere."""
+        return device_of(self.norms[0])
 
-        Attention rows, masks and rotary embeddings go from layer to layer, so the layers have to be on one device.
-        """
-        devices = {_device(pre_norm(layer) or layer) for layer in self.layers}
-        if len(devices) > 1:
-            raise LitPruneError(
-                f"the decoder is spread over {', '.join(sorted(map(str, devices)))}, and pruning needs its layers on "
-                f"one device: load with a device_map that keeps them together, such as device_map={{'': 0}}, which may "
-                f"offload to 'cpu' or 'disk'"
-            )
-        return devices.pop()
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Device that a module computes on, by accelerate's hook if it brings the weights in from the CPU or the disk."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+    @property
+    def norms(self) -> list[nn.Module]:
+        """A module of each layer that is on its device: its first norm, else the layer itself."""
+        norms = ((pre_norm(layer), layer) for layer in self.layers)
+        return [layer if norm is None or not any(True for _ in norm.parameters()) else norm for norm, layer in norms]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -72,6 +71,7 @@ def find(model: nn.Module) -> ModelParts:
     if (reason := _unsuited(model, decoder, tokens)) is not None:
         raise LitPruneError(f"{type(model).__name__} {reason}; load a *ForConditionalGeneration, such as LLaVA")
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    marks = [getattr(model.config, f"video_{end}_token_id", None) for end in ("start", "end")]
     fixed = model.config.model_type in FIXED_GRID and getattr(vision, "model_type", None) in TOWERS
     visual = crop_load(model.config, 1).visual if fixed else nominal_tokens(model.config)
     return ModelParts(
@@ -81,7 +81,15 @@ def find(model: nn.Module) -> ModelParts:
         dims=Dims(width=text.hidden_size, depth=len(decoder.layers), visual=visual, varies=not fixed),
         image_length=visual if fixed else None,
         kinds=kinds(text, given=builds_masks(model)),
+        video_marks=None if None in marks else tuple(marks),
+        named_tiles=model.config.model_type in NAMED_TILES,
+        ended_rows=ended_rows(model.config),
     )
+
+
+def ended_rows(config: Config) -> bool:
+    """True if text tokens stand behind each row of an image."""
+    return getattr(getattr(config, "vision_config", None), "model_type", None) in ENDED_ROWS
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:
@@ -97,6 +105,8 @@ def placeholders(config: Config) -> dict[str, int]:
     found = {modality: _first_id(config, names) for modality, names in TOKENS.items()}
     if found["image"] is None:  # image tokens that are words of the vocabulary
         found["image"] = (getattr(config, "vocabulary_map", None) or {}).get("<image>")
+    if config.model_type in VIDEOS_AS_IMAGES:
+        found["video"] = found["image"]
     return {modality: token for modality, token in found.items() if token is not None}
 
 

@@ -46,9 +46,9 @@ class Renumbering:
         past = None if state is None else state.removed.get(index)
         if removed is None and past is None:
             return
-        forward.keys.rope = self.rotary(
-            hidden, forward.packed.positions if past is None else forward.packed.positions - past[:, None]
-        )
+        positions = forward.packed.positions if past is None else forward.packed.positions - past[:, None]
+        cos, sin = self.rotary(hidden, positions)  # on its own device, by accelerate's hook
+        forward.keys.rope = (cos.to(hidden.device), sin.to(hidden.device))
         if removed is not None and state is not None:
             state.removed[index] = removed if past is None else past + removed
 
@@ -59,9 +59,13 @@ def renumbers(decoder: nn.Module) -> bool:
 
 
 def settled(
-    options: HostOptions, decoder: nn.Module, positions: str | None, proportional_attention: str | None
+    options: HostOptions,
+    decoder: nn.Module,
+    positions: str | None,
+    proportional_attention: str | None,
+    frames: str | None,
 ) -> HostOptions:
-    """A plug-in's options for one decoder, with those that the caller sets in their place.
+    """A plug-in's options for one decoder, with those that the caller sets in their place; None: not set.
 
     Methods ask for renumbered positions where their authors' code, written for models with one position per token,
     renumbers; elsewhere their tokens keep the original ones, with a warning. Only what the caller asks for is refused.
@@ -72,7 +76,7 @@ def settled(
             "several positions each (M-RoPE), or its layers have several embeddings"
         )
         positions = "original"
-    given = {"positions": positions, "proportional_attention": proportional_attention}
+    given = {"positions": positions, "proportional_attention": proportional_attention, "frames": frames}
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 

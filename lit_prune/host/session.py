@@ -59,6 +59,8 @@ class Session:
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
+    `gate_centre` subtracts from that gradient, and from the repair adapter's, its mean over the sample's tokens at the
+    stage, weighed by `Kept.slope`: what it says about their number. Gates in a `record` aren't affected.
     `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
     `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
     vocabulary) row by row over the batch, and no loss. `pack`: samples share rows in the decoder's layers, see
@@ -72,6 +74,7 @@ class Session:
     soft: bool = False
     contenders: float | None = None
     gate_clip: float | None = None
+    gate_centre: bool = False
     eps: float = 1e-8
     hints: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None

@@ -26,6 +26,10 @@ class Slices:
         self.columns, self.length = columns, length
         self.known: dict[int, tuple[Any, Any]] = {}  # by identity, with the value itself, so that it lives as long
 
+    def to(self, device: torch.device) -> "Slices":
+        """For what is handed on another device."""
+        return Slices(self.columns.to(device), self.length)
+
     def named(self, arguments: dict[str, Any], untouched: Container[str]) -> dict[str, Any]:
         """Keyword arguments at the columns that are left, without those `untouched`."""
         known = self.known  # looked up here, for speed: all but the first layer find everything in it

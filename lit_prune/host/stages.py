@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lit_prune.host import gates
 from lit_prune.host.attention import mask_rows, row_attention
 from lit_prune.host.compat import pre_norm, projects
 from lit_prune.host.lengths import on_device
@@ -93,8 +94,9 @@ class Stages:
         selected = Selected(columns, real, alive, kept, dead, exact, context.attention)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
-        self._leave_essence(stage, context, real, kept, forward)
-        self._note(index, columns, context, kept, forward)
+        repaired = gates.for_repair(kept, alive, forward)
+        self._leave_essence(stage, context, real, repaired, forward)
+        self._note(index, columns, context, kept, repaired, forward)
         # 5. Methods that merge give kept tokens new states.
         if kept.states is not None:
             changed = torch.where(kept.mask[..., None], kept.states.to(hidden.dtype), context.states)
@@ -189,30 +191,39 @@ class Stages:
         if repair.cumulative and stage < max(repair.stages):
             forward.lost = repair.lost(context.visual, alive, gate, earlier)
 
-    def _note(self, index: int, columns: Tensor, context: Context, kept: Kept, forward: Forward) -> None:
+    def _note(
+        self, index: int, columns: Tensor, context: Context, kept: Kept, repaired: Kept, forward: Forward
+    ) -> None:
         """Record the outcome on the image's grid; gates multiply from stage to stage."""
         record = forward.record
         if record is None and self.repair is None:
             return
-        gate = kept.mask if kept.gate is None else kept.gate
-        gate = forward.on_grid(gate.float(), columns, context.alive, 0.0)
-        forward.cumulative = gate if forward.cumulative is None else forward.cumulative * gate
+
+        def cumulative(kept: Kept, earlier: Tensor | None) -> Tensor:
+            gate = kept.mask if kept.gate is None else kept.gate
+            gate = forward.on_grid(gate.float(), columns, context.alive, 0.0)
+            return gate if earlier is None else earlier * gate
+
+        forward.cumulative = cumulative(repaired, forward.cumulative)
         if record is None:
             return
+        total = forward.cumulative
+        if forward.session.gate_centre:  # the budget loss reads the record: its gradient passes as it is
+            total = cumulative(kept, record.stages[-1].gate if record.stages else None)
         marks = forward.on_grid(kept.mask, columns, context.alive, 0.0)
         scores = None
         if kept.scores is not None:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
-        record.stages.append(StageRecord(index, marks, forward.cumulative, scores))
+        record.stages.append(StageRecord(index, marks, total, scores))
 
     def _apply(self, hidden: Tensor, selected: Selected, forward: Forward) -> Tensor:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
         leaving = dropped = selected.dropped(forward.packed.valid)
-        self._add_bias(selected, forward)
         # In soft training nothing leaves, unless it has no chance to come back.
         if forward.session.soft:
             forward.packed.gone = dropped if forward.packed.gone is None else forward.packed.gone | dropped
-            dropped = self._hopeless(selected, forward)
+            dropped = gates.hopeless(selected, forward)
+        gates.add_bias(selected, dropped, forward)
         dead = selected.dead
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
             dropped, leaving = dead if dropped is None else dropped | dead, leaving | dead
@@ -244,35 +255,6 @@ class Stages:
         forward.keys.enter(
             Span(forward.packed.valid, forward.packed.columns, count, forward.keys.start, forward.padded, whole)
         )
-
-    @staticmethod
-    def _hopeless(selected: Selected, forward: Forward) -> Tensor | None:
-        """Soft mode: columns ranked so far behind the kept ones that they are dropped for good, if that is asked."""
-        kept, alive = selected.kept, selected.alive
-        if forward.session.contenders is None or kept.scores is None:
-            return None
-        images, kept_here = forward.images(selected.columns, alive), kept.mask.sum(1, keepdim=True)
-        if images is not None:
-            kept_here = images.spread(images.sum(kept.mask.long()))
-        most = (kept_here * forward.session.contenders).ceil()
-        far = alive & ~kept.mask & (selection.rank(kept.scores.detach(), alive, images) >= most)
-        return torch.zeros_like(forward.packed.valid).scatter(1, selected.columns, far)
-
-    @staticmethod
-    def _add_bias(selected: Selected, forward: Forward) -> None:
-        """Log of the gate per key: hides dropped tokens in soft mode, and carries gradients in both."""
-        soft, kept = forward.session.soft, selected.kept
-        if kept.gate is None and not soft:
-            return
-        if not soft and not kept.gate.requires_grad:
-            return
-        gate = kept.mask.float() if kept.gate is None else kept.gate.float()
-        if forward.session.gate_clip is not None:
-            gate = selection.clip_gradient(gate, forward.session.gate_clip)
-        bias = selection.log_gate(gate, forward.session.eps) * selected.alive
-        zeros = torch.zeros(forward.packed.valid.shape, dtype=bias.dtype, device=bias.device)
-        bias = zeros.scatter_add(1, selected.columns, bias * selected.real)
-        forward.packed.key_bias = bias if forward.packed.key_bias is None else forward.packed.key_bias + bias
 
     def reads(self, stage: int) -> AttentionRows | None:
         """Attention rows that the pruner of a stage asked for."""

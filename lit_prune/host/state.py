@@ -1,6 +1,6 @@
 """State of one forward, passed by keyword from hook to hook. Nothing here is ever stored on a module."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lit_prune.host.attention import Tap
 from lit_prune.host.cache import CacheState
 from lit_prune.host.counting import Counter
 from lit_prune.host.deepstack import Deepstack
+from lit_prune.host.devices import Transfers, move, moved
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
 from lit_prune.host.packing import Layout, layout
@@ -21,6 +22,7 @@ from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
 from lit_prune.repair import Essence, Lost
 
+SHARED = ("packed", "seed", "total", "pictured", "sizes", "removed", "deepstack", "essence", "lost", "cumulative")
 FORWARD = "lit_prune_forward"  # keyword under which a Forward travels to layers and their hooks
 
 
@@ -124,13 +126,14 @@ class Forward:
     """One language-model forward as the hooks see it.
 
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
-    visual tokens of the sample that has most there; `sizes`: those of each image. `lengths`, `most_text`,
-    `most_answers`, `all_answers` (of all samples): what is known without a look at the device. `removed`: where tokens
-    are renumbered, how many have left of each sample. `cumulative`: gate on the image's grid. `lost`: the states that
-    stages have pruned so far, where a repair adapter averages over them all. `counter`: of a tower's FLOPs, while that
-    runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts in it, and nobody looks at its
-    layers: a step of decoding. `deepstack`: features that are
-    added to visual tokens after the first layers.
+    visual tokens of the sample that has most there; `sizes`: those of each image; `videos`: those of each sample's
+    videos. `lengths`, `most_text`, `most_answers`, `all_answers` (of all samples): what is known without a look at the
+    device. `removed`: where tokens are renumbered, how many have left of each sample. `cumulative`: gate on the image's
+    grid. `lost`: the states that stages have pruned so far, where a repair adapter averages over them all. `counter`:
+    of a tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts
+    in it, and nobody looks at its layers: a step of decoding. `deepstack`: features that are added to visual tokens
+    after the first layers. `transfers`: where layers are on several devices, what they are handed, on the one where all
+    of this is now.
     """
 
     session: Session
@@ -141,6 +144,7 @@ class Forward:
     pictured: Bool[Tensor, " batch"]
     length: int
     sizes: Int[Tensor, "batch images"] | None = None
+    videos: Int[Tensor, " batch"] | None = None
     record: Record | None = None
     counts: dict[int, list[int]] = field(default_factory=dict)
     grid: int = 0
@@ -157,6 +161,19 @@ class Forward:
     counter: Counter | None = None
     reached: bool = False
     settled: bool = False
+    transfers: Transfers | None = None
+
+    def follow(self, device: torch.device) -> None:
+        """Take what layers share to the device of one of them; what is recorded stays where it was measured."""
+        if self.transfers is not None and self.transfers.device == device:
+            return
+        self.transfers, self.keys.handed = Transfers(device), {}
+        for name in SHARED:
+            setattr(self, name, moved(getattr(self, name), device))
+        move(self.keys, device)
+        if self.cache_state is not None:
+            move(self.cache_state, device)
+        self.session = replace(self.session, hints=moved(self.session.hints, device))
 
     def on_grid(self, values: Tensor, columns: Tensor, real: Tensor, fill: float) -> Tensor:
         """Values of visual columns on the image's grid of N tokens, `fill` elsewhere."""

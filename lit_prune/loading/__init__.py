@@ -25,6 +25,7 @@ from lit_prune.loading.locations import (
     first_line,
     hub_text,
     is_shipped,
+    refuse_attention,
     refuse_unnamed,
 )
 
@@ -206,6 +207,9 @@ def random_model(
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32, **options)
+    except ImportError as error:
+        refuse_attention(config.model_type, options, error)
+        raise
     except ValueError as error:
         raise LitPruneError(f"{config.model_type} can't be built: {first_line(error)}") from error
     if dtype is None and sum(p.numel() for p in model.parameters()) > HALF_FROM:

@@ -122,12 +122,22 @@ def fetch(function: Callable, base: str | Path, local: bool = False, **options: 
     except OSError as error:
         raise LitPruneError(f"{base} can't be loaded ({first_line(error)}). {advice(base)}") from error
     except ImportError as error:
+        refuse_attention(base, options, error)
         raise LitPruneError(
             f"{base} can't be loaded so ({first_line(error)}): install what is missing, such as "
             f"{extra('quantized', 'peft')}"
         ) from error
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise LitPruneError(f"{base} can't be loaded: {first_line(error)}") from error
+
+
+def refuse_attention(base: Any, options: dict[str, Any], error: Exception) -> None:
+    """Raise `LitPruneError` if it is the chosen attention implementation whose package is missing."""
+    if name := options.get("attn_implementation"):
+        raise LitPruneError(
+            f"{base} can't be loaded with attn_implementation={name} ({first_line(error)}): install the package that "
+            f"it needs, or leave the option out for sdpa"
+        ) from error
 
 
 def place_of(base: str | Path, local: bool, hub: dict[str, Any]) -> str:

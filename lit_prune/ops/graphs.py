@@ -1,11 +1,16 @@
 """Pure functions for selecting and merging tokens by similarity, which the caller computes."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from lit_prune.ops import selection
+
+EXPONENT = 104.0  # exp(-x) is 0 in fp32 from here on
+DENSE = 1024  # tokens up to which a method may hold a matrix of all pairs
 
 
 def centred(
@@ -50,19 +55,51 @@ def spread(
 
     The score is multiplied by 1 - a, with a the largest affinity to a picked token: the cosine of `unit` vectors, 0 if
     negative, times exp(-distance^2 / (2 width^2)) in patches. Scores must be non-negative. O(visual) per pick, without
-    a matrix of all pairs. With `width` near 0 this is top-k; ties go to the earlier token.
+    a matrix of all pairs; cosines only as far as that exponential isn't 0. With `width` near 0 this is top-k; ties go
+    to the earlier token.
     """
-    count = torch.minimum(count, alive.sum(1))
-    chosen, near = torch.zeros_like(alive), torch.zeros_like(scores, dtype=torch.float32)
+    around = _Around(place, side, math.ceil(width * math.sqrt(2 * EXPONENT)), alive)
+    scores, count = scores.float(), torch.minimum(count, alive.sum(1))
+    taken, near, chosen = ~alive, torch.zeros_like(scores), torch.zeros_like(alive)
+    row, column = (place // side).float(), (place % side).float()
     for turn in range(int(count.max())):
-        # Alive tokens have values >= 0, picked ones -1, filler -2: the argmax never picks twice while others are left.
-        worth = (scores.float() * (1 - near)).masked_fill(chosen, -1.0).masked_fill(~alive, -2.0)
-        pick = worth.argmax(1, keepdim=True)
-        chosen = chosen | ((turn < count)[:, None] & torch.zeros_like(chosen).scatter(1, pick, True))
-        alike = (unit * selection.gather_rows(unit, pick)).sum(-1).clamp(min=0)
-        close = torch.exp(-squared_distance(place, place.gather(1, pick), side)[..., 0] / (2 * width**2))
-        near = near.maximum(alike * close)
+        # Free tokens have values >= 0: the argmax never picks twice while a sample has picks left.
+        pick = (scores * (1 - near)).masked_fill_(taken, -1.0).argmax(1, keepdim=True)
+        there, absent = around(place.gather(1, pick))
+        mine, rows, columns = unit, row, column
+        if there is not None:
+            mine, rows, columns = selection.gather_rows(unit, there), row.gather(1, there), column.gather(1, there)
+        alike = (mine * selection.gather_rows(unit, pick)).sum(-1).clamp_(min=0)
+        squared = (rows - row.gather(1, pick)).square_() + (columns - column.gather(1, pick)).square_()
+        affinity = alike * torch.exp(-squared / (2 * width**2))
+        if there is None:
+            near = near.maximum(affinity)
+        else:
+            near = near.scatter_reduce(1, there, affinity.masked_fill(absent, 0.0), "amax")
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | (turn < count)[:, None])
+        taken = taken.scatter(1, pick, True)
     return chosen
+
+
+class _Around:
+    """Columns of the alive tokens within `radius` patches of a position; None: all, where that isn't fewer."""
+
+    def __init__(self, place: Tensor, side: int, radius: int, alive: Tensor) -> None:
+        self.side, self.few = side, 2 * (2 * radius + 1) ** 2 < place.shape[1]
+        if self.few:
+            steps = torch.arange(-radius, radius + 1, device=place.device)
+            self.rows, self.columns = (steps.flatten()[None] for steps in torch.meshgrid(steps, steps, indexing="ij"))
+            index = torch.arange(place.shape[1], device=place.device).where(alive, -1)
+            self.token = index.new_full((len(place), side**2), -1).scatter_reduce(1, place, index, "amax")
+
+    def __call__(self, pick: Int[Tensor, "batch 1"]) -> tuple[Tensor | None, Tensor | None]:
+        """Columns (batch, some), and True where there is no such token."""
+        if not self.few:
+            return None, None
+        rows, columns = pick // self.side + self.rows, pick % self.side + self.columns
+        outside = (rows < 0) | (columns < 0) | (rows >= self.side) | (columns >= self.side)
+        token = self.token.gather(1, (rows * self.side + columns).masked_fill(outside, 0))
+        return token.clamp(min=0), outside | (token < 0)
 
 
 def suppressed(

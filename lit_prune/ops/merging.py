@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lit_prune.ops import selection
+from lit_prune.ops.graphs import DENSE
 
 
 def nearest(
@@ -110,8 +111,8 @@ def density_peaks(
 
     DPC-KNN: a token's density rho is exp(-mean squared distance to its `neighbours` nearest others), its delta the
     distance to the nearest denser token (for the densest one, the largest distance); centres have the largest
-    rho x delta, compared as logarithms. Of equally dense tokens the earlier counts as denser. Holds (some, some)
-    distances.
+    rho x delta, compared as logarithms. Of equally dense tokens the earlier counts as denser. Distances of all pairs
+    are held up to `DENSE` tokens; beyond, `DENSE` rows at a time, computed twice.
 
     Args:
         features: states to compare. real: False for filler. count: clusters of each sample.
@@ -123,29 +124,58 @@ def density_peaks(
     mean = (features.float() * real[..., None]).sum(1, keepdim=True) / number
     centred = (features.float() - mean) * real[..., None]  # centred, the squares' difference below loses less precision
     square = centred.square().sum(2, keepdim=True)
-    squared = square + square.transpose(1, 2) - 2 * centred @ centred.transpose(1, 2)
     unit = features.shape[2] if scale == "width" else (2 * square.sum(1, keepdim=True) / number).clamp(min=1e-30)
-    squared = (squared / unit).clamp(min=0)
-    own = torch.eye(squared.shape[1], dtype=torch.bool, device=squared.device)
-    far = torch.finfo(squared.dtype).max
+    rows = torch.arange(features.shape[1], device=features.device).split(DENSE)
+    whole = _squared(centred, centred, unit) if len(rows) == 1 else None
 
+    def squared(some: Tensor) -> Tensor:
+        return _squared(centred[:, some], centred, unit) if whole is None else whole
+
+    densities = [_log_density(squared(some), some, real, count, neighbours) for some in rows]
+    log_rho, farthest = (torch.cat(parts, 1) for parts in zip(*densities, strict=True))
+    to_denser = torch.cat([_to_denser(squared(some), some, real, log_rho) for some in rows], 1)
+    delta = torch.where(to_denser < torch.finfo(to_denser.dtype).max, to_denser, farthest)
+    # 0.5: `delta` is a squared distance.
+    centres = selection.top_k(log_rho + 0.5 * delta.clamp(min=1e-30).log(), real, count)
+
+    columns, true = selection.compact(centres)
+    place = torch.arange(features.shape[1], device=features.device).expand_as(centres)
+    if not columns.shape[1]:
+        return centres, torch.zeros_like(place)
+    if whole is None:
+        away = _squared(centred, selection.gather_rows(centred, columns), unit)
+    else:
+        away = whole.gather(2, columns[:, None].expand(-1, whole.shape[1], -1))
+    nearest_centre = columns.gather(1, away.masked_fill(~true[:, None], float("inf")).argmin(2))
+    return centres, torch.where(centres, place, nearest_centre)
+
+
+def _squared(some: Tensor, others: Tensor, unit: Tensor | int) -> Float[Tensor, "batch some others"]:
+    """Squared distances in units of `unit`."""
+    squares = some.square().sum(2, keepdim=True) + others.square().sum(2, keepdim=True).transpose(1, 2)
+    return ((squares - 2 * some @ others.transpose(1, 2)) / unit).clamp(min=0)
+
+
+def _log_density(
+    squared: Tensor, rows: Tensor, real: Tensor, count: Tensor, neighbours: int | None
+) -> tuple[Float[Tensor, "batch rows"], Float[Tensor, "batch rows"]]:
+    """Minus the mean squared distance of each row to its nearest others, and the largest one."""
+    place, far = torch.arange(real.shape[1], device=real.device), torch.finfo(squared.dtype).max
     # A token itself is left out, or is the first of its own nearest at a distance of exactly 0.
-    others = squared.masked_fill(own, far if neighbours is not None else 0.0).masked_fill(~real[:, None], far)
+    others = squared.masked_fill(rows[:, None] == place, far if neighbours is not None else 0.0)
+    others = others.masked_fill(~real[:, None], far)
     most = int(count.max()) if neighbours is None else neighbours
     closest = others.topk(min(most, others.shape[2]), largest=False).values
     counted = closest < far
     if neighbours is None:
         counted = counted & (torch.arange(closest.shape[2], device=closest.device) < count[:, None, None])
     log_rho = -(closest * counted).sum(2) / counted.sum(2).clamp(min=1)
+    return log_rho, squared.masked_fill(~real[:, None], 0.0).amax(2)
 
-    earlier = own.new_ones(own.shape).tril(-1)
-    denser = (log_rho[:, None] > log_rho[..., None]) | ((log_rho[:, None] == log_rho[..., None]) & earlier)
-    to_denser = squared.masked_fill(~(denser & real[:, None]), far).amin(2)
-    farthest = squared.masked_fill(~real[:, None], 0.0).amax(2)
-    delta = torch.where(to_denser < far, to_denser, farthest)
-    # 0.5: `delta` is a squared distance.
-    centres = selection.top_k(log_rho + 0.5 * delta.clamp(min=1e-30).log(), real, count)
 
-    nearest_centre = squared.masked_fill(~centres[:, None], far).argmin(2)
-    place = torch.arange(squared.shape[1], device=squared.device).expand_as(nearest_centre)
-    return centres, torch.where(centres, place, nearest_centre)
+def _to_denser(squared: Tensor, rows: Tensor, real: Tensor, log_rho: Tensor) -> Float[Tensor, "batch rows"]:
+    """Squared distance of each row to the nearest denser token, the largest number for the densest one."""
+    earlier = torch.arange(real.shape[1], device=real.device) < rows[:, None]
+    own = log_rho[:, rows, None]
+    denser = (log_rho[:, None] > own) | ((log_rho[:, None] == own) & earlier)
+    return squared.masked_fill(~(denser & real[:, None]), torch.finfo(squared.dtype).max).amin(2)

@@ -162,6 +162,30 @@ def clip_gradient(values: Float[Tensor, "batch visual"], norm: float) -> Float[T
     return values
 
 
+def centre_gradient(
+    values: Float[Tensor, "batch visual"],
+    among: Bool[Tensor, "batch visual"],
+    slope: Float[Tensor, "batch visual"] | None = None,
+) -> Float[Tensor, "batch visual"]:
+    """Identity in forward; in backward, each sample's gradient less its mean over the tokens in `among`, 0 elsewhere.
+
+    `slope`, the derivative of each value with respect to the score that it was computed from, weighs the mean: then the
+    gradients of these scores sum to 0.
+    """
+    if not values.requires_grad:
+        return values
+    values = values * 1.0  # a new tensor, so that the hook doesn't stay on the caller's
+    weights = among.to(values.dtype) if slope is None else slope.to(values.dtype) * among
+
+    def centre(gradient: Tensor) -> Tensor:
+        total = weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        mean = (gradient * weights).sum(1, keepdim=True) / total
+        return (gradient - mean).masked_fill(~among, 0.0)
+
+    values.register_hook(centre)
+    return values
+
+
 def pack(
     present: Bool[Tensor, "batch seq"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:

@@ -8,7 +8,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.files.renamed import old_keys, renamed_text
 from lit_prune.files.shipped import SUFFIXES, find_config
 from lit_prune.files.yaml_files import NoMapping, read_yaml
-from lit_prune.host.options import HostOptions, Positions, Proportional
+from lit_prune.host.options import Frames, HostOptions, Positions, Proportional
 from lit_prune.loading.locations import HUB_NAME, hub_options
 from lit_prune.ops.budget import Budget, parse_budget
 from lit_prune.plugin import SETTINGS, Plugin, unpruned
@@ -129,6 +129,7 @@ def plugin_of(model: dict[str, Any], source: str) -> Plugin:
     parser.add_argument("--repair", type=RepairAdapter | None)
     parser.add_argument("--positions", type=Positions, default="original")
     parser.add_argument("--proportional_attention", type=Proportional, default="none")
+    parser.add_argument("--frames", type=Frames, default="together")
     names = ("pruner", "repair", *vars(HostOptions()))
     try:
         chosen = {key: model[key] for key in names if model.get(key) is not None}

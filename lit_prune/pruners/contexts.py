@@ -111,6 +111,8 @@ class Kept:
     `states`, in methods that merge: new states before the layer's norm; only those of kept tokens are used.
     `sizes`: number of tokens that each kept one represents from here on. Later layers add log(size) to its attention
     logits (proportional attention, arXiv 2210.09461).
+    `slope`: derivative of each token's gate with respect to its score, at least 0, by which `gate_centre` weighs the
+    tokens; `None`: all alike.
     """
 
     mask: Bool[Tensor, "batch visual"]
@@ -118,3 +120,4 @@ class Kept:
     scores: Float[Tensor, "batch visual"] | None = None
     states: Float[Tensor, "batch visual width"] | None = None
     sizes: Float[Tensor, "batch visual"] | None = None
+    slope: Float[Tensor, "batch visual"] | None = None

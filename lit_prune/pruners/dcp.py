@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from lit_prune.errors import LitPruneError, check_number
-from lit_prune.ops import graphs, selection
+from lit_prune.ops import coverage, graphs, selection
 from lit_prune.ops.moments import kappa
 from lit_prune.pruners.base import Context, Kept, Pruner, VisionContext, VisionPruner
 from lit_prune.pruners.by_image import image_by_image
@@ -49,6 +49,7 @@ class DCPPrune(VisionPruner):
         threshold: of kappa.
         candidates: tokens that TATCS chooses from, in multiples of the budget.
         text: weight of the question in TATCS, 0 to 1.
+        sample: see `TextAwareClusters`.
     """
 
     title = "DCP-Prune"
@@ -68,8 +69,9 @@ class DCPPrune(VisionPruner):
         threshold: float = 0.5,
         candidates: float = 2.0,
         text: float = 0.5,
+        sample: int | None = graphs.DENSE,
     ) -> None:
-        super().__init__(vision_layers, vision_stage_ratios, vision_depth, TextAwareClusters(text))
+        super().__init__(vision_layers, vision_stage_ratios, vision_depth, TextAwareClusters(text, sample))
         if 0 in self.vision_layers:
             raise LitPruneError("vision_layers: DCP-Prune scores by the layer before a stage, and layer 0 has none")
         check_number("pruner.temperature", temperature, above=0)
@@ -79,7 +81,7 @@ class DCPPrune(VisionPruner):
             check_number(f"pruner.{name}", value)
         self.acgr, self.tatcs, self.contrast = acgr, tatcs, contrast
         self.temperature, self.width, self.strength = temperature, width, strength
-        self.threshold, self.candidates, self.text = threshold, candidates, text
+        self.threshold, self.candidates, self.text, self.sample = threshold, candidates, text, sample
 
     @property
     def measured(self) -> str | None:
@@ -141,14 +143,17 @@ class TextAwareClusters(Pruner):
 
     Args:
         text: weight of the question, 0 to 1.
+        sample: with more than 1,024 candidates, number of those whose coverage counts for the centres, a fixed
+            pseudo-random sample; None: all, in a time that grows with their square.
     """
 
     needs_embeds = True
 
-    def __init__(self, text: float = 0.5) -> None:
+    def __init__(self, text: float = 0.5, sample: int | None = graphs.DENSE) -> None:
         super().__init__([0])
         check_number("pruner.text", text)
-        self.text = text
+        check_number("pruner.sample", sample, least=1, whole=True)
+        self.text, self.sample = text, sample
 
     @image_by_image
     def prune(self, context: Context) -> Kept:
@@ -159,30 +164,33 @@ class TextAwareClusters(Pruner):
         visual = normalize(selection.gather_rows(context.visual_embeds, columns).float(), dim=-1)
         words = normalize(context.text_embeds.float(), dim=-1) * context.text_mask[..., None]
         to_words = visual @ words.transpose(1, 2)
-        alike = graphs.cosines(visual)
-        centres = graphs.facility_location(alike, real.float(), real, context.count, real.float())
+        alike = coverage.Cosines(visual)
+        centres = coverage.facility_location(alike, real.float(), real, context.count, self.sample)
+        at, true = selection.compact(centres)
         profile = normalize(to_words, dim=-1)
-        mixed = torch.lerp(alike, profile @ profile.transpose(1, 2), self.text)
+        mixed = torch.lerp(alike.to(at), profile @ selection.gather_rows(profile, at).transpose(1, 2), self.text)
         # Padded by one dummy word, since `amax` fails if no prompt has a question.
         relevance = pad(to_words.masked_fill(~context.text_mask[:, None], -1.0), (0, 1), value=-1.0).amax(-1)
-        chosen = self._one_each(mixed, relevance, centres, real)
+        best = self._one_each(mixed.masked_fill(~true[:, None], -2.0), relevance, at, true, real)
+        chosen = torch.zeros_like(columns).scatter_add(1, best, true.long()) > 0
         return Kept(torch.zeros_like(context.alive).scatter(1, columns, chosen & real) & context.alive)
 
-    def _one_each(self, alike: Tensor, relevance: Tensor, centres: Tensor, real: Tensor) -> Bool[Tensor, "batch some"]:
-        """Select the best token of each cluster by similarity to the centre and relevance."""
-        own = torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
-        to_centre = alike.masked_fill(~centres[:, None], -2.0).masked_fill(own & centres[:, None], 3.0)
-        home = to_centre.argmax(2)  # a centre joins its own cluster
+    def _one_each(
+        self, alike: Tensor, relevance: Tensor, at: Tensor, true: Tensor, real: Tensor
+    ) -> Int[Tensor, "batch centres"]:
+        """Best token of each cluster, by similarity to the centre `at` its column, where `true`, and by relevance."""
+        own = torch.where(true, 3.0, -2.0)[:, None]
+        home = alike.scatter(1, at[:, None], own).argmax(2)  # a centre joins its own cluster
         worth = torch.lerp(alike.gather(2, home[..., None])[..., 0], relevance, self.text)
-        member = (home[:, None] == torch.arange(alike.shape[1], device=alike.device)[:, None]) & real[:, None]
-        best = worth[:, None].masked_fill(~member, -5.0).argmax(2)
-        return torch.zeros_like(centres).long().scatter_add(1, best, centres.long()) > 0
+        member = (home[:, None] == torch.arange(at.shape[1], device=at.device)[:, None]) & real[:, None]
+        return worth[:, None].masked_fill(~member, -5.0).argmax(2)
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """FLOPs of TATCS where it selected: cosines with words and between tokens, and the greedy gains."""
         visual, text, kept = visual.double(), text.double(), kept.double()
-        products = 2 * visual * (visual + text) * width + 2 * visual**2 * text
-        return torch.where(visual > kept, products + 2 * kept * visual**2, 0.0)
+        seen = coverage.covered(visual, self.sample)
+        products = 2 * visual * (seen + text) * width + 2 * visual * kept * text
+        return torch.where(visual > kept, products + 2 * kept * visual * seen, 0.0)
 
 
 def _share(values: Tensor, alive: Tensor) -> Tensor:

@@ -163,7 +163,8 @@ class RCP(Pruner):
             return Kept(mask, scores=logits)
         # Forward is the hard mask; backward is that of the sigmoid around the decision's cut.
         soft = torch.sigmoid((noisy - cut) / self.tau)
-        return Kept(mask, selection.straight_through(mask, soft), logits)
+        share = soft.detach()
+        return Kept(mask, selection.straight_through(mask, soft), logits, slope=share * (1 - share) / self.tau)
 
     def _count(self, context: Context) -> Tensor:
         """Tokens that `topk` keeps of each sample: as scheduled, or in training more, as far as they are `relax`ed."""

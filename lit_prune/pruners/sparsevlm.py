@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_prune.errors import check_choice, check_number
 from lit_prune.ops import merging, selection
+from lit_prune.ops.graphs import DENSE
 from lit_prune.pruners.base import AttentionRows, Context, Kept, Pruner
 from lit_prune.pruners.by_image import image_by_image
 from lit_prune.pruners.raters import rater_attention
@@ -98,6 +99,7 @@ class SparseVLM(Pruner):
 
     def flops(self, visual: Tensor, text: Tensor, width: int, kept: Tensor) -> Tensor:
         """Visual x word embeddings, the mean over raters, and distances between clustered tokens."""
-        candidates = self._counts(visual, kept)[0].to(torch.float64)
+        candidates, clusters = (number.to(torch.float64) for number in self._counts(visual, kept))
+        twice = (candidates > DENSE) * candidates * (candidates + clusters)  # as `density_peaks` says
         visual = visual.to(torch.float64)
-        return 2 * width * (visual * text + candidates.square()) + 2 * visual * text
+        return 2 * width * (visual * text + candidates.square() + twice) + 2 * visual * text

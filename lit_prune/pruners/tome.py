@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from lit_prune.ops import merging, selection
 from lit_prune.ops.budget import Schedule
+from lit_prune.ops.graphs import DENSE
 from lit_prune.pruners.base import Kept, VisionContext, VisionPruner
 
 
@@ -71,8 +72,12 @@ def _match(keys: Tensor, alive: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]
     unit = normalize(keys, dim=-1)
     first, is_first = selection.compact(alive & (turn == 1))  # a class token would come first and take turn 0
     second, is_second = selection.compact(alive & (turn == 0))
-    likeness = selection.gather_rows(unit, first) @ selection.gather_rows(unit, second).transpose(1, 2)
-    best, partner = likeness.masked_fill(~is_second[:, None], -2.0).max(2)
+    partners = selection.gather_rows(unit, second).transpose(1, 2)
+    blocks = [  # of rows, so that the cosines of all pairs are never held
+        (rows @ partners).masked_fill_(~is_second[:, None], -2.0).max(2)
+        for rows in selection.gather_rows(unit, first).split(DENSE, 1)
+    ]
+    best, partner = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
     leaves = selection.top_k(best, is_first, excess.clamp(min=0))
     left = torch.zeros_like(alive).scatter(1, first, leaves)
     own = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)

@@ -58,6 +58,8 @@ class PruneModule(LightningModule):
             kept and remove the others, which shortens the sequence [ours]. `None`: all tokens, as in the paper.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Without it, the gradient of
             the cross entropy at the pruner has a norm of 1e7 on micro-LLaVA and dominates every other loss.
+        gate_centre: the task and repair losses decide which tokens stay, the budget loss alone how many: the gradients
+            of a sample's scores by the former sum to 0 at each stage [ours].
         checkpoint_activations: keep only the layers' inputs and recompute the rest in backward: less memory, more time.
         watch: decoder layers whose attention in the teacher `loss.attention` reads.
         loss: weights of the losses.
@@ -69,6 +71,8 @@ class PruneModule(LightningModule):
         final_lr: last learning rate, as a share of the peak `lr`, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws the same numbers.
+        attn_implementation: of the frozen model, as in `from_pretrained`, such as flash_attention_2; by default the
+            library's choice, sdpa. `eager` can't train, but evaluates.
 
     Raises:
         LitPruneError: a number is out of range (raised before the model is loaded), or base or plug-in can't be used.
@@ -88,6 +92,7 @@ class PruneModule(LightningModule):
         train_mode: Literal["soft", "drop"] = "soft",
         contenders: float | None = None,
         gate_clip: float | None = None,
+        gate_centre: bool = False,
         checkpoint_activations: bool = False,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
@@ -100,6 +105,7 @@ class PruneModule(LightningModule):
         max_new_tokens: int = 8,
         seed: int = 0,
         lora: LoRA | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -110,7 +116,10 @@ class PruneModule(LightningModule):
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         attached, adapters = made.train(), made.lora
-        self.vlm = load(base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights)
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        self.vlm = load(
+            base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights, **options
+        )
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
@@ -122,7 +131,7 @@ class PruneModule(LightningModule):
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
-        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip}
+        masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
         saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
         self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims

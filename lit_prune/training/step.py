@@ -57,6 +57,7 @@ class Teaching:
     gate_clip: float | None
     checkpoint_activations: bool
     watch: tuple[int, ...]
+    gate_centre: bool = False
 
     def step(
         self,
@@ -111,8 +112,8 @@ class Teaching:
         plain = replace(measuring.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
         # Gradients are averaged over ranks after backward, so here a sample's gradient is `ranks` times its final size.
         clip = None if self.gate_clip is None else self.gate_clip * ranks
-        soft = {"soft": self.train_mode == "soft", "contenders": self.contenders, "gate_clip": clip}
-        return plain, Session(record=student, **soft, **common)
+        gates = {"contenders": self.contenders, "gate_clip": clip, "gate_centre": self.gate_centre}
+        return plain, Session(record=student, soft=self.train_mode == "soft", **gates, **common)
 
     def losses(
         self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool = False

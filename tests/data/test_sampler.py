@@ -199,6 +199,16 @@ def test_a_resumed_epoch_keeps_its_groups():
 
 
 # Evaluation
+def test_processes_share_whole_batches():
+    """Each is one that a process alone has, so that its samples meet the same padding."""
+    whole = list(EvalBatches(RankShare(10), 4))
+    shares = [EvalBatches(RankShare(10), 4) for _ in range(2)]
+    for rank, share in enumerate(shares):
+        share.turns = slice(rank, None, 2)
+    assert [list(share) for share in shares] == [whole[::2], whole[1::2]]
+    assert [len(share) for share in shares] == [2, 1]
+
+
 @pytest.mark.parametrize(("size", "world", "batch_size"), [(10, 1, 4), (9, 2, 4), (9, 4, 2), (1, 2, 3), (8, 2, 2)])
 def test_evaluation_sees_each_sample_once_in_equally_many_batches(size, world, batch_size):
     ranks = [EvalBatches(RankShare(size, rank, world), batch_size) for rank in range(world)]

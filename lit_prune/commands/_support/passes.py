@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -12,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lit_prune.commands._support import console
 from lit_prune.commands._support.sample_images import SampleImages
 from lit_prune.commands.trainer import PruneCLI
+from lit_prune.data.sampler import EvalBatches
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.cells import FULL, Cell, digest_of, prepare
 from lit_prune.evaluation.comparison import Comparison
 from lit_prune.evaluation.groups import BLANK, DOWNSAMPLED, Groups, views
+from lit_prune.evaluation.ranks import Ranks
 from lit_prune.evaluation.rows import Row, row
 from lit_prune.evaluation.store import Store
 from lit_prune.host.parts import find
@@ -23,12 +26,15 @@ from lit_prune.host.parts import find
 STAGES = {"val": "validate", "test": "test"}
 
 
-def load_data(made: PruneCLI, split: str, limit: int | None) -> dict[str, Any]:
+def load_data(made: PruneCLI, split: str, limit: int | None, ranks: Ranks) -> dict[str, Any]:
     """Set the data of a split up, cut to `limit`; returns what a result depends on, the split by its file."""
     from torch.utils.data import Subset
 
     data = made.datamodule
-    data.prepare_data()
+    if ranks.writes:
+        data.prepare_data()
+    ranks.wait()
+    data.bad_samples.rank = ranks.rank
     data.setup(STAGES[split])
     whole = data.datasets[split]
     file = digest_of(whole.source.files)
@@ -61,23 +67,41 @@ def seen_as(data: Any, split: str, view: Callable[[Image.Image], Image.Image]) -
         data.datasets[split] = whole
 
 
-def run_pass(comparison: Comparison, data: Any, split: str, title: str) -> None:
-    """Run one pass over the data. Without a terminal the bars only appear at the end, so print the title first."""
+def run_pass(comparison: Comparison, data: Any, split: str, title: str, ranks: Ranks) -> None:
+    """Run this process's share of one pass over the data, and take in the others'.
+
+    Without a terminal the bars only appear at the end, so print the title first.
+    """
     cells = len(comparison.tallies) - 1
     title = f"{title}: {cells} cells" if cells else title
-    if not console.err.is_terminal:
+    if not console.err.is_terminal and ranks.writes:
         console.say(title)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total, loader = len(data.datasets[split]), data.val_dataloader() if split == "val" else data.test_dataloader()
-    with Progress(*columns, console=console.err) as progress:
-        samples = progress.add_task(f"{title}, samples", total=total)
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    batches, share = _shared(loader, len(data.datasets[split]), ranks)
+    with Progress(*columns, console=console.err, disable=not ranks.writes) as progress:
+        samples = progress.add_task(f"{title}, samples", total=share)
         bar = progress.add_task("  this batch, cells", total=cells + 1)
-        for batch in loader:
+        for batch in batches:
             batch = data.on_before_batch_transfer(batch, 0)
             batch = data.transfer_batch_to_device(batch, comparison.vlm.model.device, 0)
             progress.reset(bar)
             comparison.update(batch, lambda: progress.advance(bar))
             progress.advance(samples, len(batch["ids"]))
+    comparison.gather(ranks)
+
+
+def _shared(loader: Any, total: int, ranks: Ranks) -> tuple[Iterator[dict[str, Any]], int]:
+    """Every `world`-th batch, and how many of all samples that is.
+
+    Batches stay as one process has them, so that each sample meets the same padding.
+    """
+    turns = slice(ranks.rank, None, ranks.world)
+    batches = getattr(loader, "batch_sampler", None)
+    if not isinstance(batches, EvalBatches):
+        return islice(loader, turns.start, None, turns.step), total // ranks.world
+    batches.turns = turns
+    return iter(loader), sum(map(len, batches))
 
 
 class Work:
@@ -88,16 +112,19 @@ class Work:
         split: of the data.
         store: store of the results.
         images: gives the digests of the samples' images.
+        ranks: the processes that share each pass; one of them writes.
     """
 
-    def __init__(self, made: PruneCLI, split: str, store: Store, images: SampleImages) -> None:
+    def __init__(self, made: PruneCLI, split: str, store: Store, images: SampleImages, ranks: Ranks) -> None:
         self.vlm, self.data, self.max_new_tokens = made.model.vlm, made.datamodule, made.model.max_new_tokens
-        self.split, self.store, self.images = split, store, images
+        self.split, self.store, self.images, self.ranks = split, store, images, ranks
         self.full, self.results = Cell(FULL), {}
 
     def recall(self, cells: Sequence[Cell]) -> None:
         """Read results measured earlier."""
         self.results = {cell.key: found for cell in cells if (found := self.store.read(cell))}
+        if not self.ranks.writes:
+            return
         if self.results:
             console.say(f"{len(self.results)} cells were measured before")
         if self.store.other_code:
@@ -121,14 +148,16 @@ class Work:
     def _pass(self, full: Cell, cells: Sequence[Cell], title: str) -> None:
         scorer = getattr(self.data, "scorer", None)
         comparison = Comparison(self.vlm, full, cells, self.max_new_tokens, scorer)
-        run_pass(comparison, self.data, self.split, title)
+        run_pass(comparison, self.data, self.split, title, self.ranks)
         if not (measured := comparison.results()):
             raise LitPruneError(f"the {self.split} set gave no usable sample")
         samples = comparison.samples()
         for cell, result in measured:
-            lines = [{**each.as_json(), "image": self.images.digest(each.record)} for each in samples[cell.key]]
-            self.store.write(cell, result, lines)
+            if self.ranks.writes:
+                lines = [{**each.as_json(), "image": self.images.digest(each.record)} for each in samples[cell.key]]
+                self.store.write(cell, result, lines)
             self.results[cell.key] = json.loads(json.dumps(result))
+        self.ranks.wait()  # the others read what was written
 
     def _pending(self, cells: Sequence[Cell], keep: int | str | None) -> list[Cell]:
         """Cells left to measure at a budget, without duplicates."""

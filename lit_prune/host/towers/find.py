@@ -15,6 +15,8 @@ from lit_prune.host.towers.reading import attention_of, clip_like
 from lit_prune.host.towers.suited import unsuited
 from lit_prune.host.towers.tail import leaves
 
+POOLERS = ("apply_pooling", "vision_resampler")  # what pools the features of videos, and not those of images
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -23,7 +25,7 @@ class Tower:
     `taps`: layers behind which mergers take features too; `tail`: what follows the last, row by row; `packed`: images
     stand one after the other, apart by bounds; `windows`: gives the order of blocks in which the tower puts them for
     attention inside windows; `masked`: layers take a mask for their keys; `picks`: features are a layer's recorded
-    states; `newline`: put behind each row of crops.
+    states; `newline`: put behind each row of crops. `videos`: why videos can't be pruned in it, if so.
     """
 
     size: TowerSize
@@ -40,6 +42,7 @@ class Tower:
     picks: bool
     windows: Callable[[Sequence, int], Tensor] | None
     newline: Tensor | None
+    videos: str | None
 
 
 def tower(model: nn.Module, decoder: nn.Module) -> Tower:
@@ -79,7 +82,17 @@ def tower(model: nn.Module, decoder: nn.Module) -> Tower:
         picks=hasattr(model.config, "vision_feature_layer") and size.merge == 1,
         windows=None if window is None else partial(window_order, window=window, patch=first_side(vision.patch_size)),
         newline=getattr(base, "image_newline", None),
+        videos=_videos(model, decoder, base),
     )
+
+
+def _videos(model: nn.Module, decoder: nn.Module, base: nn.Module) -> str | None:
+    """Reason why a tower that images can be pruned in doesn't do for videos."""
+    if len(dict(_towers(model, decoder))) > 1:
+        return "go through a tower of their own"
+    if any(hasattr(base, name) for name in POOLERS):
+        return "are pooled behind the tower, which would mix dropped patches into the kept ones"
+    return None
 
 
 def vision_tower(model: nn.Module, decoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -60,7 +60,7 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
     total = sum(IMAGES)
     lengths = [_visual(kind, model, pixels, image) for image in range(total)]
     token = image_token(config)
-    start, end = (_marker(config, which) for which in ("start", "end"))
+    start, end = (marker(config, which) for which in ("start", "end"))
     draw, samples, owned, first = torch.Generator().manual_seed(0), [], [], 0
     for images, words in zip(IMAGES, QUESTION, strict=True):
         parts = [torch.randint(3, 90, (2,), generator=draw)]
@@ -89,7 +89,8 @@ def image_token(config: Any) -> int:
     return vocabulary.get("<image>", 250)
 
 
-def _marker(config: Any, which: str) -> list[Tensor]:
+def marker(config: Any, which: str) -> list[Tensor]:
+    """The token in front of an image (`start`) or behind it (`end`), if a class has one."""
     names = (
         f"vision_{which}_token_id",
         f"image_{which}_token_id",
@@ -108,7 +109,7 @@ def _visual(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
     owner = model if hasattr(model, "get_image_features") else model.model
     known = inspect.signature(owner.get_image_features).parameters
     renamed = {"pixel_values_images": "pixel_values"}
-    arguments = {renamed.get(name, name): value for name, value in arguments.items()}
+    arguments = {name if name in known else renamed.get(name, name): value for name, value in arguments.items()}
     if "kwargs" not in known and "args" not in known:
         arguments = {name: value for name, value in arguments.items() if name in known}
     features = owner.get_image_features(**arguments)
