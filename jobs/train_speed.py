@@ -129,6 +129,8 @@ class Naive(Measured):
 class SquareMask:
     """Attention with the bias per key as a float mask (batch, 1, seq, seq), made once per stage."""
 
+    lit_prune = True  # takes the host's requests, as the functions that it wraps
+
     def __init__(self) -> None:
         self.of, self.mask = None, None
 
