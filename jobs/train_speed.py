@@ -33,6 +33,7 @@ from lit_prune.evaluation.timing import clock_for, peak_bytes
 from lit_prune.evaluation.timing.prompts import random_prompt
 from lit_prune.host import Record, Session
 from lit_prune.host.attention import REQUEST
+from lit_prune.training.losses import Anneal
 from lit_prune.training.module import PruneModule
 from lit_prune.training.step import Teaching
 from lit_prune.vlm import plugin_from_yaml
@@ -129,6 +130,8 @@ class Naive(Measured):
 class SquareMask:
     """Attention with the bias per key as a float mask (batch, 1, seq, seq), made once per stage."""
 
+    lit_prune = True  # takes the host's requests, as the functions that it wraps
+
     def __init__(self) -> None:
         self.of, self.mask = None, None
 
@@ -188,6 +191,7 @@ def build(name: str, base: str, args: argparse.Namespace) -> Measured:
     """One variant; all begin with the same weights."""
     kind, options = VARIANTS[name]
     plugin = plugin_from_yaml(args.overlay)
+    options = {"anneal": Anneal(target_share=0.0), **options}  # the budget's counts from the first step on
     module = kind(base, plugin.pruner, plugin.repair, args.keep, random_weights=True, dtype=args.dtype, **options)
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -27,7 +27,7 @@ def model() -> Iterator[torch.nn.Module]:
 ANSWER = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [tiny.IMAGE, tiny.PAD]}
 
 
-@pytest.mark.parametrize("pruner", ["rcp", "fastv"])
+@pytest.mark.parametrize("pruner", ["rcp", pytest.param("fastv", marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_same_without_graph_breaks(model, pruner):
     """Prefill and decoding; FastV reads the attention of the layer before, inside the compiled layer."""
     inputs = tiny.batch(tiny.samples((50, 50)))

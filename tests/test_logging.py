@@ -419,10 +419,10 @@ def test_the_end_says_where_everything_is(run):
     summary = run.said[-1]
     assert summary.startswith("fit ended at step 4 after 0:")
     said = dict(line.strip().split("  ", 1) for line in summary.splitlines()[1:])
-    names = {"accuracy", "plug-in", "pictures", "settings", "checkpoints", "figures", "TensorBoard", "W&B"}
+    names = {"accuracy", "plug-in", "pictures", "curves", "settings", "checkpoints", "figures", "TensorBoard", "W&B"}
     assert set(said) == names
     assert "best 0." in said["accuracy"]
-    for name in ("plug-in", "pictures", "settings", "figures"):
+    for name in ("plug-in", "pictures", "curves", "settings", "figures"):
         assert Path(said[name].strip()).exists(), name
     assert said["W&B"].strip() == f"wandb sync {run.wandb}"
 

@@ -86,11 +86,11 @@ def test_the_first_part_that_fails_is_named(student, data, tmp_path):
     """Finite inputs and weights, too large for one another."""
     module = student()
     with torch.no_grad():
-        module.plugin.pruner.scorers[1].key.weight.fill_(3e38)
+        module.plugin.pruner.scorers[1].visual.weight.fill_(3e38)
     with pytest.raises(LitPruneError, match="not finite"):
         fit(tmp_path, module, [data])
     found = replay(student(), load_step(tmp_path / "nonfinite" / "step-000000-rank-0.safetensors"))
-    assert found.first.startswith("the student's plugin.pruner.scorers.1.key")
+    assert found.first.startswith("the student's plugin.pruner.scorers.1.visual")
 
 
 def test_a_step_of_another_plug_in_and_other_files_are_refused(student, data, tmp_path):

@@ -7,8 +7,9 @@ from tiny import trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_prune.training.logging import WORK, Work
-from lit_prune.training.losses import LossWeights
+from lit_prune.training.losses import Anneal, LossWeights
 
+STILL = Anneal(target_share=0.0)  # the budget from the first step on
 HEAD = 32  # channels of a head of micro-LLaVA; soft masks travel in 8 more, which are no part of the model
 
 
@@ -43,7 +44,7 @@ class Counted(Callback):
     "options", [{}, {"train_mode": "drop"}, {"contenders": 2.0}], ids=["soft", "drop", "contenders"]
 )
 def test_a_step_costs_what_it_runs(student, world, tmp_path, options):
-    module, counted = student(**options), Counted()
+    module, counted = student(anneal=STILL, **options), Counted()
     trainer(tmp_path, [counted], max_steps=1).fit(module, world(batch_size=1))
     found = dict(zip(WORK, module.work.totals.tolist(), strict=True))
     assert found["flops"] == pytest.approx(counted.counter.get_total_flops(), rel=0.02)
@@ -56,7 +57,7 @@ def test_a_cheaper_step_counts_less(student, world, tmp_path):
     """Dropping against masking, on the same samples; both see as many tokens."""
     done = []
     for options in ({"train_mode": "drop"}, {}):
-        module = student(**options)
+        module = student(anneal=STILL, **options)
         trainer(tmp_path, max_steps=2).fit(module, world())
         done.append(dict(zip(WORK, module.work.totals.tolist(), strict=True)))
     assert done[0]["flops"] < 0.6 * done[1]["flops"]
