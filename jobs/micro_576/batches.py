@@ -30,6 +30,7 @@ MIX = dict.fromkeys(SKILLS, 1) | {"existence": 2, "colour": 2, "shape": 2, "coun
 NAMES = (*COLOURS, *SHAPES, *TEXTURES, *GROUNDS)  # words whose presence in a scene is an image-level label
 
 INDEX = {name: i for names in (COLOURS, SHAPES, PATTERNS, TEXTURES, GROUNDS) for i, name in enumerate(names)}
+DIRECTIONS = ("up", "down", "left", "right", "across", "upright")  # of arrows and of stripes
 PATCH_CLASSES = {
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
@@ -37,12 +38,15 @@ PATCH_CLASSES = {
     "figure": 11,
     "figure_odd": 11,
     "dot": 3,
+    "direction": len(DIRECTIONS) + 1,
     "row": GRID,
     "column": GRID,
+    "own_row": GRID,
+    "own_column": GRID,
     "texture": len(TEXTURES),
     "ground": len(GROUNDS),
 }
-OBJECT_LABELS = ("colour", "shape", "pattern", "figure", "figure_odd", "dot")  # 0 where there is none
+OBJECT_LABELS = ("colour", "shape", "pattern", "figure", "figure_odd", "dot", "direction")  # 0 where there is none
 PIXELS = BLOCKS * BLOCKS + 3 * 4
 
 
@@ -114,6 +118,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     labels = {name: np.zeros((GRID, GRID), np.int64) for name in OBJECT_LABELS}
     labels |= {name: np.full((GRID, GRID), NONE, np.int64) for name in ("row", "column")}
     labels |= _ground_labels(scene)
+    labels["own_row"], labels["own_column"] = np.mgrid[:GRID, :GRID]
     present = np.zeros(len(NAMES), np.float32)
     for thing in scene.things:
         cover = object_cover(thing)
@@ -122,6 +127,8 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
         labels["shape"][on] = 1 + INDEX[thing.shape]
         labels["pattern"][on] = 1 + INDEX[thing.pattern]
         labels["column"][on], labels["row"][on] = (int(v // PATCH_SIZE) for v in thing.centre)
+        if thing.direction:
+            labels["direction"][on] = 1 + DIRECTIONS.index(thing.direction)
         _label_parts(labels, thing)
         for name in ("texture", "ground"):
             labels[name][cover > 0.1] = NONE

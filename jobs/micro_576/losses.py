@@ -14,8 +14,10 @@ from lit_prune.micro.model import EOS
 from lit_prune.micro.model_576 import WIDTH
 
 PATCH_WEIGHT = {"colour": 1.0, "shape": 1.5, "pattern": 1.0, "figure": 1.0, "figure_odd": 1.0, "dot": 0.7}
-PATCH_WEIGHT |= {"row": 0.4, "column": 0.4}
+PATCH_WEIGHT |= {"direction": 1.0, "row": 0.4, "column": 0.4}
 GROUND_WEIGHT = {"texture": 1.0, "ground": 0.7}
+PLACE_WEIGHT = {"own_row": 0.3, "own_column": 0.3}
+RARE = ("figure", "figure_odd", "dot", "direction")  # on few patches: those and all others weigh the same
 PIXEL_WEIGHT = 1.0
 LIKENESS, LENGTH = 0.2, 2.0  # mean cosine among an image's tokens, and root mean square of a token, that cost nothing
 
@@ -42,13 +44,14 @@ class PatchHeads(nn.Module):
         for name, weight in PATCH_WEIGHT.items():
             logits, target = self.patch[name](tokens), labels[name]
             each = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=NONE, reduction="none")
-            objects = objects + weight * 0.5 * each[on_object].mean()
+            counted = target > 0 if name in RARE else on_object
+            if counted.any():
+                objects = objects + weight * 0.5 * each[counted].mean()
             if name not in ("row", "column"):
-                objects = objects + weight * 0.5 * each[~on_object].mean()
-            counted = target > 0 if name in ("figure", "figure_odd", "dot") else on_object
+                objects = objects + weight * 0.5 * each[~counted].mean()
             accuracy[name] = (logits.argmax(-1) == target)[counted].float().mean().item()
         ground = tokens.new_zeros(())
-        for name, weight in GROUND_WEIGHT.items():
+        for name, weight in (GROUND_WEIGHT | PLACE_WEIGHT).items():
             logits, target = self.patch[name](tokens), labels[name]
             ground = ground + weight * F.cross_entropy(logits.transpose(1, 2), target, ignore_index=NONE)
             accuracy[name] = (logits.argmax(-1) == target)[target != NONE].float().mean().item()

@@ -35,9 +35,20 @@ def build(seed: int = 0, layers: int = LAYERS) -> tuple[LlavaForConditionalGener
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config(layers)).eval()
+    _place(model)
     torch.random.set_rng_state(state)
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8)
     return model, build_processor()
+
+
+def _place(model: LlavaForConditionalGeneration) -> None:
+    """Begin the tower's position embeddings as waves over rows and columns, so that tokens say where they are."""
+    quarter = WIDTH // 4
+    angles = torch.arange(GRID)[:, None] / GRID ** (torch.arange(quarter) / quarter)  # place, wave
+    waves = torch.cat([angles.sin(), angles.cos()], -1)
+    rows, columns = waves.repeat_interleave(GRID, 0), waves.repeat(GRID, 1)
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embedding.weight[1:] = 0.5 * torch.cat([rows, columns], -1)
 
 
 def build_config(layers: int = LAYERS) -> LlavaConfig:
