@@ -1,4 +1,4 @@
-"""What users of a trainer expect beside training: the best checkpoint, curves without a logger, other trackers."""
+"""Training conveniences: the best checkpoint, curves without a logger, MLflow and trackio."""
 
 import os
 import re

@@ -78,14 +78,15 @@ def _lines(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
     for name, label, unit in (("flops", "decoder's prefill", "FLOP"), ("kv_bytes", "KV cache", "B")):
         if name in figures:
             yield label, f"{_scaled(figures.pop(name))}{unit}"
-    for group, label in (("w2", "shift W2"), ("w2_without_repair", "W2 without repair")):
+    for group, label, unit, digits in (
+        ("w2", "shift W2", 1, 2),
+        ("w2_without_repair", "W2 without repair", 1, 2),
+        ("w2_relative", "W2 relative, %", 100, 1),
+    ):
         if values := layers[group]:
             most = max(range(len(values)), key=values.__getitem__)
-            yield label, f"{fmean(values):.2f} on average, {values[most]:.2f} at most (after layer {most})"
-    if values := layers["w2_relative"]:
-        most = max(range(len(values)), key=values.__getitem__)
-        text = f"{100 * fmean(values):.1f} on average, {100 * values[most]:.1f} at most (after layer {most})"
-        yield "W2 relative, %", text
+            mean, largest = (f"{unit * value:.{digits}f}" for value in (fmean(values), values[most]))
+            yield label, f"{mean} on average, {largest} at most (after layer {most})"
     if "kappa" in figures:
         yield "kappa", f"{figures.pop('kappa'):.3f}"
     for name, value in sorted(figures.items()):

@@ -104,7 +104,7 @@ def _device(value: Any) -> torch.device | None:
 
 
 class Transfers:
-    """What a decoder hands all its layers, on the device of one of them; each value moves once as long as that stays.
+    """Copies, on one device, of the values that a decoder hands to all its layers; each is copied once.
 
     Args:
         device: of the layers.

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, states: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """What is added to the layer's output, in float32."""
+        """Addition to the layer's output, in float32."""
         states = dropout(states.to(self.down.dtype), self.rate, self.training)
         return linear(linear(states, self.down), self.up) * self.scale
 

@@ -77,7 +77,7 @@ KEPT = ("lit_prune_forward", "lit_prune_attention", "attention_mask")
 
 
 class Folded(Slices):
-    """What has a row per token, in shared rows."""
+    """Values with a row per token, moved into shared rows."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout.target, layout.target.shape[1])

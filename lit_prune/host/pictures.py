@@ -85,7 +85,7 @@ def split(
 
 
 def sizes_of(inputs: Mapping[str, Any], modality: str, ended_rows: bool) -> Sizes | None:
-    """What inputs say of the sizes of their images or videos; None: nothing that is needed.
+    """Sizes of the images or videos as the inputs give them; None where they aren't needed.
 
     `ended_rows`: text separates the rows of an image, which `image_sizes` has the sizes of.
     """

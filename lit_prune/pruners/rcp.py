@@ -123,7 +123,7 @@ class RCP(Pruner):
             self.scorers.extend(SCORERS[self.form](*sizes) for _ in self.layers)
 
     def take_form(self, form: str, dims: Dims) -> None:
-        """Build the scorers anew in another form, where they are."""
+        """Rebuild the scorers in another form, on the same device."""
         device = next(self.parameters()).device
         self.form, self.scorers = form, nn.ModuleList()
         self.build(dims)
