@@ -1,7 +1,6 @@
 """The page of `lit-prune demo`. No verb itself."""
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 
 from lit_prune.commands._support.inputs import Choice, attach, encode
+from lit_prune.commands._support.processes import free_port
 from lit_prune.commands._support.views import view
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.pictures import Mask, Pixels, mark, side_of, titled
@@ -92,7 +92,7 @@ class Demo:
         """Serve on a thread of its own; returns the address. Raises OSError where no port is free."""
         _, address, _ = self.page.queue(max_size=16, api_open=False).launch(
             server_name=host,
-            server_port=port or _free_port(host),
+            server_port=port or free_port(host),
             share=False,
             quiet=True,
             prevent_thread_lock=True,
@@ -261,9 +261,3 @@ def _picture(seen: Pixels, kept: Mask) -> Image.Image:
     marked = mark(seen, kept)
     factor = -(-SHOWN // marked.shape[0])
     return Image.fromarray(np.kron(marked, np.ones((factor, factor, 1), np.uint8)))
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

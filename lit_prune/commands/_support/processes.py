@@ -10,6 +10,7 @@ import time
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.ranks import PLACE
 
+HOST = "127.0.0.1"  # all processes are on this machine
 GRACE = 10.0  # seconds that a process has to end
 
 
@@ -37,11 +38,11 @@ def _run(count: int) -> int:
     """Exit code of the first process that failed, or 0."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     shared = {**os.environ, "OMP_NUM_THREADS": threads}
-    port, parts = str(_free_port()), []
+    port, parts = str(free_port(HOST)), []
     before = signal.signal(signal.SIGTERM, _end)
     try:
         for rank in range(count):
-            place = dict(zip(PLACE, (str(rank), str(count), str(rank), "127.0.0.1", port), strict=True))
+            place = dict(zip(PLACE, (str(rank), str(count), str(rank), HOST, port), strict=True))
             command = [sys.executable, "-m", "lit_prune", *sys.argv[1:]]
             parts.append(subprocess.Popen(command, env={**shared, **place}))
         while True:
@@ -66,7 +67,8 @@ def _end(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str) -> int:
+    """A port of this address that nobody listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return probe.getsockname()[1]
