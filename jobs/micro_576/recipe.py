@@ -54,6 +54,7 @@ class Stage:
         flat: share of the steps at the full learning rate; a cosine to 2 % follows.
         terms: weights of loss terms that differ from `WEIGHTS`.
         lookups: questions that name one object alone, instead of all skills.
+        frozen: the tower stays as it is: a decoder that can't yet use its tokens only disturbs them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Stage:
     flat: float = 1.0
     terms: tuple[tuple[str, float], ...] = ()
     lookups: bool = False
+    frozen: bool = False
 
     @property
     def answers(self) -> bool:
@@ -80,7 +82,7 @@ STAGES = (
         terms=(("objects", 1.0), ("ground", 1.0), ("pixels", 1.0), ("words", 0.2)),
     ),
     # Learning rates of 5e-3 and more keep a decoder at "some colour of the scene": it never finds what a word names.
-    Stage("find", 4, (0.0, 1.0, 0.0), 700, 8, 3e-3, 2e-3, enough=0.90, lookups=True),
+    Stage("find", 4, (0.0, 1.0, 0.0), 1200, 8, 3e-3, 2e-3, enough=0.85, lookups=True, frozen=True),
     Stage("skills", 8, (0.0, 0.7, 0.3), 700, 8, 3e-3, 2e-3, enough=0.90),
     Stage("middle", 16, (0.0, 0.3, 0.7), 700, 8, 3e-3, 2e-3, enough=0.90),
     Stage("full", LAYERS, (0.0, 0.1, 0.9), 1500, 8, 3e-3, 2e-3, flat=0.5, terms=(("words", 0.0),)),
@@ -243,7 +245,7 @@ def losses_of(trainer: Trainer, stage: Stage, batch: Batch, autocast: bool) -> t
     """Loss terms of a step by name, and figures to log."""
     model = trainer.model
     with half(autocast):
-        visual = see(model, batch.pixels)
+        visual = see(model, batch.pixels, stage.frozen)
         hidden = read(model, batch, visual) if stage.answers else None
     terms, figures = trainer.heads(visual, batch.patches)
     terms |= cloud_loss(visual)
