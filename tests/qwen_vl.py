@@ -42,7 +42,8 @@ def write(folder: Path, seed: int = 0) -> Path:
         "fullatt_block_indexes": [1], "out_hidden_size": 128, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "initializer_range": 0.2,
     }  # fmt: skip
-    marks = dict(zip(("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"), range(4, 8)))
+    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+    marks = {name: SPECIAL.index("<|vision_start|>") + i for i, name in enumerate(names)}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **marks)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
