@@ -265,7 +265,7 @@ class TestEngine:
 
     @pytest.mark.parametrize(("pruner", "keep"), [(None, "100%"), ("divprune", "50%"), ("scope", 6)], ids=str)
     def test_images_of_any_size(self, tmp_path_factory, pruner, keep):
-        """Qwen2.5-VL with random weights: tokens have a row and a column, and every image has another number of them."""
+        """Qwen2.5-VL with random weights: tokens have a row and a column, and images differ in their number."""
         folder = qwen_vl.write(tmp_path_factory.mktemp("qwen") / "model")
         model = load(folder)
         noise = np.random.default_rng(0)
