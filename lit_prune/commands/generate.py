@@ -1,12 +1,10 @@
 """Answer prompts about images with fewer visual tokens."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +14,7 @@ from lit_prune.commands._support.outputs import check_file, write_json
 from lit_prune.cost.flops import ModelSize, decoder_total, price
 from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError, check_number
+from lit_prune.evaluation.measuring import now
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
@@ -151,16 +150,10 @@ def time_first_token(vlm: VLM, inputs: dict[str, Any]) -> float:
     """
     times = []
     for _ in range(REPEATS):
-        start = _now(vlm)
+        start = now(vlm.model.device)
         respond(vlm, inputs, max_new_tokens=1)
-        times.append(_now(vlm) - start)
+        times.append(now(vlm.model.device) - start)
     return median(times)
-
-
-def _now(vlm: VLM) -> float:
-    if vlm.model.device.type == "cuda":
-        torch.cuda.synchronize(vlm.model.device)
-    return time.perf_counter()
 
 
 # Reports
