@@ -99,6 +99,8 @@ class Layers:
             module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), forward.keys.rope is None
         )
         forward.reached = True
+        if forward.awaits is not None:
+            forward.take_embeds(mean_stream(args[0], self.width))
         if forward.session.idle(index):
             forward.trace_layer(None)
             return one_column(args, kwargs, forward.length)

@@ -33,7 +33,7 @@ from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.training.step import Step, StepKey, Teaching
 from lit_prune.training.strategies import in_step, parameter_count, refuse_unusable
-from lit_prune.vlm import load
+from lit_prune.vlm import VLM, load
 
 
 class PruneModule(LightningModule):
@@ -117,9 +117,8 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         attached, adapters = made.train(), made.lora
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        self.vlm = load(
-            base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights, **options
-        )
+        chosen = None if dtype is None else getattr(torch, dtype)
+        self.vlm = self.load_frozen(base, chosen, random_weights=random_weights, **options)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
@@ -137,6 +136,10 @@ class PruneModule(LightningModule):
         self.work, dims = Work(self.vlm, attached), attached.dims
         self.meters = Meters(dims.depth, dims.width, attached.repair is not None, self.vlm.size is not None)
         self.scores: list[Score] = []  # official benchmark scores of the last evaluation
+
+    def load_frozen(self, base: str, dtype: torch.dtype | None, **options: Any) -> VLM:
+        """Load the frozen model; a subclass may give one that is built already."""
+        return load(base, dtype, **options)
 
     # -- setup, modes and checkpoints ---------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
     config, taken = model.config, parameters(model)
     pixels = pixels_of(kind, model)
     total = sum(IMAGES)
-    lengths = [_visual(kind, model, pixels, image) for image in range(total)]
+    lengths = [visual_tokens(kind, model, pixels, image) for image in range(total)]
     token = image_token(config)
     start, end = (marker(config, which) for which in ("start", "end"))
     draw, samples, owned, first = torch.Generator().manual_seed(0), [], [], 0
@@ -101,7 +101,7 @@ def marker(config: Any, which: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _visual(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
+def visual_tokens(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
     """Visual tokens of one image: the features that the model's own encoder gives."""
     if kind in LENGTHS:
         return LENGTHS[kind](model.config)
