@@ -16,6 +16,7 @@ from lit_prune.cost.tiling import overlapping_crops, square_crops
 from lit_prune.cost.trace import plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.cache import stored_bytes
 from lit_prune.host.compat import cache_of
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.parts import find
@@ -60,14 +61,6 @@ def measured(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, int
     return flops | {"": counts.get_total_flops()}, output
 
 
-def stored(layer: Any) -> int:
-    """Bytes of one layer's cache, whatever it keeps."""
-    names = ("keys", "values", "prefill_keys", "prefill_values", "indexer_keys", "conv_states", "recurrent_states")
-    kept = [value for name in names if (value := getattr(layer, name, None)) is not None]
-    each = [part for value in kept for part in (value.values() if isinstance(value, dict) else [value])]
-    return sum(part.nbytes for part in each if isinstance(part, Tensor))
-
-
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in FEW)) for k in DECODERS])
 def test_decoder_layers_ran_what_is_counted(kind):
     """Layer by layer to the last FLOP; of a recurrence its matrices alone, for the library computes it by chunks."""
@@ -86,7 +79,7 @@ def test_decoder_layers_ran_what_is_counted(kind):
             price_here = price_here - 2 * tokens * (sum(apart) + size.layers[index].recurrence)
         assert price_here.item() == found, index
     trace = plan({}, int(tokens), 0, size.depth)
-    assert kv_bytes(trace, size, 4).item() == sum(stored(layer) for layer in cache_of(output).layers)
+    assert kv_bytes(trace, size, 4).item() == sum(stored_bytes(layer) for layer in cache_of(output).layers)
 
 
 @pytest.mark.slow

@@ -61,7 +61,12 @@ class Masks:
         if kind.plain:
             padded = False if hidden_by_bias else span.padded
             return causal_mask(
-                self.config, hidden, None if padded is False else span.valid, cache, index, skip=not padded and not self.always
+                self.config,
+                hidden,
+                None if padded is False else span.valid,
+                cache,
+                index,
+                skip=not padded and not self.always,
             )
         if not kind.attends:
             return self._filler(hidden, span, handed)

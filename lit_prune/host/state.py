@@ -140,8 +140,8 @@ class Forward:
     grid. `lost`: the states that stages have pruned so far, where a repair adapter averages over them all. `counter`:
     of a tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts
     in it, and nobody looks at its layers: a step of decoding. `deepstack`: features that are added to visual tokens
-    after the first layers. `awaits`: who is to get the embeddings, until they are there. `transfers`: where layers are on several devices, what they are handed, on the one where all
-    of this is now.
+    after the first layers. `awaits`: who is to get the embeddings, until they are there. `transfers`: where layers are
+    on several devices, what they are handed, on the one where all of this is now.
     """
 
     session: Session

@@ -28,8 +28,9 @@ from lit_prune.plugin import Plugin
 from lit_prune.training.module import PruneModule
 from lit_prune.vlm import VLM
 
-VERBS = ("fit", "validate", "test", "predict", "compare", "generate", "show", "bench")
+VERBS = ("data", "fit", "validate", "test", "predict", "compare", "generate", "show", "bench")
 SIZES = ((32, 32), (32, 40), (32, 48), (32, 56))  # width and height of the pictures, which stand for noise
+SHOWN = ((0,), (1, 2), (), (3,))  # of which records are
 STEPS = 2
 
 
@@ -75,13 +76,26 @@ class _Walk:
         self.records = _records(folder)
         self.module: PruneModule | None = None
 
+    def data(self, found: Runs) -> None:
+        """Samples that are encoded one by one and joined are what the processor makes of them all at once."""
+        data = self._data(eval_batch_size=2)
+        data.setup("test")
+        batch = next(iter(data.test_dataloader()))
+        texts, images = [], []
+        for asked, shown in zip(batch["questions"], SHOWN, strict=False):
+            parts = [{"type": "image"}] * len(shown) + [{"type": "text", "text": asked}]
+            turns = [{"role": "user", "content": parts}]
+            texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
+            images += [Image.new("RGB", SIZES[number]) for number in shown]
+        together, joined = self.processor(texts, images, padding_side="left"), batch["prompts"]
+        if wrong := [name for name in together if not torch.equal(together[name], joined[name])]:
+            raise RuntimeError(f"the samples of a batch are joined wrongly: {', '.join(wrong)}")
+
     def fit(self, found: Runs) -> None:
         """Two steps of RCP and its repair adapter with a validation; dropping where soft masks are refused."""
         try:
             self._fit("soft", found)
         except LitPruneError as error:
-            if "train_mode" not in str(error):
-                raise
             found.refused["fit, soft"] = str(error)
             self._fit("drop", found)
 
@@ -184,7 +198,16 @@ class _Walk:
     def _plugins(self) -> list[Plugin]:
         """The trained plug-in, one that reads nothing, and one that reads the attention of the layer before."""
         untrained = [Plugin(make(), None).eval() for make in list(methods(stages(self.vlm.model)).values())[:2]]
-        return [self._trained().plugin.eval(), *untrained]
+        return [self._trained().plugin.eval(), *filter(self._fits, untrained)]
+
+    def _fits(self, plugin: Plugin) -> bool:
+        """True if the model doesn't refuse a method."""
+        try:
+            self.vlm.attach(plugin, keep="80%")
+        except LitPruneError:
+            return False
+        self.vlm.detach()
+        return True
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
@@ -196,9 +219,9 @@ class _Walk:
         finally:
             self.vlm.detach()
 
-    def _data(self) -> InstructData:
+    def _data(self, eval_batch_size: int = 3) -> InstructData:
         splits = dict.fromkeys(("train", "val", "test", "predict"), str(self.records))
-        data = InstructData(self.vlm.name, **splits, batch_size=2, eval_batch_size=3)
+        data = InstructData(self.vlm.name, **splits, batch_size=2, eval_batch_size=eval_batch_size)
         data.processor = self.processor
         return data
 
@@ -215,7 +238,6 @@ def _records(folder: Path) -> Path:
     """Four questions about one picture each, but one about two, and one about none."""
     for number, size in enumerate(SIZES):
         Image.new("RGB", size).save(folder / f"{number}.png")
-    shown = ([0], [1, 2], [], [3])
     records = [
         {
             "id": number,
@@ -225,7 +247,7 @@ def _records(folder: Path) -> Path:
                 {"from": "gpt", "value": "a b"},
             ],
         }
-        for number, images in enumerate(shown)
+        for number, images in enumerate(SHOWN)
     ]
     path = folder / "data.json"
     path.write_text(json.dumps(records), encoding="utf-8")

@@ -204,7 +204,9 @@ PIXELS: dict[str, Callable[[Any, Pictures, Sequence[int]], Inputs]] = {
     "unlimited_ocr": lambda config, images, _: _images_in(images, side=64),
     "emu3": lambda config, images, _: _plain(config, images, True),
     "apertus1p5": lambda config, images, _: _plain(config, images, True),
-    "fuyu": lambda config, images, _: {"pixel_values": torch.stack([_draw(image, 16, 3 * 8 * 8) for image in images])},
+    "fuyu": lambda config, images, _: {
+        "pixel_values": torch.stack([_draw(image, 16, 3 * config.patch_size**2) for image in images])
+    },
     "gemma4": _gemma4,
     "gemma4_unified": _gemma4,
     "granite_docling": lambda config, images, counts: {

@@ -34,7 +34,7 @@ class NoiseProcessor:
         self.ends = [[int(end) for end in marker(model.config, which)] for which in ("start", "end")]
         self.image_token_ids = [self.image_token_id, *self.ends[0], *self.ends[1]]
         self.pixels, self.extra = pixels_of(kind, model), prompts(kind, model).extra
-        self.lengths = [visual_tokens(kind, model, self.pixels, image) for image in range(len(GRIDS))]
+        self.lengths = [visual_tokens(kind, model, self.pixels([image], [1])) for image in range(len(GRIDS))]
         self.tokenizer = _tokenizer(self.image_token_id)
 
     def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = False, **_: Any) -> str:
