@@ -48,17 +48,23 @@ def _ruled(config: Config, batch: int, image: tuple[int, int], generator: torch.
 
 def _by_signature(model: nn.Module, token: int, batch: int, image: tuple[int, int]) -> tuple[Inputs, Tensor]:
     """As far as a forward's parameters show its conventions; how many tokens an image has, its own encoder says."""
-    config, draw = model.config, drawn(model.config.model_type, model)
-    grid = _grid(config, image)
-    inputs = draw([Picture(seed, grid) for seed in range(1, batch + 1)], [1] * batch)
-    one = {name: _placed(value, model) for name, value in draw([Picture(1, grid)], [1]).items()}
-    visual = torch.full((visual_tokens(config.model_type, model, one),), token)
+    config, grid = model.config, _grid(model.config, image)
+    inputs = drawn(config.model_type, model)([Picture(seed, grid) for seed in range(1, batch + 1)], [1] * batch)
+    visual = torch.full((visual_tokens(config.model_type, model, one_image(model, image)),), token)
     start, end = (marker(config, which) for which in ("start", "end"))
     return inputs, torch.cat([*start, visual, *end])
 
 
+def one_image(model: nn.Module, image: tuple[int, int]) -> Inputs:
+    """Noise of one image as a forward's parameters show a class's conventions; on the meta device pixels alone are."""
+    given = drawn(model.config.model_type, model)([Picture(1, _grid(model.config, image))], [1])
+    return {name: _placed(value, model) for name, value in given.items()}
+
+
 def _placed(value: Tensor, model: nn.Module) -> Tensor:
-    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+    if value.is_floating_point():
+        return value.to(model.device, model.dtype)
+    return value if model.device.type == "meta" else value.to(model.device)
 
 
 def _grid(config: Config, image: tuple[int, int]) -> tuple[int, int]:

@@ -78,6 +78,9 @@ def types_of(kind: str, model: nn.Module, token: int, ids: Tensor, start: int | 
     """What some classes are told about each token: text, or an image's; `start`: where an answer begins."""
     taken, types = parameters(model), (ids == token).long()
     found = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
+    if "moe_mm_token_type_ids" in taken:  # an image's first and last token are its own there
+        ends = [int(end) for which in ("start", "end") for end in marker(model.config, which)]
+        found["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([token, *ends])).long()
     if kind == "paligemma":  # there they say what is the answer's
         found["token_type_ids"] = (torch.arange(ids.shape[1]) >= (start or ids.shape[1])).long().expand_as(ids)
     return found

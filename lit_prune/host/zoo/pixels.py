@@ -59,8 +59,9 @@ def drawn(kind: str, model: nn.Module) -> Callable[[Pictures, Sequence[int]], In
         return lambda images, counts: _per_sample(config, images, counts)
     if hasattr(config, "image_grid_pinpoints"):
         return lambda images, counts: _crops(config, images)
-    sized = getattr(_vision(config), "model_type", "") == "pixtral"
-    return lambda images, counts: _plain(config, images, sized)
+    if getattr(_vision(config), "model_type", "") == "pixtral":
+        return lambda images, counts: _sized(config, images)
+    return lambda images, counts: _plain(config, images, False)
 
 
 def _vision(config: Any) -> Any:
@@ -76,6 +77,16 @@ def _plain(config: Any, images: Pictures, sized: bool) -> Inputs:
     side = _side(config)
     found = {"pixel_values": torch.stack([_draw(image, 3, side, side) for image in images])}
     return {**found, "image_sizes": torch.tensor([[side, side]] * len(images))} if sized else found
+
+
+def _sized(config: Any, images: Pictures) -> Inputs:
+    """Images of their own sizes, up to the tower's, padded to the largest."""
+    patch, most = _first(_vision(config), ["patch_size"]), _side(config)
+    sizes = [tuple(min(side * patch, most) for side in image.grid) for image in images]
+    pixels = torch.zeros(len(images), 3, *map(max, zip(*sizes, strict=True)))
+    for row, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+        pixels[row, :, :height, :width] = _draw(image, 3, height, width)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def _first(part: Any, names: Sequence[str], default: int = 1) -> int:
