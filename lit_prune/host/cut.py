@@ -25,7 +25,7 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
             slices = Slices(last, full)
             mask, kwargs = kwargs.get("attention_mask"), {name: slices.of(value) for name, value in kwargs.items()}
             whole = isinstance(mask, Tensor) and mask.ndim == 4  # a window's, or what chooses keys reads it
-            kwargs |= {"attention_mask": mask[:, :, -length:, -length:] if whole else None, "position_ids": None}
+            kwargs["attention_mask"] = mask[:, :, -length:, -length:] if whole else None
             return (hidden[:, -length:], *slices.of(tuple(rest))), kwargs
 
         return hook

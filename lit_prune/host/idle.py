@@ -31,8 +31,7 @@ def one_column(args: tuple, kwargs: dict, length: int) -> tuple[tuple, dict]:
     first = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
     slices = Slices(first, length)
     mask, kwargs = kwargs.get("attention_mask"), slices.named(kwargs, ())
-    kwargs |= {"attention_mask": _open(mask), "position_ids": None}
-    return (hidden[:, :1], *slices.of(tuple(rest))), kwargs
+    return (hidden[:, :1], *slices.of(tuple(rest))), {**kwargs, "attention_mask": _open(mask)}
 
 
 def _open(mask: Any) -> Tensor | None:

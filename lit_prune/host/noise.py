@@ -9,7 +9,18 @@ from lit_prune.host.zoo.inputs import marker, visual_tokens
 from lit_prune.host.zoo.pixels import Picture, drawn
 
 # Model types whose images are made by the rule of their processor, with all crops; others by their forward's signature.
-RULED = ("llava", "llava_next", "llava_onevision", "vipllava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm")
+RULED = (
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "vipllava",
+    "internvl",
+    "gemma3",
+    "paligemma",
+    "idefics3",
+    "smolvlm",
+)
 RULED += ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v")
 NOMINAL_PATCH = 16  # pixels along a patch's sides where a configuration doesn't say [ours]
 Inputs = dict[str, Tensor]
@@ -49,7 +60,7 @@ def _ruled(config: Config, batch: int, image: tuple[int, int], generator: torch.
 def _by_signature(model: nn.Module, token: int, batch: int, image: tuple[int, int]) -> tuple[Inputs, Tensor]:
     """As far as a forward's parameters show its conventions; how many tokens an image has, its own encoder says."""
     config, grid = model.config, _grid(model.config, image)
-    inputs = drawn(config.model_type, model)([Picture(seed, grid) for seed in range(1, batch + 1)], [1] * batch)
+    inputs = drawn(config.model_type, model)([Picture(2 * row + 1, grid) for row in range(batch)], [1] * batch)
     visual = torch.full((visual_tokens(config.model_type, model, one_image(model, image)),), token)
     start, end = (marker(config, which) for which in ("start", "end"))
     return inputs, torch.cat([*start, visual, *end])
@@ -71,6 +82,7 @@ def _grid(config: Config, image: tuple[int, int]) -> tuple[int, int]:
     """Patches along the sides of an image that keeps its own size, in whole blocks of those that are merged."""
     vision = getattr(config, "vision_config", None) or config
     merge = merged(config) if hasattr(config, "vision_config") else 1
+    merge = max(merge, first_side(getattr(vision, "pooling_kernel_size", None)) or 1)
     patch = first_side(getattr(vision, "patch_size", None)) or NOMINAL_PATCH
     height, width = (max(1, round(side / patch / merge)) * merge for side in image)
     return height, width

@@ -19,9 +19,10 @@ from lit_prune.data import InstructData
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.cells import FULL, Cell
 from lit_prune.evaluation.comparison import Comparison
-from lit_prune.evaluation.laws import SHARE, UNREAD, methods, rcp_and_repair, stages
+from lit_prune.evaluation.laws import ALL, SHARE, UNREAD, attached, methods, rcp_and_repair, stages
 from lit_prune.evaluation.timing import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import wall_clock
+from lit_prune.host.zoo.inputs import prompts
 from lit_prune.host.zoo.processor import NoiseProcessor
 from lit_prune.host.zoo.shrink import tiny_model
 from lit_prune.plugin import Plugin
@@ -38,7 +39,7 @@ STEPS = 2
 class Runs:
     """Outcome of the verbs for one class: a sentence of refusal, or a raw error, where one did not run.
 
-    `trained`: the mode in which RCP and its repair adapter were trained, if they were; `figures`: what was logged.
+    `trained`: what was trained, and in which mode, if anything was; `figures`: what the verbs logged or returned.
     """
 
     kind: str
@@ -49,15 +50,22 @@ class Runs:
 
 
 def run_all(kind: str, verbs: tuple[str, ...] = VERBS, seed: int = 0) -> Runs:
-    """Every verb on one class, each on its own, so that one that fails hides no other."""
-    found, walk = Runs(kind), None
+    """Every verb on one class, each on its own, so that one that fails hides no other.
+
+    A class that can't be pruned is refused at "attach", and one that the library can't build or run here fails at
+    "library".
+    """
+    found, verb = Runs(kind), "library"
     with tempfile.TemporaryDirectory() as folder:
-        for verb in verbs:
+        walk = None
+        for verb in ("library", *verbs):
             try:
-                walk = walk or _Walk(kind, Path(folder), seed)
-                getattr(walk, verb)(found)
+                if walk is None:
+                    walk = _Walk(kind, Path(folder), seed)
+                else:
+                    getattr(walk, verb)(found)
             except LitPruneError as error:
-                found.refused[verb] = str(error)
+                found.refused["attach" if walk is None else verb] = str(error)
             except Exception as error:
                 found.errors[verb] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if walk is None:
@@ -70,6 +78,9 @@ class _Walk:
 
     def __init__(self, kind: str, folder: Path, seed: int) -> None:
         model = tiny_model(kind, seed)
+        attached(VLM(model, None, kind), ALL).detach()
+        with torch.no_grad():
+            model(**prompts(kind, model).batch())
         self.folder, self.processor = folder, NoiseProcessor(kind, model)
         model.generation_config.update(eos_token_id=None, pad_token_id=0)
         self.vlm = VLM(model, self.processor, kind)
@@ -115,7 +126,8 @@ class _Walk:
         }
         if still := {name.partition(".")[0] for name in before} - moved:
             raise RuntimeError(f"nothing moved in {', '.join(sorted(still))}")
-        found.trained, self.module = mode, module
+        method = "RCP and repair" if any(True for _ in module.plugin.pruner.parameters()) else "repair"
+        found.trained, self.module = f"{method}, {mode}", module
 
     def validate(self, found: Runs) -> None:
         """The trained method, or an untrained one where it could not be trained."""
