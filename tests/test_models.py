@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from test_cost import counter
 
 from lit_prune.commands._support.class_runs import run_all
 from lit_prune.cost.flops import price
@@ -91,6 +91,12 @@ def test_every_verb_runs_on_classes_of_all_kinds(kind):
     assert ran(kind).trained == VERBS_ON[kind]
 
 
+@pytest.mark.parametrize("kind", ["minicpmv4_6", "gemma4"])
+def test_samples_are_joined_as_their_processor_joins_them(kind):
+    """Patches of all images in one strip; in rows that are padded."""
+    assert run_all(kind, ("data",)).errors == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", listed())
 def test_every_verb_runs_on_every_class(kind):
@@ -124,13 +130,13 @@ def counted():
 def test_what_a_tower_takes_is_counted_where_it_runs(counted, ahead):
     vlm, given = counted
     batch, record = given.batch(), Record()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counter() as counts, torch.no_grad():
         vlm.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
     inputs = vlm.encode_images(batch) if ahead else batch
     with torch.no_grad(), vlm.using(Session(record=record)):
         vlm.model(**inputs)
     parts = price(record.trace, vlm.size, vlm.plugin.pruner)
-    assert parts["vision"].sum().item() == pytest.approx(counter.get_total_flops())
+    assert parts["vision"].sum().item() == pytest.approx(counts.get_total_flops())
     share = record.trace.total_visual / record.trace.total_visual.sum()
     assert torch.allclose(parts["vision"] / parts["vision"].sum(), share.double())
 

@@ -31,9 +31,8 @@ class DryRun(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, lambda one: one.to(META), (args, kwargs))
             if func is COPY:
                 kwargs["device"] = META
-        elif kwargs.get("device") == META:  # a tensor out of nothing, or of whole numbers
-            kind = kwargs.get("dtype") or (given[0].dtype if given else torch.get_default_dtype())
-            kwargs["device"] = META if kind.is_floating_point else torch.device("cpu")
+        elif kwargs.get("device") == META and not func(*args, **kwargs).is_floating_point():
+            kwargs["device"] = torch.device("cpu")  # made out of nothing, or of whole numbers
         return tree_map_only(Tensor, _known, func(*args, **kwargs))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import first_side, image_load, merged, pair, patch_values
 from lit_prune.host.zoo.inputs import marker, visual_tokens
-from lit_prune.host.zoo.pixels import Picture, drawn
+from lit_prune.host.zoo.pixels import Picture, drawn, parameters
 
 # Model types whose images are made by the rule of their processor, with all crops; others by their forward's signature.
 RULED = (
@@ -59,7 +59,7 @@ def _ruled(config: Config, batch: int, image: tuple[int, int], generator: torch.
 
 def _by_signature(model: nn.Module, token: int, batch: int, image: tuple[int, int]) -> tuple[Inputs, Tensor]:
     """As far as a forward's parameters show its conventions; how many tokens an image has, its own encoder says."""
-    config, grid = model.config, _grid(model.config, image)
+    config, grid = model.config, _grid(model.config, image, "image_merge_sizes" in parameters(model))
     inputs = drawn(config.model_type, model)([Picture(2 * row + 1, grid) for row in range(batch)], [1] * batch)
     visual = torch.full((visual_tokens(config.model_type, model, one_image(model, image)),), token)
     start, end = (marker(config, which) for which in ("start", "end"))
@@ -68,7 +68,9 @@ def _by_signature(model: nn.Module, token: int, batch: int, image: tuple[int, in
 
 def one_image(model: nn.Module, image: tuple[int, int]) -> Inputs:
     """Noise of one image as a forward's parameters show a class's conventions; on the meta device pixels alone are."""
-    given = drawn(model.config.model_type, model)([Picture(1, _grid(model.config, image))], [1])
+    given = drawn(model.config.model_type, model)(
+        [Picture(1, _grid(model.config, image, "image_merge_sizes" in parameters(model)))], [1]
+    )
     return {name: _placed(value, model) for name, value in given.items()}
 
 
@@ -78,11 +80,14 @@ def _placed(value: Tensor, model: nn.Module) -> Tensor:
     return value if model.device.type == "meta" else value.to(model.device)
 
 
-def _grid(config: Config, image: tuple[int, int]) -> tuple[int, int]:
-    """Patches along the sides of an image that keeps its own size, in whole blocks of those that are merged."""
+def _grid(config: Config, image: tuple[int, int], by_image: bool = False) -> tuple[int, int]:
+    """Patches along the sides of an image that keeps its own size, in whole blocks of those that are merged.
+
+    `by_image`: the processor says how many those are, 2 x 2.
+    """
     vision = getattr(config, "vision_config", None) or config
     merge = merged(config) if hasattr(config, "vision_config") else 1
-    merge = max(merge, first_side(getattr(vision, "pooling_kernel_size", None)) or 1)
+    merge = 2 if by_image else max(merge, first_side(getattr(vision, "pooling_kernel_size", None)) or 1)
     patch = first_side(getattr(vision, "patch_size", None)) or NOMINAL_PATCH
     height, width = (max(1, round(side / patch / merge)) * merge for side in image)
     return height, width
