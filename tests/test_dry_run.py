@@ -16,7 +16,7 @@ from lit_prune.host.zoo.inputs import visual_tokens
 from lit_prune.host.zoo.shrink import listed, tiny_config, tiny_model
 
 IMAGE = (32, 32)
-UNCOUNTED = ("lfm2_vl", "nemotron_h_omni", "step3p7")  # whose towers split by what only their pixels tell
+UNCOUNTED = ("step3p7",)  # whose tower splits by what only its pixels tell
 KINDS = {  # of each thing that a tower may compute from its inputs
     "chameleon": "codes of a tokenizer",
     "idefics3": "which images are blank",

@@ -77,12 +77,12 @@ def ran(kind):
     assert runs.errors == {}
     if runs.trained:
         assert set(runs.refused) <= {"fit, soft"}
-        for row in runs.figures["compare"]:
+        for row in runs.outcomes["compare"]:
             assert row["avg_visual_tokens"] > 0
-        full, pruned = runs.figures["bench"]
+        full, pruned = runs.outcomes["bench"]
         assert full["flops"] is None or full["flops"] > pruned["flops"]
         assert pruned["avg_visual_tokens"] < full["avg_visual_tokens"]
-        assert runs.figures["generate"][0].visual[0] < runs.figures["generate"][1].visual[0]
+        assert runs.outcomes["generate"][0].visual[0] < runs.outcomes["generate"][1].visual[0]
     return runs
 
 

@@ -39,14 +39,14 @@ STEPS = 2
 class Runs:
     """Outcome of the verbs for one class: a sentence of refusal, or a raw error, where one did not run.
 
-    `trained`: what was trained, and in which mode, if anything was; `figures`: what the verbs logged or returned.
+    `trained`: what was trained, and in which mode, if anything was; `outcomes`: what the verbs logged or returned.
     """
 
     kind: str
     trained: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, Any] = field(default_factory=dict)
 
 
 def run_all(kind: str, verbs: tuple[str, ...] = VERBS, seed: int = 0) -> Runs:
@@ -115,8 +115,8 @@ class _Walk:
         before = {name: parameter.detach().clone() for name, parameter in module.plugin.named_parameters()}
         trainer = self._trainer(max_steps=STEPS, limit_val_batches=1, val_check_interval=STEPS)
         trainer.fit(module, self._data())
-        found.figures["fit"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        bad = [name for name, value in found.figures["fit"].items() if not math.isfinite(value)]
+        found.outcomes["fit"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        bad = [name for name, value in found.outcomes["fit"].items() if not math.isfinite(value)]
         if bad or trainer.global_step < STEPS:
             raise RuntimeError(f"{trainer.global_step} steps; not finite: {', '.join(bad)}")
         moved = {
@@ -131,16 +131,16 @@ class _Walk:
 
     def validate(self, found: Runs) -> None:
         """The trained method, or an untrained one where it could not be trained."""
-        found.figures["validate"] = self._trainer().validate(self._trained(), self._data(), verbose=False)[0]
+        found.outcomes["validate"] = self._trainer().validate(self._trained(), self._data(), verbose=False)[0]
 
     def test(self, found: Runs) -> None:
-        found.figures["test"] = self._trainer().test(self._trained(), self._data(), verbose=False)[0]
+        found.outcomes["test"] = self._trainer().test(self._trained(), self._data(), verbose=False)[0]
 
     def predict(self, found: Runs) -> None:
         answers = [one for batch in self._trainer().predict(self._trained(), self._data()) for one in batch]
         if len(answers) != len(SIZES):
             raise RuntimeError(f"{len(answers)} answers to {len(SIZES)} questions")
-        found.figures["predict"] = answers
+        found.outcomes["predict"] = answers
 
     def compare(self, found: Runs) -> None:
         """The full model, two methods that are not trained, and the trained one."""
@@ -153,7 +153,7 @@ class _Walk:
                 comparison.update(batch)
             if failed := [cell.reason for cell in cells if cell.failed]:
                 raise RuntimeError(failed[0])
-            found.figures["compare"] = [row for _, row in comparison.results()]
+            found.outcomes["compare"] = [row for _, row in comparison.results()]
 
     def generate(self, found: Runs) -> None:
         """Answers to two pictures at once, pruned and plain, with their prices."""
@@ -161,9 +161,9 @@ class _Walk:
             inputs = self._inputs()
             total = full_trace(inputs, self.vlm)
             self.vlm.attach(self._plugins()[0], keep=SHARE)
-            found.figures["generate"] = [run_pruned(self.vlm, inputs, 2)]
+            found.outcomes["generate"] = [run_pruned(self.vlm, inputs, 2)]
             self.vlm.detach()
-            found.figures["generate"].append(run_plain(self.vlm, inputs, 2, total))
+            found.outcomes["generate"].append(run_plain(self.vlm, inputs, 2, total))
 
     def show(self, found: Runs) -> None:
         """The tokens that stay at each stage, as rows of a picture."""
@@ -171,7 +171,7 @@ class _Walk:
             image = Image.new("RGB", SIZES[1])
             inputs = self.vlm.encode([image], ["what is it ?"])
             self.vlm.attach(self._plugins()[0], keep=SHARE)
-            found.figures["show"] = as_row(self.vlm, self.vlm.name, inputs, Asked(image, "what is it ?"), {}, 2)
+            found.outcomes["show"] = as_row(self.vlm, self.vlm.name, inputs, Asked(image, "what is it ?"), {}, 2)
 
     def bench(self, found: Runs) -> None:
         """One round beside the full model."""
@@ -179,7 +179,7 @@ class _Walk:
             methods = [Method("full"), Method("pruned", self._plugins()[0], SHARE)]
             bench = Benchmark(self.vlm, methods, [2], 8, 2, wall_clock, SIZES[1][::-1])
             bench.run(1, warmup=0)
-            found.figures["bench"] = bench.rows()
+            found.outcomes["bench"] = bench.rows()
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
