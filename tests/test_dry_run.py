@@ -102,3 +102,11 @@ def test_a_known_tower_with_a_projector_of_its_own_has_no_formula(kind):
     size = structure.meta_size(tiny_config(kind), IMAGE)
     assert not size.tower_known
     assert size.counted == counted(kind)[1]
+
+
+def test_tiles_are_the_processors():
+    """Aya's image of two tiles, and the thumbnail."""
+    with torch.device("meta"):
+        model = tiny_model("aya_vision")
+    one, three = tower_flops(model, IMAGE), tower_flops(model, (IMAGE[0], 2 * IMAGE[1]))
+    assert three == (3 * one[0], 3 * one[1])

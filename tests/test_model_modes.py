@@ -8,6 +8,8 @@ from lit_prune.evaluation.laws import TOLERANCE, generate, longer, stages
 from lit_prune.evaluation.laws import _alone_gap as alone_gap
 from lit_prune.evaluation.laws import _cached_gap as cached_gap
 from lit_prune.host.compat import cache_keyword, cache_of
+from lit_prune.host.parts import find
+from lit_prune.host.positions import renumbers
 from lit_prune.host.zoo.inputs import prompts
 from lit_prune.host.zoo.shrink import listed, tiny_model
 from lit_prune.pruners.uniform import Uniform
@@ -82,3 +84,9 @@ def test_a_second_turn_on_the_pruned_cache(made, kind):
     with torch.no_grad():
         expected = vlm.model(**whole, use_cache=False).logits[:, dialogue.shape[1] - 1 : -1]
     assert (expected - second.logits).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_5", "qwen2_vl", "ernie4_5_vl_moe", "gemma3"])
+def test_renumbering_is_refused_whether_the_configuration_names_sections_or_not(kind):
+    with torch.device("meta"):
+        assert not renumbers(find(tiny_model(kind)).decoder)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.sizes import first_side, image_load, merged, pair, patch_values
+from lit_prune.cost.tiling import tile_count
 from lit_prune.host.zoo.inputs import marker, visual_tokens
 from lit_prune.host.zoo.pixels import Picture, drawn, parameters
 
@@ -22,6 +23,7 @@ RULED = (
     "smolvlm",
 )
 RULED += ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v")
+TILED = ("aya_vision", "cohere2_vision")  # whose tiles are chosen as InternVL's
 NOMINAL_PATCH = 16  # pixels along a patch's sides where a configuration doesn't say [ours]
 Inputs = dict[str, Tensor]
 
@@ -59,19 +61,30 @@ def _ruled(config: Config, batch: int, image: tuple[int, int], generator: torch.
 
 def _by_signature(model: nn.Module, token: int, batch: int, image: tuple[int, int]) -> tuple[Inputs, Tensor]:
     """As far as a forward's parameters show its conventions; how many tokens an image has, its own encoder says."""
-    config, grid = model.config, _grid(model.config, image, "image_merge_sizes" in parameters(model))
-    inputs = drawn(config.model_type, model)([Picture(2 * row + 1, grid) for row in range(batch)], [1] * batch)
-    visual = torch.full((visual_tokens(config.model_type, model, one_image(model, image)),), token)
-    start, end = (marker(config, which) for which in ("start", "end"))
+    inputs = _images(model, image, batch)
+    visual = torch.full((visual_tokens(model.config.model_type, model, one_image(model, image)),), token)
+    start, end = (marker(model.config, which) for which in ("start", "end"))
     return inputs, torch.cat([*start, visual, *end])
 
 
 def one_image(model: nn.Module, image: tuple[int, int]) -> Inputs:
     """Noise of one image as a forward's parameters show a class's conventions; on the meta device pixels alone are."""
-    given = drawn(model.config.model_type, model)(
-        [Picture(1, _grid(model.config, image, "image_merge_sizes" in parameters(model)))], [1]
-    )
-    return {name: _placed(value, model) for name, value in given.items()}
+    return {name: _placed(value, model) for name, value in _images(model, image, 1).items()}
+
+
+def _images(model: nn.Module, image: tuple[int, int], batch: int) -> Inputs:
+    config = model.config
+    grid, tiles = _grid(config, image, "image_merge_sizes" in parameters(model)), _tiles(config, image)
+    shown = [Picture(2 * row + 1, grid) for row in range(batch) for _ in range(tiles)]
+    return drawn(config.model_type, model)(shown, [tiles] * batch)
+
+
+def _tiles(config: Config, image: tuple[int, int]) -> int:
+    """Images that the tower is given for one, the thumbnail among them."""
+    if config.model_type not in TILED:
+        return 1
+    tiles = tile_count(*image, pair(config.vision_config.image_size))
+    return tiles + (tiles > 1)
 
 
 def _placed(value: Tensor, model: nn.Module) -> Tensor:
