@@ -93,13 +93,15 @@ def test_visual_tokens_scale_the_tower(tmp_path):
 
 
 def test_a_pruned_decoder_behind_an_unknown_tower(tmp_path):
-    """Without the tower's price, but not without an answer."""
+    """Which has no formula, so it is counted on its class, without weights."""
     fields = shipped_fields(LLAVA)
     fields["vision_config"]["model_type"] = "dinov2"
     (tmp_path / "config.json").write_text(json.dumps(fields))
     found = report(tmp_path, "--model", str(tmp_path), "--pruner", RCP, "--keep", "64", "--visual-tokens", "576")
     known = report(tmp_path, "--model", LLAVA, "--pruner", RCP, "--keep", "64")
-    assert found["parts"]["vision"] is None
+    both = known["parts"]["vision"] + known["parts"]["projector"]
+    assert found["parts"]["vision"] == pytest.approx(both, rel=0.02), "a tower of the same sizes"
+    assert found["parts"]["projector"] is None, "counted with the tower"
     assert (found["decoder_flops"], found["schedule"]) == (known["decoder_flops"], known["schedule"])
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from test_cost import counter
 
+from lit_prune.commands._support.class_runs import run_all
 from lit_prune.cost.flops import price
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.laws import measure
@@ -61,6 +62,56 @@ def test_soft_masks_are_refused_where_layers_choose_fewer_keys_than_a_prompt_has
         assert "choose the 6 keys of each token" in found.laws[law]
 
 
+# -- every verb -----------------------------------------------------------------------------------------------------
+
+VERBS_ON = {  # class: what was trained
+    "chameleon": "RCP and repair, soft",  # embeds its tokens itself, and names its image token nowhere
+    "ernie4_5_vl_moe": "RCP and repair, soft",  # experts of images
+    "lfm2_vl": "RCP and repair, drop",  # convolutions
+    "molmo2": "RCP and repair, soft",  # numbers of patches that are counted through a batch
+}
+
+
+def ran(kind):
+    runs = run_all(kind)
+    assert runs.errors == {}
+    if runs.trained:
+        assert set(runs.refused) <= {"fit, soft"}
+        for row in runs.outcomes["compare"]:
+            assert row["avg_visual_tokens"] > 0
+        full, pruned = runs.outcomes["bench"]
+        assert full["flops"] is None or full["flops"] > pruned["flops"]
+        assert pruned["avg_visual_tokens"] < full["avg_visual_tokens"]
+        assert runs.outcomes["generate"][0].visual[0] < runs.outcomes["generate"][1].visual[0]
+    return runs
+
+
+@pytest.mark.parametrize("kind", VERBS_ON)
+def test_every_verb_runs_on_classes_of_all_kinds(kind):
+    assert ran(kind).trained == VERBS_ON[kind]
+
+
+@pytest.mark.parametrize("kind", ["minicpmv4_6", "gemma4"])
+def test_samples_are_joined_as_their_processor_joins_them(kind):
+    """Patches of all images in one strip; in rows that are padded."""
+    assert run_all(kind, ("data",)).errors == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", listed())
+def test_every_verb_runs_on_every_class(kind):
+    found = measure(kind, laws=False)
+    if found.verdict == "library":
+        pytest.skip("this library can't build it")
+    runs = run_all(kind)
+    if "library" in runs.errors:
+        pytest.skip(runs.errors["library"])
+    if found.refused is not None:
+        assert runs.refused == {"attach": found.refused}
+    else:
+        assert ran(kind).trained
+
+
 # -- towers without a known price -----------------------------------------------------------------------------------
 
 
@@ -79,13 +130,13 @@ def counted():
 def test_what_a_tower_takes_is_counted_where_it_runs(counted, ahead):
     vlm, given = counted
     batch, record = given.batch(), Record()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counter() as counts, torch.no_grad():
         vlm.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
     inputs = vlm.encode_images(batch) if ahead else batch
     with torch.no_grad(), vlm.using(Session(record=record)):
         vlm.model(**inputs)
     parts = price(record.trace, vlm.size, vlm.plugin.pruner)
-    assert parts["vision"].sum().item() == pytest.approx(counter.get_total_flops())
+    assert parts["vision"].sum().item() == pytest.approx(counts.get_total_flops())
     share = record.trace.total_visual / record.trace.total_visual.sum()
     assert torch.allclose(parts["vision"] / parts["vision"].sum(), share.double())
 
@@ -105,8 +156,9 @@ def test_the_command_lists_classes_and_writes_the_table(tmp_path, capsys):
     from lit_prune.commands import models
 
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- classes -->\nold\n<!-- end of classes -->\nafter\n", encoding="utf-8")
-    models.run(["llava", "mistral4"], out=page)
+    row = "| qwen2_vl | `Q` | yes | soft | yes | RCP | a remark |"
+    page.write_text(f"before\n<!-- classes -->\nold\n{row}\n<!-- end of classes -->\nafter\n", encoding="utf-8")
+    models.run(["llava", "mistral4"], verbs=True, out=page)
     shown = capsys.readouterr().out
     assert "llava" in shown
     assert "takes no pixels" in shown
@@ -115,6 +167,8 @@ def test_the_command_lists_classes_and_writes_the_table(tmp_path, capsys):
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| mistral4 | `Mistral4ForCausalLM` | no |" in text
+    assert row in text, "as it was"
+    assert "| RCP and repair, soft |" in text.partition("| llava | ")[2].partition("\n")[0]
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(LitPruneError, match="has no marks"):
         models.run(["llava"], out=page)

@@ -16,6 +16,7 @@ from lit_prune.cost.tiling import overlapping_crops, square_crops
 from lit_prune.cost.trace import plan, step
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session
+from lit_prune.host.cache import stored_bytes
 from lit_prune.host.compat import cache_of
 from lit_prune.host.kinds import keys_chosen
 from lit_prune.host.parts import find
@@ -28,6 +29,7 @@ from lit_prune.vlm import VLM
 
 DECODERS = {  # of each thing that a layer may be made of
     "deepseek_ocr2": "experts, and shared ones",
+    "ernie4_5_vl_moe": "experts of text, and others of images",
     "fuyu": "an MLP of two matrices",
     "gemma4": "heads of two sizes",
     "kimi_k25": "latent attention",
@@ -38,7 +40,7 @@ DECODERS = {  # of each thing that a layer may be made of
     "nemotron_h_omni": "recurrences, and layers with an MLP alone",
     "qwen3_5": "linear attention, gates",
 }
-FEW = {"kimi_k25", "qwen3_5", "nemotron_h_omni", "gemma4"}  # by default
+FEW = {"ernie4_5_vl_moe", "kimi_k25", "qwen3_5", "nemotron_h_omni", "gemma4"}  # by default
 TOWERS = {"gemma3": True, "glm4v": True, "idefics3": False, "qwen3_5": False, "smolvlm": True}
 
 
@@ -60,14 +62,6 @@ def measured(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, int
     return flops | {"": counts.get_total_flops()}, output
 
 
-def stored(layer: Any) -> int:
-    """Bytes of one layer's cache, whatever it keeps."""
-    names = ("keys", "values", "prefill_keys", "prefill_values", "indexer_keys", "conv_states", "recurrent_states")
-    kept = [value for name in names if (value := getattr(layer, name, None)) is not None]
-    each = [part for value in kept for part in (value.values() if isinstance(value, dict) else [value])]
-    return sum(part.nbytes for part in each if isinstance(part, Tensor))
-
-
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in FEW)) for k in DECODERS])
 def test_decoder_layers_ran_what_is_counted(kind):
     """Layer by layer to the last FLOP; of a recurrence its matrices alone, for the library computes it by chunks."""
@@ -75,10 +69,11 @@ def test_decoder_layers_ran_what_is_counted(kind):
     here, size, inputs = find(model), counted_size(model), prompts(kind, model).batch([0])
     flops, output = measured(model, inputs)
     names = {module: name for name, module in model.named_modules()}
-    tokens = torch.tensor([inputs["input_ids"].shape[1]])
+    tokens, routed = torch.tensor([inputs["input_ids"].shape[1]]), inputs.get("moe_mm_token_type_ids")
+    visual = None if routed is None else routed.sum(1)
     for index, (layer, layer_kind) in enumerate(zip(here.layers, here.kinds, strict=True)):
         found = flops.get(names[layer], 0)
-        price_here = decoder_layer(size, tokens, tokens, [index])
+        price_here = decoder_layer(size, tokens, tokens, [index], visual)
         if layer_kind.recurrent:
             linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
             apart = [part.weight.numel() for part in layer.modules() if isinstance(part, nn.Conv1d)]
@@ -86,7 +81,7 @@ def test_decoder_layers_ran_what_is_counted(kind):
             price_here = price_here - 2 * tokens * (sum(apart) + size.layers[index].recurrence)
         assert price_here.item() == found, index
     trace = plan({}, int(tokens), 0, size.depth)
-    assert kv_bytes(trace, size, 4).item() == sum(stored(layer) for layer in cache_of(output).layers)
+    assert kv_bytes(trace, size, 4).item() == sum(stored_bytes(layer) for layer in cache_of(output).layers)
 
 
 @pytest.mark.slow
@@ -100,14 +95,13 @@ def test_every_decoder_has_a_price_or_none(kind):
     except Exception:  # what the library itself can't build or run, or has no visual tokens
         pytest.skip("no such model here")
     size = counted_size(model)
-    if kind == "ernie4_5_vl_moe":
-        assert size is None
-        return
     names = {module: name for name, module in model.named_modules()}
     tokens = torch.tensor([inputs["input_ids"].shape[1]])
     plain = [i for i, kind in enumerate(here.kinds) if not kind.recurrent]
     found = sum(flops.get(names[here.layers[i]], 0) for i in plain)
-    counted = sum(decoder_layer(size, tokens, tokens, [i]).item() for i in plain)
+    routed = inputs.get("moe_mm_token_type_ids")  # an image's first and last token go to its experts too
+    visual = None if routed is None else routed.sum(1)
+    counted = sum(decoder_layer(size, tokens, tokens, [i], visual).item() for i in plain)
     assert counted == pytest.approx(found, rel=0.02 if keys_chosen(here.decoder.config) is not None else 1e-9)
     try:
         fields = decoder_size(model.config)

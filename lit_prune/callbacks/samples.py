@@ -14,6 +14,7 @@ from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.pictures import Pixels, Row, as_seen, draw_page, titled
 from lit_prune.evaluation.records import SampleRecord
+from lit_prune.host.parts import find
 from lit_prune.training.debug_modes import leaves_no_trace
 from lit_prune.training.logging import logged_step
 
@@ -104,7 +105,7 @@ def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Any]
 def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:
     """The image of a sample, where each sample has at most one and the model sees it whole."""
     pixels, processor = inputs.get("pixel_values"), getattr(module.vlm.processor, "image_processor", None)
-    pictured = (inputs["input_ids"] == module.model.config.image_token_id).any(1)
+    pictured = (inputs["input_ids"] == find(module.model).tokens["image"]).any(1)
     if pixels is None or processor is None or pixels.ndim != 4 or len(pixels) != int(pictured.sum()) or not pictured[i]:
         return None
     return as_seen(pixels[int(pictured[:i].sum())], processor.image_mean, processor.image_std)

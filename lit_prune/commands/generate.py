@@ -131,8 +131,8 @@ def run_plain(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int, trace: Trac
 def full_trace(inputs: dict[str, Any], vlm: VLM) -> Trace:
     """Trace of the plain model: the whole prompt in every layer."""
     lengths = inputs["attention_mask"].sum(1)
-    visual = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1)
-    depth = find(vlm.model).dims.depth
+    parts = find(vlm.model)
+    visual, depth = (inputs["input_ids"] == parts.tokens["image"]).sum(1), parts.dims.depth
     return Trace([lengths] * depth, [lengths] * depth, [visual] * depth, total_visual=visual)
 
 

@@ -40,21 +40,29 @@ def decoder_fields(config: Config) -> ModelSize:
     Raises `LitPruneError` where another field is missing.
     """
     text = config.get_text_config()
-    sizes = [getattr(text, name, None) for name in FIELDS]
+    sizes = [_field(text, name) for name in FIELDS]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise LitPruneError(f"the price of a decoder of type {getattr(text, 'model_type', '?')} isn't known")
     width, depth, heads, vocab = sizes
-    mlp = getattr(text, "intermediate_size", None)
+    mlp = _field(text, "intermediate_size")
     return ModelSize(
         width=width,
         depth=depth,
         heads=heads,
-        key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or width // heads,
+        key_heads=_field(text, "num_key_value_heads") or heads,
+        head_dim=_field(text, "head_dim") or width // heads,
         mlp=mlp if isinstance(mlp, int) else 0,
         vocab=vocab,
         tower_known=False,
     )
+
+
+def _field(text: Any, name: str) -> Any:
+    """A field of a configuration; None: it has none, or one for each layer, which it refuses to read as one."""
+    try:
+        return getattr(text, name, None)
+    except Exception:  # of a class of its own
+        return None
 
 
 def _gated(text: Any, size: ModelSize, linear: bool) -> LayerSize:

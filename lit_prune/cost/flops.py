@@ -27,7 +27,8 @@ class LayerSize:
 
     `matrices`: multiply-adds of a token in its matrices, of experts in those that it takes. `pair`: of a (query, key)
     pair of its attention, 0 without any. `cached`: values that the cache holds of a token, of the last `window` ones
-    where it says so. `state`: values of a recurrence's state, `recurrence` its multiply-adds for a token.
+    where it says so. `state`: values of a recurrence's state, `recurrence` its multiply-adds for a token. `visual`: in
+    place of `matrices` for a visual token, where it has experts of its own.
     """
 
     matrices: float
@@ -36,6 +37,7 @@ class LayerSize:
     window: int | None = None
     state: int = 0
     recurrence: int = 0
+    visual: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class ModelSize:
     `vision_matrices`: of the tower's MLP, three where it is gated. The projector is `projectors` times two matrices,
     `projector_in` to `projector_inner` to `width`, or takes `projector_matrices` multiply-adds a row. `image`: the
     load of a usual image, for forwards whose images are known by their visual tokens only. Without `tower_known` vision
-    tower and projector have no price. `layers`: of the decoder, where they aren't all of plain attention and SwiGLU,
+    tower and projector have no formula; `counted` are their FLOPs for a usual image and its visual tokens, if these
+    were counted. `layers`: of the decoder, where they aren't all of plain attention and SwiGLU,
     which the other sizes describe.
     """
 
@@ -67,6 +70,7 @@ class ModelSize:
     projector_matrices: int = 0
     image: ImageLoad | None = None
     tower_known: bool = True
+    counted: tuple[float, int] | None = None
     layers: tuple[LayerSize, ...] = ()
 
 
@@ -80,16 +84,33 @@ def plain_layer(size: ModelSize) -> LayerSize:
     )
 
 
-def decoder_layer(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+def decoder_layer(
+    size: ModelSize,
+    queries: Tensor,
+    keys: Tensor,
+    layers: Sequence[int] | None = None,
+    visual: Tensor | None = None,
+) -> Tensor:
     """FLOPs of decoder layers: matrices, or projections and SwiGLU, attention over `keys`, recurrences.
 
     `queries`, `keys`: tokens of each layer, (layers, batch), of all layers by default; of one layer also (batch,).
+    `visual`: how many of the queries are visual tokens; None: none is.
     """
     rows = queries.double()
     if size.layers:
-        own = [layer.matrices + layer.recurrence for layer in _chosen(size, layers)]
-        return 2 * rows * _column(own, rows) + attention(size, queries, keys, layers)
+        chosen = _chosen(size, layers)
+        cost = 2 * rows * _column([layer.matrices + layer.recurrence for layer in chosen], rows)
+        if visual is not None and any(layer.visual is not None for layer in chosen):
+            more = [0.0 if layer.visual is None else layer.visual - layer.matrices for layer in chosen]
+            cost = cost + 2 * visual.double() * _column(more, rows)
+        return cost + attention(size, queries, keys, layers)
     return 2 * rows * plain_layer(size).matrices + attention(size, queries, keys)
+
+
+def decoder_layers(trace: Trace, size: ModelSize) -> Tensor:
+    """FLOPs of each decoder layer over a trace (layers, batch)."""
+    queries, keys = torch.stack(trace.queries), torch.stack(trace.keys)
+    return decoder_layer(size, queries, keys, visual=None if trace.total_visual is None else torch.stack(trace.visual))
 
 
 def attention(size: ModelSize, queries: Tensor, keys: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -168,23 +189,18 @@ def price(
 ) -> dict[str, Tensor]:
     """FLOPs of one forward per sample, part by part; `total` adds the parts up.
 
-    Parts whose arithmetic isn't known, `vision` and `projector` of an unknown tower, are left out, or what was counted
-    as both ran stands for them, as `vision`. `pruner` and
-    `repair` are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
+    `vision` and `projector` of a tower without a formula are one part, `vision`, where they were counted, as they ran
+    or for a usual image; else they are left out, and where a method prunes inside such a tower. `pruner` and `repair`
+    are asked what their own arithmetic costs; `lm_rows` positions go through the LM head.
     """
     zero = torch.zeros_like(trace.queries[0], dtype=torch.float64)
     visual = zero if trace.total_visual is None else trace.total_visual.double()
     vision = _usual_images(size.image, visual) if trace.vision is None else trace.vision
     if trace.tower is not None:
         vision = trace.tower.per_sample(visual if vision is None else vision.patches.to(visual))
-    tower = {
-        "vision": zero if vision is None else vision_tower(size, vision).to(zero),
-        "projector": zero if vision is None else projector(size, vision.projected).to(zero),
-    }
     parts = {
-        **({"vision": trace.counted.to(zero)} if trace.counted is not None else tower if size.tower_known else {}),
-        "decoder": decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys)).sum(0)
-        + _size_channels(size, trace),
+        **_tower(trace, size, vision, visual),
+        "decoder": decoder_layers(trace, size).sum(0) + _size_channels(size, trace),
         "scoring": sum((attention_rows(size, stage, _searched(trace, stage)) for stage in trace.stages), zero),
         "pruner": zero,
         "repair": zero,
@@ -208,6 +224,22 @@ def price(
         parts["repair"] = parts["repair"] + repair.adapter_flops(trace.repaired, size.width)
     parts["total"] = sum(parts.values(), zero)
     return parts
+
+
+def _tower(trace: Trace, size: ModelSize, vision: VisionTrace | None, visual: Tensor) -> dict[str, Tensor]:
+    """Vision tower and projector, as far as they are known."""
+    zero = torch.zeros_like(visual)
+    if trace.counted is not None:
+        return {"vision": trace.counted.to(zero)}
+    if size.tower_known:
+        return {
+            "vision": zero if vision is None else vision_tower(size, vision).to(zero),
+            "projector": zero if vision is None else projector(size, vision.projected).to(zero),
+        }
+    if size.counted is None or trace.tower is not None:
+        return {}
+    flops, tokens = size.counted
+    return {"vision": flops * visual / tokens}
 
 
 def _usual_images(image: ImageLoad | None, visual: Tensor) -> VisionTrace | None:

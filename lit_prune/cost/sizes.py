@@ -11,24 +11,11 @@ from torch import Tensor
 
 from lit_prune.cost.decoders import decoder_size
 from lit_prune.cost.flops import ModelSize
+from lit_prune.cost.formulas import has_formula, tower_fields
 from lit_prune.cost.shapes import Config
 from lit_prune.cost.tiling import overlapped, overlapping_crops, square_crops, tile_count
 from lit_prune.cost.trace import ImageLoad, VisionTrace
-from lit_prune.errors import LitPruneError
 
-# Vision towers by their configuration's `model_type`: class tokens a crop, matrices of the MLP (three where gated).
-TOWERS = {
-    "clip_vision_model": (1, 2),
-    "siglip_vision_model": (0, 2),
-    "internvl_vision": (1, 2),
-    "qwen2_5_vl_vision": (0, 3),
-    "qwen3_vl_vision": (0, 2),
-    "qwen3_5_vision": (0, 2),
-    "glm4v_vision": (0, 3),
-    "smolvlm_vision": (0, 2),
-    "idefics3_vision": (0, 2),
-    "molmo2_vision": (0, 2),
-}
 # Fields that say how many patches along a side become one visual token, or one over it.
 MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "scale_factor", "hidden_stride")
 RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")
@@ -42,7 +29,7 @@ def model_size(config: Config, image: tuple[int, int] = USUAL, decoder: ModelSiz
     `decoder`: sizes of the decoder, by default those that the configuration describes. Raises `LitPruneError` for a
     vision tower, or a decoder, whose arithmetic isn't known.
     """
-    decoder, matrices, vision = decoder or decoder_size(config), _tower(config)[1], config.vision_config
+    decoder, matrices, vision = decoder or decoder_size(config), tower_fields(config)[1], config.vision_config
     merge, layers = merged(config), getattr(config, "vision_feature_layer", -1)
     features = vision.hidden_size * merge * merge * (1 if isinstance(layers, int) else len(layers))
     return replace(
@@ -124,7 +111,7 @@ def crop_load(config: Config, crops: int, visual: int | None = None) -> ImageLoa
     rows, columns = (
         pixels // patch for pixels, patch in zip(pair(vision.image_size), pair(vision.patch_size), strict=True)
     )
-    tokens, depth = rows * columns + _tower(config)[0], vision.num_hidden_layers
+    tokens, depth = rows * columns + tower_fields(config)[0], vision.num_hidden_layers
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     projected = crops * (tokens if whole else rows * columns) // merged(config) ** 2
     if visual is not None and config.model_type == "molmo2":
@@ -160,8 +147,7 @@ def vision_trace(
     `videos`: how many of them are videos' (batch,); None: none are. None where images have one size, where the inputs
     don't say which size they have, or where the tower's price isn't known.
     """
-    known = getattr(getattr(config, "vision_config", None), "model_type", None) in TOWERS
-    if not known or all(inputs.get(name) is None for name in SIZED):
+    if not has_formula(config) or all(inputs.get(name) is None for name in SIZED):
         return None
     of_videos = [0] * len(total) if videos is None else videos.tolist()
     of_images = [both - mine for both, mine in zip(total.tolist(), of_videos, strict=True)]
@@ -250,16 +236,6 @@ def _lone_crop(config: Config) -> ImageLoad:
 def _squares(length: int, side: int) -> int:
     """Sum of squares of the pieces when `length` is cut into pieces of `side`."""
     return length // side * side**2 + (length % side) ** 2
-
-
-def _tower(config: Config) -> tuple[int, int]:
-    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if kind not in TOWERS:
-        raise LitPruneError(
-            f"the price of a vision tower of type {kind} isn't known, only of {', '.join(TOWERS)}; "
-            f"add its line to TOWERS in {__name__}"
-        )
-    return TOWERS[kind]
 
 
 def merged(config: Config) -> int:

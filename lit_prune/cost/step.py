@@ -68,7 +68,7 @@ def _tower(parts: dict[str, Tensor]) -> Tensor | float:
 
 def _ran(trace: Trace, size: ModelSize) -> Tensor:
     tokens = torch.stack(trace.ran)
-    return decoder_layer(size, tokens, tokens).sum(0)
+    return decoder_layer(size, tokens, tokens, visual=visual_ran(trace)).sum(0)
 
 
 def _backward(trace: Trace, size: ModelSize) -> Tensor:
@@ -76,4 +76,13 @@ def _backward(trace: Trace, size: ModelSize) -> Tensor:
     if not reached:
         return torch.zeros_like(trace.ran[0], dtype=torch.float64)
     tokens = torch.stack([trace.ran[layer] for layer in reached])
-    return (decoder_layer(size, tokens, tokens, reached) + attention(size, tokens, tokens, reached)).sum(0)
+    visual = visual_ran(trace)[reached]
+    layers = decoder_layer(size, tokens, tokens, reached, visual)
+    return (layers + attention(size, tokens, tokens, reached)).sum(0)
+
+
+def visual_ran(trace: Trace) -> Tensor:
+    """Visual tokens that each layer computed (layers, batch), softly masked ones included."""
+    ran = torch.stack(trace.ran)
+    masked = (ran - torch.stack(trace.queries)).clamp(min=0)
+    return torch.where(ran > 0, torch.stack(trace.visual) + masked, 0)

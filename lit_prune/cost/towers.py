@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lit_prune.cost.formulas import TOWERS
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import TOWERS, first_side, merged
+from lit_prune.cost.sizes import first_side, merged
 from lit_prune.cost.trace import TowerTrace
 from lit_prune.errors import LitPruneError
 from lit_prune.ops.budget import Budget, tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_prune.cost.flops import CARRIER, ModelSize, decoder_layer
 from lit_prune.cost.plan import Training
-from lit_prune.cost.step import step_flops
+from lit_prune.cost.step import step_flops, visual_ran
 from lit_prune.cost.trace import Trace, plan
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
@@ -128,16 +128,12 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
 
 def repeated_flops(student: Trace, size: ModelSize) -> float:
     """FLOPs of recomputing a student's layers in backward, except the MLP's last product, whose output isn't needed."""
-    reached = [
-        (layer, tokens)
-        for layer, (tokens, learns) in enumerate(zip(student.ran, student.learns, strict=True))
+    visual = visual_ran(student)
+    return sum(
+        (decoder_layer(size, ran, ran, [layer], visual[layer]) - 2 * ran.double() * size.width * size.mlp).sum().item()
+        for layer, (ran, learns) in enumerate(zip(student.ran, student.learns, strict=True))
         if learns
-    ]
-    layers = (
-        decoder_layer(size, tokens, tokens, [layer]) - 2 * tokens.double() * size.width * size.mlp
-        for layer, tokens in reached
     )
-    return sum(layer.sum().item() for layer in layers)
 
 
 def estimate(

@@ -17,7 +17,8 @@ __all__ = ["Conversation", "Encoded", "encode", "encode_conversation", "image_pa
 
 IGNORED = -100
 TooLong = Literal["skip", "cut_turns"]
-TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")  # one entry a token
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # the last one chooses Ernie's experts
+TOKEN_KEYS = ("input_ids", "attention_mask", "labels", *TYPES)  # one entry a token
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +27,10 @@ from lit_prune.files.images import MAX_PIXELS, decode_image, padded_to_square
 
 Mode = Literal["train", "eval", "predict"]
 MOST_REPLACEMENTS = 1000  # this many bad samples in a row are a broken data set
+# Inputs that are no list of images: patches of all images in one strip (MiniCPM-V), beside the sizes that cut it up,
+# and the numbers of the patches that a visual token pools, among those of all samples (Molmo 2).
+STRIPS = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+NUMBERED = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 LONGEST_REASON = 500  # characters; an "image path" may be the image itself in base64
 
 
@@ -235,11 +241,16 @@ class Collate:
     def _inputs(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Prompts with answers, padded on the right; pixel values of all images in sample order."""
         keys = dict.fromkeys(key for s in samples for key in s.inputs)  # a text has no pixel values
-        return {key: self._join(key, [s.inputs[key] for s in samples if key in s.inputs]) for key in keys}
+        return {key: self._join(key, [s.inputs for s in samples if key in s.inputs]) for key in keys}
 
-    def _join(self, key: str, values: list[Tensor]) -> Tensor:
+    def _join(self, key: str, given: list[dict[str, Tensor]]) -> Tensor:
+        values = [inputs[key] for inputs in given]
         if key in TOKEN_KEYS:
             return pad_sequence(values, batch_first=True, padding_value=self.padding.get(key, 0))
+        if key in STRIPS and STRIPS[key] in given[0]:
+            return torch.cat(values, dim=-1)
+        if key in NUMBERED:
+            values = renumbered(values, [inputs[NUMBERED[key]] for inputs in given])
         return concatenate(values)
 
     def _prompts(self, samples: list[Sample], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -262,6 +273,12 @@ def concatenate(values: Sequence[Tensor]) -> Tensor:
         whole[(slice(row, row + len(value)), *(slice(size) for size in value.shape[1:]))] = value
         row += len(value)
     return whole
+
+
+def renumbered(values: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers of patches, counted through all samples; `patches` (crops, patches, ...) are each sample's; -1: none."""
+    before = accumulate((part.shape[0] * part.shape[1] for part in patches), initial=0)
+    return [torch.where(value < 0, value, value + count) for value, count in zip(values, before, strict=False)]
 
 
 def pad_token(processor: Any) -> int:

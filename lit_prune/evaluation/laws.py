@@ -174,24 +174,28 @@ def _few(record: Record) -> bool:
 
 def attached(vlm: VLM, keep: str) -> VLM:
     """RCP with its repair adapter, moved away from its start, as training would."""
-    layers = stages(vlm.model)
+    budget = ",".join(f"{layer}:100000" for layer in stages(vlm.model)) if keep == ALL else keep
     torch.manual_seed(3)
-    ratios = {"layers": layers, "stage_ratios": [4.0, 2.0, 1.0][-len(layers) :]}
-    budget = ",".join(f"{layer}:100000" for layer in layers) if keep == ALL else keep
-
-    def repair() -> RepairAdapter:
-        return RepairAdapter([6, 7], [0, len(layers) - 1], bottleneck=16, condition=8, code=4)
-
     try:
-        vlm.attach(method("rcp.RCP", **ratios, select="topk", inner=16), repair(), keep=budget)
+        vlm.attach(*rcp_and_repair(vlm.model), keep=budget)
     except LitPruneError as error:
         if UNREAD not in str(error):
             raise
-        vlm.attach(method("uniform.Uniform", **ratios), repair(), keep=budget)
+        vlm.attach(*rcp_and_repair(vlm.model, reads=False), keep=budget)
     draw = torch.Generator().manual_seed(2)
     for parameter in vlm.plugin.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
     return vlm
+
+
+def rcp_and_repair(model: nn.Module, reads: bool = True) -> tuple[Pruner, RepairAdapter]:
+    """Small ones for a tiny model; `reads=False`: the repair adapter beside a method that reads no attention."""
+    layers = stages(model)
+    ratios = {"layers": layers, "stage_ratios": [4.0, 2.0, 1.0][-len(layers) :]}
+    repair = RepairAdapter([6, 7], [0, len(layers) - 1], bottleneck=16, condition=8, code=4)
+    if not reads:
+        return method("uniform.Uniform", **ratios), repair
+    return method("rcp.RCP", **ratios, select="topk", inner=16), repair
 
 
 def _plain(vlm: VLM, given: Prompts) -> None:

@@ -1,6 +1,6 @@
 """Results of the laws for each class, as lines and as the table of docs/models.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lit_prune.errors import LitPruneError
@@ -8,7 +8,8 @@ from lit_prune.evaluation.laws import Findings
 from lit_prune.host.zoo.shrink import listed
 
 BEGIN, END = "<!-- classes -->\n", "<!-- end of classes -->"
-HEADER = ("model type", "class", "pruned", "training", "reads attention", "remark")
+HEADER = ("model type", "class", "pruned", "training", "reads attention", "trained by `fit`", "remark")
+TRAINED = HEADER.index("trained by `fit`")
 
 
 def as_text(found: Findings) -> str:
@@ -18,12 +19,17 @@ def as_text(found: Findings) -> str:
 
 
 def as_rows(found: Sequence[Findings]) -> list[tuple[str, ...]]:
-    """Cells of the table, one row a class."""
+    """Cells of the table, one row a class, without what was trained."""
     return [_row(one) for one in found]
 
 
-def write_markdown(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Write the table between its marks in a page; rows of classes that were not measured now stay as they are.
+def write_markdown(path: Path, rows: Sequence[tuple[str, ...]], trained: Mapping[str, str]) -> None:
+    """Write the table between its marks in a page; what was not measured now stays as it is.
+
+    Args:
+        path: the page.
+        rows: cells of classes whose laws were measured.
+        trained: what was trained, by model type, of classes on which the verbs ran.
 
     Raises:
         LitPruneError: a file without the marks.
@@ -33,10 +39,16 @@ def write_markdown(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
     table, end, after = rest.partition(END)
     if not mark or not end:
         raise LitPruneError(f"{path} has no marks {BEGIN.strip()} and {END} to write the table between")
-    lines = {line.split(" ")[1]: line for line in table.splitlines() if line.startswith("| ")}
-    lines |= {cells[0]: "| " + " | ".join(cells) + " |" for cells in rows}
-    head = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER))]
-    lines = [*head, *(lines[kind] for kind in listed() if kind in lines)]
+    written = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines() if line.startswith("| ")]
+    known = {cells[0]: cells for cells in written if len(cells) == len(HEADER)}
+    for cells in rows:
+        before_now = known.get(cells[0], [""] * len(HEADER))[TRAINED]
+        known[cells[0]] = [*cells[:TRAINED], before_now, *cells[TRAINED:]]
+    for kind, text in trained.items():
+        if kind in known:
+            known[kind][TRAINED] = text
+    body = (HEADER, ["---"] * len(HEADER), *(known[kind] for kind in listed() if kind in known))
+    lines = ["| " + " | ".join(cells) + " |" for cells in body]
     path.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from lit_prune.host.session import Session
 from lit_prune.repair import Essence
 
 CACHE = "lit_prune"  # attribute of the KV cache that holds a CacheState
+STORED = ("keys", "values", "prefill_keys", "prefill_values", "indexer_keys", "conv_states", "recurrent_states")
 
 
 @dataclass
@@ -164,3 +165,10 @@ def real_columns(kwargs: dict, cache: Cache | None) -> Tensor | None:
         return mask.mask_mod(rows[:, None], torch.zeros_like(rows)[:, None], columns[-1:], columns)
     seen = mask[:, 0, :, :length]
     return (seen if seen.dtype == torch.bool else seen >= 0).any(1)
+
+
+def stored_bytes(layer: Any) -> int:
+    """Bytes that one layer's cache holds, whatever it keeps."""
+    kept = [value for name in STORED if (value := getattr(layer, name, None)) is not None]
+    each = [part for value in kept for part in (value.values() if isinstance(value, dict) else [value])]
+    return sum(part.nbytes for part in each if isinstance(part, Tensor))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.host import parts
 from lit_prune.host.slicing import Slices
@@ -23,8 +23,9 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
             hidden, *rest = args
             last = torch.arange(full - length, full, device=hidden.device).expand(hidden.shape[0], -1)
             slices = Slices(last, full)
-            kwargs = {name: slices.of(value) for name, value in kwargs.items()}
-            kwargs |= {"attention_mask": None, "position_ids": None}
+            mask, kwargs = kwargs.get("attention_mask"), {name: slices.of(value) for name, value in kwargs.items()}
+            whole = isinstance(mask, Tensor) and mask.ndim == 4  # a window's, or what chooses keys reads it
+            kwargs["attention_mask"] = mask[:, :, -length:, -length:] if whole else None
             return (hidden[:, -length:], *slices.of(tuple(rest))), kwargs
 
         return hook

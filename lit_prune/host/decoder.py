@@ -37,7 +37,7 @@ from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
 from lit_prune.host.session import Session
 from lit_prune.host.stages import Stages
-from lit_prune.host.state import FORWARD, Forward
+from lit_prune.host.state import FORWARD, Awaited, Forward
 from lit_prune.host.towers.find import tower
 from lit_prune.host.vision import TowerHost
 from lit_prune.ops import selection
@@ -365,7 +365,8 @@ class DecoderHost:
         compat.keep_hooks_out_of_checkpoints(self.parts.layers)
         kwargs = dict(kwargs)
         if self.devices is not None:
-            forward.follow(kwargs["inputs_embeds"].device)
+            given = kwargs.get("inputs_embeds")
+            forward.follow((kwargs["input_ids"] if given is None else given).device)
         cache = chosen_cache(module, forward.session, kwargs)
         if cache is not None and (forward.counts or hasattr(cache, CACHE)):
             if not hasattr(cache, CACHE):
@@ -382,11 +383,11 @@ class DecoderHost:
             and not (forward.counts or session.watch or session.leaves_out)
             and forward.record is None
         )
-        if forward.counts and any(stage.pruner.needs_embeds for stage in self.walk):
-            forward.packed.embeds = kwargs["inputs_embeds"]
-        if forward.record is not None and forward.record.keep_embeds:
-            columns, _ = selection.compact(forward.packed.visual, forward.most_visual)
-            forward.record.embeds = selection.gather_rows(kwargs["inputs_embeds"], columns)
+        needed = forward.counts and any(stage.pruner.needs_embeds for stage in self.walk)
+        forward.awaits = Awaited(bool(needed), forward.record is not None and forward.record.keep_embeds)
+        # A decoder that embeds its tokens itself shows them to its first layer.
+        if kwargs.get("inputs_embeds") is not None:
+            forward.take_embeds(kwargs["inputs_embeds"])
         return args, kwargs
 
     def _check_soft(self, forward: Forward) -> None:

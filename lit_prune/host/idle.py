@@ -6,6 +6,7 @@ list or class is touched. A layer over one column costs about what it costs in d
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,18 @@ def one_column(args: tuple, kwargs: dict, length: int) -> tuple[tuple, dict]:
     hidden, *rest = args
     first = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
     slices = Slices(first, length)
-    kwargs = slices.named(kwargs, ())
-    return (hidden[:, :1], *slices.of(tuple(rest))), {**kwargs, "attention_mask": None, "position_ids": None}
+    mask, kwargs = kwargs.get("attention_mask"), slices.named(kwargs, ())
+    return (hidden[:, :1], *slices.of(tuple(rest))), {**kwargs, "attention_mask": _open(mask)}
+
+
+def _open(mask: Any) -> Tensor | None:
+    """A mask that hides nothing, where the layer is handed one of four dimensions: some choose their keys by it."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    corner = mask[:, :, :1, :1]
+    return torch.ones_like(corner) if mask.dtype == torch.bool else torch.zeros_like(corner)
 
 
 def stretched(output: Tensor, length: int) -> Tensor:
     """An idle layer's output at the length of the sequence, without memory; its values mean nothing."""
-    return output[:, :1].expand(-1, length, -1)
+    return output[:, :1].expand(-1, length, *[-1] * (output.ndim - 2))

@@ -95,10 +95,11 @@ class Layers:
             args, kwargs = self._arrive(index, args, kwargs, forward)
         if forward.settled and index > 0:
             return self._step(index, module, args, kwargs, forward)
-        check_layer_call(
-            module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), forward.keys.rope is None
-        )
+        rope = forward.keys.rope is None and bool(forward.counts or forward.cache_state)
+        check_layer_call(module, args, kwargs, forward.packed.columns.shape[1], self._lengths(forward), rope)
         forward.reached = True
+        if forward.awaits is not None:
+            forward.take_embeds(mean_stream(args[0], self.width))
         if forward.session.idle(index):
             forward.trace_layer(None)
             return one_column(args, kwargs, forward.length)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 
 from lit_prune.host.compat import causal_mask
-from lit_prune.host.kinds import Kind
+from lit_prune.host.kinds import Kind, keys_chosen
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Masks:
     def __init__(self, config: PreTrainedConfig, kinds: tuple[Kind, ...], own: bool = False) -> None:
         self.config, self.kinds, self.own = config, kinds, own
         self.groups = tuple(kinds.index(kind) for kind in kinds)  # the first layer of the same kind, for each layer
+        self.always = keys_chosen(config) is not None  # what chooses keys reads the mask, also where none is hidden
 
     def of(
         self, index: int, hidden: Tensor, span: Span, handed: Any, cache: Cache | None, hidden_by_bias: bool = False
@@ -60,7 +61,12 @@ class Masks:
         if kind.plain:
             padded = False if hidden_by_bias else span.padded
             return causal_mask(
-                self.config, hidden, None if padded is False else span.valid, cache, index, skip=not padded
+                self.config,
+                hidden,
+                None if padded is False else span.valid,
+                cache,
+                index,
+                skip=not padded and not self.always,
             )
         if not kind.attends:
             return self._filler(hidden, span, handed)

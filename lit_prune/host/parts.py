@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lit_prune.cost.formulas import TOWERS
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import TOWERS, USUAL, crop_load
+from lit_prune.cost.sizes import USUAL, crop_load
 from lit_prune.errors import LitPruneError
 from lit_prune.host.compat import all_parameters, builds_masks, parameters, pre_norm
 from lit_prune.host.devices import device_of

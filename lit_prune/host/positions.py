@@ -55,7 +55,9 @@ class Renumbering:
 
 def renumbers(decoder: nn.Module) -> bool:
     """True if tokens of this decoder can be renumbered: each has one position, and all layers one embedding."""
-    return getattr(decoder, "rotary_emb", None) is not None and _one_position(decoder.config)
+    rotary = getattr(decoder, "rotary_emb", None)
+    # Some M-RoPE classes know their sections without a word of them in the configuration.
+    return rotary is not None and not hasattr(rotary, "mrope_section") and _one_position(decoder.config)
 
 
 def settled(

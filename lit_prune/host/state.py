@@ -121,6 +121,14 @@ class Attended:
         self.span, self.masks = span, {}
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """Who waits for the embeddings of a forward: a method (`packed`), a caller's record (`recorded`)."""
+
+    packed: bool
+    recorded: bool
+
+
 @dataclass
 class Forward:
     """One language-model forward as the hooks see it.
@@ -132,8 +140,8 @@ class Forward:
     grid. `lost`: the states that stages have pruned so far, where a repair adapter averages over them all. `counter`:
     of a tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts
     in it, and nobody looks at its layers: a step of decoding. `deepstack`: features that are added to visual tokens
-    after the first layers. `transfers`: where layers are on several devices, what they are handed, on the one where all
-    of this is now.
+    after the first layers. `awaits`: who is to get the embeddings, until they are there. `transfers`: where layers are
+    on several devices, what they are handed, on the one where all of this is now.
     """
 
     session: Session
@@ -161,7 +169,17 @@ class Forward:
     counter: Counter | None = None
     reached: bool = False
     settled: bool = False
+    awaits: Awaited | None = None
     transfers: Transfers | None = None
+
+    def take_embeds(self, embeds: Float[Tensor, "batch columns width"]) -> None:
+        """Hand the embeddings to whoever waits for them."""
+        awaits, self.awaits = self.awaits, None
+        if awaits is not None and awaits.packed:
+            self.packed.embeds = embeds
+        if awaits is not None and awaits.recorded:
+            columns, _ = selection.compact(self.packed.visual, self.most_visual)
+            self.record.embeds = selection.gather_rows(embeds, columns)
 
     def follow(self, device: torch.device) -> None:
         """Take what layers share to the device of one of them; what is recorded stays where it was measured."""

@@ -16,7 +16,7 @@ from torch import nn
 from lit_prune.cost.decoders import decoder_fields
 from lit_prune.cost.flops import LayerSize, ModelSize, plain_layer
 from lit_prune.cost.shapes import Config
-from lit_prune.cost.sizes import known_size, model_size
+from lit_prune.cost.sizes import USUAL, known_size, model_size
 from lit_prune.host import parts
 from lit_prune.host.kinds import Kind
 
@@ -45,12 +45,19 @@ def _described(config: Config) -> ModelSize:
     return fields
 
 
-def meta_size(config: Config) -> ModelSize | None:
-    """`counted_size` of a model that is built without weights."""
+def meta_size(config: Config, image: tuple[int, int] = USUAL) -> ModelSize | None:
+    """`counted_size` of a model that is built without weights; a tower without a formula runs for one `image`."""
     from transformers import AutoModelForImageTextToText  # brings models' code
 
+    from lit_prune.host.dry_run import tower_flops
+
     with torch.device("meta"):
-        return counted_size(AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16))
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    size = counted_size(model)
+    if size is not None and not size.tower_known:
+        with suppress(Exception):  # towers that can't be run without weights, and inputs that can't be made
+            size = replace(size, counted=tower_flops(model, image))
+    return size
 
 
 def _layer(layer: nn.Module, kind: Kind, config: Config) -> LayerSize:
@@ -58,34 +65,39 @@ def _layer(layer: nn.Module, kind: Kind, config: Config) -> LayerSize:
     attention = _attention(layer) if kind.attends else None
     pair, cached = (0, 0) if attention is None else _attended(*attention, text)
     state, recurrence = (0, 0) if not kind.recurrent else _recurrence(layer)
+    matrices, visual = (sum(_matrices(layer, text, without=moe)) for moe in ("vision_moe", "text_moe"))
     return LayerSize(
-        matrices=sum(_matrices(layer, text)),
+        matrices=matrices,
         pair=pair,
         cached=cached,
         window=kind.window if not kind.prompt else None,
         state=state,
         recurrence=recurrence,
+        visual=None if visual == matrices else visual,
     )
 
 
-def _matrices(module: nn.Module, text: Any, share: float = 1.0) -> Iterator[float]:
-    """Multiply-adds for one token in each matrix of a module; `share`: of it that a token takes."""
+def _matrices(module: nn.Module, text: Any, share: float = 1.0, without: str = "") -> Iterator[float]:
+    """Multiply-adds for one token in each matrix of a module; `share`: of it that a token takes.
+
+    `without`: name of the experts that it doesn't, where text and images have their own.
+    """
     own = dict(module.named_parameters(recurse=False))
-    if {"text_moe", "vision_moe"} <= {name for name, _ in module.named_children()}:
-        raise ValueError("experts of text and of images differ, and which a token takes isn't known here")
     if isinstance(module, nn.Linear):  # also where its weights are packed, or on other ranks
         yield share * module.in_features * module.out_features
     elif isinstance(module, nn.Conv1d):
         yield share * module.weight.numel()
     elif not isinstance(module, nn.Embedding) and "Norm" not in type(module).__name__:
         for values in own.values():
-            if values.ndim == 2 or (values.ndim == EXPERTS and values.shape[1] == 1):  # a convolution by channel
+            if (values.ndim == 2 and len(values) > 1) or (
+                values.ndim == EXPERTS and values.shape[1] == 1
+            ):  # a convolution by channel
                 yield share * values.numel()
             elif values.ndim == EXPERTS:
                 yield share * values.numel() * _taken(text, len(values))
-    for child in module.children():
+    for child in (part for name, part in module.named_children() if name != without):
         experts = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(part) for part in child}) == 1
-        yield from _matrices(child, text, share * _taken(text, len(child)) if experts else share)
+        yield from _matrices(child, text, share * _taken(text, len(child)) if experts else share, without)
 
 
 def _taken(text: Any, experts: int) -> float:

@@ -33,7 +33,7 @@ from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.training.step import Step, StepKey, Teaching
 from lit_prune.training.strategies import in_step, parameter_count, refuse_unusable
-from lit_prune.vlm import load
+from lit_prune.vlm import VLM, load
 
 
 class PruneModule(LightningModule):
@@ -117,9 +117,7 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         attached, adapters = made.train(), made.lora
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        self.vlm = load(
-            base, None if dtype is None else getattr(torch, dtype), random_weights=random_weights, **options
-        )
+        self.vlm = self.load_frozen(base, dtype and getattr(torch, dtype), random_weights=random_weights, **options)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
@@ -137,6 +135,10 @@ class PruneModule(LightningModule):
         self.work, dims = Work(self.vlm, attached), attached.dims
         self.meters = Meters(dims.depth, dims.width, attached.repair is not None, self.vlm.size is not None)
         self.scores: list[Score] = []  # official benchmark scores of the last evaluation
+
+    def load_frozen(self, *args: Any, **options: Any) -> VLM:
+        """Load the frozen model; a subclass may give one that is built already."""
+        return load(*args, **options)
 
     # -- setup, modes and checkpoints ---------------------------------------------------------------------------
 
@@ -159,8 +161,7 @@ class PruneModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the plug-in's weights alone: a checkpoint holds no frozen weight."""
-        full = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
+        full, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         return {name: value for name, value in full.items() if name.startswith(f"{prefix}plugin.")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -225,8 +226,7 @@ class PruneModule(LightningModule):
         if not every or (self.trainer.global_step + 1) % every or not steps_next(self.trainer):
             return
         values = step_figures(self.teaching, step, done, samples)
-        values |= {f"data/{name}": value for name, value in batch.get("figures", {}).items()}
-        values = fetched(values)
+        values = fetched(values | {f"data/{name}": value for name, value in batch.get("figures", {}).items()})
         self.log_dict(values, batch_size=samples)
         for label, name in (("loss", "loss/total"), ("kept", "budget/actual")):
             self.log(label, values[name], prog_bar=True, logger=False, batch_size=samples)

@@ -8,7 +8,7 @@ import torch
 
 from lit_prune.commands._support.inputs import image_pixels
 from lit_prune.cost.decoders import decoder_size
-from lit_prune.cost.flops import ModelSize, decode, decoder_layer, decoder_total, kv_bytes, price
+from lit_prune.cost.flops import ModelSize, decode, decoder_layers, decoder_total, kv_bytes, price
 from lit_prune.cost.shapes import Config, Shape, names
 from lit_prune.cost.sizes import USUAL, known_size
 from lit_prune.cost.towers import tower_trace
@@ -117,15 +117,17 @@ class Case:
             kv=self._bytes(trace),
             kv_after=self._bytes(step(trace, prompt.steps)),
             visual=[int(count) for count in trace.visual],
-            layers=decoder_layer(size, torch.stack(trace.queries), torch.stack(trace.keys))[:, 0].tolist(),
+            layers=decoder_layers(trace, size)[:, 0].tolist(),
         )
 
     def _bytes(self, trace: Trace) -> int:
         return int(kv_bytes(trace, self.size, self.prompt.bytes_per_value).item())
 
 
-def _counted(config: Config) -> ModelSize | None:
-    """Sizes of a decoder that its fields don't describe, counted on the model's classes; None: nor can these be built.
+def _counted(config: Config, image: tuple[int, int]) -> ModelSize | None:
+    """Sizes of a decoder, or tower, that its fields don't describe, counted on the model's classes without weights.
+
+    None: nor can these be built.
 
     Of models whose shape is shipped the fields are enough.
     """
@@ -134,8 +136,16 @@ def _counted(config: Config) -> ModelSize | None:
     from lit_prune.host.structure import meta_size  # brings models' code
 
     with suppress(Exception):  # configurations are anyone's
-        return meta_size(config)
+        return meta_size(config, image)
     return None
+
+
+def _size(config: Config, image: tuple[int, int]) -> ModelSize:
+    """Sizes of a model, as far as they are known; raises `LitPruneError` where the decoder's aren't."""
+    described = known_size(config, image)
+    if described is not None and described.tower_known:
+        return described
+    return _counted(config, image) or described or decoder_size(config)  # which says what is missing
 
 
 def describe(
@@ -155,10 +165,11 @@ def describe(
     pixels = image_pixels(image_size)
     if pixels is not None and visual is not None:
         raise LitPruneError("--image-size tells the visual tokens: leave --visual-tokens out")
-    size = known_size(config, pixels or USUAL) or _counted(config) or decoder_size(config)  # which says what is missing
-    if visual is None and size.image is None:
+    size = _size(config, pixels or USUAL)
+    usual = size.image.visual if size.image is not None else size.counted[1] if size.counted is not None else None
+    if visual is None and usual is None:
         raise LitPruneError(f"{model}: how many visual tokens an image has isn't known; give --visual-tokens")
-    visual = size.image.visual if visual is None else visual
+    visual = usual if visual is None else visual
     for name, count in (("text", text), ("answer", answer), ("visual", visual)):
         if not 1 <= count <= MOST_TOKENS:
             raise LitPruneError(f"--{name}-tokens {count} must be at least 1, and at most {MOST_TOKENS}")

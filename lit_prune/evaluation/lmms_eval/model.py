@@ -21,6 +21,7 @@ from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import now
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
+from lit_prune.host.parts import find
 from lit_prune.ops.budget import parse_budget
 from lit_prune.vlm import as_plugin, load
 
@@ -179,7 +180,7 @@ class LitPrune(lmms):
                 tokens = vlm.model.generate(**inputs, generation_config=config)
         spent.seconds += now(vlm.model.device) - start
         length = inputs["input_ids"].shape[1]
-        total = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1).tolist()
+        total = (inputs["input_ids"] == find(vlm.model).tokens["image"]).sum(1).tolist()
         spent.total += total
         spent.visual += total if vlm.plugin is None else record.trace.average_visual().tolist()
         counts = self._counts(tokens[:, length:])

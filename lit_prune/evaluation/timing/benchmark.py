@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from lit_prune.cost.flops import decoder_total, price
-from lit_prune.cost.sizes import USUAL, image_load
+from lit_prune.cost.sizes import USUAL
 from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.timing.clocks import Clock, noisy, spread
 from lit_prune.evaluation.timing.prompts import SEED, Prompt, decode, prefill, random_prompt
 from lit_prune.host import Record, Session
+from lit_prune.host.cache import stored_bytes
 from lit_prune.host.cut import cut_to
 from lit_prune.host.parts import find
 from lit_prune.ops.budget import Budget, as_json
@@ -97,7 +98,6 @@ class Benchmark:
         self.vlm, self.methods, self.batch_sizes = vlm.detach(), list(methods), list(dict.fromkeys(batch_sizes))
         self.dims = find(vlm.model).dims
         self.text_tokens, self.new_tokens, self.clock, self.image = text_tokens, new_tokens, clock, image
-        self.visual = image_load(self.vlm.model.config, *image).visual
         self.prompts: dict[int, Prompt] = {}
         self.ran: dict[tuple[int, str], Ran] = {}
         self.times: dict[tuple[int, str], Times] = {}
@@ -137,9 +137,8 @@ class Benchmark:
 
     def _measure(self, batch: int, method: Method, times: Times) -> None:
         """One turn of one method at one batch size."""
-        if batch not in self.prompts:
-            self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens, self.image)
         model = self.vlm.model
+        self._prompts_of(batch)
         if (batch, method.name) not in self.ran:
             self.ran[batch, method.name] = self._inspect(method, self.prompts[batch])
         with self._attached(method):
@@ -156,6 +155,16 @@ class Benchmark:
             features = self.prompts[batch].features
             with cut_to(model, self.ran[batch, method.name].lengths, features["input_ids"].shape[1]):
                 times.cut.append(self.clock(lambda: prefill(model, features))[0])
+
+    def _prompts_of(self, batch: int) -> Prompt:
+        if batch not in self.prompts:
+            self.prompts[batch] = random_prompt(self.vlm, batch, self.text_tokens, self.image)
+        return self.prompts[batch]
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of each prompt."""
+        return self._prompts_of(self.batch_sizes[0]).visual
 
     def _prompt(self, method: Method, prompt: Prompt) -> Prompt:
         """With features of the method's own making, where it prunes inside the vision tower."""
@@ -187,7 +196,7 @@ class Benchmark:
         parts = None if size is None else price(record.trace, size, method.plugin.pruner, method.plugin.repair)
         return Ran(
             flops=None if parts is None else (decoder_total(parts) + parts["lm_head"]).sum().item(),
-            kv_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+            kv_bytes=sum(stored_bytes(layer) for layer in cache.layers),
             visual=record.trace.average_visual().mean().item(),
             lengths=_widths(record.trace),
             kept={stage.layer: stage.kept.sum(1).double().mean().item() for stage in record.stages},

@@ -153,6 +153,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vision_config.projector_output_dim": 32,
         "vision_config.vision_output_dim": 32,
     },
+    **{kind: {"vision_config.image_size": 64} for kind in ("mistral3", "lighton_ocr", "mistral_large4")},
     "minimax_m3_vl": {"text_config.shared_intermediate_size": 32},
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 4},
     "molmo2": {

@@ -55,10 +55,8 @@ class Prompts:
 
 def prompts(kind: str, model: nn.Module) -> Prompts:
     """Three samples with one, two and one images."""
-    config, taken = model.config, parameters(model)
-    pixels = pixels_of(kind, model)
-    total = sum(IMAGES)
-    lengths = [_visual(kind, model, pixels, image) for image in range(total)]
+    config, pixels, total = model.config, pixels_of(kind, model), sum(IMAGES)
+    lengths = [visual_tokens(kind, model, pixels([image], [1])) for image in range(total)]
     token = image_token(config)
     start, end = (marker(config, which) for which in ("start", "end"))
     draw, samples, owned, first = torch.Generator().manual_seed(0), [], [], 0
@@ -71,13 +69,21 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
         first += images
 
     def extra(ids: Tensor, mask: Tensor, start: int | None = None) -> Inputs:
-        types = (ids == token).long()
-        found = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
-        if kind == "paligemma":  # there they say what is the answer's
-            found["token_type_ids"] = (torch.arange(ids.shape[1]) >= (start or ids.shape[1])).long().expand_as(ids)
-        return found
+        return types_of(kind, model, token, ids, start)
 
     return Prompts(samples, owned, pixels, token, extra)
+
+
+def types_of(kind: str, model: nn.Module, token: int, ids: Tensor, start: int | None = None) -> Inputs:
+    """What some classes are told about each token: text, or an image's; `start`: where an answer begins."""
+    taken, types = parameters(model), (ids == token).long()
+    found = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
+    if "moe_mm_token_type_ids" in taken:  # an image's first and last token are its own there
+        ends = [int(end) for which in ("start", "end") for end in marker(model.config, which)]
+        found["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([token, *ends])).long()
+    if kind == "paligemma":  # there they say what is the answer's
+        found["token_type_ids"] = (torch.arange(ids.shape[1]) >= (start or ids.shape[1])).long().expand_as(ids)
+    return found
 
 
 def image_token(config: Any) -> int:
@@ -101,11 +107,10 @@ def marker(config: Any, which: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _visual(kind: str, model: nn.Module, pixels: Callable, image: int) -> int:
-    """Visual tokens of one image: the features that the model's own encoder gives."""
+def visual_tokens(kind: str, model: nn.Module, arguments: Inputs) -> int:
+    """Visual tokens of one image, given as model inputs: the features that the model's own encoder gives."""
     if kind in LENGTHS:
         return LENGTHS[kind](model.config)
-    arguments = pixels([image], [1])
     owner = model if hasattr(model, "get_image_features") else model.model
     known = inspect.signature(owner.get_image_features).parameters
     renamed = {"pixel_values_images": "pixel_values"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import find
 from lit_prune.host.zoo.inputs import QUESTION, Prompts, marker
-from lit_prune.host.zoo.pixels import GRIDS, Inputs, parameters, pixels_of
+from lit_prune.host.zoo.pixels import GRIDS, Inputs, parameters, pictures, pixels_of
 from lit_prune.host.zoo.pixels import PIXELS as IMAGES
 from lit_prune.host.zoo.shrink import PATCH, SIDE
 
@@ -97,7 +97,8 @@ def _of_images(kind: str, names: dict[str, str], apart: bool) -> Callable[[Any, 
 
     def made(config: Any, videos: Sequence[int]) -> Inputs:
         images = [2 * video + frame for video in videos for frame in (0, 1)]
-        given = IMAGES[kind](config, [image % 4 if apart else image // 2 for image in images], [len(images)])
+        shown = pictures([image % 4 if apart else image // 2 for image in images])
+        given = IMAGES[kind](config, shown, [len(images)])
         return {new: given[name] for name, new in names.items()}
 
     return made

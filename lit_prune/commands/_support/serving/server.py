@@ -22,6 +22,7 @@ from lit_prune.commands._support.serving.metrics import Metrics
 from lit_prune.commands._support.serving.requests import ChatReader
 from lit_prune.errors import LitPruneError, in_words, one_line
 from lit_prune.host import Record, Session
+from lit_prune.host.parts import find
 from lit_prune.loading import context_length
 from lit_prune.loading.openai_app import CHAT, openai_app
 from lit_prune.vlm import VLM
@@ -90,8 +91,8 @@ class _Generation:
     """Counts what one `generate()` call keeps and generates."""
 
     def __init__(self, vlm: VLM, metrics: Metrics, ids: Tensor) -> None:
-        token = getattr(vlm.model.config, "image_token_id", None)
-        self.vlm, self.metrics, self.total = vlm, metrics, 0 if token is None else int((ids == token).sum())
+        self.vlm, self.metrics = vlm, metrics
+        self.total = int((ids == find(vlm.model).tokens["image"]).sum())
         self.arrival, self.tokens, self.record = ARRIVAL.get(), 0, Record()
 
     @contextmanager
