@@ -151,6 +151,7 @@ VARIANTS = {
     "naive": (Naive, {}),
     "apart": (Apart, {}),
     "soft": (Measured, {}),
+    "kept": (Measured, {"backward": "kept"}),
     "checkpointed": (Measured, {"checkpoint_activations": True}),
     "contenders": (Measured, {"contenders": 2.0}),
     "drop": (Measured, {"train_mode": "drop"}),

@@ -75,5 +75,6 @@ def _backward(trace: Trace, size: ModelSize) -> Tensor:
     reached = [layer for layer, learns in enumerate(trace.learns) if learns]
     if not reached:
         return torch.zeros_like(trace.ran[0], dtype=torch.float64)
-    tokens = torch.stack([trace.ran[layer] for layer in reached])
-    return (decoder_layer(size, tokens, tokens, reached) + attention(size, tokens, tokens, reached)).sum(0)
+    keys = torch.stack([trace.ran[layer] for layer in reached])
+    tokens = torch.stack([trace.learning[layer] for layer in reached])
+    return (decoder_layer(size, tokens, keys, reached) + attention(size, tokens, keys, reached)).sum(0)

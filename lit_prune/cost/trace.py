@@ -123,7 +123,7 @@ class Trace:
     """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
 
     Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
-    idled, and `learns` says which layers gradients go back through.
+    idled, `learns` says which layers gradients go back through, and `learning` through how many tokens there.
     `counted` are the FLOPs of a vision tower with its projector, where their arithmetic isn't known.
     `budget` is what was asked of each sample: `keep`, or all its visual tokens if it has fewer.
     `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
@@ -142,6 +142,7 @@ class Trace:
     repair_stages: tuple[int, ...] = ()
     ran: list[Int[Tensor, " batch"]] = field(default_factory=list)
     learns: list[bool] = field(default_factory=list)
+    learning: list[Int[Tensor, " batch"]] = field(default_factory=list)
     budget: Float[Tensor, " batch"] | None = None
 
     def average_visual(self) -> Tensor:

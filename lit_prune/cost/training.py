@@ -99,6 +99,7 @@ def plan_step(
     nothing = torch.tensor([0])
     teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
+    teacher.learning, student.learning = teacher.ran, student.ran
     teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
     return PlannedStep(teacher, student, tokens.answers)
 

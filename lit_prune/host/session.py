@@ -1,6 +1,7 @@
 """Sessions: a caller's settings for its forwards, and what they record for it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -56,6 +57,8 @@ class Session:
 
     `adapt`: LoRA adapters act, where tokens are pruned too; the plain model never has them.
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
+    `backward`: soft mode, rows that gradients return through: `all`, or those `kept` alone, the others running without
+    autograd, see `lit_prune.host.beside`. With
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
@@ -73,6 +76,7 @@ class Session:
     adapt: bool = True
     soft: bool = False
     contenders: float | None = None
+    backward: Literal["all", "kept"] = "all"
     gate_clip: float | None = None
     gate_centre: bool = False
     eps: float = 1e-8

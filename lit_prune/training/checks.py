@@ -41,6 +41,15 @@ def check_settings(
         raise LitPruneError("either model.lora or model.plugin, which has its own adapters: add --model.lora=null")
 
 
+def check_alike(teaching: Any, in_step: bool) -> None:
+    """Raise `LitPruneError` for settings with which ranks that must run the same modules would run others."""
+    if in_step and teaching.backward == "kept":
+        raise LitPruneError(
+            "model.backward: kept runs layers in two parts where enough tokens are dropped, and under DeepSpeed all "
+            "ranks must run the same; use ddp, or model.backward: all"
+        )
+
+
 RANGES: dict[str, dict[str, Any]] = {
     "lr": {"least": 0},
     "repair_lr": {"least": 0},

@@ -1,6 +1,7 @@
 """Figures of a training step, and the names of everything that a run logs."""
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -107,6 +108,19 @@ class Work:
             samples = torch.tensor([sum(counts)], dtype=torch.float64, device=priced.device)
             self._priced = self._priced.to(priced.device) + torch.cat([samples, priced])
         self._steps = []
+
+
+def log_meters(module: Any, stage: str) -> None:
+    """Log and reset a `PruneModule`'s meters after an evaluation, and leave its official scores on it."""
+    values = {f"{stage}/{name}": value for name, value in module.meters.compute().items()}
+    if not values:
+        return
+    # The meters have already reduced over ranks; sync_dist only avoids Lightning's warning.
+    module.log_dict(values, sync_dist=True)
+    if (accuracy := values.get(f"{stage}/accuracy/all")) is not None:
+        module.log(f"{stage}_accuracy", accuracy, prog_bar=True, logger=False, sync_dist=True)
+    module.scores = module.meters.scores()
+    module.meters.reset()
 
 
 def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ class Teaching:
     checkpoint_activations: bool
     watch: tuple[int, ...]
     gate_centre: bool = False
+    backward: Literal["all", "kept"] = "all"
 
     def step(
         self,
@@ -113,6 +114,7 @@ class Teaching:
         # Gradients are averaged over ranks after backward, so here a sample's gradient is `ranks` times its final size.
         clip = None if self.gate_clip is None else self.gate_clip * ranks
         gates = {"contenders": self.contenders, "gate_clip": clip, "gate_centre": self.gate_centre}
+        gates["backward"] = self.backward
         return plain, Session(record=student, soft=self.train_mode == "soft", **gates, **common)
 
     def losses(
