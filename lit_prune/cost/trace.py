@@ -5,7 +5,7 @@ step. `lit_prune.cost.flops` prices them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -160,6 +160,15 @@ class Trace:
             return torch.zeros_like(spent)
         above = spent - self.budget.to(spent.device)
         return torch.where(above > 0.5, above, 0.0)
+
+
+def left_out(trace: Trace) -> Trace:
+    """The trace of a forward over the same prompts without stages, none of whose decoder layers ran."""
+    whole, nothing = trace.total_visual + trace.queries[0] - trace.visual[0], torch.zeros_like(trace.queries[0])
+    each, none, learns = ([part] * len(trace.queries) for part in (whole, nothing, False))
+    lengths = {"queries": each, "keys": each, "visual": [trace.total_visual] * len(each)}
+    ran = {"ran": none, "learning": none, "learns": learns}
+    return replace(trace, stages=[], tower=None, repaired=None, repair_stages=(), budget=None, **lengths, **ran)
 
 
 def plan(

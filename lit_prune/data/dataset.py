@@ -1,9 +1,11 @@
 """Encode the samples of a source and collate batches, with bad samples replaced or left out."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -158,10 +160,11 @@ class Collate:
     """Collate the samples of an index batch; see `InstructData` for the layout. Can be pickled.
 
     A sample that can't be batched with the others, for example because of its shapes, is a bad one. In training another
-    sample of the batch replaces it.
+    sample of the batch replaces it. With `digests` the batch has one of each sample, of all that the model is given.
     """
 
-    def __init__(self, pad_id: int, mode: Mode):
+    def __init__(self, pad_id: int, mode: Mode, digests: bool = False):
+        self.digests = digests
         self.padding = {"input_ids": pad_id, "labels": IGNORED}  # anything else is padded with 0
         self.mode = mode
 
@@ -220,6 +223,8 @@ class Collate:
             "replaced": fetched.replaced,
             "cut": sum(s.cut for s in samples),
         }
+        if self.digests:
+            batch["digests"] = [digest(s.inputs) for s in samples]
         if fetched.failure:
             batch["failure"] = fetched.failure
         if fetched.place:
@@ -251,6 +256,15 @@ class Collate:
                 fill = self.padding.get(key, 0)
                 prompts[key] = pad_sequence(values, batch_first=True, padding_value=fill, padding_side="left")
         return prompts
+
+
+def digest(inputs: dict[str, Tensor]) -> str:
+    """SHA-256 of a sample's encoded inputs."""
+    found = hashlib.sha256()
+    for name, value in sorted(inputs.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def concatenate(values: Sequence[Tensor]) -> Tensor:

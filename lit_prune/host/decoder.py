@@ -337,6 +337,7 @@ class DecoderHost:
             labels = kwargs.pop("labels", None)
             if forward.record is not None and labels is not None:
                 forward.record.targets = forward.at_answers(labels.roll(-1, 1))
+                forward.record.answers = forward.packed.answer_mask.sum(1)
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     @staticmethod

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_prune.cost.trace import Trace
 from lit_prune.host.idle import Prefix
+from lit_prune.ops.moments import SampleMoments
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Record:
 
     `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch; of
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
-    to predict, where labels were given and the session is `answers_only`.
+    to predict, where labels were given and the session is `answers_only`; `answers` their number in each sample.
+    `moments[layer]`, where they stand for `hidden`, are those of each sample's answer positions.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
     `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
     vision tower left in `VisionContext.memory`.
@@ -43,6 +45,8 @@ class Record:
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
     targets: Tensor | None = None
+    answers: Tensor | None = None
+    moments: dict[int, SampleMoments] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     begun: bool = False
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +33,7 @@ from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.training.step import Step, StepKey, Teaching
 from lit_prune.training.strategies import in_step, parameter_count, refuse_unusable
+from lit_prune.training.teacher_cache import TeacherCache
 from lit_prune.vlm import load
 
 
@@ -63,6 +64,7 @@ class PruneModule(LightningModule):
         gate_centre: the task and repair losses decide which tokens stay, the budget loss alone how many: the gradients
             of a sample's scores by the former sum to 0 at each stage [ours].
         checkpoint_activations: keep only the layers' inputs and recompute the rest in backward: less memory, more time.
+        teacher_cache: folder that keeps what the losses need of the teacher, by sample, see docs/training.md [ours].
         watch: decoder layers whose attention in the teacher `loss.attention` reads.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
@@ -97,6 +99,7 @@ class PruneModule(LightningModule):
         gate_clip: float | None = None,
         gate_centre: bool = False,
         checkpoint_activations: bool = False,
+        teacher_cache: str | None = None,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
@@ -114,7 +117,7 @@ class PruneModule(LightningModule):
         self.strict_loading = False
         rates = {"lr": lr, "repair_lr": repair_lr, "weight_decay": weight_decay, "warmup": warmup, "final_lr": final_lr}
         others = {"contenders": contenders, "gate_clip": gate_clip, "max_new_tokens": max_new_tokens, "seed": seed}
-        check_settings(loss, watch, pruner, plugin, lora, **rates, **others)
+        check_settings(loss, watch, pruner, plugin, lora, teacher_cache, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
@@ -134,7 +137,7 @@ class PruneModule(LightningModule):
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
         masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
-        masks["backward"] = backward
+        masks |= {"backward": backward, "cache": TeacherCache(teacher_cache) if teacher_cache else None}
         saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
         self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims
@@ -154,6 +157,10 @@ class PruneModule(LightningModule):
         """Log the numbers of trainable and frozen parameters."""
         count, frozen = (parameter_count(part) for part in (self.plugin, self.model))
         rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The teacher cache, if there is one, opens and writes itself."""
+        return [] if self.teaching.cache is None else [self.teaching.cache]
 
     def train(self, mode: bool = True) -> "PruneModule":
         """Set the mode of all but the frozen model, which stays in evaluation mode."""
