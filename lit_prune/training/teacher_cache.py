@@ -10,11 +10,11 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError, safe_open
@@ -98,7 +98,7 @@ class TeacherCache(Callback):
             "form": FORM,
             "layers": list(layers),
             "watch": list(watch),
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "model": fingerprint(model),
         }
         self.layers, self.watched = tuple(layers), bool(watch)
