@@ -111,15 +111,16 @@ class Beside:
 
     def attend(self, attention: Callable, states: tuple[Tensor, ...], mask: Any, request: Request, kwargs: dict):
         """Attention of the rows that learn to all keys, after the others have run."""
+        query, key, value = states
         others = Others(self.rows, tuple(part.detach() for part in states), self.ran)
-        with torch.no_grad():
+        # What the others draw (dropout of adapters) leaves the rest as it is, also where they don't run to the end.
+        with torch.no_grad(), torch.random.fork_rng([query.device.index] if query.is_cuda else []):
             try:
                 self.output = self.run(replace(request, beside=others))
             except Captured:
                 if not self.ran:
                     raise
         self.ran = True
-        query, key, value = states
         key, value = (torch.cat(pair, dim=2) for pair in zip(others.keys, (key, value), strict=True))
         bias = request.key_bias.gather(1, self.rows.order)
         request = replace(request, beside=None, tap=None, watch=None, key_bias=bias)

@@ -123,8 +123,7 @@ class PruneModule(LightningModule):
         made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         attached, adapters = made.train(), made.lora
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        kind = None if dtype is None else getattr(torch, dtype)
-        self.vlm = load(base, kind, random_weights=random_weights, **options)
+        self.vlm = load(base, dtype and getattr(torch, dtype), random_weights=random_weights, **options)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
             checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
