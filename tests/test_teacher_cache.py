@@ -111,7 +111,7 @@ def test_a_damaged_file_is_left_out(filled, tmp_path, fault):
     def places_left() -> dict:
         cache = opened(first, tmp_path)
         assert cache.find(digests, torch.device("cpu")) is None
-        return cache.places
+        return cache.known
 
     with pytest.warns(UserWarning, match="is damaged and is left out, delete it"):
         assert places_left() == {}
@@ -124,7 +124,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(filled, tmp_path, monkeypat
     monkeypatch.setattr(caching, "save_file", full)
     first, root = filled
     known, cache = opened(first, root), opened(first, tmp_path)
-    cache.waiting = {digest: known._read(digest) for digest in known.places}
+    cache.waiting = {digest: known._read(digest) for digest in known.known}
     with pytest.warns(UserWarning, match="can't be written, nothing is added to it from here.*No space left"):
         cache.on_train_end()
     assert (cache.waiting, cache.full) == ({}, True)

@@ -31,7 +31,7 @@ class Record:
     `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch; of
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
     to predict, where labels were given and the session is `answers_only`; `answers` their number in each sample.
-    `moments[layer]`, where they stand for `hidden`, are those of each sample's answer positions.
+    `per_sample[layer]`, where they stand for `hidden`, are the moments of each sample's answer positions.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
     `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
     vision tower left in `VisionContext.memory`.
@@ -46,7 +46,7 @@ class Record:
     embeds: Tensor | None = None
     targets: Tensor | None = None
     answers: Tensor | None = None
-    moments: dict[int, SampleMoments] = field(default_factory=dict)
+    per_sample: dict[int, SampleMoments] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     begun: bool = False
 

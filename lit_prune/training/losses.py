@@ -125,7 +125,7 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
 
 def target_moments(teacher: Record, layer: int) -> Moments:
     """Moments of the teacher's answer states after a layer, over the global batch."""
-    return joined(teacher.moments[layer]) if layer in teacher.moments else moments(teacher.hidden[layer])
+    return joined(teacher.per_sample[layer]) if layer in teacher.per_sample else moments(teacher.hidden[layer])
 
 
 def budget_share(keep: Budget, total: Int[Tensor, " batch"], depth: int = 1) -> float:

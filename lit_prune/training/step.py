@@ -114,7 +114,7 @@ class Teaching:
         found = None if digests is None else self.cache.find(digests, self.vlm.model.device)
         if found is None:
             return False
-        teacher.moments, attention = found
+        teacher.per_sample, attention = found
         teacher.attention = {} if attention is None else {self.watch[0]: attention}
         return True
 

@@ -57,7 +57,7 @@ class TeacherCache(Callback):
         self.root, self.folder = Path(root), None
         self.layers: tuple[int, ...] = ()
         self.watched = self.full = False
-        self.places: dict[str, Place] = {}
+        self.known: dict[str, Place] = {}
         self.waiting: dict[str, dict[str, Tensor]] = {}
 
     # -- hooks of the Trainer -----------------------------------------------------------------------------------
@@ -113,12 +113,12 @@ class TeacherCache(Callback):
                 raise LitPruneError(f"model.teacher_cache: {self.folder} can't be made: {error.strerror}") from error
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                self.places |= self._places(path)
+                self.known |= self._rows_of(path)
             except UNREADABLE as error:
                 rank_zero_warn(f"{path} is damaged and is left out, delete it: {type(error).__name__}: {error}")
-        rank_zero_info(f"teacher cache {self.folder}: {len(self.places):,} samples")
+        rank_zero_info(f"teacher cache {self.folder}: {len(self.known):,} samples")
 
-    def _places(self, path: Path) -> dict[str, Place]:
+    def _rows_of(self, path: Path) -> dict[str, Place]:
         """Samples of a file; raises one of `UNREADABLE` if it isn't as `flush` writes it."""
         with safe_open(path, "pt") as file:
             keys = json.loads((file.metadata() or {})[HEADER])
@@ -151,7 +151,7 @@ class TeacherCache(Callback):
         try:
             with written_whole(path) as file:
                 save_file(tensors, file, {HEADER: json.dumps(list(waiting))})
-            self.places |= self._places(path)
+            self.known |= self._rows_of(path)
         except UNREADABLE as error:
             self.full = True
             rank_zero_warn(
@@ -184,7 +184,7 @@ class TeacherCache(Callback):
         return kept, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
     def _read(self, digest: str) -> dict[str, Tensor] | None:
-        place = self.places.get(digest)
+        place = self.known.get(digest)
         if place is None:
             return None
         try:
@@ -197,24 +197,24 @@ class TeacherCache(Callback):
             error = "numbers that are none"
         except UNREADABLE as found:
             error = f"{type(found).__name__}: {found}"
-        gone = [key for key, other in self.places.items() if other.path == place.path]
+        gone = [key for key, other in self.known.items() if other.path == place.path]
         for key in gone:
-            del self.places[key]
+            del self.known[key]
         rank_zero_warn(f"{place.path} is damaged and is left out, delete it: {error}")
         return None
 
     def add(self, digests: Sequence[str], teacher: Record) -> None:
-        """Keep the samples of a teacher's record, whose `moments` are there."""
+        """Keep the samples of a teacher's record, whose `per_sample` is there."""
         if self.folder is None or self.full:
             return
         values = {}
-        for layer, kept in teacher.moments.items():
+        for layer, kept in teacher.per_sample.items():
             values |= {f"mean.{layer}": kept.mean.cpu(), f"var.{layer}": kept.var.cpu(), "count": kept.count.cpu()}
         sizes = teacher.trace.total_visual.cpu() if self.watched else torch.zeros_like(values["count"])
         values["sizes"] = sizes
         attention = torch.stack(list(teacher.attention.values())).mean(0).cpu() if self.watched else None
         for i, digest in enumerate(digests):
-            if digest in self.places:
+            if digest in self.known:
                 continue
             self.waiting[digest] = {name: value[i] for name, value in values.items()}
             if attention is not None:
@@ -225,7 +225,7 @@ class TeacherCache(Callback):
 
 def take_moments(teacher: Record) -> None:
     """Add the moments of each sample's answer states to a teacher's record."""
-    teacher.moments = {layer: sample_moments(states, teacher.answers) for layer, states in teacher.hidden.items()}
+    teacher.per_sample = {layer: sample_moments(states, teacher.answers) for layer, states in teacher.hidden.items()}
 
 
 @lru_cache(64)
