@@ -79,15 +79,25 @@ def prefetch(make: Callable[[int], Any], steps: range, ahead: int = 3) -> Iterat
         stop.set()
 
 
-def make_optimizers(model: nn.Module, heads: nn.Module, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, read-outs, norms and biases."""
-    hidden, rest = [], list(heads.parameters())
+def make_optimizers(
+    model: nn.Module, heads: nn.Module, muon: float, adam: float, tower: float = 1.0
+) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings, read-outs, norms and biases.
+
+    `tower`: share of these learning rates that the vision tower has.
+    """
+    groups = [{share: [] for share in (1.0, tower)} for _ in range(2)]
+    groups[1][1.0] += heads.parameters()
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (hidden if matrix else rest).append(parameter)
+        groups[0 if matrix else 1][tower if "vision_tower" in name else 1.0].append(parameter)
+    muons, adams = (
+        [{"params": params, "lr": share * rate} for share, params in found.items()]
+        for found, rate in zip(groups, (muon, adam), strict=True)
+    )
     optimizers = [
-        torch.optim.Muon(hidden, lr=muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(muons, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adams, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ from rich.table import Table
 from lit_prune import load
 from lit_prune.data.instruct import InstructData
 from lit_prune.data.micro import INSTRUCTIONS, Split, seeds_of
+from lit_prune.micro.worlds import WORLDS
 from lit_prune.plugin import Plugin
 from lit_prune.vlm import VLM, plugin_from_yaml
 
@@ -51,7 +52,8 @@ VARIANTS = [
 
 def batches(questions: int, data_seed: int, folder: Path) -> list[dict]:
     """Training scenes with their questions, in the form of the test data."""
-    split = Split("train", questions, seeds_of("train", questions, 7, data_seed), 7)
+    world = WORLDS["micro"]
+    split = Split(world, "train", questions, seeds_of(world, "train", questions, 7, data_seed), 7)
     split.write(folder)
     data = InstructData("micro", test=str(split.folder(folder) / INSTRUCTIONS), eval_batch_size=70)
     data.setup("test")

@@ -11,6 +11,7 @@ from PIL import Image
 from jobs.micro_llava.batches import block, patch_labels
 from lit_prune.micro import instructions, world
 from lit_prune.micro.drawing import COLOURS, SHAPES, glyph, shape_mask
+from lit_prune.micro.worlds import WORLDS
 
 SEEDS = range(world.TEST_SEED + 800_000, world.TEST_SEED + 800_150)
 
@@ -158,7 +159,9 @@ def test_every_word_is_in_the_vocabulary(scenes):
 
 
 def test_write_world(tmp_path):
-    path = instructions.write_world(tmp_path, range(SEEDS[0], SEEDS[0] + 14), questions_per_image=3, progress=False)
+    path = instructions.write_world(
+        WORLDS["micro"], tmp_path, range(SEEDS[0], SEEDS[0] + 14), questions_per_image=3, progress=False
+    )
     samples = json.loads(path.read_text())
     assert len(samples) == 42
     assert set(Counter(sample["skill"] for sample in samples).values()) == {6}
@@ -174,8 +177,12 @@ def test_write_world(tmp_path):
 
 
 def test_written_samples_do_not_depend_on_the_range(tmp_path):
-    one = json.loads(instructions.write_world(tmp_path / "a", [SEEDS[3]], 5, progress=False).read_text())
-    many = json.loads(instructions.write_world(tmp_path / "b", list(SEEDS[:5]), 5, progress=False).read_text())
+    one = json.loads(
+        instructions.write_world(WORLDS["micro"], tmp_path / "a", [SEEDS[3]], 5, progress=False).read_text()
+    )
+    many = json.loads(
+        instructions.write_world(WORLDS["micro"], tmp_path / "b", list(SEEDS[:5]), 5, progress=False).read_text()
+    )
     assert one == [sample for sample in many if sample["image"] == one[0]["image"]]
 
 

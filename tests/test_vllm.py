@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import qwen_vl
 import torch
 from PIL import Image
 from tiny import ROOT
@@ -260,3 +262,26 @@ class TestEngine:
         inputs = vlm.processor(text=text, images=images, return_tensors="pt")
         tokens = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
         return vlm.decode(tokens, inputs["input_ids"].shape[1])[0]
+
+    @pytest.mark.parametrize(("pruner", "keep"), [(None, "100%"), ("divprune", "50%"), ("scope", 6)], ids=str)
+    def test_images_of_any_size(self, tmp_path_factory, pruner, keep):
+        """Qwen2.5-VL with random weights: tokens have a row and a column, and images differ in their number."""
+        folder = qwen_vl.write(tmp_path_factory.mktemp("qwen") / "model")
+        model = load(folder)
+        noise = np.random.default_rng(0)
+        shapes = [(4, 4), (6, 3), (8, 8), (2, 7)]
+        images = [Image.fromarray(noise.integers(0, 255, (28 * h, 28 * w, 3), np.uint8)) for h, w in shapes]
+        texts = ["What colour is the circle", "Is there a red tile", "Where is the blue tile", "How many are red"]
+        if pruner is not None:
+            model.attach(pruner, keep=keep, positions="original")
+        expected = model.answer(images, texts, 8)
+        given = None if pruner is None else {"pruner": pruner, "keep": keep, "positions": "original"}
+        with engine(given, folder, "LitPruneQwen2_5_VL") as llm:
+            answers, lengths = generate(
+                llm, model, [([image], text) for image, text in zip(images, texts, strict=True)]
+            )
+        assert answers == expected
+        count = {"100%": lambda n: n, "50%": lambda n: n // 2}.get(keep, lambda n: keep)
+        assert [n - len(text.split()) - 2 for n, text in zip(lengths, texts, strict=True)] == [
+            count(h * w) for h, w in shapes
+        ]

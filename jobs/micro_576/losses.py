@@ -81,9 +81,10 @@ def cloud_loss(visual: Tensor) -> dict[str, Tensor]:
     return {"alike": F.relu(likeness - LIKENESS).mean(), "long": F.relu((length / LENGTH).log()).mean()}
 
 
-def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Visual tokens as they enter the decoder, float[batch, 576, d]."""
-    seen = model.model.vision_tower(pixels).last_hidden_state
+def see(model: LlavaForConditionalGeneration, pixels: Tensor, frozen: bool = False) -> Tensor:
+    """Visual tokens as they enter the decoder, float[batch, 576, d]; a `frozen` tower gets no gradient."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        seen = model.model.vision_tower(pixels).last_hidden_state
     return model.model.multi_modal_projector(seen[:, 1:])
 
 

@@ -19,7 +19,7 @@ from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, draw_page, side
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
-from lit_prune.micro import world
+from lit_prune.micro.worlds import world_of
 from lit_prune.vlm import VLM
 
 
@@ -55,13 +55,13 @@ def run(
     Args:
         pruner: Shipped methods, YAML files or plug-in folders, one row each, e.g. --pruner fastv runs/try/plugin.
         out: Picture to write, PNG, PDF or SVG, e.g. --out kept.png.
-        image: Image file, e.g. --image photo.jpg; without it a scene of the micro world is drawn.
+        image: Image file, e.g. --image photo.jpg; without it a scene of the generated world is drawn.
         prompt: Question about the image, e.g. --prompt "What colour is the circle?"; a scene brings its own.
-        scene: Seed of a scene, from 0 below 9000000, e.g. --scene 6000003; by default the first of the test range.
-        skill: What to ask about the scene, e.g. --skill relation; one of existence, colour, shape, counting, relation,
-            digit, position.
+        scene: Seed of a scene of the model's world, e.g. --scene 6000003; by default the first of the test range.
+        skill: What to ask about the scene, e.g. --skill relation; on micro one of existence, colour, shape, counting,
+            relation, digit, position; a wrong one lists those of micro-576.
         keep: Budget, visual tokens averaged over the decoder layers, e.g. --keep 16; by default each plug-in's own.
-        model: "micro", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
+        model: "micro", "micro-576", a model folder, or a hub id, e.g. --model llava-hf/llava-1.5-7b-hf.
         answer: Right answer, e.g. --answer red; colours the answers. A scene's own question has one.
         boxes: What is asked about, as x0 y0 x1 y1 in pixels of the image file, several in a row, e.g. --boxes 10 20 42
             52; marked in the picture, and what the oracle keeps. A scene's own question has them.
@@ -79,7 +79,7 @@ def run(
     check_number("--max-new-tokens", max_new_tokens, least=1, whole=True)
     if names is not None and len(names) != len(pruner):
         raise LitPruneError(f"{len(names)} names for {len(pruner)} methods: give one each")
-    asked = ask(image, scene, skill, prompt, answer, boxes)
+    asked = ask(model, image, scene, skill, prompt, answer, boxes)
     chosen = [Choice.of(method, keep) for method in pruner]
     vlm = load_model(model, dtype, device)
     inputs = encode(vlm, [asked.image], [asked.prompt])
@@ -105,12 +105,18 @@ def _save(path: Path, page: Figure) -> None:
 
 
 def ask(
-    image: str | None, scene: int | None, skill: str, prompt: str | None, answer: str | None, boxes: list[int] | None
+    model: str,
+    image: str | None,
+    scene: int | None,
+    skill: str,
+    prompt: str | None,
+    answer: str | None,
+    boxes: list[int] | None,
 ) -> Asked:
     """Image or scene with its question and known answers; the user's options take precedence."""
     if image is not None and scene is not None:
         raise LitPruneError("give an --image or a --scene, not both")
-    asked = _of_scene(scene, skill, prompt) if image is None else _of_image(image, prompt)
+    asked = _of_scene(model, scene, skill, prompt) if image is None else _of_image(image, prompt)
     given = {"answer": answer, "boxes": None if boxes is None else _fours(boxes)}
     return replace(asked, **{name: value for name, value in given.items() if value is not None})
 
@@ -129,17 +135,21 @@ def _fours(numbers: list[int]) -> list[Box]:
     return [tuple(numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
 
 
-def _of_scene(seed: int | None, skill: str, prompt: str | None) -> Asked:
-    """A scene of the micro world with its question, or with one of the user's own, whose answer nobody knows."""
-    seed = world.TEST_SEED if seed is None else seed
-    if not 0 <= seed < world.RESERVED_SEED:
-        raise LitPruneError(f"scene {seed} must lie between 0 and {world.RESERVED_SEED - 1}; later ones are reserved")
-    if skill not in world.SKILLS:
-        raise LitPruneError(f"skill {skill} must be one of {', '.join(world.SKILLS)}")
+def _of_scene(model: str, seed: int | None, skill: str, prompt: str | None) -> Asked:
+    """A scene of the model's world with its question, or with one of the user's own, whose answer nobody knows."""
+    world = world_of(model)
+    seed = world.splits["test"].start if seed is None else seed
+    if seed not in world.seeds:
+        first, last = world.seeds.start, world.seeds.stop - 1
+        raise LitPruneError(f"scene {seed} must lie between {first} and {last}; later ones are reserved")
+    if skill not in world.skills:
+        raise LitPruneError(f"skill {skill} must be one of {', '.join(world.skills)}")
     scene = world.make_scene(seed)
     if prompt is not None:
         return Asked(scene.image(), prompt)
-    question = scene.questions({skill: 1})[0]
+    question = world.ask(scene, skill)
+    if question is None:
+        raise LitPruneError(f"scene {seed} has nothing to ask about {skill}: give another --scene or --skill")
     return Asked(scene.image(), question.text, question.answer, list(question.boxes))
 
 

@@ -1,4 +1,4 @@
-"""LightningDataModule for the generated micro world, written once as JSON and PNG files, read as `InstructData`."""
+"""LightningDataModule for the generated worlds, written once as JSON and PNG files, read as `InstructData`."""
 
 import hashlib
 import json
@@ -10,18 +10,14 @@ from typing import Any
 
 from lit_prune.data.instruct import InstructData
 from lit_prune.errors import LitPruneError
-from lit_prune.micro import drawing, instructions, world
+from lit_prune.micro import instructions
+from lit_prune.micro.worlds import DEFAULT, WORLDS, World, named
 
-RANGES = {  # first seed of a split, and of the next range
-    "train": (world.TRAIN_SEED, world.VALIDATION_SEED),
-    "val": (world.VALIDATION_SEED, world.TEST_SEED),
-    "test": (world.TEST_SEED, world.RESERVED_SEED),
-}
 INSTRUCTIONS = "instructions.json"
 
 
 class MicroData(InstructData):
-    """The generated world as instruction data; batches as in `InstructData`.
+    """A generated world as instruction data; batches as in `InstructData`.
 
     Every split is a folder `root/SPLIT-HASH`, with a hash of its settings and of the world's source code. It is written
     under another name and renamed when complete. Prediction reads the test split.
@@ -33,13 +29,14 @@ class MicroData(InstructData):
         val_samples: number of validation questions.
         test_samples: number of test questions.
         data_seed: block of scenes: 0 for the first ones of each split, 1 for the next, and so on.
-        questions_per_image: questions asked about a scene; 7 is one of each skill.
+        questions_per_image: questions asked about a scene; 7 is one of each skill of the small world, 18 of the large.
+        world: "micro" or "micro-576"; by default the one that `base` was pretrained on, for other models the small one.
         batch_size: see `InstructData`.
         eval_batch_size: see `InstructData`.
         options: see `InstructData`.
 
     Raises:
-        LitPruneError: the split's range of seeds has too few scenes.
+        LitPruneError: there is no such world, or the split's range of seeds has too few scenes.
     """
 
     def __init__(
@@ -51,13 +48,17 @@ class MicroData(InstructData):
         test_samples: int = 1400,
         data_seed: int = 0,
         questions_per_image: int = 7,
+        world: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
         **options: Any,
     ):
+        of = named(world or (base if base in WORLDS else DEFAULT))
         samples = {"train": train_samples, "val": val_samples, "test": test_samples}
         self.splits = {
-            split: Split(split, count, seeds_of(split, count, questions_per_image, data_seed), questions_per_image)
+            split: Split(
+                of, split, count, seeds_of(of, split, count, questions_per_image, data_seed), questions_per_image
+            )
             for split, count in samples.items()
         }
         paths = {split: str(it.folder(root) / INSTRUCTIONS) for split, it in self.splits.items()}
@@ -83,17 +84,18 @@ class MicroData(InstructData):
 
 
 class Split:
-    """One split of the generated world: its scenes and number of questions."""
+    """One split of a generated world: its scenes and number of questions."""
 
-    def __init__(self, name: str, samples: int, seeds: range, questions_per_image: int):
+    def __init__(self, world: World, name: str, samples: int, seeds: range, questions_per_image: int):
+        self.world = world
         self.name, self.samples, self.seeds, self.questions_per_image = name, samples, seeds, questions_per_image
 
     def folder(self, root: str | Path) -> Path:
         """Folder of the split; its name depends on everything that determines the files."""
         settings = [self.name, self.samples, self.seeds.start, self.seeds.stop, self.questions_per_image]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for module in (world, drawing, instructions):
-            digest.update(Path(module.__file__).read_bytes())
+        for source in (*self.world.source, Path(instructions.__file__).read_bytes()):
+            digest.update(source)
         return Path(root) / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def write(self, root: str | Path) -> None:
@@ -104,7 +106,7 @@ class Split:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            path = instructions.write_world(unfinished, self.seeds, self.questions_per_image)
+            path = instructions.write_world(self.world, unfinished, self.seeds, self.questions_per_image)
             self._cut(path)
             path.rename(unfinished / INSTRUCTIONS)
             unfinished.chmod(0o755)  # mkdtemp makes it private
@@ -122,18 +124,18 @@ class Split:
         path.write_text(json.dumps(samples[: self.samples]))
 
 
-def seeds_of(split: str, samples: int, questions_per_image: int, data_seed: int) -> range:
+def seeds_of(world: World, split: str, samples: int, questions_per_image: int, data_seed: int) -> range:
     """Seeds of the scenes for `samples` questions.
 
     Raises:
         LitPruneError: they exceed the split's range of seeds.
     """
-    first, end = RANGES[split]
+    there = world.splits[split]
     scenes = -(-samples // questions_per_image)
-    seeds = range(first + data_seed * scenes, first + (data_seed + 1) * scenes)
-    if samples < 1 or data_seed < 0 or seeds.stop > end:
+    seeds = range(there.start + data_seed * scenes, there.start + (data_seed + 1) * scenes)
+    if samples < 1 or data_seed < 0 or seeds.stop > there.stop:
         raise LitPruneError(
             f"data: {samples} {split} samples with data_seed {data_seed} need the scenes {seeds.start} to "
-            f"{seeds.stop - 1}; {split} has {first} to {end - 1}"
+            f"{seeds.stop - 1}; {split} has {there.start} to {there.stop - 1}"
         )
     return seeds

@@ -20,6 +20,7 @@ from lit_prune.cost.shapes import Config, shipped_fields, shipped_shape
 from lit_prune.errors import LitPruneError, extra
 from lit_prune.loading.locations import (
     HUB_OPTIONS,
+    SHIPPED,
     adapted_from,
     fetch,
     first_line,
@@ -97,7 +98,8 @@ def local_processor(base: str | Path) -> Any | None:
 def load_model(
     base: str | Path, dtype: torch.dtype | str | None = None, *, strict: bool = True, **options: Any
 ) -> nn.Module:
-    """Load a model with its weights; `dtype` by default float32 for micro, otherwise the checkpoint's.
+    """Load a model with its weights; `dtype` by default float32 for the models of this package, otherwise
+    the checkpoint's.
 
     Args:
         base: a folder, a hub id, or the folder of an adapter, which names its base model.
@@ -111,7 +113,7 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     if dtype is None:
-        dtype = torch.float32 if str(base) == "micro" else "auto"
+        dtype = torch.float32 if str(base) in SHIPPED else "auto"
     if adapted := adapted_from(base):
         if find_spec("peft") is None:
             raise LitPruneError(f"{base} is an adapter of peft, which is not installed: {extra('peft')}")
@@ -190,7 +192,7 @@ def random_model(
     """Model of the real shape with random weights, made on `device`: for costs, benchmarks and tests.
 
     Args:
-        base: a configuration, a folder with `config.json`, the hub id of a shipped shape, or "micro".
+        base: a configuration, a folder with `config.json`, the hub id of a shipped shape, "micro" or "micro-576".
         dtype: by default bfloat16 for models of more than a billion parameters, else float32.
         device: where the weights are made, such as "cuda"; on "meta" they are never made.
         seed: of the weights; the library's own initialisation draws them, so the same seed gives the same model.

@@ -17,6 +17,10 @@ from lit_prune.cost.shapes import names
 from lit_prune.errors import LitPruneError, extra
 
 MICRO = Path(__file__).parents[1] / "micro" / "weights"
+SHIPPED = {  # models in this package: folder of the weights, and the job that makes them
+    "micro": (MICRO, "jobs/pretrain_micro.sh"),
+    "micro-576": (MICRO.with_name("weights_576"), "jobs/pretrain_micro_576.sh"),
+}
 PROBE_SECONDS = 3.0  # for the one request that tells whether the hub can be reached
 HUB_OPTIONS = ("revision", "token", "subfolder", "cache_dir")  # which version of a repository, and how to get it
 WORD = r"\w[\w.-]*"
@@ -26,16 +30,15 @@ LOCAL = "local"  # in place of a folder's path, which nobody else has
 
 
 def resolve(base: str | Path) -> str:
-    """Resolve a model's name to a folder or hub id; `micro` is shipped with this package.
+    """Resolve a model's name to a folder or hub id; `micro` and `micro-576` are shipped with this package.
 
     A folder holds `config.json`, or `adapter_config.json`: an adapter of peft, which names its base model.
     """
-    if str(base) == "micro":
-        if not (MICRO / "config.json").is_file():
-            raise LitPruneError(
-                f"the weights of micro-LLaVA are missing from {MICRO}: reinstall, or run jobs/pretrain_micro.sh"
-            )
-        return str(MICRO)
+    if str(base) in SHIPPED:
+        folder, job = SHIPPED[str(base)]
+        if not (folder / "config.json").is_file():
+            raise LitPruneError(f"the weights of {base} are missing from {folder}: reinstall, or run {job}")
+        return str(folder)
     path = Path(base).expanduser()
     looks_local = path.is_absolute() or str(base).startswith((".", "~")) or path.is_dir()
     if looks_local and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -168,7 +171,7 @@ def place_of(base: str | Path, local: bool, hub: dict[str, Any]) -> str:
 def closest_model(name: str) -> str | None:
     """The model of this package, or the shipped shape, that a name is nearly spelt like; None for its own name."""
     known = {model.rpartition("/")[2].lower(): model for model in names()}
-    known |= {model.lower(): model for model in names()} | {"micro": "micro", "micro-llava": "micro"}
+    known |= {model.lower(): model for model in names()} | {"micro-llava": "micro"} | {name: name for name in SHIPPED}
     found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     return known[found[0]] if found and known[found[0]] != name else None
 

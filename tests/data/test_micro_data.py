@@ -5,10 +5,13 @@ import pytest
 from PIL import Image
 
 from lit_prune.data import micro as module
-from lit_prune.data.micro import RANGES, MicroData, seeds_of
+from lit_prune.data.micro import MicroData, seeds_of
 from lit_prune.errors import LitPruneError
 from lit_prune.micro.model import build, build_processor
-from lit_prune.micro.world import RESERVED_SEED, SKILLS
+from lit_prune.micro.world import RESERVED_SEED, SAMPLE_SEED, SKILLS
+from lit_prune.micro.worlds import WORLDS
+
+MICRO = WORLDS["micro"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_written_once_and_the_same_every_time(root, tmp_path, monkeypatch):
 def test_an_interrupted_write_is_not_taken_for_whole(tmp_path, monkeypatch):
     calls = []
 
-    def interrupted(folder, *_):
+    def interrupted(world, folder, *_):
         (folder / "instructions.json").write_text("[")
         calls.append(folder)
         raise KeyboardInterrupt
@@ -97,10 +100,10 @@ def test_an_interrupted_write_is_not_taken_for_whole(tmp_path, monkeypatch):
 def test_another_process_was_faster(tmp_path, monkeypatch):
     data, write = make_data(tmp_path), module.instructions.write_world
 
-    def beaten(folder, *arguments):
+    def beaten(*arguments):
         monkeypatch.undo()
         make_data(tmp_path).prepare_data()
-        return write(folder, *arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(module.instructions, "write_world", beaten)
     data.prepare_data()
@@ -108,14 +111,14 @@ def test_another_process_was_faster(tmp_path, monkeypatch):
 
 
 def test_splits_and_data_seeds_are_disjoint():
-    ranges = [seeds_of(split, 20, 7, data_seed) for split in RANGES for data_seed in range(3)]
+    ranges = [seeds_of(MICRO, split, 20, 7, data_seed) for split in ("train", "val", "test") for data_seed in range(3)]
     seeds = [seed for found in ranges for seed in found]
     assert len(set(seeds)) == len(seeds) == 3 * 3 * 3
-    assert max(end for _, end in RANGES.values()) == RESERVED_SEED
-    for wrong in (("val", 7_000_007, 7, 0), ("test", 700, 7, 30_000), ("train", 7, 7, -1), ("train", 0, 7, 0)):
+    assert max(seeds.stop for name, seeds in MICRO.splits.items() if name != "sample") == SAMPLE_SEED < RESERVED_SEED
+    for wrong in (("val", 7_000_007, 7, 0), ("test", 700, 7, 20_000), ("train", 7, 7, -1), ("train", 0, 7, 0)):
         with pytest.raises(LitPruneError, match=wrong[0]):
-            seeds_of(*wrong)
-    assert seeds_of("val", 7_000_000, 7, 0).stop == 6_000_000
+            seeds_of(MICRO, *wrong)
+    assert seeds_of(MICRO, "val", 7_000_000, 7, 0).stop == 6_000_000
 
 
 def test_images_are_of_the_written_scene(root):
@@ -125,3 +128,26 @@ def test_images_are_of_the_written_scene(root):
     first = json.loads((folder / "instructions.json").read_text())[0]
     assert Image.open(folder / first["image"]).size == (96, 96)
     assert first["id"].startswith("5000000")
+
+
+def test_the_world_is_the_base_models(tmp_path):
+    """Of micro-576 the large one, of any other model the small one, and either by name."""
+    sizes = {"train_samples": 1, "val_samples": 1, "test_samples": 1}
+    assert MicroData("micro-576", root=str(tmp_path), **sizes).splits["val"].world is WORLDS["micro-576"]
+    assert MicroData("micro", root=str(tmp_path), **sizes).splits["val"].world is MICRO
+    assert MicroData("a/b", root=str(tmp_path), world="micro-576", **sizes).splits["val"].world is WORLDS["micro-576"]
+    with pytest.raises(LitPruneError, match=r"no world 'mikro': give micro or micro-576"):
+        MicroData("micro", world="mikro", **sizes)
+
+
+def test_scenes_of_the_large_world_are_written_too(tmp_path):
+    data = MicroData(
+        "micro-576", root=str(tmp_path), train_samples=2, val_samples=36, test_samples=2, questions_per_image=18
+    )
+    split = data.splits["val"]
+    split.write(tmp_path)
+    samples = json.loads((split.folder(tmp_path) / "instructions.json").read_text())
+    assert len(samples) == 36
+    assert {sample["skill"] for sample in samples} >= set(WORLDS["micro-576"].skills[:3])
+    with Image.open(split.folder(tmp_path) / samples[0]["image"]) as image:
+        assert image.size == (192, 192)

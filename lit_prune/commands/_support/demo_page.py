@@ -28,7 +28,7 @@ from lit_prune.files.inputs import as_image
 from lit_prune.files.shipped import config_names
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
-from lit_prune.micro import world
+from lit_prune.micro.worlds import WORLDS
 from lit_prune.ops.budget import as_json, parse_budget
 from lit_prune.plugin import learns
 from lit_prune.plugin.methods import as_plugin
@@ -36,7 +36,7 @@ from lit_prune.vlm import VLM
 
 LARGEST_FILE = "20mb"  # of an upload
 LONGEST = 2000  # characters of a question
-SAMPLES = 4  # pictures of the micro world
+SAMPLES = ("colour", "relation", "counting", "position")  # skills of the pictures to try
 SHOWN = 384  # pixels of a stage's picture, at least
 HOUR = 3600
 FONTS = ("system-ui", "sans-serif")
@@ -85,7 +85,7 @@ class Demo:
         vlm.answer(Image.new("RGB", (64, 64), "grey"), "Is it grey?", 2)  # the first forward is slower than others
         self.keep = str(as_json(parse_budget("11.1%" if keep is None else keep, "--keep")))
         self.busy, self.folder = Lock(), TemporaryDirectory(prefix="lit-prune-demo-")
-        self.samples = self._samples() if vlm.name == "micro" else []
+        self.samples = self._samples() if vlm.name in WORLDS else []
         self.page = self._page()
 
     def launch(self, host: str, port: int) -> str:
@@ -174,13 +174,14 @@ class Demo:
         return found
 
     def _samples(self) -> list[tuple[str, str]]:
-        """Pictures of the micro world with a question each."""
-        found = []
-        for number, skill in zip(range(SAMPLES), ("colour", "relation", "digit", "counting"), strict=True):
-            scene = world.make_scene(world.SAMPLE_SEED + number)
+        """Pictures of the model's world with a question each."""
+        found, world = [], WORLDS[self.vlm.name]
+        for number, skill in enumerate(SAMPLES):
+            scene = world.make_scene(world.splits["sample"][number])
             path = Path(self.folder.name) / f"{number}.png"
             scene.image().save(path)
-            found.append((str(path), scene.questions({skill: 1})[0].text))
+            question = world.ask(scene, skill) or world.choose(scene, 1)[0]
+            found.append((str(path), question.text))
         return found
 
     # The page

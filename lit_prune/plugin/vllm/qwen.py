@@ -70,6 +70,8 @@ class LitPruneQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
         LitPruneError: a method that can't run here.
     """
 
+    supports_mm_device_do_normalize = False  # transformers' tower takes pixels as its image processor makes them
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.merge = self.config.vision_config.spatial_merge_size
