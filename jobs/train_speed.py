@@ -6,7 +6,8 @@ python jobs/train_speed.py --model configs/bench/cpu.yaml --overlay configs/benc
 
 `naive` is what one would write first: two models, each with its own pass over the images and all decoder layers, the
 soft mask as a float mask of seq x seq, logits of all positions. Its losses have to equal those of `soft`. `apart` is
-`soft` with teacher and student from end to end.
+`soft` with teacher and student from end to end. `kept`: gradients through the rows of kept tokens alone; `cached`: so,
+with the teacher's answers from a cache, so that of the teacher only the images are encoded.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from statistics import median
 
 import torch
 import yaml
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -147,10 +148,25 @@ class SquareMask:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
+class Batches(LightningDataModule):
+    """One batch, whose samples have names."""
+
+    def __init__(self, inputs: dict[str, Tensor], samples: int) -> None:
+        super().__init__()
+        names = list(map(str, range(samples)))
+        self.batch, self.digests = {"inputs": inputs, "ids": names, "digests": names}, False
+
+    def train_dataloader(self) -> DataLoader:
+        """That batch."""
+        return DataLoader([self.batch], batch_size=None)
+
+
 VARIANTS = {
     "naive": (Naive, {}),
     "apart": (Apart, {}),
     "soft": (Measured, {}),
+    "kept": (Measured, {"backward": "kept"}),
+    "cached": (Measured, {"backward": "kept", "teacher_cache": "cache"}),
     "checkpointed": (Measured, {"checkpoint_activations": True}),
     "contenders": (Measured, {"contenders": 2.0}),
     "drop": (Measured, {"train_mode": "drop"}),
@@ -178,20 +194,22 @@ def main() -> None:
         if base.endswith(".yaml"):
             (Path(folder) / "config.json").write_text(json.dumps(yaml.safe_load(Path(base).read_text())["model"]))
             base = folder
-        modules = {name: build(name, base, args) for name in args.variants}
-    rows = {name: {"held": module.held, "losses": None, "seconds": []} for name, module in modules.items()}
-    for turn in range(-1, args.rounds + 1):
-        for name, module in modules.items():
-            measure(module, rows[name], turn, args)
-        if turn > 0:
-            report(rows, args)
+        modules = {name: build(name, base, folder, args) for name in args.variants}
+        rows = {name: {"held": module.held, "losses": None, "seconds": []} for name, module in modules.items()}
+        for turn in range(-1, args.rounds + 1):
+            for name, module in modules.items():
+                measure(module, rows[name], turn, args)
+            if turn > 0:
+                report(rows, args)
 
 
-def build(name: str, base: str, args: argparse.Namespace) -> Measured:
+def build(name: str, base: str, folder: str, args: argparse.Namespace) -> Measured:
     """One variant; all begin with the same weights."""
     kind, options = VARIANTS[name]
     plugin = plugin_from_yaml(args.overlay)
     options = {"anneal": Anneal(target_share=0.0), **options}  # the budget's counts from the first step on
+    if "teacher_cache" in options:
+        options["teacher_cache"] = f"{folder}/{options['teacher_cache']}"
     module = kind(base, plugin.pruner, plugin.repair, args.keep, random_weights=True, dtype=args.dtype, **options)
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -201,19 +219,20 @@ def measure(module: Measured, row: dict, turn: int, args: argparse.Namespace) ->
     inputs = random_prompt(module.vlm, args.batch, args.text_tokens).pixels
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = -100
-    batch = {"inputs": {**inputs, "labels": labels}, "ids": list(range(args.batch))}
+    data = Batches({**inputs, "labels": labels}, args.batch)
     clock = clock_for(args.clock, module.vlm.model.device)
     meters = {-1: flops, 0: lambda work: peak_bytes(work, module.vlm.model.device)}
     module.meter = meters.get(turn, clock)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
-    trainer = Trainer(max_steps=1, enable_model_summary=False, accelerator="auto", devices=1, **quiet)
-    trainer.fit(module, DataLoader([batch], batch_size=None))
+    for _ in range(1 + (turn < 0 and module.teaching.cache is not None)):  # the first time fills the cache
+        trainer = Trainer(max_steps=1, enable_model_summary=False, accelerator="auto", devices=1, **quiet)
+        trainer.fit(module, data)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("loss/")}
+        row["losses"] = row["losses"] or found  # before any weight has moved
     if turn > 0:
         row["seconds"].append(module.result[0])
     else:
         row["peak" if turn == 0 else "flops"] = module.result
-    if turn < 0:  # before any weight has moved
-        row["losses"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("loss/")}
 
 
 def flops(work: Callable) -> int:

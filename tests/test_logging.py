@@ -41,6 +41,7 @@ STEP_FIGURES = {
     *("loss/total", "loss/task", "loss/repair", "loss/attention", "tau", "flops/sample", "budget/target"),
     *("budget/actual", "kept/layer_1", "kept/layer_5", "kept/layer_9", "shift/layer_11", "shift/layer_14"),
     *("lr-AdamW/pruner", "lr-AdamW/repair", "total/flops", "total/samples", "throughput/step_s"),
+    "throughput/waiting_share",
     *(f"throughput/{name}_per_s" for name in ("samples", "text_tokens", "visual_tokens", "kept_tokens", "flops")),
 }
 VALIDATION_FIGURES = {
@@ -179,6 +180,7 @@ def test_figures_say_what_ran(rows):
     flops = series(rows, "total/flops")
     assert flops[1] == pytest.approx(2 * flops[0], rel=0.05)
     speed = series(rows, "throughput/samples_per_s")[0]
+    assert all(0 < share < 1 for share in series(rows, "throughput/waiting_share"))
     assert speed * series(rows, "throughput/step_s")[0] == pytest.approx(BATCH)
     assert series(rows, "throughput/visual_tokens_per_s")[0] == pytest.approx(144 * speed)
     assert series(rows, "throughput/kept_tokens_per_s")[0] == pytest.approx(KEEP * speed)

@@ -125,9 +125,9 @@ def test_gradients_reach_adapters_below_the_first_stage(student, world, mode):
     assert any(gap(first.student.hidden[i], second.student.hidden[i]) > 1e-3 for i in first.student.hidden)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_recomputed_layers_draw_the_same_dropout(student, world, pack):
-    """Layers run again in backward, outside of the forward's session, packed or not."""
+@pytest.mark.parametrize(("pack", "backward"), [(False, "all"), (True, "all"), (False, "kept")])
+def test_recomputed_layers_draw_the_same_dropout(student, world, pack, backward):
+    """Layers run again in backward, outside of the forward's session, packed or not, with rows beside or without."""
     data = world()
     data.prepare_data()
     data.setup("fit")
@@ -135,7 +135,8 @@ def test_recomputed_layers_draw_the_same_dropout(student, world, pack):
     items["inputs"]["attention_mask"][0, -3:] = 0  # a shorter sample
     found = []
     for again in (False, True):
-        module = student(lora=LoRA(lora_dropout=0.5), checkpoint_activations=again).train()
+        lora = LoRA(lora_dropout=0.5, target_modules=("q_proj", "v_proj", "o_proj"))
+        module = student(lora=lora, checkpoint_activations=again, backward=backward).train()
         torch.manual_seed(3)
         shake(module.plugin.lora)
         module.step(items, StepKey(0, 0.5)).total.backward()

@@ -84,6 +84,34 @@ def test_density_peaks_without_all_pairs(monkeypatch, neighbours):
     assert all(torch.equal(*pair) for pair in zip(some, whole, strict=True))
 
 
+def spread_by_hand(scores, unit, place, side, width, alive, count) -> Tensor:
+    """Pick by pick over all tokens, as the formula says."""
+    chosen = torch.zeros_like(alive)
+    for row, most in enumerate(count.tolist()):
+        near, taken = torch.zeros_like(scores[row]), ~alive[row]
+        for _ in range(min(most, int(alive[row].sum()))):
+            pick = (scores[row] * (1 - near)).masked_fill(taken, -1.0).argmax()
+            alike = (unit[row] * unit[row, pick]).sum(-1).clamp(min=0)
+            rows = place[row] // side - place[row, pick] // side
+            columns = place[row] % side - place[row, pick] % side
+            near = near.maximum(alike * torch.exp(-(rows.square() + columns.square()).float() / (2 * width**2)))
+            chosen[row, pick] = taken[pick] = True
+    return chosen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("counts", [(3, 0, 20), (60, 200, 150)], ids=["a pick at a time", "all pairs ahead"])
+@pytest.mark.parametrize("width", [1e-3, 0.7, 1.0, 9.0])
+def test_spread_picks_as_by_hand(kind, counts, width):
+    """Over a grid with holes, whose tokens are in any order."""
+    unit, alive, draw = unit_vectors(kind, 200), some_alive(200), torch.Generator().manual_seed(4)
+    place = torch.stack([torch.randperm(20**2, generator=draw)[:200] for _ in range(3)])
+    scores = torch.randint(1, 5, (3, 200), generator=draw).float()
+    scores = scores if kind == "tied" else scores + torch.rand(3, 200, generator=draw)
+    inputs = (scores, unit, place, 20, width, alive, torch.tensor(counts))
+    assert torch.equal(graphs.spread(*inputs), spread_by_hand(*inputs))
+
+
 def test_spread_looks_only_around_a_pick(monkeypatch):
     unit, alive, count = unit_vectors("random", 900), some_alive(900), torch.tensor([0, 30, 200])
     place = torch.stack([torch.randperm(900, generator=torch.Generator().manual_seed(row)) for row in range(3)])

@@ -41,7 +41,9 @@ class Counted(Callback):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"train_mode": "drop"}, {"contenders": 2.0}], ids=["soft", "drop", "contenders"]
+    "options",
+    [{}, {"backward": "kept"}, {"train_mode": "drop"}, {"contenders": 2.0}],
+    ids=["soft", "kept", "drop", "contenders"],
 )
 def test_a_step_costs_what_it_runs(student, world, tmp_path, options):
     module, counted = student(anneal=STILL, **options), Counted()

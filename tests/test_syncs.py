@@ -76,8 +76,10 @@ def test_a_decoding_step_looks_no_oftener_than_the_plain_models(tiny_model, prun
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("mode", ["soft", "drop"])
-def test_a_training_step_looks_once_more_in_each_forward_than_the_plain_model(tiny_model, pruned, monkeypatch, mode):
+@pytest.mark.parametrize(("mode", "backward"), [("soft", "all"), ("soft", "kept"), ("drop", "all")])
+def test_a_training_step_looks_once_more_in_each_forward_than_the_plain_model(
+    tiny_model, pruned, monkeypatch, mode, backward
+):
     """Padded prompts, labels, two repaired layers, clipped gates: forward of teacher and student, losses, backward."""
     inputs = tiny.batch(tiny.samples(), answers=3)
     with torch.no_grad(), looks(monkeypatch) as bare:
@@ -85,7 +87,7 @@ def test_a_training_step_looks_once_more_in_each_forward_than_the_plain_model(ti
     vlm = pruned(tiny.small_rcp(), repair=tiny.small_repair())
     vlm.plugin.train()
     options = {"train_mode": mode, "contenders": None, "gate_clip": 1.0, "checkpoint_activations": False, "watch": ()}
-    teaching = Teaching(vlm, tiny.KEEP, LossWeights(distill=1.0), Anneal(), **options)
+    teaching = Teaching(vlm, tiny.KEEP, LossWeights(distill=1.0), Anneal(), **options, backward=backward)
     with looks(monkeypatch) as found:
         teaching.step({"inputs": inputs}, StepKey(seed=1, done=0.5)).total.backward()
     vlm.plugin.zero_grad()

@@ -33,12 +33,15 @@ def test_every_form_of_a_step_runs_and_the_long_way_gives_the_same_losses(tmp_pa
     monkeypatch.setattr(sys, "argv", ["train_speed.py", *words.split()])
     runpy.run_path(str(ROOT / "jobs" / "train_speed.py"), run_name="__main__")
     rows = json.loads(found.read_text())
-    assert list(rows) == ["naive", "apart", "soft", "checkpointed", "contenders", "drop"]
+    assert list(rows) == ["naive", "apart", "soft", "kept", "cached", "checkpointed", "contenders", "drop"]
+    assert rows["kept"]["losses"] == pytest.approx(rows["soft"]["losses"], rel=1e-4)
+    assert rows["cached"]["losses"] == pytest.approx(rows["soft"]["losses"], rel=1e-4)
     assert rows["apart"]["losses"] == rows["soft"]["losses"] == rows["checkpointed"]["losses"]
     assert rows["naive"]["losses"] == pytest.approx(rows["soft"]["losses"], rel=1e-4)
     assert set(rows["naive"]["losses"]) == {"loss/total", "loss/task", "loss/repair"}
     assert all(row["median"] > 0 and row["peak"] > 0 for row in rows.values())
     flops = {name: row["flops"] for name, row in rows.items()}
     assert flops["checkpointed"] > flops["apart"] > flops["soft"] > flops["contenders"] > flops["drop"]
+    assert flops["soft"] > flops["kept"] > flops["cached"]
     assert rows["naive"]["held"] > 1.5 * rows["soft"]["held"], "two models, one plug-in"
     assert "faster" in capsys.readouterr().out

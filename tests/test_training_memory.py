@@ -18,7 +18,8 @@ from lit_prune.host.state import FORWARD
 
 GRID = 12
 LENGTHS = (160, 150)
-MODES = [{"soft": True}, {"soft": True, "contenders": 2.0}, {"soft": False}]
+KEPT = {"soft": True, "backward": "kept"}
+MODES = [{"soft": True}, KEPT, {"soft": True, "contenders": 2.0}, {"soft": False}]
 CPU = torch.device("cpu")
 
 
@@ -104,8 +105,7 @@ def test_a_square_costs_memory():
 def test_the_states_of_dropped_tokens_pass_on_no_gradient_to_speak_of():
     """Soft masks: what teaches a dropped token is its gate; its states have weights of 1e-8 in all that follows.
 
-    So backward through their rows of every later layer, most of the sequence, is work that changes nothing. It is done
-    all the same: a layer can't be told to leave rows out.
+    So backward through their rows of every later layer, most of the sequence, is work that changes nothing.
     """
     vlm = attach()
     taught, cut = teach(vlm), []
@@ -133,6 +133,29 @@ def test_the_states_of_dropped_tokens_pass_on_no_gradient_to_speak_of():
     assert close(without("dropped"))
     assert max(cut) > 0.7, "most of the sequence"
     assert not close(without("kept"))
+
+
+@pytest.mark.parametrize("mode", [{}, {"contenders": 4.0}], ids=str)
+def test_backward_over_kept_rows_gives_the_same_gradients_in_less_memory(mode):
+    vlm = attach()
+    taught, peaks, found = teach(vlm), [], []
+    for backward in ("all", "kept"):
+        step = partial(gradients, vlm, *taught, soft=True, backward=backward, **mode)
+        peaks.append(peak_bytes(lambda step=step: found.append(step()), CPU))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 5e-5 * one.norm() + 1e-6
+    assert not all(torch.equal(one, other) for one, other in zip(*found, strict=True)), "the other way"
+    assert peaks[1] < 0.85 * peaks[0], peaks
+
+
+def test_a_split_that_can_t_be_is_refused():
+    vlm = attach()
+    taught = teach(vlm)
+    with pytest.raises(LitPruneError, match=r"data\.pack: false"):
+        gradients(vlm, *taught, pack=True, **KEPT)
+    vlm.compile(backend="eager")
+    with pytest.raises(LitPruneError, match="compiled"):
+        gradients(vlm, *taught, **KEPT)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

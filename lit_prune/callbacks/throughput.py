@@ -19,18 +19,19 @@ class Throughput(Callback):
     Totals cover all ranks and resumed runs. `visual_tokens` are those of the prompts, `kept_tokens` those averaged over
     the decoder layers' inputs; FLOPs are of teacher, student and backward (`lit_prune.cost.step`), on a GPU also as a
     share of its peak. A window extends from one logged step to the next, without validation. Lightning's own
-    `ThroughputMonitor` synchronises after each step; this callback only does on logged steps.
+    `ThroughputMonitor` synchronises after each step; this callback only does on logged steps. `waiting_share` is the
+    share of the window in which this rank waited for its data, where the loader counts it.
     """
 
     def __init__(self) -> None:
         self.before = self.now = torch.zeros(len(WORK), dtype=torch.float64)  # of all ranks; `before`: the resumed run
-        self.seen, self.step, self.since, self.paused = self.now, 0, 0.0, 0.0
+        self.seen, self.step, self.since, self.paused, self.waited = self.now, 0, 0.0, 0.0, 0.0
         self.peak: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.peak = get_available_flops(trainer.strategy.root_device, pl_module.vlm.model.dtype)
-        self.step, self.since = trainer.global_step, time.perf_counter()
+        self.step, self.since, self.waited = trainer.global_step, time.perf_counter(), self._waited(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,6 +49,8 @@ class Throughput(Callback):
         values |= {"throughput/step_s": seconds / steps, "total/samples": done["samples"], "total/flops": done["flops"]}
         if self.peak is not None:
             values["throughput/share_of_peak"] = speed["flops"] / (self.peak * trainer.world_size)
+        waited = self._waited(trainer)
+        values["throughput/waiting_share"], self.waited = (waited - self.waited) / seconds, waited
         known = {name: value for name, value in values.items() if not math.isnan(value)}
         pl_module.log_dict(fetched(known), batch_size=1)
         self.step, self.since, self.seen = trainer.global_step, clock, self.now
@@ -68,6 +71,10 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the totals of the resumed run."""
         self.before = self.now = self.seen = torch.tensor(state_dict["totals"], dtype=torch.float64)
+
+    @staticmethod
+    def _waited(trainer: Trainer) -> float:
+        return getattr(trainer.train_dataloader, "waited", math.nan)
 
     def _gather(self, trainer: Trainer, pl_module: LightningModule) -> torch.Tensor:
         """Sum the totals over ranks and add those of the resumed run."""

@@ -68,21 +68,21 @@ def _tower(parts: dict[str, Tensor]) -> Tensor | float:
 
 def _ran(trace: Trace, size: ModelSize) -> Tensor:
     tokens = torch.stack(trace.ran)
-    return decoder_layer(size, tokens, tokens, visual=visual_ran(trace)).sum(0)
+    return decoder_layer(size, tokens, tokens, visual=visual_of(trace, trace.ran)).sum(0)
 
 
 def _backward(trace: Trace, size: ModelSize) -> Tensor:
     reached = [layer for layer, learns in enumerate(trace.learns) if learns]
     if not reached:
         return torch.zeros_like(trace.ran[0], dtype=torch.float64)
-    tokens = torch.stack([trace.ran[layer] for layer in reached])
-    visual = visual_ran(trace)[reached]
-    layers = decoder_layer(size, tokens, tokens, reached, visual)
-    return (layers + attention(size, tokens, tokens, reached)).sum(0)
+    keys = torch.stack([trace.ran[layer] for layer in reached])
+    tokens = torch.stack([trace.learning[layer] for layer in reached])
+    layers = decoder_layer(size, tokens, keys, reached, visual_of(trace, trace.learning)[reached])
+    return (layers + attention(size, tokens, keys, reached)).sum(0)
 
 
-def visual_ran(trace: Trace) -> Tensor:
-    """Visual tokens that each layer computed (layers, batch), softly masked ones included."""
-    ran = torch.stack(trace.ran)
+def visual_of(trace: Trace, computed: Sequence[Tensor]) -> Tensor:
+    """Visual tokens (layers, batch) among those `computed` in each layer, softly masked ones included."""
+    ran = torch.stack(list(computed))
     masked = (ran - torch.stack(trace.queries)).clamp(min=0)
     return torch.where(ran > 0, torch.stack(trace.visual) + masked, 0)

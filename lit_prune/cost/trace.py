@@ -5,7 +5,7 @@ step. `lit_prune.cost.flops` prices them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -123,7 +123,7 @@ class Trace:
     """Lengths of one forward per sample: real tokens only, no padding; pruned tokens count as gone in soft mode too.
 
     Of a forward that ran, `ran` are the tokens that each layer computed, softly masked ones included, none where it
-    idled, and `learns` says which layers gradients go back through.
+    idled, `learns` says which layers gradients go back through, and `learning` through how many tokens there.
     `counted` are the FLOPs of a vision tower with its projector, where their arithmetic isn't known.
     `budget` is what was asked of each sample: `keep`, or all its visual tokens if it has fewer.
     `tower` is there when a method has stages inside it. Without it and `vision`, the tower is priced in proportion to
@@ -142,6 +142,7 @@ class Trace:
     repair_stages: tuple[int, ...] = ()
     ran: list[Int[Tensor, " batch"]] = field(default_factory=list)
     learns: list[bool] = field(default_factory=list)
+    learning: list[Int[Tensor, " batch"]] = field(default_factory=list)
     budget: Float[Tensor, " batch"] | None = None
 
     def average_visual(self) -> Tensor:
@@ -159,6 +160,15 @@ class Trace:
             return torch.zeros_like(spent)
         above = spent - self.budget.to(spent.device)
         return torch.where(above > 0.5, above, 0.0)
+
+
+def left_out(trace: Trace) -> Trace:
+    """The trace of a forward over the same prompts without stages, none of whose decoder layers ran."""
+    whole, nothing = trace.total_visual + trace.queries[0] - trace.visual[0], torch.zeros_like(trace.queries[0])
+    each, none, learns = ([part] * len(trace.queries) for part in (whole, nothing, False))
+    lengths = {"queries": each, "keys": each, "visual": [trace.total_visual] * len(each)}
+    ran = {"ran": none, "learning": none, "learns": learns}
+    return replace(trace, stages=[], tower=None, repaired=None, repair_stages=(), budget=None, **lengths, **ran)
 
 
 def plan(

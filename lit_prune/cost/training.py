@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_prune.cost.flops import CARRIER, ModelSize, decoder_layer
 from lit_prune.cost.plan import Training
-from lit_prune.cost.step import step_flops, visual_ran
+from lit_prune.cost.step import step_flops, visual_of
 from lit_prune.cost.trace import Trace, plan
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
@@ -99,6 +99,7 @@ def plan_step(
     nothing = torch.tensor([0])
     teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
+    teacher.learning, student.learning = teacher.ran, student.ran
     teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
     return PlannedStep(teacher, student, tokens.answers)
 
@@ -128,7 +129,7 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
 
 def repeated_flops(student: Trace, size: ModelSize) -> float:
     """FLOPs of recomputing a student's layers in backward, except the MLP's last product, whose output isn't needed."""
-    visual = visual_ran(student)
+    visual = visual_of(student, student.ran)
     return sum(
         (decoder_layer(size, ran, ran, [layer], visual[layer]) - 2 * ran.double() * size.width * size.mlp).sum().item()
         for layer, (ran, learns) in enumerate(zip(student.ran, student.learns, strict=True))

@@ -164,10 +164,11 @@ class Collate:
     """Collate the samples of an index batch; see `InstructData` for the layout. Can be pickled.
 
     A sample that can't be batched with the others, for example because of its shapes, is a bad one. In training another
-    sample of the batch replaces it.
+    sample of the batch replaces it. With `digests` the batch has one of each sample, of all that the model is given.
     """
 
-    def __init__(self, pad_id: int, mode: Mode):
+    def __init__(self, pad_id: int, mode: Mode, digests: bool = False):
+        self.digests = digests
         self.padding = {"input_ids": pad_id, "labels": IGNORED}  # anything else is padded with 0
         self.mode = mode
 
@@ -226,6 +227,8 @@ class Collate:
             "replaced": fetched.replaced,
             "cut": sum(s.cut for s in samples),
         }
+        if self.digests:
+            batch["digests"] = [s.digest() for s in samples]
         if fetched.failure:
             batch["failure"] = fetched.failure
         if fetched.place:

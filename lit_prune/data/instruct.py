@@ -114,6 +114,7 @@ class InstructData(LightningDataModule):
         self.datasets: dict[str, InstructDataset | Mixture] = {}
         self.opened: dict[str, list[Source]] = {}  # by split: what `check` opened and `setup` takes
         self.tally, self.bad_samples, self.pack = Tally(), BadSampleLog(max_bad_share), pack
+        self.digests = False  # set by `model.teacher_cache`: training batches have digests of their samples
         self._processor: Any = None
         self._loaded_from: str | None = None
         self._train_batches: TrainBatches | None = None
@@ -269,7 +270,7 @@ class InstructData(LightningDataModule):
 
     def _loader(self, split: str, **order: Any) -> DataLoader:
         """Create a loader; `order`: its sampler arguments."""
-        collate = Collate(pad_token(self.processor), _mode(split))
+        collate = Collate(pad_token(self.processor), _mode(split), self.digests and split == "train")
         return make_loader(self.datasets[split], collate, self.num_workers, self.prefetch_factor, self.seed, **order)
 
     def _eval_loader(self, split: str) -> DataLoader:

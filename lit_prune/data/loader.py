@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,11 +33,17 @@ def dead_workers_explained() -> Iterator[None]:
 
 
 class Loader(DataLoader):
-    """torch's, with `dead_workers_explained` while it is waited for."""
+    """torch's, with `dead_workers_explained` while it is waited for; `waited`: for how many seconds so far."""
+
+    waited = 0.0
 
     def __iter__(self) -> Iterator[Any]:
+        batches, since = super().__iter__(), time.perf_counter()
         with dead_workers_explained():
-            yield from super().__iter__()
+            for batch in batches:
+                self.waited += time.perf_counter() - since
+                yield batch
+                since = time.perf_counter()
 
 
 def make_loader(

@@ -1,8 +1,10 @@
 """Records of encoded samples, of skipped ones, and of an index batch."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +31,14 @@ class Sample:
     file: str = ""
     unread: tuple[str, ...] = ()
     regions: Tensor | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the encoded inputs."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.inputs.items()):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            found.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
 
 class Skipped(NamedTuple):

@@ -7,7 +7,7 @@ arrives by keyword, so a layer replayed by activation checkpointing sees the sam
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Request:
     """Request to one layer's attention call: a bias per key of this forward, a stage's tap, a bias per cached key.
 
     `watch` is the tap of a caller. With `capture` the layer stops there. `layout`: the rows that samples share inside
-    the layer, if they do, see `lit_prune.host.packing`; biases and taps are sample by sample.
+    the layer, if they do, see `lit_prune.host.packing`; biases and taps are sample by sample. `beside`: what makes this
+    call the attention of some rows alone, see `lit_prune.host.beside`.
     """
 
     key_bias: Float[Tensor, "batch seq"] | None = None
@@ -63,6 +64,7 @@ class Request:
     watch: Tap | None = None
     capture: Capture | None = None
     layout: Any = None
+    beside: Any = None
 
     def bias(self, keys: int) -> Tensor | None:
         """Bias of all `keys`: cached ones in front, zeros for what follows those that have one."""
@@ -126,6 +128,9 @@ def _wrap(name: str, function: Callable) -> Callable:
         request: Request | None = kwargs.pop(REQUEST, None)
         if request is None:
             return function(module, query, key, value, attention_mask, **kwargs)
+        if request.beside is not None:
+            again = partial(attention, module)
+            return request.beside.attend(again, (query, key, value), attention_mask, request, kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if (capture := request.capture) is not None:
             capture.query, capture.key, capture.mask, capture.scaling = query, key, attention_mask, scaling

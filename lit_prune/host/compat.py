@@ -207,7 +207,12 @@ class _ForwardCheckpoint:
     def __call__(self, call: Callable, *args: Any) -> Any:
         attributes = vars(self.layer)
         own, forward = attributes.get("forward"), self.layer.forward
-        attributes["forward"] = lambda *a, **kwargs: self.checkpoint(partial(forward, **kwargs), *a)
+
+        def checkpointed(*a: Any, **kwargs: Any) -> Any:
+            return self.checkpoint(partial(forward, **kwargs), *a)
+
+        checkpointed.replaced = own  # for `plain_forward`
+        attributes["forward"] = checkpointed
         try:
             return call(*args)
         finally:

@@ -35,9 +35,9 @@ from lit_prune.host.pictures import keep_sizes
 from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention
-from lit_prune.host.session import Session
+from lit_prune.host.session import Awaited, Session
 from lit_prune.host.stages import Stages
-from lit_prune.host.state import FORWARD, Awaited, Forward
+from lit_prune.host.state import FORWARD, Forward
 from lit_prune.host.towers.find import tower
 from lit_prune.host.vision import TowerHost
 from lit_prune.ops import selection
@@ -337,6 +337,7 @@ class DecoderHost:
             labels = kwargs.pop("labels", None)
             if forward.record is not None and labels is not None:
                 forward.record.targets = forward.at_answers(labels.roll(-1, 1))
+                forward.record.answers = forward.packed.answer_mask.sum(1)
         return args, kwargs if forward is None else {**kwargs, FORWARD: forward}
 
     @staticmethod

@@ -111,7 +111,12 @@ class Layers:
         if forward.keys.packs and (index in self.stages or forward.keys.layout is None):
             forward.lay_out(one_row=not self.reads_positions)
         self._ask(index, forward, kwargs)
+        rows = forward.learning_rows()
         forward.trace_layer(hidden)
+        if rows is not None:
+            rows.check(self.masks.config._attn_implementation, forward.keys.packs, module)
+            args, kwargs, forward.keys.beside = rows.split(module, (hidden, *rest), kwargs)
+            return args, kwargs
         if (layout := forward.keys.layout) is not None:
             kwargs = layout.arguments(kwargs, hidden, flash=not self.reads_positions)
             return (layout.fold(hidden), *(Folded(layout).of(value) for value in rest)), kwargs
@@ -313,13 +318,15 @@ class Layers:
         if self.devices is not None:
             forward.follow((output[0] if isinstance(output, tuple) else output).device)
         if isinstance(output, tuple):
-            states = self._leave(index, output[0], forward)
+            states = self._leave(index, module, output[0], forward)
             return None if states is output[0] else (states, *output[1:])
-        states = self._leave(index, output, forward)
+        states = self._leave(index, module, output, forward)
         return None if states is output else states
 
-    def _leave(self, index: int, output: Tensor, forward: Forward) -> Tensor:
+    def _leave(self, index: int, module: nn.Module, output: Tensor, forward: Forward) -> Tensor:
         """A layer's states, repaired, and what a caller wants to know of them."""
+        if forward.keys.beside is not None:
+            output, forward.keys.beside = forward.keys.beside.join(module, output), None
         if forward.keys.layout is not None and not forward.session.idle(index):
             output = forward.keys.layout.unfold(output)
         if forward.session.idle(index):

@@ -26,6 +26,14 @@ class Lengths:
         self.valid = [length - less for length, less in zip(self.valid, gone, strict=True)]
         return any(gone)
 
+    def after(self, counts: list[int] | None) -> "Lengths | None":
+        """Lengths without what `drop` takes, these left as they are; None if the counts aren't known."""
+        if counts is None:
+            return None
+        left = Lengths(self.visual, self.valid)
+        left.drop(counts)
+        return left
+
 
 def on_device(counts: list[int], device: torch.device) -> Tensor:
     """Counts as a tensor; equal ones without a copy from the host, which would wait for the device."""

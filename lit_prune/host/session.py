@@ -1,11 +1,13 @@
 """Sessions: a caller's settings for its forwards, and what they record for it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from lit_prune.cost.trace import Trace
 from lit_prune.host.idle import Prefix
+from lit_prune.ops.moments import SampleMoments
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Record:
 
     `hidden[layer]` is (answer positions, width) after the layer, repaired where it is, row by row over the batch; of
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
-    to predict, where labels were given and the session is `answers_only`.
+    to predict, where labels were given and the session is `answers_only`; `answers` their number in each sample.
+    `per_sample[layer]`, where they stand for `hidden`, are the moments of each sample's answer positions.
     `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
     `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
     vision tower left in `VisionContext.memory`.
@@ -42,6 +45,8 @@ class Record:
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
     targets: Tensor | None = None
+    answers: Tensor | None = None
+    per_sample: dict[int, SampleMoments] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     begun: bool = False
 
@@ -51,11 +56,21 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Awaited:
+    """Who waits for the embeddings of a forward: a method (`packed`), a caller's record (`recorded`)."""
+
+    packed: bool
+    recorded: bool
+
+
+@dataclass(frozen=True)
 class Session:
     """Settings of the forwards inside `host.using(...)`.
 
     `adapt`: LoRA adapters act, where tokens are pruned too; the plain model never has them.
     `soft` masks instead of dropping: the sequence keeps its length and gradients reach dropped tokens too. With
+    `backward`: soft mode, rows that gradients return through: `all`, or those `kept` alone, the others running without
+    autograd, see `lit_prune.host.beside`. With
     `contenders` only the best `contenders` times as many tokens as are kept stay in the sequence; the rest is dropped.
     `gate_clip` bounds the norm of the gradient that each sample's gate gets at each stage: the derivative of putting a
     dropped token back is unbounded, since it stands against the few tokens that were kept.
@@ -73,6 +88,7 @@ class Session:
     adapt: bool = True
     soft: bool = False
     contenders: float | None = None
+    backward: Literal["all", "kept"] = "all"
     gate_clip: float | None = None
     gate_centre: bool = False
     eps: float = 1e-8

@@ -90,7 +90,7 @@ class Stages:
         context = self._context(stage, states, normed, Seen(columns, real, alive, rows, read), forward)
         here = self.walk[stage]
         kept = here.pruner.prune(context)
-        exact = forward.counts[index] if here.pruner.exact(here.index) and not forward.session.soft else None
+        exact = forward.counts[index] if here.pruner.exact(here.index) else None
         selected = Selected(columns, real, alive, kept, dead, exact, context.attention)
         # 4. Note what was read and decided: for the price, for the repair adapter, for the record.
         self._trace(index, stage, rows, kept, forward, whole=not projects(handed.layer))
@@ -220,16 +220,19 @@ class Stages:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""
         leaving = dropped = selected.dropped(forward.packed.valid)
         # In soft training nothing leaves, unless it has no chance to come back.
-        if forward.session.soft:
+        soft = forward.session.soft
+        if soft:
+            known = forward.unmasked or forward.lengths
+            forward.unmasked = known and known.after(selected.exact)
             forward.packed.gone = dropped if forward.packed.gone is None else forward.packed.gone | dropped
             dropped = gates.hopeless(selected, forward)
         gates.add_bias(selected, dropped, forward)
         dead = selected.dead
         if dead is not None:  # what the tower dropped goes for good, also where the rest is masked softly
             dropped, leaving = dead if dropped is None else dropped | dead, leaving | dead
-            forward.packed.gone = forward.packed.gone if forward.session.soft else None
-        there = dropped is not None and forward.shorten(dropped, selected.exact)
-        if not there and not forward.session.soft:
+            forward.packed.gone = forward.packed.gone if soft else None
+        there = dropped is not None and forward.shorten(dropped, None if soft else selected.exact)
+        if not there and not soft:
             return hidden
         forward.move_up(leaving)
         if selected.kept.sizes is not None:

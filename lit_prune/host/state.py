@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_prune.cost.trace import StageTrace
 from lit_prune.host.attention import Tap
+from lit_prune.host.beside import Beside, Rows
 from lit_prune.host.cache import CacheState
 from lit_prune.host.counting import Counter
 from lit_prune.host.deepstack import Deepstack
@@ -16,7 +17,7 @@ from lit_prune.host.devices import Transfers, move, moved
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
 from lit_prune.host.packing import Layout, layout
-from lit_prune.host.session import Record, Session
+from lit_prune.host.session import Awaited, Record, Session
 from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
@@ -99,8 +100,9 @@ class Attended:
     left, `key_slices` what has a row per key, cached ones included. `rope`: where tokens are renumbered. `start`:
     padding to the left of each sample; None: there is none. `packs`: samples share rows inside the layers, in the
     `layout` of the last stage (None: no row is saved). `taps`: attention rows by the stage that reads them;
-    `watched`: those that a caller wants of the layer that runs now. `handed`: in decoding, what layers get, by the
-    identity of what they are handed, which is kept so that it stays unique.
+    `watched`: those that a caller wants of the layer that runs now. `rows`: those that learn, where others don't;
+    `split`: that is settled; `beside`: the others in the layer that runs now. `handed`: in decoding, what layers get,
+    by the identity of what they are handed, which is kept so that it stays unique.
     """
 
     span: Span | None = None
@@ -114,19 +116,14 @@ class Attended:
     layout: Layout | None = None
     taps: dict[int, Tap] = field(default_factory=dict)
     watched: Tap | None = None
+    rows: Rows | None = None
+    split: bool = False
+    beside: Beside | None = None
     handed: dict[tuple[int, ...], tuple[tuple, tuple, dict[str, Any]]] = field(default_factory=dict)
 
     def enter(self, span: Span) -> None:
         """Layers from here on attend to these keys."""
-        self.span, self.masks = span, {}
-
-
-@dataclass(frozen=True)
-class Awaited:
-    """Who waits for the embeddings of a forward: a method (`packed`), a caller's record (`recorded`)."""
-
-    packed: bool
-    recorded: bool
+        self.span, self.masks, self.rows, self.split = span, {}, None, False
 
 
 @dataclass
@@ -136,12 +133,13 @@ class Forward:
     `counts`: {pruning layer: tokens kept of each sample}; empty: no stages. `length`: columns at the start; `grid`:
     visual tokens of the sample that has most there; `sizes`: those of each image; `videos`: those of each sample's
     videos. `lengths`, `most_text`, `most_answers`, `all_answers` (of all samples): what is known without a look at the
-    device. `removed`: where tokens are renumbered, how many have left of each sample. `cumulative`: gate on the image's
-    grid. `lost`: the states that stages have pruned so far, where a repair adapter averages over them all. `counter`:
-    of a tower's FLOPs, while that runs. `reached`: it has come down to the decoder's layers. `settled`: no stage acts
-    in it, and nobody looks at its layers: a step of decoding. `deepstack`: features that are added to visual tokens
-    after the first layers. `awaits`: who is to get the embeddings, until they are there. `transfers`: where layers are
-    on several devices, what they are handed, on the one where all of this is now.
+    device; `unmasked`: in soft mode, lengths without what is masked. `removed`: where tokens are renumbered, how many
+    have left of each sample. `cumulative`: gate on the image's grid. `lost`: the states that stages have pruned so far,
+    where a repair adapter averages over them all. `counter`: of a tower's FLOPs, while that runs. `reached`: it has
+    come down to the decoder's layers. `settled`: no stage acts in it, and nobody looks at its layers: a step of
+    decoding. `deepstack`: features that are added to visual tokens after the first layers. `awaits`: who is to get
+    the embeddings, until they are there. `transfers`: where layers are on several devices, what they are handed, on the
+    one where all of this is now.
     """
 
     session: Session
@@ -157,6 +155,7 @@ class Forward:
     counts: dict[int, list[int]] = field(default_factory=dict)
     grid: int = 0
     lengths: Lengths | None = None
+    unmasked: Lengths | None = None
     most_answers: int | None = None
     all_answers: int | None = None
     most_text: int | None = None
@@ -209,11 +208,8 @@ class Forward:
     @property
     def alive(self) -> Tensor:
         """Visual columns that no stage has pruned."""
-        return (
-            self.packed.visual & self.packed.valid
-            if self.packed.gone is None
-            else self.packed.visual & self.packed.valid & ~self.packed.gone
-        )
+        there = self.packed.visual & self.packed.valid
+        return there if self.packed.gone is None else there & ~self.packed.gone
 
     @property
     def most_visual(self) -> int | None:
@@ -245,9 +241,8 @@ class Forward:
     def move_up(self, leaving: Tensor) -> None:
         """Number the columns behind `leaving` ones anew, if this forward does so."""
         if self.packed.positions is not None:
-            self.packed.positions = (self.packed.positions - leaving.long().cumsum(1)).clamp(
-                min=0
-            )  # padding may go below
+            moved_up = self.packed.positions - leaving.long().cumsum(1)
+            self.packed.positions = moved_up.clamp(min=0)  # padding may go below
             left = leaving.sum(1)
             self.removed = left if self.removed is None else self.removed + left
 
@@ -256,6 +251,15 @@ class Forward:
         left = self.packed.pack(dropped, None if self.lengths is None else max(self.lengths.valid))
         self.keys.slices = Slices(self.packed.columns, self.length)
         return left
+
+    def learning_rows(self) -> Rows | None:
+        """The rows that learn from this layer on, where those softly dropped run without autograd; None: all do."""
+        wanted = self.session.backward == "kept" and self.packed.gone is not None and self.cache_state is None
+        if not self.keys.split and wanted and torch.is_grad_enabled():
+            learning = self.packed.valid & ~self.packed.gone
+            self.keys.rows = Rows.of(learning, None if self.unmasked is None else max(self.unmasked.valid))
+            self.keys.split = True
+        return self.keys.rows
 
     def lay_out(self, one_row: bool) -> None:
         """Choose the rows that samples share from this layer on; without known lengths the device is asked."""
@@ -274,6 +278,7 @@ class Forward:
         trace.ran.append(torch.zeros_like(present) if hidden is None else self.packed.valid.sum(1))
         learning = (part for part in (hidden, self.packed.key_bias) if hidden is not None and part is not None)
         trace.learns.append(any(part.requires_grad for part in learning))
+        trace.learning.append(trace.ran[-1] if self.keys.rows is None else present)
 
     def trace_stage(
         self, layer: int, reads: str | None, rows: Tensor, kept: Tensor, keys: bool, proportional: bool, whole: bool

@@ -5,11 +5,11 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from lit_prune.ops import selection
 
-EXPONENT = 104.0  # exp(-x) is 0 in fp32 from here on
+EXPONENT = 18.0  # 1 - exp(-x) is 1 in fp32 from here on
 DENSE = 1024  # tokens up to which a method may hold a matrix of all pairs
 
 
@@ -55,51 +55,101 @@ def spread(
 
     The score is multiplied by 1 - a, with a the largest affinity to a picked token: the cosine of `unit` vectors, 0 if
     negative, times exp(-distance^2 / (2 width^2)) in patches. Scores must be non-negative. O(visual) per pick, without
-    a matrix of all pairs; cosines only as far as that exponential isn't 0. With `width` near 0 this is top-k; ties go
+    a matrix of all pairs; cosines only as far as that exponential counts. With `width` near 0 this is top-k; ties go
     to the earlier token.
     """
-    around = _Around(place, side, math.ceil(width * math.sqrt(2 * EXPONENT)), alive)
-    scores, count = scores.float(), torch.minimum(count, alive.sum(1))
-    taken, near, chosen = ~alive, torch.zeros_like(scores), torch.zeros_like(alive)
-    row, column = (place // side).float(), (place % side).float()
-    for turn in range(int(count.max())):
+    count = torch.minimum(count, alive.sum(1))
+    most = int(count.max())
+    lowered = _Lowered(scores.float(), unit, place, side, width, alive, all_pairs=4 * most > place.shape[1])
+    values = pad(scores.float().masked_fill(~alive, -1.0), (0, 1), value=-1.0)  # the last stands for absent tokens
+    inner, picks = values[:, :-1], torch.zeros(len(place), most, dtype=torch.long, device=place.device)
+    for turn in range(most):
         # Free tokens have values >= 0: the argmax never picks twice while a sample has picks left.
-        pick = (scores * (1 - near)).masked_fill_(taken, -1.0).argmax(1, keepdim=True)
-        there, absent = around(place.gather(1, pick))
-        mine, rows, columns = unit, row, column
-        if there is not None:
-            mine, rows, columns = selection.gather_rows(unit, there), row.gather(1, there), column.gather(1, there)
-        alike = (mine * selection.gather_rows(unit, pick)).sum(-1).clamp_(min=0)
-        squared = (rows - row.gather(1, pick)).square_() + (columns - column.gather(1, pick)).square_()
-        affinity = alike * torch.exp(-squared / (2 * width**2))
-        if there is None:
-            near = near.maximum(affinity)
-        else:
-            near = near.scatter_reduce(1, there, affinity.masked_fill(absent, 0.0), "amax")
-        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | (turn < count)[:, None])
-        taken = taken.scatter(1, pick, True)
-    return chosen
+        pick = inner.argmax(1, keepdim=True)
+        picks[:, turn : turn + 1] = pick
+        # Rounding is monotone, so the least product with 1 - a is that with the largest a.
+        values.scatter_reduce_(1, *lowered(pick), "amin").scatter_(1, pick, -1.0)
+    within = torch.arange(most, device=place.device) < count[:, None]
+    return picks.new_zeros(alive.shape).scatter_add_(1, picks, within.long()) > 0
 
 
-class _Around:
-    """Columns of the alive tokens within `radius` patches of a position; None: all, where that isn't fewer."""
+class _Lowered:
+    """Scores of the tokens around a pick, lowered by it: columns (batch, some) and values.
 
-    def __init__(self, place: Tensor, side: int, radius: int, alive: Tensor) -> None:
-        self.side, self.few = side, 2 * (2 * radius + 1) ** 2 < place.shape[1]
-        if self.few:
-            steps = torch.arange(-radius, radius + 1, device=place.device)
-            self.rows, self.columns = (steps.flatten()[None] for steps in torch.meshgrid(steps, steps, indexing="ij"))
-            index = torch.arange(place.shape[1], device=place.device).where(alive, -1)
-            self.token = index.new_full((len(place), side**2), -1).scatter_reduce(1, place, index, "amax")
+    `all_pairs`: those of all tokens are computed ahead, a shift of the grid at a time; else each pick's when it comes.
+    Columns of absent tokens are one beyond the last.
+    """
 
-    def __call__(self, pick: Int[Tensor, "batch 1"]) -> tuple[Tensor | None, Tensor | None]:
-        """Columns (batch, some), and True where there is no such token."""
-        if not self.few:
-            return None, None
-        rows, columns = pick // self.side + self.rows, pick % self.side + self.columns
-        outside = (rows < 0) | (columns < 0) | (rows >= self.side) | (columns >= self.side)
-        token = self.token.gather(1, (rows * self.side + columns).masked_fill(outside, 0))
-        return token.clamp(min=0), outside | (token < 0)
+    def __init__(
+        self,
+        scores: Float[Tensor, "batch visual"],
+        unit: Float[Tensor, "batch visual width"],
+        place: Int[Tensor, "batch visual"],
+        side: int,
+        width: float,
+        alive: Bool[Tensor, "batch visual"],
+        all_pairs: bool,
+    ) -> None:
+        self.unit, self.width = unit, width
+        self.row, self.column = (place // side).float(), (place % side).float()
+        reach, furthest = min(side - 1, int(width * math.sqrt(2 * EXPONENT))), 2 * EXPONENT * width**2
+        steps = [(r, c) for r in range(-reach, reach + 1) for c in range(-reach, reach + 1)]
+        steps = [(r, c) for r, c in steps if r * r + c * c <= furthest]
+        self.near, self.table = 2 * len(steps) < place.shape[1], None
+        self.scores = pad(scores, (0, 1))
+        if not self.near:
+            self.everywhere = torch.arange(place.shape[1], device=place.device).expand_as(place)
+            return
+        pitch = side + 2 * reach
+        self.offsets = torch.tensor([[r * pitch + c for r, c in steps]], device=place.device)
+        squared = torch.tensor([[float(r * r + c * c) for r, c in steps]], device=place.device)
+        self.weights = torch.exp(-squared / (2 * width**2))
+        self.base = (place // side + reach) * pitch + place % side + reach
+        index = torch.arange(place.shape[1], device=place.device).where(alive, place.shape[1])
+        self.token = index.new_full((len(place), pitch**2), place.shape[1])
+        self.token.scatter_reduce_(1, self.base, index, "amin")
+        self.unit = torch.cat([unit, torch.zeros_like(unit[:, :1])], 1)
+        if all_pairs:
+            inside = self.token.view(-1, pitch, pitch)[:, reach : reach + side, reach : reach + side]
+            alike = _shifted(selection.gather_rows(self.unit, inside.flatten(1)).unflatten(1, (side, side)), steps)
+            there = self.token.gather(1, (self.base[..., None] + self.offsets).flatten(1)).view(*place.shape, -1)
+            self.table = there, self._lower(there, selection.gather_rows(alike, place))
+
+    def __call__(self, pick: Int[Tensor, "batch 1"]) -> tuple[Tensor, Tensor]:
+        """The scores lowered by one pick of each sample."""
+        if self.table is not None:
+            there, values = (selection.gather_rows(part, pick)[:, 0] for part in self.table)
+            return there, values
+        there = self.token.gather(1, self.base.gather(1, pick) + self.offsets) if self.near else self.everywhere
+        mine = selection.gather_rows(self.unit, there) if self.near else self.unit
+        alike = (mine * selection.gather_rows(self.unit, pick)).sum(-1)
+        if not self.near:
+            squared = (self.row - self.row.gather(1, pick)).square_()
+            squared += (self.column - self.column.gather(1, pick)).square_()
+            self.weights = torch.exp(-squared / (2 * self.width**2))
+        return there, self._lower(there, alike)
+
+    def _lower(self, there: Tensor, alike: Tensor) -> Tensor:
+        scores = self.scores.gather(1, there.flatten(1)).view(there.shape)
+        return scores * (1 - alike.clamp_(min=0) * self.weights)
+
+
+def _shifted(
+    grid: Float[Tensor, "batch side side width"], steps: list[tuple[int, int]]
+) -> Float[Tensor, "batch places steps"]:
+    """Products of the vector at each place with those that lie some steps further; 0 beyond the edge.
+
+    `steps` are sorted, and the opposite of each is among them.
+    """
+    side = grid.shape[1]
+    found = grid.new_zeros(*grid.shape[:3], len(steps))
+    for k, (down, right) in enumerate(steps[: len(steps) // 2]):
+        rows, columns = ((max(0, -step), min(side, side - step)) for step in (down, right))
+        here = (slice(None), slice(*rows), slice(*columns))
+        beyond = (slice(None), slice(rows[0] + down, rows[1] + down), slice(columns[0] + right, columns[1] + right))
+        product = (grid[here] * grid[beyond]).sum(-1)
+        found[(*here, k)], found[(*beyond, len(steps) - 1 - k)] = product, product
+    return found.flatten(1, 2)
 
 
 def suppressed(

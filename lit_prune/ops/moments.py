@@ -15,6 +15,14 @@ class Moments(NamedTuple):
     var: Float[Tensor, " width"]
 
 
+class SampleMoments(NamedTuple):
+    """Number of each sample's tokens, and per channel their mean and variance (population), fp32."""
+
+    count: Int[Tensor, " samples"]
+    mean: Float[Tensor, "samples width"]
+    var: Float[Tensor, "samples width"]
+
+
 class _SumOverRanks(torch.autograd.Function):
     """Sum over ranks, without communication in backward.
 
@@ -70,6 +78,25 @@ def moments(tokens: Float[Tensor, "tokens width"]) -> Moments:
     mean = _sum_over_ranks(tokens.sum(0)) / count
     centre = mean.detach() if _several_ranks() else mean  # its gradient is zero summed over all ranks, but not on each
     var = _sum_over_ranks((tokens - centre).square().sum(0)) / count
+    return Moments(mean, var)
+
+
+def sample_moments(tokens: Float[Tensor, "tokens width"], count: Int[Tensor, " samples"]) -> SampleMoments:
+    """Moments of each sample's tokens, which come one sample after the other, `count` of each."""
+    tokens, samples = tokens.float(), len(count)
+    owner = torch.arange(samples, device=count.device).repeat_interleave(count, output_size=len(tokens))
+    number, empty = count[:, None].clamp(min=1), tokens.new_zeros(samples, tokens.shape[1])
+    mean = empty.index_add(0, owner, tokens) / number
+    var = empty.index_add(0, owner, (tokens - mean[owner]).square()) / number
+    return SampleMoments(count, mean, var)
+
+
+def joined(parts: SampleMoments) -> Moments:
+    """What `moments` gives over the tokens of all samples, up to rounding. A collective as that is."""
+    number = parts.count[:, None].float()
+    count = _sum_over_ranks(number.sum()).clamp(min=1.0)
+    mean = _sum_over_ranks((number * parts.mean).sum(0)) / count
+    var = _sum_over_ranks((number * (parts.var + (parts.mean - mean).square())).sum(0)) / count
     return Moments(mean, var)
 
 

@@ -158,7 +158,7 @@ class RCP(Pruner):
                 mask = selection.top_mass(noisy.detach(), context.alive, self.keep_mass)
             else:
                 mask = selection.top_k(noisy, context.alive, self._count(context), context.images)
-            cut = self._cut(noisy, mask, context.alive, context.images)
+            cut = self._cut(noisy, mask, context.alive, context.images) if self.training else cut
         if not self.training:
             return Kept(mask, scores=logits)
         # Forward is the hard mask; backward is that of the sigmoid around the decision's cut.

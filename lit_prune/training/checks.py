@@ -15,6 +15,7 @@ def check_settings(
     pruner: Any,
     plugin: str | None,
     lora: Any,
+    teacher_cache: str | None = None,
     **numbers: float | None,
 ) -> None:
     """Raise `LitPruneError` if settings of `PruneModule` contradict each other or a number is out of range.
@@ -25,12 +26,18 @@ def check_settings(
         pruner: the method.
         plugin: a plug-in folder in its place.
         lora: adapters of a new plug-in.
+        teacher_cache: its folder.
         numbers: the numeric settings, by name.
     """
     for name, limits in RANGES.items():
         check_number(f"model.{name}", numbers[name], **limits)
     if not numbers["lr"] and not numbers["repair_lr"]:
         raise LitPruneError("model.lr is 0: nothing would be trained; only model.repair_lr can be set beside it")
+    if loss.distill and teacher_cache:
+        raise LitPruneError(
+            "model.teacher_cache keeps no logits, one for each word and answer token, which model.loss.distill needs: "
+            "leave one of them out"
+        )
     if loss.attention and not watch:
         raise LitPruneError("model.loss.attention needs model.watch: the decoder layers to read")
     if plugin is None and pruner is None:
@@ -39,6 +46,20 @@ def check_settings(
         raise LitPruneError("either model.pruner or model.plugin: add --model.pruner=null --model.repair=null")
     if plugin is not None and lora is not None:
         raise LitPruneError("either model.lora or model.plugin, which has its own adapters: add --model.lora=null")
+
+
+def check_alike(teaching: Any, in_step: bool) -> None:
+    """Raise `LitPruneError` for settings with which ranks that must run the same modules would run others."""
+    if in_step and teaching.backward == "kept":
+        raise LitPruneError(
+            "model.backward: kept runs layers in two parts where enough tokens are dropped, and under DeepSpeed all "
+            "ranks must run the same; use ddp, or model.backward: all"
+        )
+    if in_step and teaching.cache is not None:
+        raise LitPruneError(
+            "model.teacher_cache spares a rank its teacher where it knows all samples, and under DeepSpeed all ranks "
+            "must run the same; use ddp, or leave it out"
+        )
 
 
 RANGES: dict[str, dict[str, Any]] = {

@@ -1,6 +1,7 @@
 """Figures of a training step, and the names of everything that a run logs."""
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -12,7 +13,7 @@ from lit_prune.cost.trace import Trace
 from lit_prune.host import Record
 from lit_prune.ops.moments import mean_over_ranks, moments, w2_squared
 from lit_prune.plugin import Plugin
-from lit_prune.training.losses import tokens_asked
+from lit_prune.training.losses import target_moments, tokens_asked
 from lit_prune.training.step import Step, Teaching
 from lit_prune.vlm import VLM
 
@@ -50,7 +51,7 @@ def step_figures(teaching: Teaching, step: Step, done: float, samples: int) -> d
     means = torch.stack([value[:samples].double().sum() for value in each.values()]) / max(1, samples)
     values |= zip(each, mean_over_ranks(means, samples).unbind(), strict=True)
     for layer, states in sorted(student.hidden.items()):
-        values[f"shift/layer_{layer}"] = w2_squared(moments(states), moments(teacher.hidden[layer]))
+        values[f"shift/layer_{layer}"] = w2_squared(moments(states), target_moments(teacher, layer))
     return values
 
 
@@ -102,11 +103,24 @@ class Work:
             size = self.vlm.size
             unknown = torch.full((), float("nan"), dtype=torch.float64, device=visual.device)
             flops = unknown if size is None else step_flops(teacher, student, size, *parts, sum(answers))
-            text, kept = teacher.ran[0].sum() - visual, student.average_visual().sum()
+            text, kept = (student.queries[0] - student.visual[0]).sum(), student.average_visual().sum()
             priced = torch.stack([value.double() for value in (text, visual, kept, flops)])
             samples = torch.tensor([sum(counts)], dtype=torch.float64, device=priced.device)
             self._priced = self._priced.to(priced.device) + torch.cat([samples, priced])
         self._steps = []
+
+
+def log_meters(module: Any, stage: str) -> None:
+    """Log and reset a `PruneModule`'s meters after an evaluation, and leave its official scores on it."""
+    values = {f"{stage}/{name}": value for name, value in module.meters.compute().items()}
+    if not values:
+        return
+    # The meters have already reduced over ranks; sync_dist only avoids Lightning's warning.
+    module.log_dict(values, sync_dist=True)
+    if (accuracy := values.get(f"{stage}/accuracy/all")) is not None:
+        module.log(f"{stage}_accuracy", accuracy, prog_bar=True, logger=False, sync_dist=True)
+    module.scores = module.meters.scores()
+    module.meters.reset()
 
 
 def fetched(values: dict[str, Tensor | float]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_prune.errors import check_number
 from lit_prune.host import Record
 from lit_prune.ops.budget import Budget, Share, asked
-from lit_prune.ops.moments import Moments, moment_loss, moments
+from lit_prune.ops.moments import Moments, joined, moment_loss, moments
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,17 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
     parts = []
     for layer in layers:
         with torch.no_grad():
-            target = moments(teacher.hidden[layer])
+            target = target_moments(teacher, layer)
             power = (target.mean.square() + target.var).mean() if weights.relative else torch.ones_like(target.var[0])
         own = moments(student.hidden[layer])
         own, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (own, target))
         parts.append(moment_loss(own, target, weights.variance))
     return torch.stack(parts).mean()
+
+
+def target_moments(teacher: Record, layer: int) -> Moments:
+    """Moments of the teacher's answer states after a layer, over the global batch."""
+    return joined(teacher.per_sample[layer]) if layer in teacher.per_sample else moments(teacher.hidden[layer])
 
 
 def budget_share(keep: Budget, total: Int[Tensor, " batch"], depth: int = 1) -> float:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,13 +26,14 @@ from lit_prune.plugin.forms import take_forms
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 from lit_prune.training.averaging import refuse_whole_averages
-from lit_prune.training.checks import check_batch, check_checkpoint, check_parameters, check_settings
+from lit_prune.training.checks import check_alike, check_batch, check_checkpoint, check_parameters, check_settings
 from lit_prune.training.evaluate import answer_batch, compare_batch
-from lit_prune.training.logging import Work, fetched, step_figures
+from lit_prune.training.logging import Work, fetched, log_meters, step_figures
 from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.optimizer import adamw, follow_settings, warm_cosine
 from lit_prune.training.step import Step, StepKey, Teaching
 from lit_prune.training.strategies import in_step, parameter_count, refuse_unusable
+from lit_prune.training.teacher_cache import TeacherCache
 from lit_prune.vlm import VLM, load
 
 
@@ -56,11 +57,14 @@ class PruneModule(LightningModule):
             inference does.
         contenders: soft mode only: of each stage, mask softly among the best `contenders` times as many tokens as are
             kept and remove the others, which shortens the sequence [ours]. `None`: all tokens, as in the paper.
+        backward: soft mode only: gradients return through the rows of `all` tokens, or of those `kept` alone, which is
+            faster, takes less memory and differs as little as a weight of 1e-8 does [ours]. Not with DeepSpeed.
         gate_clip: largest norm of the gradient of one sample's gate at one stage [ours]. Without it, the gradient of
             the cross entropy at the pruner has a norm of 1e7 on micro-LLaVA and dominates every other loss.
         gate_centre: the task and repair losses decide which tokens stay, the budget loss alone how many: the gradients
             of a sample's scores by the former sum to 0 at each stage [ours].
         checkpoint_activations: keep only the layers' inputs and recompute the rest in backward: less memory, more time.
+        teacher_cache: folder that keeps what the losses need of the teacher, by sample, see docs/training.md [ours].
         watch: decoder layers whose attention in the teacher `loss.attention` reads.
         loss: weights of the losses.
         anneal: schedules of temperature, noise and target.
@@ -71,8 +75,7 @@ class PruneModule(LightningModule):
         final_lr: last learning rate, as a share of the peak `lr`, by cosine [R: 0.1].
         max_new_tokens: longest answer in evaluation.
         seed: noise and dropout are a function of (seed, step, rank), so that a resumed run draws the same numbers.
-        attn_implementation: of the frozen model, as in `from_pretrained`, such as flash_attention_2; by default the
-            library's choice, sdpa. `eager` can't train, but evaluates.
+        attn_implementation: of the frozen model, such as flash_attention_2; by default sdpa. `eager` only evaluates.
 
     Raises:
         LitPruneError: a number is out of range (raised before the model is loaded), or base or plug-in can't be used.
@@ -91,9 +94,11 @@ class PruneModule(LightningModule):
         proportional_attention: Proportional | None = None,
         train_mode: Literal["soft", "drop"] = "soft",
         contenders: float | None = None,
+        backward: Literal["all", "kept"] = "all",
         gate_clip: float | None = None,
         gate_centre: bool = False,
         checkpoint_activations: bool = False,
+        teacher_cache: str | None = None,
         watch: Sequence[int] = (),
         loss: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         anneal: Anneal = Anneal(),  # noqa: B008 (frozen)
@@ -111,25 +116,26 @@ class PruneModule(LightningModule):
         self.strict_loading = False
         rates = {"lr": lr, "repair_lr": repair_lr, "weight_decay": weight_decay, "warmup": warmup, "final_lr": final_lr}
         others = {"contenders": contenders, "gate_clip": gate_clip, "max_new_tokens": max_new_tokens, "seed": seed}
-        check_settings(loss, watch, pruner, plugin, lora, **rates, **others)
+        check_settings(loss, watch, pruner, plugin, lora, teacher_cache, **rates, **others)
         self.lr, self.repair_lr, self.weight_decay, self.warmup, self.final_lr = rates.values()
         self.max_new_tokens, self.seed, keep = max_new_tokens, seed, parse_budget(keep, "model.keep")
-        made = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
-        attached, adapters = made.train(), made.lora
+        attached = Plugin(pruner, repair, keep, base, lora=lora) if plugin is None else Plugin.from_pretrained(plugin)
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         self.vlm = self.load_frozen(base, dtype and getattr(torch, dtype), random_weights=random_weights, **options)
         check_numbers("model.watch", watch, least=0, below=find(self.vlm.model).dims.depth, whole=True)
         if checkpoint_activations:
-            checkpointing.prepare(self.vlm.model, draws=adapters is not None and adapters.lora_dropout > 0)
+            checkpointing.prepare(self.vlm.model, draws=attached.lora is not None and attached.lora.lora_dropout > 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vlm.attach(attached, keep=keep, positions=positions, proportional_attention=proportional_attention)
+            placed = {"positions": positions, "proportional_attention": proportional_attention}
+            self.vlm.attach(attached.train(), keep=keep, **placed)
         self.keep = attached.keep  # attaching turns a share into a count where all images have equally many tokens
         named = {"base": base, "keep": as_json(self.keep), "train_mode": train_mode, "lr": lr, "seed": seed}
         self.save_hyperparameters(named | vars(attached.options))
         self.model, self.plugin = self.vlm.model, attached
         self.untrained = plugin is None and attached.trained  # until a checkpoint is loaded
         masks = {"train_mode": train_mode, "contenders": contenders, "gate_clip": gate_clip, "gate_centre": gate_centre}
+        masks |= {"backward": backward, "cache": TeacherCache(teacher_cache) if teacher_cache else None}
         saving = {"checkpoint_activations": checkpoint_activations, "watch": tuple(watch) if loss.attention else ()}
         self.teaching = Teaching(self.vlm, self.keep, loss, anneal, **masks, **saving)
         self.work, dims = Work(self.vlm, attached), attached.dims
@@ -146,12 +152,17 @@ class PruneModule(LightningModule):
         """Refuse unsuitable Trainer settings; take the scorer that the data module names."""
         refuse_unusable(self.trainer)
         refuse_whole_averages(self.trainer)
+        check_alike(self.teaching, self._in_step)
         self.meters.judged_by(getattr(self.trainer, "datamodule", None))
 
     def on_fit_start(self) -> None:
         """Log the numbers of trainable and frozen parameters."""
         count, frozen = (parameter_count(part) for part in (self.plugin, self.model))
         rank_zero_info(f"trainable: {count:,} parameters (plug-in); frozen: {frozen:,} ({self.plugin.base})")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The teacher cache, if there is one, opens and writes itself."""
+        return [] if self.teaching.cache is None else [self.teaching.cache]
 
     def train(self, mode: bool = True) -> "PruneModule":
         """Set the mode of all but the frozen model, which stays in evaluation mode."""
@@ -282,19 +293,8 @@ class PruneModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log and reset the meters."""
-        self._log_meters("val")
+        log_meters(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Log and reset the meters."""
-        self._log_meters("test")
-
-    def _log_meters(self, stage: str) -> None:
-        values = {f"{stage}/{name}": value for name, value in self.meters.compute().items()}
-        if not values:
-            return
-        # The meters have already reduced over ranks; sync_dist only avoids Lightning's warning.
-        self.log_dict(values, sync_dist=True)
-        if (accuracy := values.get(f"{stage}/accuracy/all")) is not None:
-            self.log(f"{stage}_accuracy", accuracy, prog_bar=True, logger=False, sync_dist=True)
-        self.scores = self.meters.scores()
-        self.meters.reset()
+        log_meters(self, "test")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_prune.cost.trace import left_out
 from lit_prune.evaluation import measuring
 from lit_prune.host import Prefix, Record, Session, checkpointing
 from lit_prune.ops.budget import Budget
@@ -23,6 +24,7 @@ from lit_prune.training.losses import (
     repair_loss,
     visual_share,
 )
+from lit_prune.training.teacher_cache import TeacherCache, take_moments
 from lit_prune.vlm import VLM
 
 
@@ -58,6 +60,8 @@ class Teaching:
     checkpoint_activations: bool
     watch: tuple[int, ...]
     gate_centre: bool = False
+    backward: Literal["all", "kept"] = "all"
+    cache: TeacherCache | None = None
 
     def step(
         self,
@@ -88,19 +92,40 @@ class Teaching:
         teacher, student = plain.record, pruned.record
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
             inputs = vlm.encode_images(batch["inputs"])
-            target = vlm.model(**inputs, use_cache=False).logits[0]
+            known = self._known(batch, teacher)
+            target = None if known else vlm.model(**inputs, use_cache=False).logits[0]
         with part("student forward"), vlm.using(pruned):
             inputs = vlm.encode_images(batch["inputs"], plain=inputs)
             recompute = checkpointing.checkpointed(vlm.model, vlm.host.shared)
             with recompute if self.checkpoint_activations else nullcontext():
                 logits = vlm.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
+            self._keep(batch, student, teacher, known)
             losses = self.losses(logits, target, student, teacher, key.done, blank)
             total = sum(getattr(self.loss, name) * value for name, value in losses.items())
         # Without an image no stage ran. DDP would wait for this rank's gradients: give every parameter one of zero.
         if not student.stages:
             total = total + 0.0 * sum(parameter.sum() for parameter in plugin.parameters())
         return Step(total, losses, student, teacher)
+
+    def _known(self, batch: dict[str, Any], teacher: Record) -> bool:
+        """True if the cache gives the teacher's record all that a loss reads."""
+        digests = None if self.cache is None else batch.get("digests")
+        found = None if digests is None else self.cache.find(digests, self.vlm.model.device)
+        if found is None:
+            return False
+        teacher.per_sample, attention = found
+        teacher.attention = {} if attention is None else {self.watch[0]: attention}
+        return True
+
+    def _keep(self, batch: dict[str, Any], student: Record, teacher: Record, known: bool) -> None:
+        """Complete the teacher's record where a cache is used, and keep in it what it didn't know."""
+        if known:
+            teacher.trace = left_out(student.trace)
+        elif self.cache is not None:
+            take_moments(teacher)
+            if "digests" in batch:
+                self.cache.add(batch["digests"], teacher)
 
     def sessions(self, ranks: int) -> tuple[Session, Session]:
         """Sessions of teacher and student, each with its own record."""
@@ -113,10 +138,11 @@ class Teaching:
         # Gradients are averaged over ranks after backward, so here a sample's gradient is `ranks` times its final size.
         clip = None if self.gate_clip is None else self.gate_clip * ranks
         gates = {"contenders": self.contenders, "gate_clip": clip, "gate_centre": self.gate_centre}
+        gates["backward"] = self.backward
         return plain, Session(record=student, soft=self.train_mode == "soft", **gates, **common)
 
     def losses(
-        self, logits: Tensor, target: Tensor, student: Record, teacher: Record, done: float, blank: bool = False
+        self, logits: Tensor, target: Tensor | None, student: Record, teacher: Record, done: float, blank: bool = False
     ) -> dict[str, Tensor]:
         """Losses by name, means over all ranks' samples or answer tokens; a dummy image (`blank`) doesn't count."""
         total, answers, plugin = student.trace.total_visual, len(student.targets), self.vlm.plugin
