@@ -170,6 +170,7 @@ def encode_conversation(
     if length > limit and too_long == "skip":
         raise _bad(f"{length} tokens, more than the context of {max_length}")
     inputs["labels"] = _labels(processor, text, spans, inputs["input_ids"], limit)
+    inputs |= _causal_answers(inputs, inputs["input_ids"] == processor.image_token_id)
     ends, prompt = answer_ends(inputs["labels"]), prompt_length(inputs["labels"])
     if length > limit:
         if not ends or conversation.first(len(ends)).images < conversation.images:
@@ -243,6 +244,14 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
     if images and not (inputs["input_ids"] == processor.image_token_id).any():
         raise _bad(f"the chat template shows none of {len(images)} images")
     return inputs
+
+
+def _causal_answers(inputs: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:
+    """Types of 1 from the first answer on, where an image's tokens have 0: so PaliGemma is told what is causal."""
+    types, labelled = inputs.get("token_type_ids"), inputs["labels"] != IGNORED
+    if types is None or not visual.any() or types[visual].any():  # Gemma 3 marks images by them
+        return {}
+    return {"token_type_ids": labelled.cumsum(0).clamp(max=1).to(types.dtype)}
 
 
 def _trained_labels(labels: Tensor, ends: list[int], trained: Sequence[bool]) -> Tensor:

@@ -268,6 +268,29 @@ def test_templates_that_break_the_rules():
         encode(glued, TEXT)
 
 
+@pytest.mark.parametrize(("image", "record"), [(0, MULTI), (1, MULTI), (0, TEXT)], ids=["PaliGemma", "Gemma3", "text"])
+def test_answers_are_causal_where_types_say_what_is_the_prompt(processor, image, record):
+    """PaliGemma sees tokens of type 0 in both directions: answers may not be among them. Gemma 3 marks images."""
+
+    class Typed(type(processor)):
+        def __call__(self, *args, **kwargs):
+            inputs = super().__call__(*args, **kwargs)
+            inputs["token_type_ids"] = image * (inputs["input_ids"] == self.image_token_id).long()
+            return inputs
+
+    typed = Typed(**{name: getattr(processor, name) for name in ("image_processor", "tokenizer", "chat_template")})
+    typed.patch_size, typed.vision_feature_select_strategy = processor.patch_size, "default"
+    typed.num_additional_image_tokens = processor.num_additional_image_tokens
+    inputs = encode(typed, record, [RED] if record is MULTI else [])
+    types, first = inputs["token_type_ids"], int((inputs["labels"] != IGNORED).nonzero()[0])
+    if image or record is TEXT:
+        assert types.tolist() == (inputs["input_ids"] == processor.image_token_id).long().mul(image).tolist()
+    else:
+        assert types.tolist() == [0] * first + [1] * (len(types) - first)
+    asked = encode(typed, SINGLE, [RED], answered=False)
+    assert asked["token_type_ids"].max() == image, "a prompt has no answer"
+
+
 def test_error_pickles():
     error = BadSample("f.json", "s1", "broken")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "f.json: sample s1: broken"
