@@ -42,6 +42,7 @@ def test_compiled_layers_give_the_same_without_graph_breaks(model, pruner):
     vlm.detach()
 
 
+@pytest.mark.slow
 def test_plug_ins_come_and_go_on_compiled_layers(model):
     """The plain model has no graph break either."""
     inputs = tiny.batch(tiny.samples((50, 50)))

@@ -401,7 +401,7 @@ def test_a_checkpoint_of_another_strategy_is_refused(alone, together, small, tmp
 
 @pytest.mark.timeout(600)  # a busy machine draws the starts out
 @pytest.mark.parametrize(
-    "overlay", ["deepspeed_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deepspeed_3"))]
+    "overlay", [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deepspeed_2", "deepspeed_3")]
 )
 def test_two_processes_test_and_predict_as_one_does(overlay, together, small, tmp_path):
     """Pruned: Lightning takes every hook off a model that DeepSpeed only evaluates. Each answer once."""

@@ -321,6 +321,7 @@ def test_the_shipped_sweep_trains_with_optuna(checkout, capsys):
     assert list(Path(row["folder"]).glob("wandb/offline-run-*"))
 
 
+@pytest.mark.slow
 def test_wandbs_agent_runs_the_shipped_sweep(checkout, monkeypatch, capfd):
     """W&B's own agent loop over the file's own parameters, without a server; a failed trial doesn't stop it."""
     from wandb.wandb_agent import Agent

@@ -14,7 +14,6 @@ from lit_prune.commands._support.outputs import check_file, write_json
 from lit_prune.cost.flops import ModelSize, decoder_total, price
 from lit_prune.cost.trace import Trace
 from lit_prune.errors import LitPruneError, check_number
-from lit_prune.evaluation.measuring import now
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.host.parts import find
@@ -148,6 +147,8 @@ def time_first_token(vlm: VLM, inputs: dict[str, Any]) -> float:
 
     An answer has been generated from the same inputs before, which warmed everything up.
     """
+    from lit_prune.evaluation.measuring import now  # with torchmetrics, which --help doesn't wait for
+
     times = []
     for _ in range(REPEATS):
         start = now(vlm.model.device)

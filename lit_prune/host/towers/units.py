@@ -38,6 +38,12 @@ class Units:
         return self.rows.shape[2]
 
 
+def _filled(inputs: Iterable[Any], extent: Sequence[int], counts: Sequence[int]) -> bool:
+    """True if a mask of padded rows (samples, rows) among a tower's inputs has so many patches in each."""
+    masks = (value for value in inputs if isinstance(value, Tensor) and tuple(value.shape) == tuple(extent))
+    return any(mask.bool().sum(1).tolist() == list(counts) for mask in masks)
+
+
 def grids_of(inputs: Iterable[Any], extent: Sequence[int], patch: int) -> tuple[list[Grid], list[int]]:
     """The grid of each image, and the row of all samples' sequences (samples, rows) at which its patches start.
 
@@ -61,7 +67,7 @@ def grids_of(inputs: Iterable[Any], extent: Sequence[int], patch: int) -> tuple[
             counts = [frames * height * width for frames, height, width in grids]
             if samples == 1 and sum(counts) == rows:
                 return grids, [sum(counts[:place]) for place in range(len(counts))]
-            if samples == len(grids) and max(counts) <= rows and samples > 1:
+            if samples == len(grids) and ((samples > 1 and max(counts) <= rows) or _filled(inputs, extent, counts)):
                 return grids, [place * rows for place in range(samples)]
     for value in inputs:
         if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
