@@ -24,8 +24,11 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
             last = torch.arange(full - length, full, device=hidden.device).expand(hidden.shape[0], -1)
             slices = Slices(last, full)
             mask, kwargs = kwargs.get("attention_mask"), {name: slices.of(value) for name, value in kwargs.items()}
-            whole = isinstance(mask, Tensor) and mask.ndim == 4  # a window's, or what chooses keys reads it
-            kwargs["attention_mask"] = mask[:, :, -length:, -length:] if whole else None
+            # A window's, what chooses keys reads it (4 dimensions), or what has a state does (2).
+            shown = {4: (..., slice(-length, None), slice(-length, None)), 2: (..., slice(-length, None))}
+            kwargs["attention_mask"] = (
+                mask[shown[mask.ndim]] if isinstance(mask, Tensor) and mask.ndim in shown else None
+            )
             return (hidden[:, -length:], *slices.of(tuple(rest))), kwargs
 
         return hook
