@@ -12,5 +12,6 @@ def view(vlm: VLM, image: Image.Image) -> Pixels:
     processor = vlm.processor.image_processor
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[2] != pixels.shape[3]:
-        raise LitPruneError(f"{vlm.name} cuts an image into tiles; only models that see one square image can be drawn")
+        does = "keeps an image's shape" if pixels.ndim < 4 else "cuts an image into tiles"
+        raise LitPruneError(f"{vlm.name} {does}; only models that see one square image can be drawn")
     return as_seen(pixels[0], processor.image_mean, processor.image_std)
