@@ -11,7 +11,7 @@ export MINI_LLAVA="${MINI_LLAVA:-runs/mini_llava}"
 # PyTorch first, as jobs/install.sh has it: everything else takes the build that is there.
 torch=$(sed -n 's/^torch==/torch==/p' constraints.txt)
 "${pip[@]}" "$torch"
-"${pip[@]}" -e '.[train]' gguf onnx pytest pytest-timeout hypothesis beartype
+"${pip[@]}" -e '.[train]' accelerate gguf onnx pytest pytest-timeout hypothesis beartype
 [[ -f $MINI_LLAVA/config.json ]] ||
     "$VENV/bin/python" -m jobs.mini_llava.assemble --out "$MINI_LLAVA" --packages "$(dirname "$MINI_LLAVA")/packages"
 "$VENV/bin/python" -m pytest -m integrations tests/test_mini_llava.py -q "$@"

