@@ -5,8 +5,7 @@ command is run again, also after kill -9. Data is fresh at every step: there are
 
 Stages: the tower learns what patches show; the decoder learns to find the object that a question names with 4 layers,
 all skills with 8, and full scenes with 32. A model is deepened by layers that change nothing at first, and scenes grow
-with it, because from answers alone a deep decoder takes long to find out that words name things in the image: with 4
-layers 400 steps, on tokens of a tower that stands still.
+with it, because from answers alone a deep decoder takes long to find out that words name things in the image.
 """
 
 import argparse

@@ -247,7 +247,7 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Tens
 
 
 def _causal_answers(inputs: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:
-    """Types of 1 from the first answer on, where an image's tokens have 0: so PaliGemma is told what is causal."""
+    """Token types of 1 from the first answer on, where those of images are 0: PaliGemma masks these tokens causally."""
     types, labelled = inputs.get("token_type_ids"), inputs["labels"] != IGNORED
     if types is None or not visual.any() or types[visual].any():  # Gemma 3 marks images by them
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 from lit_prune.data.instruct import InstructData
 from lit_prune.errors import LitPruneError
 from lit_prune.micro import instructions
-from lit_prune.micro.worlds import DEFAULT, WORLDS, World, named
+from lit_prune.micro.worlds import World, named, world_of
 
 INSTRUCTIONS = "instructions.json"
 
@@ -53,7 +53,7 @@ class MicroData(InstructData):
         eval_batch_size: int = 32,
         **options: Any,
     ):
-        of = named(world or (base if base in WORLDS else DEFAULT))
+        of = named(world) if world else world_of(base)
         samples = {"train": train_samples, "val": val_samples, "test": test_samples}
         self.splits = {
             split: Split(

@@ -2,12 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.host import parts
 from lit_prune.host.slicing import Slices
+
+
+def _last(mask: Any, length: int) -> Tensor | None:
+    """The last rows and columns of a mask: a window's, one that chooses keys reads (4 dimensions), or a state's (2)."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    return mask[(..., *[slice(-length, None)] * (mask.ndim // 2))]
 
 
 @contextmanager
@@ -24,11 +32,7 @@ def cut_to(model: nn.Module, lengths: Sequence[int], full: int) -> Iterator[None
             last = torch.arange(full - length, full, device=hidden.device).expand(hidden.shape[0], -1)
             slices = Slices(last, full)
             mask, kwargs = kwargs.get("attention_mask"), {name: slices.of(value) for name, value in kwargs.items()}
-            # A window's, what chooses keys reads it (4 dimensions), or what has a state does (2).
-            shown = {4: (..., slice(-length, None), slice(-length, None)), 2: (..., slice(-length, None))}
-            kwargs["attention_mask"] = (
-                mask[shown[mask.ndim]] if isinstance(mask, Tensor) and mask.ndim in shown else None
-            )
+            kwargs["attention_mask"] = _last(mask, length)
             return (hidden[:, -length:], *slices.of(tuple(rest))), kwargs
 
         return hook

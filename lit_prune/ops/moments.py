@@ -92,7 +92,7 @@ def sample_moments(tokens: Float[Tensor, "tokens width"], count: Int[Tensor, " s
 
 
 def joined(parts: SampleMoments) -> Moments:
-    """What `moments` gives over the tokens of all samples, up to rounding. A collective as that is."""
+    """Moments of all samples' tokens from those of each, equal to `moments` up to rounding; a collective, like that."""
     number = parts.count[:, None].float()
     count = _sum_over_ranks(number.sum()).clamp(min=1.0)
     mean = _sum_over_ranks((number * parts.mean).sum(0)) / count

@@ -1,4 +1,4 @@
-"""What the losses need of the teacher, sample by sample, computed once and kept on disk.
+"""Cache on disk of the teacher's part in the losses, sample by sample.
 
 A folder for each frozen model, with its settings: another model, precision or choice of layers finds nothing of the old
 one. A sample is known by a digest of all that the model is given of it, so an augmented or changed one is another one.
@@ -124,7 +124,8 @@ class TeacherCache(Callback):
             keys = json.loads((file.metadata() or {})[HEADER])
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             sizes = file.get_tensor("sizes")
-        if not all(isinstance(key, str) for key in keys) or shapes.keys() != set(self._names()):
+        names = {*self._names(), "attention"} if self.watched else set(self._names())
+        if not all(isinstance(key, str) for key in keys) or shapes.keys() != names:
             raise ValueError("other contents")
         if any(shape[0] != len(keys) for name, shape in shapes.items() if name != "attention") or sizes.min() < 0:
             raise ValueError("other sizes")
@@ -134,8 +135,9 @@ class TeacherCache(Callback):
         return {key: Place(path, i, ends[i] - int(sizes[i]), ends[i]) for i, key in enumerate(keys)}
 
     def _names(self) -> list[str]:
+        """Tensors with a row for each sample; the attentions, of different lengths, are one list."""
         moments = [f"{kind}.{layer}" for layer in self.layers for kind in ("mean", "var")]
-        return [*moments, "count", "sizes", *(["attention"] if self.watched else [])]
+        return [*moments, "count", "sizes"]
 
     def flush(self) -> None:
         """Write the samples that are waiting; where that fails, say so once and go on without."""
@@ -143,9 +145,7 @@ class TeacherCache(Callback):
         if not waiting or self.full:
             return
         entries, path = list(waiting.values()), self.folder / f"{uuid.uuid4().hex}.safetensors"
-        tensors = {
-            name: torch.stack([entry[name] for entry in entries]) for name in self._names() if name != "attention"
-        }
+        tensors = {name: torch.stack([entry[name] for entry in entries]) for name in self._names()}
         if self.watched:
             tensors["attention"] = torch.cat([entry["attention"] for entry in entries])
         try:
@@ -172,11 +172,7 @@ class TeacherCache(Callback):
             entries.append(entry)
         if not entries:
             return None
-        stacked = {
-            name: torch.stack([entry[name] for entry in entries]).to(device)
-            for name in self._names()
-            if name != "attention"
-        }
+        stacked = {name: torch.stack([entry[name] for entry in entries]).to(device) for name in self._names()}
         kept = {i: SampleMoments(stacked["count"], stacked[f"mean.{i}"], stacked[f"var.{i}"]) for i in self.layers}
         if not self.watched:
             return kept, None
@@ -189,7 +185,7 @@ class TeacherCache(Callback):
             return None
         try:
             file, row = _opened(place.path), slice(place.row, place.row + 1)
-            entry = {name: file.get_slice(name)[row][0] for name in self._names() if name != "attention"}
+            entry = {name: file.get_slice(name)[row][0] for name in self._names()}
             if self.watched:
                 entry["attention"] = file.get_slice("attention")[place.begin : place.end]
             if all(bool(value.isfinite().all()) for value in entry.values()) and entry["count"] >= 0:

@@ -75,7 +75,7 @@ def prompts(kind: str, model: nn.Module) -> Prompts:
 
 
 def types_of(kind: str, model: nn.Module, token: int, ids: Tensor, start: int | None = None) -> Inputs:
-    """What some classes are told about each token: text, or an image's; `start`: where an answer begins."""
+    """Token types, for classes that take them: text, or an image's token; `start`: where an answer begins."""
     taken, types = parameters(model), (ids == token).long()
     found = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
     if "moe_mm_token_type_ids" in taken:  # an image's first and last token are its own there
