@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
-from PIL import Image
-from transformers import CLIPImageProcessorPil
+from PIL import Image, ImageDraw
+from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
 from lit_prune.cli import main
-from lit_prune.commands.show import seen_box, view
+from lit_prune.commands.show import seen_box
 from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.pictures import (
     DPI,
@@ -24,8 +24,10 @@ from lit_prune.evaluation.pictures import (
     borders,
     draw_page,
     mark,
-    side_of,
 )
+from lit_prune.evaluation.views import Part, View, by_tiles, view
+from lit_prune.host.parts import find
+from lit_prune.host.zoo.shrink import tiny_model
 from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
 from lit_prune.vlm import VLM, load
 
@@ -64,9 +66,15 @@ def kept_of(*tokens: int) -> np.ndarray:
     return kept
 
 
+def seen(image: np.ndarray, tokens: int = 144) -> View:
+    found = by_tiles([image], tokens)
+    assert found is not None
+    return found
+
+
 def test_dropped_patches_are_darker_and_kept_ones_untouched() -> None:
     image = np.asarray(SCENE.image())
-    marked = mark(image, kept_of(0, 13))
+    marked = mark(seen(image), kept_of(0, 13))
     assert (marked[:8, :8] == image[:8, :8]).all()
     assert (marked[8:16, 8:16] == image[8:16, 8:16]).all()
     patches = (image, marked)
@@ -76,28 +84,26 @@ def test_dropped_patches_are_darker_and_kept_ones_untouched() -> None:
 
 
 def test_patches_of_a_side_that_does_not_divide_the_image() -> None:
-    marked = mark(np.full((10, 10, 3), 200, dtype=np.uint8), np.eye(3, dtype=bool).flatten())
+    marked = mark(seen(np.full((10, 10, 3), 200, dtype=np.uint8), 9), np.eye(3, dtype=bool).flatten())
     assert (marked[0, 0], marked[4, 4], marked[9, 9]) == (pytest.approx(200),) * 3
     assert marked[0, 9].max() < 100
 
 
 def test_borders_surround_kept_patches() -> None:
-    assert len(borders(kept_of())) == 0
-    assert sorted(map(tuple, borders(kept_of(13)).reshape(-1, 4).tolist())) == [
-        (1, 1, 1, 2), (1, 1, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2),
+    """In pixels of the picture: 8 a patch."""
+    (part,) = seen(np.asarray(SCENE.image())).parts
+    assert len(borders(part, kept_of())) == 0
+    assert sorted(map(tuple, borders(part, kept_of(13)).reshape(-1, 4).tolist())) == [
+        (8, 8, 8, 16), (8, 8, 16, 8), (8, 16, 16, 16), (16, 8, 16, 16),
     ]  # fmt: skip
-    assert len(borders(kept_of(13, 14))) == 6
-    assert len(borders(np.ones(144, dtype=bool))) == 48
-
-
-def test_only_a_square_grid_can_be_drawn() -> None:
-    assert side_of(576) == 24
-    with pytest.raises(LitPruneError, match="no square grid"):
-        side_of(575)
+    assert len(borders(part, kept_of(13, 14))) == 6
+    assert len(borders(part, np.ones(144, dtype=bool))) == 48
+    moved = Part((10, 20, 106, 116), part.tokens)
+    assert borders(moved, kept_of(0)).min((0, 1)).tolist() == [10, 20]
 
 
 def test_page_grows_with_rows_stages_and_long_text() -> None:
-    image, row = np.asarray(SCENE.image()), Row("A", stages=[("layer 1", kept_of(5))])
+    image, row = seen(np.asarray(SCENE.image())), Row("A", stages=[("layer 1", kept_of(5))])
     one, two = draw_page(image, [row]), draw_page(image, [row, Row("B", answer="a long answer " * 20)], "Why? " * 60)
     assert len(one.axes) == 2
     assert len(two.axes) == 3
@@ -105,39 +111,104 @@ def test_page_grows_with_rows_stages_and_long_text() -> None:
 
 
 def test_image_is_drawn_as_the_model_sees_it(vlm: VLM) -> None:
-    assert (view(vlm, SCENE.image()) == np.asarray(SCENE.image())).all()
+    inputs = vlm.encode([SCENE.image()], ["what ?"])
+    assert (view(vlm, inputs, SCENE.image()).pixels == np.asarray(SCENE.image())).all()
 
 
 def test_scores_have_a_colour_bar_and_the_frame_a_legend() -> None:
     """The bar's ends are the colours' own; a row without scores has neither."""
     scores = np.linspace(-3.0, 5.0, 144)
     rows = [Row("plain"), Row("scored", scores=scores)]
-    page = draw_page(np.asarray(SCENE.image()), rows, boxes=[(8, 8, 24, 24)])
+    page = draw_page(seen(np.asarray(SCENE.image())), rows, boxes=[(8, 8, 24, 24)])
     texts = [text.get_text() for axes in page.axes for text in axes.texts]
     assert texts == [f"{end:.3g}" for end in np.quantile(scores, (0.02, 0.98))]
     titles = [axes.get_title() for axes in page.axes if axes.get_title()]
     assert titles == ["image  □ what is asked about", "scores of the first stage"]
     bars = [axes for axes in page.axes if axes.get_window_extent().width > 5 * axes.get_window_extent().height]
     assert len(bars) == 1
-    assert "□" not in draw_page(np.asarray(SCENE.image()), rows).axes[0].get_title()
+    assert "□" not in draw_page(seen(np.asarray(SCENE.image())), rows).axes[0].get_title()
 
 
 def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:
-    assert seen_box(vlm, (96, 96), (8, 16, 24, 40)) == (8, 16, 24, 40)
+    page = seen(np.zeros((96, 96, 3), np.uint8))
+    assert seen_box(vlm, page, (96, 96), (8, 16, 24, 40)) == (8, 16, 24, 40)
     size = {"height": 96, "width": 96}
     cropping = VLM(vlm.model, type("Processor", (), {})())
     cropping.processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 96}, crop_size=size)
-    assert seen_box(cropping, (384, 192), (96, 0, 192, 96)) == pytest.approx((0, 0, 48, 48), abs=1)
+    assert seen_box(cropping, page, (384, 192), (96, 0, 192, 96)) == pytest.approx((0, 0, 48, 48), abs=1)
     for box, told in [((0, 0, 50, 50), "cropped away"), ((9, 9, 9, 20), "inside"), ((0, 0, 999, 9), "inside")]:
         with pytest.raises(LitPruneError, match=told):
-            seen_box(cropping, (384, 192), box)
+            seen_box(cropping, page, (384, 192), box)
+    with pytest.raises(LitPruneError, match="as 2 pictures: leave out --boxes"):
+        seen_box(vlm, by_tiles([page.pixels] * 2, 288), (96, 96), (8, 16, 24, 40))
 
 
-def test_tiled_images_are_refused(vlm: VLM) -> None:
-    tiling = VLM(vlm.model, type("Processor", (), {})(), "llava-next")
-    tiling.processor.image_processor = lambda **_: {"pixel_values": torch.zeros(1, 5, 3, 96, 96)}
-    with pytest.raises(LitPruneError, match="llava-next cuts an image into tiles"):
-        view(tiling, SCENE.image())
+# -- models that see no single square -------------------------------------------------------------------------------
+
+
+def bright(picture: np.ndarray) -> tuple[float, float, float, float]:
+    """The box of what a white picture still shows white, in shares of its width and height."""
+    rows, columns = (picture.min(-1) > 250).nonzero()
+    height, width = picture.shape[:2]
+    return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
+
+
+def of_prompt(vlm: VLM, tokens: int, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    token = find(vlm.model).tokens["image"]
+    return {"input_ids": torch.tensor([[5, *[token] * tokens, 6]]), **inputs}
+
+
+def test_patches_of_an_image_that_keeps_its_shape_stand_where_its_processor_reads_them(vlm: VLM) -> None:
+    """A white square in a black picture: the token of the only white patches is the one drawn there."""
+    image = Image.new("RGB", (96, 64))
+    ImageDraw.Draw(image).rectangle((64, 32, 95, 63), fill="white")
+    read = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=64, max_pixels=96 * 64)(images=image, return_tensors="pt")
+    white = read["pixel_values"].amin(1) > 0.9  # patches, in blocks of four that one token stands for
+    kept = white.view(-1, 4).all(1).numpy()
+    assert kept.sum() == 4
+    found = view(vlm, of_prompt(vlm, 24, **read), image)
+    assert found.whole
+    assert found.parts[0].tokens.shape == (4, 6)
+    blank = View(np.full_like(found.pixels, 255), found.parts)
+    assert bright(mark(blank, kept)) == pytest.approx((2 / 3, 1 / 2, 1, 1))
+    assert seen_box(vlm, found, image.size, (64, 32, 96, 64)) == (64, 32, 96, 64)
+
+
+def test_tiles_are_drawn_side_by_side_in_the_models_order(vlm: VLM) -> None:
+    pixels = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(1, 5, 3, 96, 96) / 5
+    plain = VLM(vlm.model, type("Processor", (), {})())
+    found = view(plain, of_prompt(vlm, 5 * 36, pixel_values=pixels), SCENE.image())
+    assert [part.tokens[0, 0] for part in found.parts] == [0, 36, 72, 108, 144]
+    assert [part.box[:2] for part in found.parts] == [(0, 0), (100, 0), (200, 0), (0, 100), (100, 100)]
+    for number, (x0, y0, x1, y1) in enumerate(part.box for part in found.parts):
+        assert (found.pixels[y0:y1, x0:x1] == round(255 * number / 5)).all()
+    kept = np.arange(180) >= 144
+    lines = np.concatenate([borders(part, kept) for part in found.parts])
+    assert (lines.min((0, 1)).tolist(), lines.max((0, 1)).tolist()) == ([100, 100], [196, 196])
+    page = draw_page(found, [Row("A", stages=[("layer 1", kept)], scores=np.arange(180.0))])
+    assert len(page.axes) == 4
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_ends_of_rows_of_a_finer_grid_are_no_patches(vlm: VLM, ended: int) -> None:
+    """The whole image as 12 x 12 patches, then a grid of 8 x 16 without padding, whose rows may have an end."""
+    plain = VLM(vlm.model, type("Processor", (), {})())
+    inputs = of_prompt(vlm, 144 + 8 * (16 + ended), pixel_values=torch.zeros(1, 3, 3, 96, 96))
+    image = Image.new("RGB", (200, 100))
+    first, finer = view(plain, inputs, image).parts
+    assert (first.tokens == np.arange(144).reshape(12, 12)).all()
+    assert finer.tokens.shape == (8, 16)
+    assert (finer.tokens[:, 0] == 144 + np.arange(8) * (16 + ended)).all()
+    with pytest.raises(LitPruneError, match="it isn't known which part of the image each of 149 visual tokens"):
+        view(plain, of_prompt(vlm, 149, pixel_values=torch.zeros(1, 3, 3, 96, 96)), image)
+
+
+def test_queries_of_a_resampler_stand_for_no_part_of_the_image() -> None:
+    """16 of 16 patches look like patches, but aren't."""
+    vlm = VLM(tiny_model("idefics2"), None, "idefics2")
+    inputs = of_prompt(vlm, 16, pixel_values=torch.zeros(1, 1, 3, 32, 32))
+    with pytest.raises(LitPruneError, match="of idefics2 stands for"):
+        view(vlm, inputs, SCENE.image())
 
 
 def test_scene_with_several_methods(micro_folder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ PREFIX = 2 + VISUAL_TOKENS  # <s>, USER:, the image
 FIRST_PATCH = 2
 COVERED = 0.35  # share of a patch from which an object's look is its label
 BLOCKS = 4  # the pixels of a patch that are read out: brightness in 4 x 4 blocks, colour in 2 x 2
-# Questions of each skill and image. The decoder learns to find things by those that name one object; "words" are easy.
-MIX = dict.fromkeys(SKILLS, 1) | {"existence": 2, "colour": 2, "shape": 2, "counting": 2, "pattern": 2, "figures": 2}
+# Most questions of each skill and image. Skills that are learned late are asked more often: text costs little beside
+# an image's 576 visual tokens.
+MIX = dict.fromkeys(SKILLS, 1) | dict.fromkeys(("position", "size", "region", "layout", "same", "words"), 2)
+MIX |= {"behind": 3, "dots": 3, "counting": 3, "figures": 4, "relation": 4, "texture": 4, "ground": 4}
 NAMES = (*COLOURS, *SHAPES, *TEXTURES, *GROUNDS)  # words whose presence in a scene is an image-level label
 
 INDEX = {name: i for names in (COLOURS, SHAPES, PATTERNS, TEXTURES, GROUNDS) for i, name in enumerate(names)}

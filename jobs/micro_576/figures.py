@@ -16,7 +16,7 @@ ASKED = 0.3  # share of a patch that a box covers from which the patch is asked 
 
 def asked_patches(question: Question) -> Tensor:
     """bool[576]: the patches of what a question asks about; the best-covered one of a box that covers none by 0.3."""
-    cover = regions(question.boxes, GRID, IMAGE_SIZE)
+    cover = regions(question.boxes, (GRID, GRID), (IMAGE_SIZE, IMAGE_SIZE))
     best = cover.amax(1, keepdim=True) if len(cover) else cover
     return (cover >= torch.clamp(best, max=ASKED)).any(0)
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from lit_prune.callbacks.settings import output_suffix
-from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.measuring import Measured
-from lit_prune.evaluation.pictures import Pixels, Row, as_seen, draw_page, titled
+from lit_prune.evaluation.pictures import Row, draw_page, titled
 from lit_prune.evaluation.records import SampleRecord
+from lit_prune.evaluation.views import Pixels, View, by_tiles, patch_of, tiles_of
 from lit_prune.host.parts import find
 from lit_prune.training.debug_modes import leaves_no_trace
 from lit_prune.training.logging import logged_step
@@ -92,26 +92,26 @@ def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Any]
     detail = f"{record.visual:.3g} of {record.total} tokens on average"
     name = module.plugin.title or type(module.plugin.pruner).__name__
     method = Row(name, detail, record.answer, record.right, titled(stages))
-    try:
-        seen = _seen(module, batch["inputs"], i)
-        picture = None if seen is None else _draw(seen, method, record)
-    except LitPruneError:  # tokens that are no square grid
-        picture = None
+    seen = _seen(module, batch["inputs"], i)
+    picture = None if seen is None else _draw(seen, method, record)
     kept = ", ".join(title for title, _ in method.stages)
     answers = (record.reference, record.full, record.answer, record.right)
     return [str(record.id), record.skill or "", record.question, *answers, kept, picture]
 
 
-def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> Pixels | None:
+def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> View | None:
     """The image of a sample, where each sample has at most one and the model sees it whole."""
     pixels, processor = inputs.get("pixel_values"), getattr(module.vlm.processor, "image_processor", None)
-    pictured = (inputs["input_ids"] == find(module.model).tokens["image"]).any(1)
+    shown = inputs["input_ids"] == find(module.model).tokens["image"]
+    pictured = shown.any(1)
     if pixels is None or processor is None or pixels.ndim != 4 or len(pixels) != int(pictured.sum()) or not pictured[i]:
         return None
-    return as_seen(pixels[int(pictured[:i].sum())], processor.image_mean, processor.image_std)
+    place = int(pictured[:i].sum())
+    tiles = tiles_of({"pixel_values": pixels[place : place + 1]}, processor)
+    return by_tiles(tiles, int(shown[i].sum()), patch_of(module.model.config)) if tiles else None
 
 
-def _draw(image: Pixels, row: Row, record: SampleRecord) -> Pixels:
+def _draw(image: View, row: Row, record: SampleRecord) -> Pixels:
     subtitle = f"answer: {record.reference}  ·  full model: {record.full}"
     page = draw_page(image, [row], record.question, subtitle)
     page.set_dpi(DPI)

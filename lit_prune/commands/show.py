@@ -11,14 +11,13 @@ from torch import Tensor
 from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Choice, Dtype, attach, encode, load_model, respond
 from lit_prune.commands._support.outputs import check_picture
-from lit_prune.commands._support.views import view
 from lit_prune.data import regions
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import matches
-from lit_prune.evaluation.pictures import DPI, Box, Pixels, Row, draw_page, side_of, titled
+from lit_prune.evaluation.pictures import DPI, Row, draw_page, titled
+from lit_prune.evaluation.views import Box, View, view
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
-from lit_prune.host.parts import find
 from lit_prune.micro.worlds import world_of
 from lit_prune.vlm import VLM
 
@@ -83,15 +82,16 @@ def run(
     chosen = [Choice.of(method, keep) for method in pruner]
     vlm = load_model(model, dtype, device)
     inputs = encode(vlm, [asked.image], [asked.prompt])
-    seen = view(vlm, asked.image)
-    marks = None if asked.boxes is None else [seen_box(vlm, asked.image.size, box) for box in asked.boxes]
-    given = hints(marks, vlm, seen)
+    seen = view(vlm, inputs, asked.image)
+    marks = None if asked.boxes is None else [seen_box(vlm, seen, asked.image.size, box) for box in asked.boxes]
+    given = hints(marks, seen)
     full = respond(vlm, inputs, max_new_tokens)[0]
     rows = [as_row(vlm, attach(vlm, choice), inputs, asked, given, max_new_tokens) for choice in chosen]
     rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
-    subtitle = f"{known}full model with {find(vlm.model).dims.visual} tokens: {full}"
+    total = sum(part.tokens.size for part in seen.parts)
+    subtitle = f"{known}full model with {total} tokens: {full}"
     _save(out, draw_page(seen, rows, asked.prompt, subtitle, marks or ()))
 
 
@@ -156,21 +156,28 @@ def _of_scene(model: str, seed: int | None, skill: str, prompt: str | None) -> A
 # What the model sees
 
 
-def seen_box(vlm: VLM, size: tuple[int, int], box: Box) -> Box:
-    """Transform a box of the image file to the model's view, by passing its mask through the processor."""
+def seen_box(vlm: VLM, seen: View, size: tuple[int, int], box: Box) -> Box:
+    """Transform a box of the image file to the model's view, where that is one picture."""
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
         raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
-    seen = regions.seen_box(vlm.processor.image_processor, size, box)
-    if seen is None:
+    if len(seen.parts) > 1:
+        raise LitPruneError(f"{vlm.name} sees an image as {len(seen.parts)} pictures: leave out --boxes")
+    if seen.whole:
+        height, width = seen.pixels.shape[:2]
+        return tuple(edge * to / of for edge, to, of in zip(box, (width, height) * 2, size * 2, strict=True))
+    mapped = regions.seen_box(vlm.processor.image_processor, size, box)
+    if mapped is None:
         raise LitPruneError(f"box {box} is cropped away: the model sees the middle of the image only")
-    return seen
+    return mapped
 
 
-def hints(marks: list[Box] | None, vlm: VLM, seen: Pixels) -> dict[str, Tensor]:
+def hints(marks: list[Box] | None, seen: View) -> dict[str, Tensor]:
     """Hints of the sample: the regions asked about, if known."""
-    side = side_of(find(vlm.model).dims.visual)
-    return {} if marks is None else regions.joined([regions.regions(marks, side, seen.shape[0])])
+    if marks is None:
+        return {}
+    height, width = seen.pixels.shape[:2]
+    return regions.joined([regions.regions(marks, seen.parts[0].tokens.shape, (width, height))])
 
 
 def as_row(

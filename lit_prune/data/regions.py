@@ -26,15 +26,18 @@ def boxes_of(record: dict) -> list[list[float]]:
     return boxes
 
 
-def regions(boxes: Sequence[Box], side: int, size: int) -> Float[Tensor, "boxes patches"]:
-    """Share of each of `side` x `side` patches, row by row, that each box covers, in `size` x `size` pixels."""
-    edges = torch.arange(side + 1, dtype=torch.float32) * (size / side)
-    low, high = edges[:-1], edges[1:]
-    cover = torch.zeros(len(boxes), side, side)
+def regions(boxes: Sequence[Box], grid: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "boxes patches"]:
+    """Share of each patch that each box covers: `grid` rows and columns of patches over `size` (width, height) pixels.
+
+    Patches are counted row by row.
+    """
+    (rows, columns), (width, height) = grid, size
+    x, y = (torch.arange(n + 1, dtype=torch.float32) * (pixels / n) for n, pixels in ((columns, width), (rows, height)))
+    cover = torch.zeros(len(boxes), rows, columns)
     for index, (x0, y0, x1, y1) in enumerate(boxes):
-        across = (high.clamp(max=x1) - low.clamp(min=x0)).clamp(min=0)
-        down = (high.clamp(max=y1) - low.clamp(min=y0)).clamp(min=0)
-        cover[index] = down[:, None] * across[None, :] / (edges[1] ** 2)
+        across = (x[1:].clamp(max=x1) - x[:-1].clamp(min=x0)).clamp(min=0)
+        down = (y[1:].clamp(max=y1) - y[:-1].clamp(min=y0)).clamp(min=0)
+        cover[index] = down[:, None] * across[None, :] / (x[1] * y[1])
     return cover.flatten(1)
 
 
@@ -75,7 +78,7 @@ def sample_regions(
     seen = pixels.shape[2]
     if not _as_it_is(processor.image_processor, sizes[0], seen):
         boxes = [box for each in boxes if (box := seen_box(processor.image_processor, sizes[0], each)) is not None]
-    return regions(boxes, side, seen)
+    return regions(boxes, (side, side), (seen, seen))
 
 
 def _as_it_is(image_processor: Any, size: tuple[int, int], seen: int) -> bool:

@@ -8,19 +8,16 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lit_prune.errors import LitPruneError
+from lit_prune.evaluation.views import Box, Part, Pixels, View
 
-Pixels = UInt8[np.ndarray, "height width 3"]
 Mask = Bool[np.ndarray, " tokens"]
-Box = tuple[float, float, float, float]
 
 DPI = 240
 CELL, GAP, MARGIN = 1.6, 0.12, 0.16  # inches
@@ -45,61 +42,48 @@ class Row:
     scores: Float[np.ndarray, " tokens"] | None = None
 
 
-def as_seen(pixel_values: Float[torch.Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Pixels:
-    """The image as the model sees it: resized and cropped by its processor, normalisation undone."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    image = pixel_values.detach().float().cpu() * std + mean
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
 def titled(stages: Mapping[int, Mask]) -> list[tuple[str, Mask]]:
     """The stages of a `Row`, from the kept tokens after each pruning layer."""
     counts = {layer: int(kept.sum()) for layer, kept in stages.items()}
     return [(f"layer {i} · {counts[i]} token{'' if counts[i] == 1 else 's'}", kept) for i, kept in stages.items()]
 
 
-def side_of(tokens: int) -> int:
-    """Side of a square grid of visual tokens; raises `LitPruneError` if they are none."""
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise LitPruneError(
-            f"{tokens} visual tokens are no square grid: only models with one fixed grid of patches can be drawn, "
-            f"such as LLaVA-1.5"
-        )
-    return side
+def mark(view: View, kept: Mask) -> Pixels:
+    """The picture with dropped patches dark and almost grey; kept ones as they are."""
+    marked = view.pixels.copy()
+    for part in view.parts:
+        x0, y0, x1, y1 = part.box
+        image, (rows, columns) = view.pixels[y0:y1, x0:x1], part.tokens.shape
+        down, across = np.arange(y1 - y0) * rows // (y1 - y0), np.arange(x1 - x0) * columns // (x1 - x0)
+        stays = kept[part.tokens][down][:, across, None]
+        grey = image.mean(-1, keepdims=True)
+        marked[y0:y1, x0:x1] = np.where(stays, image, DARK * (TINT * image + (1 - TINT) * grey)).astype(np.uint8)
+    return marked
 
 
-def mark(image: Pixels, kept: Mask) -> Pixels:
-    """The image with dropped patches dark and almost grey; kept ones as they are."""
-    side = side_of(len(kept))
-    rows, columns = (np.arange(size) * side // size for size in image.shape[:2])
-    stays = kept.reshape(side, side)[rows][:, columns, None]
-    grey = image.mean(-1, keepdims=True)
-    return np.where(stays, image, DARK * (TINT * image + (1 - TINT) * grey)).astype(np.uint8)
-
-
-def borders(kept: Mask) -> Float[np.ndarray, "lines 2 2"]:
-    """Lines (x, y) between kept and other patches, in patches from the upper left corner."""
-    side = side_of(len(kept))
-    grid = np.pad(kept.reshape(side, side), 1)
+def borders(part: Part, kept: Mask) -> Float[np.ndarray, "lines 2 2"]:
+    """Lines (x, y) between kept and other patches of a part, in pixels of the picture."""
+    x0, y0, x1, y1 = part.box
+    rows, columns = part.tokens.shape
+    grid = np.pad(kept[part.tokens], 1)
     row, column = np.nonzero(grid[1:, :] != grid[:-1, :])
     across = np.stack([np.stack([column - 1, row], 1), np.stack([column, row], 1)], 1)
     row, column = np.nonzero(grid[:, 1:] != grid[:, :-1])
     down = np.stack([np.stack([column, row - 1], 1), np.stack([column, row], 1)], 1)
-    return np.concatenate([across, down]).astype(np.float64)
+    return np.concatenate([across, down]) * np.array([(x1 - x0) / columns, (y1 - y0) / rows]) + np.array([x0, y0])
 
 
 def draw_page(
-    image: Pixels, rows: Sequence[Row], title: str = "", subtitle: str = "", boxes: Sequence[Box] = ()
+    view: View, rows: Sequence[Row], title: str = "", subtitle: str = "", boxes: Sequence[Box] = ()
 ) -> Figure:
     """One page: rows are methods; columns are the image with the asked boxes, scores if any row has them, the stages.
 
     Args:
-        image: as the model sees it.
+        view: the image as the model sees it.
         rows: the methods.
         title: the question.
         subtitle: small, under the title.
-        boxes: x0, y0, x1, y1 in pixels of `image`.
+        boxes: x0, y0, x1, y1 in pixels of the picture.
     """
     stages = max((len(row.stages) for row in rows), default=0)
     scored = [r for r, row in enumerate(rows) if row.scores is not None]
@@ -108,16 +92,18 @@ def draw_page(
     for r, row in enumerate(rows):
         sheet.label(r, row)
         legend = "image  □ what is asked about" if boxes else "image"
-        _picture(sheet.cell(r, 0), image, legend if r == 0 else "", boxes=boxes)
+        _picture(sheet.cell(r, 0), view.pixels, legend if r == 0 else "", boxes=boxes)
         if row.scores is not None:
             _heat(
                 sheet.cell(r, 1, BAR),
                 sheet.below(r, 1),
+                view,
                 row.scores,
                 "scores of the first stage" if r == scored[0] else "",
             )
         for s, (name, kept) in enumerate(row.stages):
-            _picture(sheet.cell(r, 1 + heat + s), mark(image, kept), name, kept=kept)
+            lines = np.concatenate([borders(part, kept) for part in view.parts])
+            _picture(sheet.cell(r, 1 + heat + s), mark(view, kept), name, lines)
     return sheet.figure
 
 
@@ -169,29 +155,40 @@ class Sheet:
             self.figure.text(MARGIN / self.width, y, text, size=size, color=colour, va="top", parse_math=False)
 
 
-def _picture(axes: Axes, image: Pixels, title: str, kept: Mask | None = None, boxes: Sequence[Box] = ()) -> None:
+def _picture(
+    axes: Axes,
+    image: Pixels,
+    title: str,
+    lines: Float[np.ndarray, "lines 2 2"] | None = None,
+    boxes: Sequence[Box] = (),
+) -> None:
     height, width = image.shape[:2]
-    interpolation = "nearest" if width * 1.5 < CELL * DPI else "antialiased"
+    longest = max(height, width)
+    interpolation = "nearest" if longest * 1.5 < CELL * DPI else "antialiased"
     axes.imshow(image, extent=(0, width, height, 0), interpolation=interpolation)
     axes.set_title(title, size=7, color=GREY, pad=3)
-    if kept is not None:
-        lines = borders(kept) * (np.array([width, height]) / side_of(len(kept)))
+    if lines is not None:
         axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6, capstyle="projecting"))
     for x0, y0, x1, y1 in boxes:
         for colour, points, outside in (("black", 2.4, 1.2), ("white", 1.0, 0.9)):
-            pad = outside / 72 / CELL * width
+            pad = outside / 72 / CELL * longest
             frame = Rectangle((x0 - pad, y0 - pad), x1 - x0 + 2 * pad, y1 - y0 + 2 * pad)
             frame.set(fill=False, edgecolor=colour, linewidth=points, clip_on=False)
             axes.add_patch(frame)
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _heat(axes: Axes, bar: Axes, scores: Float[np.ndarray, " tokens"], title: str) -> None:
+def _heat(axes: Axes, bar: Axes, view: View, scores: Float[np.ndarray, " tokens"], title: str) -> None:
     """Scores as colours, without the few highest and lowest that would leave no colours for the rest; and their bar."""
-    side, known = side_of(len(scores)), scores[np.isfinite(scores)]
+    known = scores[np.isfinite(scores)]
     low, high = np.quantile(known, (0.02, 0.98)) if len(known) else (0.0, 1.0)
-    grid = np.where(np.isfinite(scores), scores, np.nan).reshape(side, side)
-    shown = axes.imshow(grid, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+    shown, (height, width) = None, view.pixels.shape[:2]
+    for part in view.parts:
+        x0, y0, x1, y1 = part.box
+        grid = np.where(np.isfinite(scores), scores, np.nan)[part.tokens]
+        extent = (x0, x1, y1, y0)
+        shown = axes.imshow(grid, cmap="magma", vmin=low, vmax=high, interpolation="nearest", extent=extent)
+    axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_title(title, size=7, color=GREY, pad=3)
     bar.figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=[]).outline.set_linewidth(0.4)
     bar.set_xticks([])

@@ -20,8 +20,10 @@ from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.cells import FULL, Cell
 from lit_prune.evaluation.comparison import Comparison
 from lit_prune.evaluation.laws import ALL, SHARE, UNREAD, attached, methods, rcp_and_repair, stages
+from lit_prune.evaluation.pictures import draw_page
 from lit_prune.evaluation.timing import Benchmark, Method
 from lit_prune.evaluation.timing.clocks import wall_clock
+from lit_prune.evaluation.views import view
 from lit_prune.host.zoo.inputs import prompts
 from lit_prune.host.zoo.processor import NoiseProcessor
 from lit_prune.host.zoo.shrink import tiny_model
@@ -166,12 +168,13 @@ class _Walk:
             found.outcomes["generate"].append(run_plain(self.vlm, inputs, 2, total))
 
     def show(self, found: Runs) -> None:
-        """The tokens that stay at each stage, as rows of a picture."""
+        """A picture of the tokens that stay at each stage."""
         with self._plain():
             image = Image.new("RGB", SIZES[1])
             inputs = self.vlm.encode([image], ["what is it ?"])
             self.vlm.attach(self._plugins()[0], keep=SHARE)
-            found.outcomes["show"] = as_row(self.vlm, self.vlm.name, inputs, Asked(image, "what is it ?"), {}, 2)
+            row = as_row(self.vlm, self.vlm.name, inputs, Asked(image, "what is it ?"), {}, 2)
+            found.outcomes["show"] = row, draw_page(view(self.vlm, inputs, image), [row])
 
     def bench(self, found: Runs) -> None:
         """One round beside the full model."""

@@ -19,10 +19,10 @@ import gradio as gr
 
 from lit_prune.commands._support.inputs import Choice, attach, encode
 from lit_prune.commands._support.processes import free_port
-from lit_prune.commands._support.views import view
 from lit_prune.errors import LitPruneError
-from lit_prune.evaluation.pictures import Mask, Pixels, mark, side_of, titled
+from lit_prune.evaluation.pictures import Mask, mark, titled
 from lit_prune.evaluation.streaming import Progress, stream
+from lit_prune.evaluation.views import View, view
 from lit_prune.files.images import MAX_PIXELS
 from lit_prune.files.inputs import as_image
 from lit_prune.files.shipped import config_names
@@ -143,15 +143,17 @@ class Demo:
             for pruned in stream(vlm, inputs, self.max_new_tokens):
                 if pruned.tokens == 1:  # the prefill is over: the stages are known
                     visual = f"{record.trace.average_visual()[0]:.4g} of {total} visual tokens"
-                    stages, note = self._stages(image, record)
+                    stages, note = self._stages(inputs, image, record)
                 facts = _facts(pruned, visual, full)
                 yield Shown(shown.full, shown.full_facts, pruned.text, facts, stages, note)
 
-    def _stages(self, image: Image.Image, record: Record) -> tuple[tuple[tuple[Image.Image, str], ...], str]:
+    def _stages(
+        self, inputs: dict[str, Any], image: Image.Image, record: Record
+    ) -> tuple[tuple[tuple[Image.Image, str], ...], str]:
         """A picture for each stage with dropped patches dark; without any, why."""
         kept = {stage.layer: stage.kept[0].bool().cpu().numpy() for stage in record.stages}
         try:
-            seen = view(self.vlm, image)
+            seen = view(self.vlm, inputs, image)
             return tuple((_picture(seen, mask), title) for title, mask in titled(kept)), ""
         except LitPruneError as error:
             counts = ", ".join(title for title, _ in titled(kept))
@@ -256,9 +258,8 @@ def _facts(progress: Progress, visual: str, full: Progress | None = None) -> str
     return f"{visual} · {first} · {tokens}, {progress.tokens_per_second:.1f} per second"
 
 
-def _picture(seen: Pixels, kept: Mask) -> Image.Image:
+def _picture(seen: View, kept: Mask) -> Image.Image:
     """The image with dropped patches dark, enlarged by a whole factor so that a patch keeps its edges."""
-    side_of(len(kept))
     marked = mark(seen, kept)
     factor = -(-SHOWN // marked.shape[0])
     return Image.fromarray(np.kron(marked, np.ones((factor, factor, 1), np.uint8)))
