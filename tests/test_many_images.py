@@ -137,10 +137,22 @@ def test_tiles_of_one_image_belong_together():
     assert visual == [[1, 16], [1, 4, 7]]
 
 
+ROWS = ("mistral3", "lighton_ocr")  # with Pixtral's tower: a text token behind each row of an image
+
+
+def rows_of(image: int, given: Prompts, model) -> list[int]:
+    """An image as Pixtral's processor writes it: [IMG_BREAK] behind each row, [IMG_END] behind the last."""
+    patch = model.config.vision_config.patch_size * model.config.spatial_merge_size
+    rows, columns = (int(side) // patch for side in given.pixels([image], [1])["image_sizes"][0])
+    return [*([*[given.image_token] * columns, 80] * rows)[:-1], 81]
+
+
 def pieces(kind: str, given: Prompts, model) -> dict[str, Tensor]:
     """A prompt of two images that text cuts into pieces, as the class's processor does."""
     token, each = given.image_token, int((given.ids[1] == given.image_token).sum()) // 2
-    if kind == "smolvlm":
+    if kind in ROWS:
+        ids, images = [5, *rows_of(1, given, model), 6, *rows_of(3, given, model), 7, 8], [1, 3]
+    elif kind == "smolvlm":
         ids, images = [5, *tiled(2, each, token), 6, *tiled(0, each, token), 7, 8], [0, 1, 2, 3]
     else:
         row = [*[token] * (each // 2), 80]  # Molmo 2's <im_col>
@@ -150,7 +162,7 @@ def pieces(kind: str, given: Prompts, model) -> dict[str, Tensor]:
     return inputs | given.extra(ids, inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("kind", ["molmo2", "smolvlm"])
+@pytest.mark.parametrize("kind", ["molmo2", "smolvlm", *ROWS])
 def test_an_image_in_pieces_has_one_budget(kind):
     """Each image keeps a token, not each of its pieces; so in `generate()`, which drops what tells sizes."""
     model = tiny_model(kind)
@@ -162,6 +174,31 @@ def test_an_image_in_pieces_has_one_budget(kind):
             call(**inputs)
         assert record.stages[0].kept.sum().item() == 2
     assert record.trace.excess().tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_images_in_rows_have_shares_of_their_sizes(kind):
+    """Alone and beside another prompt; ends of rows are no visual tokens."""
+    model = tiny_model(kind)
+    given = prompts(kind, model)
+    inputs, vlm = pieces(kind, given, model), VLM(model, None).attach(Uniform([0]), keep="50%")
+    sizes = [sum(token == given.image_token for token in rows_of(image, given, model)) for image in (1, 3)]
+    assert sizes[0] != sizes[1]
+    alone, batched = Record(), Record()
+    with torch.no_grad(), vlm.using(Session(record=alone)):
+        expected = model(**inputs).logits[0, -1]
+    kept = alone.stages[0].kept[0].split(sizes)
+    assert [int(part.sum()) for part in kept] == [size // 2 for size in sizes]
+    other = given.batch([1])
+    longest, both = max(one["input_ids"].shape[1] for one in (inputs, other)), {}
+    for name in ("input_ids", "attention_mask"):
+        rows = [torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0)) for one in (inputs, other)]
+        both[name] = torch.cat(rows)
+    both |= given.pixels([1, 3, 1, 2], [2, 2])
+    with torch.no_grad(), vlm.using(Session(record=batched)):
+        found = model(**both).logits[0, -1]
+    assert (batched.stages[0].kept[0, : sum(sizes)] == alone.stages[0].kept[0]).all()
+    torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
 
 
 # -- schedules ------------------------------------------------------------------------------------------------------

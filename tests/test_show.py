@@ -1,5 +1,6 @@
 """`lit-prune show` and the drawing behind it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +193,20 @@ def test_tiles_are_drawn_side_by_side_in_the_models_order(vlm: VLM) -> None:
 @pytest.mark.parametrize("ended", [0, 1])
 def test_ends_of_rows_of_a_finer_grid_are_no_patches(vlm: VLM, ended: int) -> None:
     """The whole image as 12 x 12 patches, then a grid of 8 x 16 without padding, whose rows may have an end."""
-    plain = VLM(vlm.model, type("Processor", (), {})())
-    inputs = of_prompt(vlm, 144 + 8 * (16 + ended), pixel_values=torch.zeros(1, 3, 3, 96, 96))
+    model = copy.copy(vlm.model)
+    model._parameters = {
+        **model._parameters,
+        **({"image_newline": torch.nn.Parameter(torch.zeros(1))} if ended else {}),
+    }
+    plain = VLM(model, type("Processor", (), {})())
+    tiles = {"pixel_values": torch.zeros(1, 3, 3, 96, 96), "image_sizes": torch.tensor([[100, 200]])}
     image = Image.new("RGB", (200, 100))
-    first, finer = view(plain, inputs, image).parts
+    first, finer = view(plain, of_prompt(vlm, 144 + 8 * (16 + ended), **tiles), image).parts
     assert (first.tokens == np.arange(144).reshape(12, 12)).all()
     assert finer.tokens.shape == (8, 16)
     assert (finer.tokens[:, 0] == 144 + np.arange(8) * (16 + ended)).all()
     with pytest.raises(LitPruneError, match="it isn't known which part of the image each of 149 visual tokens"):
-        view(plain, of_prompt(vlm, 149, pixel_values=torch.zeros(1, 3, 3, 96, 96)), image)
+        view(plain, of_prompt(vlm, 149, **tiles), image)
 
 
 def test_queries_of_a_resampler_stand_for_no_part_of_the_image() -> None:

@@ -61,7 +61,10 @@ def view(vlm: VLM, inputs: Mapping[str, Tensor], image: Image.Image) -> View:
     tiles = tiles_of(inputs, getattr(vlm.processor, "image_processor", None))
     if found is None and tiles and not any(RESAMPLER.search(name) for name, _ in vlm.model.named_modules()):
         patch = patch_of(vlm.model.config)
-        found = by_tiles(tiles, tokens, patch) or _by_finer_grid(tiles, image, tokens, patch)
+        found = by_tiles(tiles, tokens, patch)
+        if found is None and patch is not None and "image_sizes" in inputs and len(tiles) > 1:
+            ended = any(name.endswith("image_newline") for name, _ in vlm.model.named_parameters())
+            found = _by_finer_grid(tiles[0], image, tokens, patch, ended)
     if found is None:
         raise LitPruneError(
             f"it isn't known which part of the image each of {tokens} visual tokens of {vlm.name} stands for, so that "
@@ -152,29 +155,23 @@ def patch_of(config: Any) -> int | None:
     return sides[0] if isinstance(sides, list | tuple) else sides
 
 
-def _by_finer_grid(tiles: list[Pixels], image: Image.Image, tokens: int, patch: int | None) -> View | None:
+def _by_finer_grid(tile: Pixels, image: Image.Image, tokens: int, patch: int, ended: bool) -> View | None:
     """The whole image as the first tile, and a grid over the others without the padding, as in LLaVA-NeXT.
 
-    The finer grid's rows may end with a token of their own. Its shape is the one nearest to the image's.
+    The finer grid has the shape nearest to the image's. `ended`: each of its rows ends with a token of its own.
     """
-    height, width = tiles[0].shape[:2]
-    if len(tiles) < 2 or patch is None or (rest := tokens - (height // patch) * (width // patch)) <= 0:
+    height, width = (side // patch for side in tile.shape[:2])
+    if (rest := tokens - height * width) <= 0:
         return None
-    shapes = [
-        (rows, rest // rows - ended)
-        for rows in range(1, rest + 1)
-        for ended in (0, 1)
-        if not rest % rows and rest // rows > ended
-    ]
+    shapes = [(rows, rest // rows - ended) for rows in range(1, rest + 1) if not rest % rows and rest // rows > ended]
     wanted = image.width / image.height
-    rows, columns = min(shapes, key=lambda shape: abs(np.log(shape[1] / shape[0] / wanted)))
+    rows, columns = min(shapes, key=lambda shape: abs(np.log(shape[1] / shape[0] / wanted)), default=(1, 0))
     if not 0.7 < columns / rows / wanted < 1.4:  # by rounding; else the tokens are something else
         return None
-    first = _count(height // patch, width // patch)
-    finer = first.size + np.arange(rest).reshape(rows, -1)[:, :columns]
+    finer = height * width + np.arange(rest).reshape(rows, -1)[:, :columns]
     copy = image.convert("RGB")
     copy.thumbnail((LONGEST, LONGEST))
-    return _sheet([(tiles[0], first), (np.asarray(copy), finer)])
+    return _sheet([(tile, _count(height, width)), (np.asarray(copy), finer)])
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------
