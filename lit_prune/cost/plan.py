@@ -15,6 +15,8 @@ class Training:
         accumulate: Batches of a step.
         samples: Of the whole run; by default 1,000 steps of 64, as configs/rcp_ours.yaml.
         mode: `soft` masks at full length, `drop` discards.
+        backward: In `soft` mode, gradients return through the rows of `all` tokens, or of those `kept` alone.
+        teacher_cache: Whether the teacher's moments of all samples are known, as from the second epoch on.
         checkpointing: Whether layers keep their inputs alone and run again in backward.
         peak: TFLOP/s of one GPU in the frozen model's dtype [assumed: an H100 in bfloat16].
         utilisation: Share of the peak that is reached [assumed].
@@ -28,6 +30,8 @@ class Training:
     accumulate: int = 4
     samples: int = 64_000
     mode: Literal["soft", "drop"] = "soft"
+    backward: Literal["all", "kept"] = "all"
+    teacher_cache: bool = False
     checkpointing: bool = False
     peak: float = 989.0
     utilisation: float = 0.4

@@ -14,6 +14,10 @@ from torch import Tensor
 from lit_prune.pruners.base import UNPRUNED, PruningMethod
 from lit_prune.repair import RepairAdapter
 
+# Share of the rows that a stage has to drop before the others learn alone (`backward: kept`): below it, their second
+# attention costs what backward saves [ours].
+WORTH = 0.25
+
 
 @dataclass(frozen=True)
 class ImageLoad:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_prune.cost.flops import CARRIER, ModelSize, decoder_layer
 from lit_prune.cost.plan import Training
 from lit_prune.cost.step import step_flops, visual_of
-from lit_prune.cost.trace import Trace, plan
+from lit_prune.cost.trace import WORTH, Trace, left_out, plan
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 
@@ -78,10 +78,13 @@ def plan_step(
     pruner: PruningMethod,
     repair: RepairAdapter | None = None,
     mode: str = "soft",
+    backward: str = "all",
+    cached: bool = False,
 ) -> PlannedStep:
     """Plan a training step of one sample, as `PruneModule` runs it.
 
-    The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer.
+    The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer,
+    and doesn't run at all where a cache knows the sample (`cached`).
     """
     visual, text = tokens.visual, tokens.text + tokens.answers
     teacher = plan({}, visual, text, depth)
@@ -101,6 +104,14 @@ def plan_step(
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
     teacher.learning, student.learning = teacher.ran, student.ran
     teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
+    if backward == "kept" and mode == "soft":
+        alone = [i >= min(schedule) and full - int(left) >= WORTH * full for i, left in enumerate(student.queries)]
+        student.learning = [
+            left if kept else ran for kept, left, ran in zip(alone, student.queries, student.ran, strict=True)
+        ]
+    if cached:
+        student.ran = lengths
+        teacher = left_out(student)
     return PlannedStep(teacher, student, tokens.answers)
 
 
@@ -116,14 +127,19 @@ def kept_bytes(size: ModelSize, tokens: Tensor, bytes_per_value: int, soft: bool
 
 
 def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft: bool, checkpointing: bool) -> float:
-    """Bytes that a student's decoder saves for backward, summed over the trace's samples."""
-    reached = [tokens.sum() for tokens, learns in zip(student.ran, student.learns, strict=True) if learns]
+    """Bytes that a student's decoder saves for backward, summed over the trace's samples.
+
+    Of rows that run beside those that learn, their keys and values.
+    """
+    reached = [layer for layer, learns in enumerate(student.learns) if learns]
     if not reached:
         return 0.0
-    tokens = torch.stack(reached)
+    tokens, ran = (torch.stack(lengths)[reached].sum(1) for lengths in (student.learning, student.ran))
+    head = size.head_dim + (CARRIER if soft else 0)
     layers = kept_bytes(size, tokens, bytes_per_value, soft)
+    layers = layers + (ran - tokens).double() * 2 * size.key_heads * head * bytes_per_value
     if checkpointing:
-        return (tokens.sum() * size.width * bytes_per_value + layers.max()).item()
+        return (ran.sum() * size.width * bytes_per_value + layers.max()).item()
     return layers.sum().item()
 
 

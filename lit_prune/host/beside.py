@@ -16,14 +16,13 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
+from lit_prune.cost.trace import WORTH
 from lit_prune.errors import LitPruneError
 from lit_prune.host.attention import REQUEST, Captured, Request
 from lit_prune.host.compat import plain_forward, unsupported
 from lit_prune.host.compiled import CompiledForward
 from lit_prune.host.packing import KEPT
 from lit_prune.host.slicing import Slices
-
-WORTH = 0.25  # share of the columns that has to be dropped: below, the second attention costs what backward saves
 
 
 class Rows:
