@@ -287,6 +287,27 @@ def test_half_of_the_bound_is_background() -> None:
         AskedShare().score(replace(context(regions, 16), hints={}))
 
 
+def test_attention_is_that_of_each_question_asked_alone(small) -> None:
+    """Against the attention that the plain model hands out for one prompt, in both layers."""
+    seed = next(seed for seed in range(5, 50) if len(make_scene(seed).things) > 4)
+    batch = batches.question_batch([seed], None, {"colour": 2, "position": 1})
+    with torch.no_grad():
+        visual = losses.see(small, batch.pixels)
+    found = figures.attention_auc(small, visual, batch)
+    assert [len(layer) for layer in found] == [len(batch.questions[0])] * 2
+    for number, question in enumerate(batch.questions[0], 1):
+        own = ((batch.segments[0] == 0) | (batch.segments[0] == number)).nonzero()[:, 0]
+        prompt = own[: int((batch.labels[0, own] != batches.NONE).nonzero()[0, 0]) + 1]
+        small.set_attn_implementation("eager")
+        with torch.no_grad():
+            plain = small(input_ids=batch.input_ids[:, prompt], pixel_values=batch.pixels, output_attentions=True)
+        small.set_attn_implementation("sdpa")
+        patches = figures.asked_patches(question)
+        for layer, weights in enumerate(plain.attentions):
+            seen = weights[0, :, -1].mean(0)[batches.FIRST_PATCH : batches.PREFIX]
+            assert found[layer][number - 1] == pytest.approx(losses.auc(seen, patches), abs=1e-3)
+
+
 def cell(method: str, keep: int | None, accuracy: float) -> dict:
     return {"method": method, "keep": keep, "accuracy": accuracy, "status": "measured", "per_skill": {}}
 

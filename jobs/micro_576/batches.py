@@ -27,9 +27,8 @@ COVERED = 0.35  # share of a patch from which an object's look is its label
 BLOCKS = 4  # the pixels of a patch that are read out: brightness in 4 x 4 blocks, colour in 2 x 2
 # Most questions of each skill and image. Skills that are learned late are asked more often: text costs little beside
 # an image's 576 visual tokens.
-MIX = dict.fromkeys(SKILLS, 1) | dict.fromkeys(("texture", "behind", "words"), 2)
-MIX |= dict.fromkeys(("size", "same", "dots", "ground", "layout"), 3)
-MIX |= dict.fromkeys(("counting", "figures", "relation", "region"), 4)
+MIX = dict.fromkeys(SKILLS, 1) | dict.fromkeys(("shape", "relation"), 2) | dict.fromkeys(("size", "dots"), 3)
+MIX |= dict.fromkeys(("counting", "figures", "region", "same", "ground", "layout"), 4)
 NAMES = (*COLOURS, *SHAPES, *TEXTURES, *GROUNDS)  # words whose presence in a scene is an image-level label
 
 INDEX = {name: i for names in (COLOURS, SHAPES, PATTERNS, TEXTURES, GROUNDS) for i, name in enumerate(names)}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from jobs.micro_576.batches import NONE, Batch, question_batch
-from jobs.micro_576.figures import word_auc
+from jobs.micro_576.figures import attention_auc, word_auc
 from jobs.micro_576.losses import background_likeness, read, see
 from lit_prune.commands import compare
 from lit_prune.evaluation.tables import means
@@ -84,13 +84,14 @@ def right_answers(model: LlavaForConditionalGeneration, batch: Batch, visual: Te
 
 @torch.no_grad()
 def inner_figures(model: LlavaForConditionalGeneration, scenes: int, seed: int = GATE_SEED) -> dict:
-    """Blind accuracy over all and by skill, the mean cosine among background tokens, and the AUC of words."""
-    blind, cosines, aucs = defaultdict(list), [], []
+    """Blind accuracy over all and by skill, mean cosine among background tokens, AUC of words and of attention."""
+    blind, cosines, aucs, attended = defaultdict(list), [], [], []
     for each in tqdm(range(seed, seed + scenes), "scenes"):
         batch = question_batch([each], None, 1)
         visual = see(model, batch.pixels)
         cosines.append(background_likeness(visual, batch.patches["colour"] > 0))
         aucs += word_auc(model, visual, batch)
+        attended.append(attention_auc(model, visual, batch))
         for skill, right in right_answers(model, batch, see(model, torch.zeros_like(batch.pixels))).items():
             blind[skill] += right
     every = [one for right in blind.values() for one in right]
@@ -99,6 +100,7 @@ def inner_figures(model: LlavaForConditionalGeneration, scenes: int, seed: int =
         "blind by skill": {skill: sum(right) / len(right) for skill, right in blind.items()},
         "background cosine": sum(cosines) / len(cosines),
         "word AUC": sum(aucs) / len(aucs),
+        "attention AUC": [sum(map(sum, layer)) / sum(map(len, layer)) for layer in zip(*attended, strict=True)],
     }
 
 
@@ -145,6 +147,8 @@ def show(rows: list[dict], inner: dict, gates: list[tuple[str, str, str, bool]],
             line(row["method"], row["keep"], row["accuracy"], row["per_skill"])
     line("blind", "", inner["blind"], inner["blind by skill"])
     console.print(table)
+    layers = "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(inner["attention AUC"]))
+    console.print(f"AUC of the last prompt token's attention against asked patches, by layer: {layers}")
     share = 100 * len(WORDS_ALONE) / len(SKILLS)
     console.print(f"{share:.1f} % of the questions ({', '.join(WORDS_ALONE)}) are answerable without the image.")
 

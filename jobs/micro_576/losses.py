@@ -88,29 +88,32 @@ def see(model: LlavaForConditionalGeneration, pixels: Tensor, frozen: bool = Fal
     return model.model.multi_modal_projector(seen[:, 1:])
 
 
-def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     """Causal attention in the prefix, masked rows after it: half of the work of one full mask.
 
-    In float32 under autocast too: on CPUs the backward pass of this kernel takes three times as long in bfloat16.
+    In float32, without the autocast that would undo it: on CPUs the backward pass of this kernel takes three times as
+    long in bfloat16.
     """
     query, key, value = query.float(), key.float(), value.float()
     options = {"scale": module.scaling, "dropout_p": 0.0}
-    prefix = F.scaled_dot_product_attention(
-        query[:, :, :PREFIX], key[:, :, :PREFIX], value[:, :, :PREFIX], is_causal=True, **options
-    )
-    text = F.scaled_dot_product_attention(query[:, :, PREFIX:], key, value, attn_mask=attention_mask, **options)
+    with torch.autocast("cpu", enabled=False):
+        prefix = F.scaled_dot_product_attention(
+            query[:, :, :PREFIX], key[:, :, :PREFIX], value[:, :, :PREFIX], is_causal=True, **options
+        )
+        text = F.scaled_dot_product_attention(query[:, :, PREFIX:], key, value, attn_mask=attention_mask, **options)
     return torch.cat([prefix, text], 2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("micro_576_packed", _packed_attention)
+PACKED = "micro_576_packed"
+AttentionInterface.register(PACKED, packed_attention)
 
 
-def read(model: LlavaForConditionalGeneration, batch: Batch, visual: Tensor) -> Tensor:
-    """Last hidden states float[batch, length, d] of the decoder over a packed batch."""
+def read(model: LlavaForConditionalGeneration, batch: Batch, visual: Tensor, attention: str = PACKED) -> Tensor:
+    """Last hidden states float[batch, length, d] of the decoder over a packed batch, by this attention function."""
     decoder = model.model.language_model
     embeddings = model.get_input_embeddings()(batch.input_ids)
     embeddings = torch.cat([embeddings[:, :FIRST_PATCH], visual.to(embeddings.dtype), embeddings[:, PREFIX:]], 1)
-    before, decoder.config._attn_implementation = decoder.config._attn_implementation, "micro_576_packed"
+    before, decoder.config._attn_implementation = decoder.config._attn_implementation, attention
     try:
         return decoder(
             inputs_embeds=embeddings, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
