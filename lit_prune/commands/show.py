@@ -163,9 +163,8 @@ def seen_box(vlm: VLM, seen: View, size: tuple[int, int], box: Box) -> Box:
         raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
     if len(seen.parts) > 1:
         raise LitPruneError(f"{vlm.name} sees an image as {len(seen.parts)} pictures: leave out --boxes")
-    if seen.whole:
-        height, width = seen.pixels.shape[:2]
-        return tuple(edge * to / of for edge, to, of in zip(box, (width, height) * 2, size * 2, strict=True))
+    if seen.whole is not None:
+        return tuple(edge * to / of for edge, to, of in zip(box, seen.whole * 2, size * 2, strict=True))
     mapped = regions.seen_box(vlm.processor.image_processor, size, box)
     if mapped is None:
         raise LitPruneError(f"box {box} is cropped away: the model sees the middle of the image only")
