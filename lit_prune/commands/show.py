@@ -84,9 +84,8 @@ def run(
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, inputs, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, seen, asked.image.size, box) for box in asked.boxes]
-    given = hints(marks, seen)
     full = respond(vlm, inputs, max_new_tokens)[0]
-    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, given, max_new_tokens) for choice in chosen]
+    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, hints(marks, seen), max_new_tokens) for choice in chosen]
     rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
