@@ -1,15 +1,13 @@
 """`lit-prune show` and the drawing behind it."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
-from PIL import Image, ImageDraw
-from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
+from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from lit_prune.cli import main
 from lit_prune.commands.show import seen_box
@@ -27,8 +25,6 @@ from lit_prune.evaluation.pictures import (
     mark,
 )
 from lit_prune.evaluation.views import Part, View, by_tiles, view
-from lit_prune.host.parts import find
-from lit_prune.host.zoo.shrink import tiny_model
 from lit_prune.micro.world import RESERVED_SEED, VALIDATION_SEED, make_scene
 from lit_prune.vlm import VLM, load
 
@@ -142,79 +138,6 @@ def test_boxes_follow_resizing_and_cropping(vlm: VLM) -> None:
             seen_box(cropping, page, (384, 192), box)
     with pytest.raises(LitPruneError, match="as 2 pictures: leave out --boxes"):
         seen_box(vlm, by_tiles([page.pixels] * 2, 288), (96, 96), (8, 16, 24, 40))
-
-
-# -- models that see no single square -------------------------------------------------------------------------------
-
-
-def bright(picture: np.ndarray) -> tuple[float, float, float, float]:
-    """The box of what a white picture still shows white, in shares of its width and height."""
-    rows, columns = (picture.min(-1) > 250).nonzero()
-    height, width = picture.shape[:2]
-    return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
-
-
-def of_prompt(vlm: VLM, tokens: int, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    token = find(vlm.model).tokens["image"]
-    return {"input_ids": torch.tensor([[5, *[token] * tokens, 6]]), **inputs}
-
-
-def test_patches_of_an_image_that_keeps_its_shape_stand_where_its_processor_reads_them(vlm: VLM) -> None:
-    """A white square in a black picture: the token of the only white patches is the one drawn there."""
-    image = Image.new("RGB", (96, 64))
-    ImageDraw.Draw(image).rectangle((64, 32, 95, 63), fill="white")
-    read = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=64, max_pixels=96 * 64)(images=image, return_tensors="pt")
-    white = read["pixel_values"].amin(1) > 0.9  # patches, in blocks of four that one token stands for
-    kept = white.view(-1, 4).all(1).numpy()
-    assert kept.sum() == 4
-    found = view(vlm, of_prompt(vlm, 24, **read), image)
-    assert found.whole
-    assert found.parts[0].tokens.shape == (4, 6)
-    blank = View(np.full_like(found.pixels, 255), found.parts)
-    assert bright(mark(blank, kept)) == pytest.approx((2 / 3, 1 / 2, 1, 1))
-    assert seen_box(vlm, found, image.size, (64, 32, 96, 64)) == (64, 32, 96, 64)
-
-
-def test_tiles_are_drawn_side_by_side_in_the_models_order(vlm: VLM) -> None:
-    pixels = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(1, 5, 3, 96, 96) / 5
-    plain = VLM(vlm.model, type("Processor", (), {})())
-    found = view(plain, of_prompt(vlm, 5 * 36, pixel_values=pixels), SCENE.image())
-    assert [part.tokens[0, 0] for part in found.parts] == [0, 36, 72, 108, 144]
-    assert [part.box[:2] for part in found.parts] == [(0, 0), (100, 0), (200, 0), (0, 100), (100, 100)]
-    for number, (x0, y0, x1, y1) in enumerate(part.box for part in found.parts):
-        assert (found.pixels[y0:y1, x0:x1] == round(255 * number / 5)).all()
-    kept = np.arange(180) >= 144
-    lines = np.concatenate([borders(part, kept) for part in found.parts])
-    assert (lines.min((0, 1)).tolist(), lines.max((0, 1)).tolist()) == ([100, 100], [196, 196])
-    page = draw_page(found, [Row("A", stages=[("layer 1", kept)], scores=np.arange(180.0))])
-    assert len(page.axes) == 4
-
-
-@pytest.mark.parametrize("ended", [0, 1])
-def test_ends_of_rows_of_a_finer_grid_are_no_patches(vlm: VLM, ended: int) -> None:
-    """The whole image as 12 x 12 patches, then a grid of 8 x 16 without padding, whose rows may have an end."""
-    model = copy.copy(vlm.model)
-    model._parameters = {
-        **model._parameters,
-        **({"image_newline": torch.nn.Parameter(torch.zeros(1))} if ended else {}),
-    }
-    plain = VLM(model, type("Processor", (), {})())
-    tiles = {"pixel_values": torch.zeros(1, 3, 3, 96, 96), "image_sizes": torch.tensor([[100, 200]])}
-    image = Image.new("RGB", (200, 100))
-    first, finer = view(plain, of_prompt(vlm, 144 + 8 * (16 + ended), **tiles), image).parts
-    assert (first.tokens == np.arange(144).reshape(12, 12)).all()
-    assert finer.tokens.shape == (8, 16)
-    assert (finer.tokens[:, 0] == 144 + np.arange(8) * (16 + ended)).all()
-    with pytest.raises(LitPruneError, match="it isn't known which part of the image each of 149 visual tokens"):
-        view(plain, of_prompt(vlm, 149, **tiles), image)
-
-
-def test_queries_of_a_resampler_stand_for_no_part_of_the_image() -> None:
-    """16 of 16 patches look like patches, but aren't."""
-    vlm = VLM(tiny_model("idefics2"), None, "idefics2")
-    inputs = of_prompt(vlm, 16, pixel_values=torch.zeros(1, 1, 3, 32, 32))
-    with pytest.raises(LitPruneError, match="of idefics2 stands for"):
-        view(vlm, inputs, SCENE.image())
 
 
 def test_scene_with_several_methods(micro_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lit_prune.callbacks.settings import output_suffix
 from lit_prune.evaluation.measuring import Measured
 from lit_prune.evaluation.pictures import Row, draw_page, titled
 from lit_prune.evaluation.records import SampleRecord
-from lit_prune.evaluation.views import Pixels, View, by_tiles, patch_of, tiles_of
+from lit_prune.evaluation.views import Pixels, View, by_tiles, has_queries, patch_of, tiles_of
 from lit_prune.host.parts import find
 from lit_prune.training.debug_modes import leaves_no_trace
 from lit_prune.training.logging import logged_step
@@ -107,7 +107,8 @@ def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> View | 
     if pixels is None or processor is None or pixels.ndim != 4 or len(pixels) != int(pictured.sum()) or not pictured[i]:
         return None
     place = int(pictured[:i].sum())
-    tiles = tiles_of({"pixel_values": pixels[place : place + 1]}, processor)
+    mine = {name: inputs[name][place : place + 1] for name in ("pixel_values", "image_sizes") if name in inputs}
+    tiles = [] if has_queries(module.model) else tiles_of(mine, processor)
     return by_tiles(tiles, int(shown[i].sum()), patch_of(module.model.config)) if tiles else None
 
 

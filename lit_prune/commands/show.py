@@ -84,9 +84,8 @@ def run(
     inputs = encode(vlm, [asked.image], [asked.prompt])
     seen = view(vlm, inputs, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, seen, asked.image.size, box) for box in asked.boxes]
-    given = hints(marks, seen)
     full = respond(vlm, inputs, max_new_tokens)[0]
-    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, given, max_new_tokens) for choice in chosen]
+    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, hints(marks, seen), max_new_tokens) for choice in chosen]
     rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
@@ -163,9 +162,8 @@ def seen_box(vlm: VLM, seen: View, size: tuple[int, int], box: Box) -> Box:
         raise LitPruneError(f"box {box} must be x0 y0 x1 y1 inside the image of {size[0]} x {size[1]} pixels")
     if len(seen.parts) > 1:
         raise LitPruneError(f"{vlm.name} sees an image as {len(seen.parts)} pictures: leave out --boxes")
-    if seen.whole:
-        height, width = seen.pixels.shape[:2]
-        return tuple(edge * to / of for edge, to, of in zip(box, (width, height) * 2, size * 2, strict=True))
+    if seen.whole is not None:
+        return tuple(edge * to / of for edge, to, of in zip(box, seen.whole * 2, size * 2, strict=True))
     mapped = regions.seen_box(vlm.processor.image_processor, size, box)
     if mapped is None:
         raise LitPruneError(f"box {box} is cropped away: the model sees the middle of the image only")

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_prune.errors import BadSample
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
+PIXELS = ("pixel_values", "pixel_values_images")  # names of images in a processor's output
 LARGEST_PIXEL = 1e9  # bound on box edges; Python's integers may exceed any float
 
 
@@ -51,12 +52,23 @@ def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[flo
         return None
     mask = Image.new("RGB", size)
     ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill="white")
-    values = image_processor(images=mask, return_tensors="pt")["pixel_values"][0, 0]
-    white = values * image_processor.image_std[0] + image_processor.image_mean[0] > 0.5
-    rows, columns = white.nonzero(as_tuple=True)
+    found = image_processor(images=mask, return_tensors="pt")
+    pixels = next(found[name] for name in PIXELS if name in found)
+    rows, columns = (denormalised(pixels.flatten(0, -4)[0], image_processor)[0] > 0.5).nonzero(as_tuple=True)
     if not len(rows):
         return None
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
+
+
+def denormalised(pixels: Float[Tensor, "3 height width"], image_processor: Any) -> Float[Tensor, "3 height width"]:
+    """Undo the scaling and normalisation of a processor: values from 0 to 1."""
+    mean = std = scale = None
+    if getattr(image_processor, "do_normalize", True) is not False:
+        mean, std = (getattr(image_processor, name, None) for name in ("image_mean", "image_std"))
+    if getattr(image_processor, "do_rescale", True) is not False:
+        scale = getattr(image_processor, "rescale_factor", None) or 1 / 255
+    mean, std = (torch.tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean or 0.0, std or 1.0))
+    return ((pixels.detach().float().cpu() * std + mean) / (255 * (scale or 1.0))).clamp(0, 1)
 
 
 def sample_regions(

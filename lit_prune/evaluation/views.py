@@ -8,15 +8,16 @@ no part of the image (queries of a resampler) has no view.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import ceil, isqrt, sqrt
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_prune.data.regions import denormalised
 from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import find
 from lit_prune.vlm import VLM
@@ -26,9 +27,11 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 # Rows and columns of patches where the patches of all images stand in one row; some have a number of frames before.
 GRIDS = ("image_grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes")
-RESAMPLER = re.compile("resampler|perceiver|qformer", re.IGNORECASE)  # a module of such a name has queries for tokens
+# A module of such a name has queries for tokens; LLaVA-NeXT-Video's `vision_resampler` pools videos alone.
+RESAMPLER = re.compile("(?<!vision_)resampler|perceiver|qformer", re.IGNORECASE)
 SPACE = 0.04  # between tiles, of a tile's longer side
 LONGEST = 1024  # pixels of a side that a drawn image needs at most
+LEAST = 4  # pixels of a side of a drawn token
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,14 @@ class Part:
 
 @dataclass(frozen=True)
 class View:
-    """The picture: the image as the model sees it, or its tiles side by side. `whole`: the image file, not cropped."""
+    """The picture: the image as the model sees it, or its tiles side by side.
+
+    `whole`: width and height in pixels of the image file in the upper left corner, if nothing of it is cropped.
+    """
 
     pixels: Pixels
     parts: tuple[Part, ...]
-    whole: bool = False
+    whole: tuple[int, int] | None = None
 
 
 def view(vlm: VLM, inputs: Mapping[str, Tensor], image: Image.Image) -> View:
@@ -57,20 +63,28 @@ def view(vlm: VLM, inputs: Mapping[str, Tensor], image: Image.Image) -> View:
     Raises `LitPruneError` where it isn't known which part of the image a token stands for.
     """
     tokens = int((inputs["input_ids"] == find(vlm.model).tokens["image"]).sum())
-    found = _by_grids(inputs, image, tokens)
-    tiles = tiles_of(inputs, getattr(vlm.processor, "image_processor", None))
-    if found is None and tiles and not any(RESAMPLER.search(name) for name, _ in vlm.model.named_modules()):
+    processor = getattr(vlm.processor, "image_processor", None)
+    found = _by_grids(inputs, image, tokens, processor)
+    tiles = tiles_of(inputs, processor)
+    if found is None and tiles and not has_queries(vlm.model):
         patch = patch_of(vlm.model.config)
-        found = by_tiles(tiles, tokens, patch)
-        if found is None and patch is not None and "image_sizes" in inputs and len(tiles) > 1:
-            ended = any(name.endswith("image_newline") for name, _ in vlm.model.named_parameters())
-            found = _by_finer_grid(tiles[0], image, tokens, patch, ended)
+        if patch is not None and "image_sizes" in inputs and len(tiles) > 1:
+            size = torch.as_tensor(inputs["image_sizes"])[0].tolist()
+            finer = _finer_grid(tiles, size, tokens, patch, vlm.model)
+            found = None if finer is None else _twice(tiles[0], image, patch, finer)
+        else:
+            found = by_tiles(tiles, tokens, patch)
     if found is None:
         raise LitPruneError(
             f"it isn't known which part of the image each of {tokens} visual tokens of {vlm.name} stands for, so that "
             f"none can be drawn"
         )
     return found
+
+
+def has_queries(model: nn.Module) -> bool:
+    """True if a resampler's queries are the visual tokens."""
+    return any(RESAMPLER.search(name) for name, _ in model.named_modules())
 
 
 def by_tiles(tiles: Sequence[Pixels], tokens: int, patch: int | None = None) -> View | None:
@@ -88,6 +102,8 @@ def by_tiles(tiles: Sequence[Pixels], tokens: int, patch: int | None = None) -> 
         grid = _blocks(height // patch, width // patch, each)
     if rest or not each or grid is None:
         return None
+    if patch is not None:  # the tower reads no pixels behind the last whole patch
+        tiles = [tile[: height // patch * patch, : width // patch * patch] for tile in tiles]
     return _sheet([(tile, _count(*grid, each * number)) for number, tile in enumerate(tiles)])
 
 
@@ -106,7 +122,7 @@ def _count(rows: int, columns: int, first: int = 0) -> Int[np.ndarray, "rows col
 # -- images whose patches stand in one row --------------------------------------------------------------------------
 
 
-def _by_grids(inputs: Mapping[str, Tensor], image: Image.Image, tokens: int) -> View | None:
+def _by_grids(inputs: Mapping[str, Tensor], image: Image.Image, tokens: int, processor: Any) -> View | None:
     if len(sizes := inputs.get("image_grids", ())) == 1:  # Molmo 2: the whole image, and a finer grid
         (rows, columns), finer = sizes[0].view(2, 2).tolist()
         grids = [_count(rows, columns), _count(*finer, rows * columns)]
@@ -114,16 +130,72 @@ def _by_grids(inputs: Mapping[str, Tensor], image: Image.Image, tokens: int) -> 
     sizes = next((inputs[name][:, -2:].tolist() for name in GRIDS if name in inputs), [])
     if "image_position_ids" in inputs:  # column and row of each patch
         sizes = (inputs["image_position_ids"].amax(1) + 1).flip(1).tolist()
+    if len(sizes) > 1 and {"spatial_shapes", "target_sizes"} & set(inputs):
+        return _by_packed_tiles(inputs["pixel_values"], sizes, tokens, processor)
     grid = _blocks(*sizes[0], tokens) if len(sizes) == 1 else None
-    return grid and _whole(image, [_count(*grid)])
+    if grid is None:
+        return None
+    padded = _padding(processor, image, grid) if processor is not None and "image_grid_thw" in inputs else (1.0, 1.0)
+    return None if padded is None else _whole(image, [_count(*grid)], padded)
 
 
-def _whole(image: Image.Image, grids: list[Int[np.ndarray, "rows columns"]]) -> View:
-    """The image file once for each grid over it."""
+def _by_packed_tiles(pixels: Tensor, sizes: Sequence[Sequence[int]], tokens: int, processor: Any) -> View | None:
+    """A view of tiles of several shapes, each a row of patches (LFM2-VL), or all of them one strip (MiniCPM-V)."""
+    counts = [rows * columns for rows, columns in sizes]
+    each = sum(counts) // max(1, tokens)  # patches that a token stands for, in all tiles as many
+    grids = [each and _blocks(rows, columns, rows * columns // each) for rows, columns in sizes]
+    if not all(grids) or sum(rows * columns for rows, columns in grids) != tokens:
+        return None
+    if pixels.ndim == 4:
+        patches = pixels[0].unflatten(-1, (-1, pixels.shape[-2])).permute(2, 0, 1, 3)
+    else:
+        side = isqrt(pixels.shape[-1] // 3)
+        rows = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
+        patches = rows.unflatten(-1, (side, side, 3)).permute(0, 3, 1, 2)
+    shaped, first = [], 0
+    for (rows, columns), grid, part in zip(sizes, grids, patches.split(counts), strict=True):
+        tile = part.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        shaped.append((_drawn(tile, processor), _count(*grid, first)))
+        first += shaped[-1][1].size
+    return _sheet(shaped)
+
+
+def _padding(processor: Any, image: Image.Image, grid: tuple[int, int]) -> tuple[float, float] | None:
+    """Width and height of the padded image that a grid is over, relative to the image.
+
+    Some processors (Kimi K2.5, GLM-5) keep the shape of an image and fill up its right and lower end with black. How
+    much is counted in what they make of a white image. None if that isn't what they do.
+    """
+    white = processor(images=Image.new("RGB", image.size, "white"), return_tensors="pt")["pixel_values"] > 0
+    if white.all():
+        return 1.0, 1.0
+    (rows, columns), wanted = grid, image.width / image.height
+    side = sqrt(int(white.sum()) / white.numel() * rows * columns * wanted)  # columns that the image takes
+    if not side:
+        return None
+    wider, higher = columns / side, rows / (side / wanted)
+    return (wider, higher) if min(wider, higher) > 0.98 else None  # by rounding
+
+
+def _whole(
+    image: Image.Image, grids: list[Int[np.ndarray, "rows columns"]], padded: tuple[float, float] = (1.0, 1.0)
+) -> View:
+    """The image file once for each grid over it, on black where the grid is `padded` times as wide and high."""
+    copy = _copy(image, grids)
+    wider, higher = (max(1.0, times) for times in padded)
+    page = np.zeros((round(copy.height * higher), round(copy.width * wider), 3), np.uint8)
+    page[: copy.height, : copy.width] = np.asarray(copy)
+    found = _sheet([(page, grid) for grid in grids])
+    return View(found.pixels, found.parts, copy.size if len(grids) == 1 else None)
+
+
+def _copy(image: Image.Image, grids: list[Int[np.ndarray, "rows columns"]]) -> Image.Image:
+    """The image file, small enough to draw and with pixels for every token."""
     copy = image.convert("RGB")
     copy.thumbnail((LONGEST, LONGEST))
-    found = _sheet([(np.asarray(copy), grid) for grid in grids])
-    return View(found.pixels, found.parts, len(grids) == 1)
+    rows, columns = (max(grid.shape[axis] for grid in grids) for axis in (0, 1))
+    times = max(1, ceil(LEAST * rows / copy.height), ceil(LEAST * columns / copy.width))
+    return copy.resize((times * copy.width, times * copy.height), Image.Resampling.NEAREST)
 
 
 # -- tiles ----------------------------------------------------------------------------------------------------------
@@ -134,19 +206,15 @@ def tiles_of(inputs: Mapping[str, Tensor], processor: Any) -> list[Pixels]:
     pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
     if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
         return []
-    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
     tiles = list(pixels.flatten(0, -4))
     if pixels.ndim == 4 and len(inputs.get("image_sizes", ())) == len(tiles):  # smaller ones are padded
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         tiles = [tile[:, :height, :width] for tile, (height, width) in zip(tiles, sizes, strict=True)]
-    return [as_seen(tile, mean or (0.0,) * 3, std or (1.0,) * 3) for tile in tiles]
+    return [_drawn(tile, processor) for tile in tiles]
 
 
-def as_seen(pixel_values: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Pixels:
-    """The image as the model sees it: resized and cropped by its processor, normalisation undone."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    image = pixel_values.detach().float().cpu() * std + mean
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def _drawn(tile: Tensor, processor: Any) -> Pixels:
+    return (denormalised(tile, processor) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def patch_of(config: Any) -> int | None:
@@ -155,23 +223,45 @@ def patch_of(config: Any) -> int | None:
     return sides[0] if isinstance(sides, list | tuple) else sides
 
 
-def _by_finer_grid(tile: Pixels, image: Image.Image, tokens: int, patch: int, ended: bool) -> View | None:
-    """The whole image as the first tile, and a grid over the others without the padding, as in LLaVA-NeXT.
+def _finer_grid(
+    tiles: Sequence[Pixels], size: Sequence[int], tokens: int, patch: int, model: nn.Module
+) -> Int[np.ndarray, "rows columns"] | None:
+    """Tokens of a grid over all tiles but the first, without the padding, as in LLaVA-NeXT.
 
-    The finer grid has the shape nearest to the image's. `ended`: each of its rows ends with a token of its own.
+    Of the shapes in which the tiles can stand side by side, it is the one that has so many tokens.
+
+    Args:
+        tiles: the whole image and its tiles. size: height and width of the image. tokens: of all tiles.
+        patch: side of the tower's patches in pixels. model: says if rows end with a token of their own.
     """
-    height, width = (side // patch for side in tile.shape[:2])
-    if (rest := tokens - height * width) <= 0:
+    height, width = (side // patch for side in tiles[0].shape[:2])
+    number, first = len(tiles) - 1, height * width
+    ended = any(name.endswith("image_newline") for name, _ in model.named_parameters())
+    most = re.search(r"\d+$", str(getattr(model.config, "vision_aspect_ratio", "")))  # LLaVA-OneVision: then smaller
+    shapes = set()
+    for down in (down for down in range(1, number + 1) if number % down == 0):
+        rows, columns = _unpadded(down * height, number // down * width, size)
+        over = sqrt(rows * columns / (int(most[0]) * height**2)) if most else 1.0
+        shapes.add((int(rows // over), int(columns // over)) if over > 1.1 else (rows, columns))
+    fitting = [(rows, columns) for rows, columns in shapes if rows * (columns + ended) == tokens - first]
+    if len(fitting) != 1 or min(fitting[0]) < 1:
         return None
-    shapes = [(rows, rest // rows - ended) for rows in range(1, rest + 1) if not rest % rows and rest // rows > ended]
-    wanted = image.width / image.height
-    rows, columns = min(shapes, key=lambda shape: abs(np.log(shape[1] / shape[0] / wanted)), default=(1, 0))
-    if not 0.7 < columns / rows / wanted < 1.4:  # by rounding; else the tokens are something else
-        return None
-    finer = height * width + np.arange(rest).reshape(rows, -1)[:, :columns]
-    copy = image.convert("RGB")
-    copy.thumbnail((LONGEST, LONGEST))
-    return _sheet([(tile, _count(height, width)), (np.asarray(copy), finer)])
+    return _count(fitting[0][0], fitting[0][1] + ended, first)[:, : fitting[0][1]]
+
+
+def _unpadded(rows: int, columns: int, size: Sequence[int]) -> tuple[int, int]:
+    """A grid of tiles without the rows or columns that only pad an image of this height and width."""
+    height, width = size
+    if width / height > columns / rows:
+        return rows - (rows - int(round(height * (columns / width), 7))) // 2 * 2, columns
+    return rows, columns - (columns - int(round(width * (rows / height), 7))) // 2 * 2
+
+
+def _twice(tile: Pixels, image: Image.Image, patch: int, finer: Int[np.ndarray, "rows columns"]) -> View:
+    """The whole image as a tile of patches, and the image file under a finer grid."""
+    rows, columns = (side // patch for side in tile.shape[:2])
+    seen = tile[: rows * patch, : columns * patch]
+    return _sheet([(seen, _count(rows, columns)), (np.asarray(_copy(image, [finer])), finer)])
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------
