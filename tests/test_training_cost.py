@@ -58,14 +58,14 @@ def test_an_estimate_is_what_a_step_does(student, world, tmp_path, options):
     answers, visual = len(seen[0].targets), int(did.total_visual)
     text = int(taught.queries[0]) - visual - answers
     plugin, size, mode = module.plugin, module.vlm.size, module.teaching.train_mode
-    backward = module.teaching.backward
-    given = (TokenCounts(visual, text, answers), size.depth, plugin.pruner, plugin.repair, mode, backward)
+    modes = {"mode": mode, "backward": module.teaching.backward}
+    run = Training(batch_size=1, checkpointing=module.teaching.checkpoint_activations, reserve=0.0, **modes)
+    given = (TokenCounts(visual, text, answers), size.depth, plugin.pruner, plugin.repair, run)
     step = plan_step({stage.layer: int(stage.kept) for stage in did.stages}, *given)
     for plan, real in ((step.teacher, taught), (step.student, did)):
         assert [int(tokens) for tokens in plan.ran] == [int(tokens) for tokens in real.ran]
         assert plan.learns == real.learns
         assert [int(tokens) for tokens in plan.learning] == [int(tokens) for tokens in real.learning]
-    run = Training(batch_size=1, mode=mode, checkpointing=module.teaching.checkpoint_activations, reserve=0.0)
     found = estimate(run, step, size, Weights(0, 0, 0, bytes_per_value=4), plugin.pruner, plugin.repair)
     assert found.flops + found.repeated == pytest.approx(counted.counter.get_total_flops(), rel=0.01)
     # The plug-in's own activations are left out: little beside a decoder that keeps everything at full length.
@@ -83,7 +83,7 @@ def test_a_cached_teacher_costs_nothing(student, world, tmp_path):
     plugin, size, answers = module.plugin, module.vlm.size, len(seen[-1][0].targets)
     tokens = TokenCounts(144, int(taught.queries[0]) - 144 - answers, answers)
     schedule = {stage.layer: int(stage.kept) for stage in did.stages}
-    planned = plan_step(schedule, tokens, size.depth, plugin.pruner, plugin.repair, cached=True)
+    planned = plan_step(schedule, tokens, size.depth, plugin.pruner, plugin.repair, Training(teacher_cache=True))
     for plan, real in ((planned.teacher, taught), (planned.student, did)):
         assert [int(part) for part in plan.ran] == [int(part) for part in real.ran]
         assert plan.learns == real.learns

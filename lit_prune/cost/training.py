@@ -20,6 +20,7 @@ from lit_prune.repair import RepairAdapter
 
 STAGES = {"ddp": 0, "deepspeed_1": 1, "deepspeed_2": 2, "deepspeed_3": 3}  # ZeRO stage
 PASSES = 3  # in which ZeRO-3 gathers the frozen weights: teacher, student, backward
+USUAL = Training()
 ADAM = 8  # bytes per parameter of its two moments
 
 
@@ -77,14 +78,12 @@ def plan_step(
     depth: int,
     pruner: PruningMethod,
     repair: RepairAdapter | None = None,
-    mode: str = "soft",
-    backward: str = "all",
-    cached: bool = False,
+    training: Training = USUAL,
 ) -> PlannedStep:
     """Plan a training step of one sample, as `PruneModule` runs it.
 
     The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer,
-    and doesn't run at all where a cache knows the sample (`cached`).
+    and doesn't run at all where a cache knows the sample.
     """
     visual, text = tokens.visual, tokens.text + tokens.answers
     teacher = plan({}, visual, text, depth)
@@ -98,18 +97,18 @@ def plan_step(
     learned = min(schedule) if any(True for _ in pruner.parameters()) else min(feeds, default=depth) + 1
     stop = max(feeds, default=depth - 1) + 1
     full = pruner.arriving(schedule, visual) + text
-    lengths = student.queries if mode == "drop" else [torch.tensor([full])] * depth
+    lengths = student.queries if training.mode == "drop" else [torch.tensor([full])] * depth
     nothing = torch.tensor([0])
     teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
     teacher.learning, student.learning = teacher.ran, student.ran
     teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
-    if backward == "kept" and mode == "soft":
+    if training.backward == "kept" and training.mode == "soft":
         alone = [i >= min(schedule) and full - int(left) >= WORTH * full for i, left in enumerate(student.queries)]
         student.learning = [
             left if kept else ran for kept, left, ran in zip(alone, student.queries, student.ran, strict=True)
         ]
-    if cached:
+    if training.teacher_cache:
         student.ran = lengths
         teacher = left_out(student)
     return PlannedStep(teacher, student, tokens.answers)

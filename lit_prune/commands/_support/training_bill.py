@@ -64,8 +64,7 @@ def runs(training: Training, case: Case, bills: dict[str, Bill]) -> dict[str, Es
     tokens = TokenCounts(prompt.visual, prompt.text, prompt.answer)
     estimates = {}
     for name, bill in bills.items():
-        parts, modes = (plugin.pruner, plugin.repair), (training.mode, training.backward, training.teacher_cache)
-        step = plan_step(bill.schedule, tokens, size.depth, *parts, *modes)
+        step = plan_step(bill.schedule, tokens, size.depth, plugin.pruner, plugin.repair, training)
         step.student.tower = bill.tower
         estimates[name] = estimate(training, step, size, weights, plugin.pruner, plugin.repair)
     return estimates
