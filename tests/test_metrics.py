@@ -166,7 +166,7 @@ def test_distillation_is_zero_for_equal_answers_only():
 
 # -- the oracle's hint ----------------------------------------------------------------------------------------------
 def test_regions_measure_how_much_of_a_patch_a_box_covers():
-    hint = joined([regions(boxes, side=4, size=32) for boxes in ([[0, 0, 16, 8], [4, 4, 12, 12]], [])])["regions"]
+    hint = joined([regions(boxes, (4, 4), (32, 32)) for boxes in ([[0, 0, 16, 8], [4, 4, 12, 12]], [])])["regions"]
     assert hint.shape == (2, 2, 16)
     assert hint[0, 0].tolist() == [1, 1] + [0] * 14
     assert hint[0, 1].tolist() == [0.25, 0.25, 0, 0, 0.25, 0.25] + [0] * 10

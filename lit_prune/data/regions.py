@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lit_prune.errors import BadSample
+from lit_prune.ops.pixels import denormalised
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
 PIXELS = ("pixel_values", "pixel_values_images")  # names of images in a processor's output
@@ -58,17 +59,6 @@ def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[flo
     if not len(rows):
         return None
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
-
-
-def denormalised(pixels: Float[Tensor, "3 height width"], image_processor: Any) -> Float[Tensor, "3 height width"]:
-    """Undo the scaling and normalisation of a processor: values from 0 to 1."""
-    mean = std = scale = None
-    if getattr(image_processor, "do_normalize", True) is not False:
-        mean, std = (getattr(image_processor, name, None) for name in ("image_mean", "image_std"))
-    if getattr(image_processor, "do_rescale", True) is not False:
-        scale = getattr(image_processor, "rescale_factor", None) or 1 / 255
-    mean, std = (torch.tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean or 0.0, std or 1.0))
-    return ((pixels.detach().float().cpu() * std + mean) / (255 * (scale or 1.0))).clamp(0, 1)
 
 
 def sample_regions(

@@ -17,9 +17,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from lit_prune.data.regions import denormalised
 from lit_prune.errors import LitPruneError
 from lit_prune.host.parts import find
+from lit_prune.ops.pixels import denormalised
 from lit_prune.vlm import VLM
 
 Pixels = UInt8[np.ndarray, "height width 3"]
