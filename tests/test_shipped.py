@@ -282,7 +282,7 @@ def test_the_wheel_holds_code_and_data_and_nothing_else(wheel):
     own = {name for name in names if ".dist-info/" not in name}
     tracked = {
         f"lit_prune/{path.relative_to(PACKAGE).as_posix()}"
-        for pattern in ("**/*.py", "micro/weights/*", "cost/shapes/*/*.json", "py.typed")
+        for pattern in ("**/*.py", "micro/weights/*", "micro/weights_576/*", "cost/shapes/*/*.json", "py.typed")
         for path in PACKAGE.glob(pattern)
     }
     configs = {f"lit_prune/files/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
@@ -292,7 +292,7 @@ def test_the_wheel_holds_code_and_data_and_nothing_else(wheel):
         "lit_prune/files/configs/micro.yaml",
         "lit_prune/files/configs/pruners/fastv.yaml",
     } <= own
-    assert "lit_prune/micro/weights/model.safetensors" in own
+    assert {f"lit_prune/micro/{folder}/model.safetensors" for folder in ("weights", "weights_576")} <= own
     assert "lit_prune/cost/shapes/llava-hf/llava-1.5-7b-hf.json" in own
 
 
