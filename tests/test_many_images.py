@@ -141,7 +141,7 @@ ROWS = ("mistral3", "lighton_ocr")  # with Pixtral's tower: a text token behind 
 
 
 def rows_of(image: int, given: Prompts, model) -> list[int]:
-    """An image as Pixtral's processor writes it: [IMG_BREAK] behind each row, [IMG_END] behind the last."""
+    """An image as Pixtral's processor writes it: [IMG_BREAK] after each row but the last, then [IMG_END]."""
     patch = model.config.vision_config.patch_size * model.config.spatial_merge_size
     rows, columns = (int(side) // patch for side in given.pixels([image], [1])["image_sizes"][0])
     return [*([*[given.image_token] * columns, 80] * rows)[:-1], 81]

@@ -102,7 +102,7 @@ def _row(module: LightningModule, batch: dict[str, Any], outputs: dict[str, Any]
 def _seen(module: LightningModule, inputs: dict[str, Tensor], i: int) -> View | None:
     """The image of a sample, where each sample has at most one and the model sees it whole."""
     pixels, processor = inputs.get("pixel_values"), getattr(module.vlm.processor, "image_processor", None)
-    shown = inputs["input_ids"] == find(module.model).tokens["image"]
+    shown = find(module.model).image_columns(inputs["input_ids"])
     pictured = shown.any(1)
     if pixels is None or processor is None or pixels.ndim != 4 or len(pixels) != int(pictured.sum()) or not pictured[i]:
         return None

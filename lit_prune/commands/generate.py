@@ -131,7 +131,7 @@ def full_trace(inputs: dict[str, Any], vlm: VLM) -> Trace:
     """Trace of the plain model: the whole prompt in every layer."""
     lengths = inputs["attention_mask"].sum(1)
     parts = find(vlm.model)
-    visual, depth = (inputs["input_ids"] == parts.tokens["image"]).sum(1), parts.dims.depth
+    visual, depth = parts.image_columns(inputs["input_ids"]).sum(1), parts.dims.depth
     return Trace([lengths] * depth, [lengths] * depth, [visual] * depth, total_visual=visual)
 
 

@@ -15,7 +15,7 @@ from lit_prune.data import regions
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.evaluation.measuring import matches
 from lit_prune.evaluation.pictures import DPI, Row, draw_page, titled
-from lit_prune.evaluation.views import Box, View, view
+from lit_prune.evaluation.views import Box, View, view, visual_tokens
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.micro.worlds import world_of
@@ -85,12 +85,12 @@ def run(
     seen = view(vlm, inputs, asked.image)
     marks = None if asked.boxes is None else [seen_box(vlm, seen, asked.image.size, box) for box in asked.boxes]
     full = respond(vlm, inputs, max_new_tokens)[0]
-    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, hints(marks, seen), max_new_tokens) for choice in chosen]
+    given = hints(marks, seen)
+    rows = [as_row(vlm, attach(vlm, choice), inputs, asked, given, max_new_tokens) for choice in chosen]
     rows = [replace(row, name=name) for row, name in zip(rows, names or [row.name for row in rows], strict=True)]
     rows = rows if scores else [replace(row, scores=None) for row in rows]
     known = f"answer: {asked.answer}  ·  " if asked.answer is not None else ""
-    total = sum(part.tokens.size for part in seen.parts)
-    subtitle = f"{known}full model with {total} tokens: {full}"
+    subtitle = f"{known}full model with {visual_tokens(vlm, inputs)} tokens: {full}"
     _save(out, draw_page(seen, rows, asked.prompt, subtitle, marks or ()))
 
 

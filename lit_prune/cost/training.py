@@ -114,13 +114,18 @@ def plan_step(
     return PlannedStep(teacher, student, tokens.answers)
 
 
+def _carried(size: ModelSize, soft: bool) -> int:
+    """Channels of a head, with those that carry a bias per key under soft masks."""
+    return size.head_dim + (CARRIER if soft else 0)
+
+
 def kept_bytes(size: ModelSize, tokens: Tensor, bytes_per_value: int, soft: bool) -> Tensor:
     """Bytes that autograd saves in one frozen decoder layer with SwiGLU and RMSNorm, for each number of tokens.
 
     Frozen weights need no saved inputs. What remains are the inputs of both norms in float32, inputs and output of
     attention with one log-sum-exp per head, and the three factors of the MLP's product.
     """
-    head = size.head_dim + (CARRIER if soft else 0)
+    head = _carried(size, soft)
     attention = (2 * size.heads + 2 * size.key_heads) * head * bytes_per_value + 4 * size.heads
     return tokens.double() * (2 * 4 * size.width + attention + 3 * size.mlp * bytes_per_value)
 
@@ -134,9 +139,8 @@ def activation_bytes(student: Trace, size: ModelSize, bytes_per_value: int, soft
     if not reached:
         return 0.0
     tokens, ran = (torch.stack(lengths)[reached].sum(1) for lengths in (student.learning, student.ran))
-    head = size.head_dim + (CARRIER if soft else 0)
-    layers = kept_bytes(size, tokens, bytes_per_value, soft)
-    layers = layers + (ran - tokens).double() * 2 * size.key_heads * head * bytes_per_value
+    beside = (ran - tokens).double() * 2 * size.key_heads * _carried(size, soft) * bytes_per_value
+    layers = kept_bytes(size, tokens, bytes_per_value, soft) + beside
     if checkpointing:
         return (ran.sum() * size.width * bytes_per_value + layers.max()).item()
     return layers.sum().item()

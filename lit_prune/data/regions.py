@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lit_prune.errors import BadSample
+from lit_prune.host.parts import INPUTS
 from lit_prune.ops.pixels import denormalised
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
-PIXELS = ("pixel_values", "pixel_values_images")  # names of images in a processor's output
 LARGEST_PIXEL = 1e9  # bound on box edges; Python's integers may exceed any float
 
 
@@ -54,7 +54,7 @@ def seen_box(image_processor: Any, size: tuple[int, int], box: Box) -> tuple[flo
     mask = Image.new("RGB", size)
     ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill="white")
     found = image_processor(images=mask, return_tensors="pt")
-    pixels = next(found[name] for name in PIXELS if name in found)
+    pixels = next(found[name] for name in INPUTS["image"] if name in found)
     rows, columns = (denormalised(pixels.flatten(0, -4)[0], image_processor)[0] > 0.5).nonzero(as_tuple=True)
     if not len(rows):
         return None

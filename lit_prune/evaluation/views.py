@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_prune.errors import LitPruneError
-from lit_prune.host.parts import find
+from lit_prune.host.parts import INPUTS, find
 from lit_prune.ops.pixels import denormalised
 from lit_prune.vlm import VLM
 
@@ -62,7 +62,7 @@ def view(vlm: VLM, inputs: Mapping[str, Tensor], image: Image.Image) -> View:
 
     Raises `LitPruneError` where it isn't known which part of the image a token stands for.
     """
-    tokens = int((inputs["input_ids"] == find(vlm.model).tokens["image"]).sum())
+    tokens = visual_tokens(vlm, inputs)
     processor = getattr(vlm.processor, "image_processor", None)
     found = _by_grids(inputs, image, tokens, processor)
     tiles = tiles_of(inputs, processor)
@@ -80,6 +80,11 @@ def view(vlm: VLM, inputs: Mapping[str, Tensor], image: Image.Image) -> View:
             f"none can be drawn"
         )
     return found
+
+
+def visual_tokens(vlm: VLM, inputs: Mapping[str, Tensor]) -> int:
+    """Visual tokens of a prompt, ends of rows included."""
+    return int(find(vlm.model).image_columns(inputs["input_ids"]).sum())
 
 
 def has_queries(model: nn.Module) -> bool:
@@ -102,7 +107,7 @@ def by_tiles(tiles: Sequence[Pixels], tokens: int, patch: int | None = None) -> 
         grid = _blocks(height // patch, width // patch, each)
     if rest or not each or grid is None:
         return None
-    if patch is not None:  # the tower reads no pixels behind the last whole patch
+    if patch is not None:  # the tower reads no pixels beyond the last whole patch
         tiles = [tile[: height // patch * patch, : width // patch * patch] for tile in tiles]
     return _sheet([(tile, _count(*grid, each * number)) for number, tile in enumerate(tiles)])
 
@@ -203,7 +208,7 @@ def _copy(image: Image.Image, grids: list[Int[np.ndarray, "rows columns"]]) -> I
 
 def tiles_of(inputs: Mapping[str, Tensor], processor: Any) -> list[Pixels]:
     """The tiles of a prompt, normalisation undone; none where pixels are no images."""
-    pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
+    pixels = next((inputs[name] for name in INPUTS["image"] if name in inputs), None)
     if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
         return []
     tiles = list(pixels.flatten(0, -4))

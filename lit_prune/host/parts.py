@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.cost.formulas import TOWERS
 from lit_prune.cost.shapes import Config
@@ -52,6 +52,10 @@ class ModelParts:
     def device(self) -> torch.device:
         """Device that the decoder's first layer computes on; offloaded weights may wait elsewhere."""
         return device_of(self.norms[0])
+
+    def image_columns(self, ids: Tensor) -> Tensor:
+        """Columns of token ids that stand for an image's tokens, bool of the same shape."""
+        return ids == self.tokens["image"]
 
     @property
     def norms(self) -> list[nn.Module]:

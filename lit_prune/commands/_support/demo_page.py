@@ -133,7 +133,7 @@ class Demo:
     def _both(self, image: Image.Image, question: str, choice: Choice) -> Iterator[Shown]:
         vlm = self.vlm.detach()
         inputs, full, shown = encode(vlm, [image], [question]), None, Shown()
-        total = int((inputs["input_ids"] == find(vlm.model).tokens["image"]).sum())
+        total = int(find(vlm.model).image_columns(inputs["input_ids"]).sum())
         for full in stream(vlm, inputs, self.max_new_tokens):
             shown = Shown(full.text, _facts(full, f"{total} visual tokens"), note="answering pruned …")
             yield shown

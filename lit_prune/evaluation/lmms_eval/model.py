@@ -180,7 +180,7 @@ class LitPrune(lmms):
                 tokens = vlm.model.generate(**inputs, generation_config=config)
         spent.seconds += now(vlm.model.device) - start
         length = inputs["input_ids"].shape[1]
-        total = (inputs["input_ids"] == find(vlm.model).tokens["image"]).sum(1).tolist()
+        total = find(vlm.model).image_columns(inputs["input_ids"]).sum(1).tolist()
         spent.total += total
         spent.visual += total if vlm.plugin is None else record.trace.average_visual().tolist()
         counts = self._counts(tokens[:, length:])

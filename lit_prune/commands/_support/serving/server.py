@@ -92,7 +92,7 @@ class _Generation:
 
     def __init__(self, vlm: VLM, metrics: Metrics, ids: Tensor) -> None:
         self.vlm, self.metrics = vlm, metrics
-        self.total = int((ids == find(vlm.model).tokens["image"]).sum())
+        self.total = int(find(vlm.model).image_columns(ids).sum())
         self.arrival, self.tokens, self.record = ARRIVAL.get(), 0, Record()
 
     @contextmanager
