@@ -17,6 +17,7 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "jobs.md": "jobs/README.md",
     "micro.md": "lit_prune/micro/weights/README.md",
+    "micro_576.md": "lit_prune/micro/weights_576/README.md",
 }
 PAGES = {source: page for page, source in ELSEWHERE.items()}
 LINK = re.compile(r'(\]\(|\b(?:src|href)=")(?!\w+:|#)([^)\s"#]+)')

@@ -13,7 +13,8 @@ from tiny import ROOT
 pytest.importorskip("mkdocs", reason="the extra `docs`, which `dev` brings")
 
 FILES = ["mkdocs.yml", "pyproject.toml", "constraints.txt", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"]
-FILES += ["jobs/site.sh", "jobs/site_pages.py", "jobs/README.md", "lit_prune/micro/weights/README.md"]
+FILES += ["jobs/site.sh", "jobs/site_pages.py", "jobs/README.md"]
+FILES += ["lit_prune/micro/weights/README.md", "lit_prune/micro/weights_576/README.md"]
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_the_site(clone):
     site = clone / "build" / "site"
     pages = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
     sources = [path.stem for path in (ROOT / "docs").glob("*.md")]
-    assert {f"{name}.html" for name in [*sources, "index", "contributing", "changelog", "jobs", "micro"]} <= set(pages)
+    assert {f"{name}.html" for name in [*sources, "index", "contributing", "changelog", "jobs", "micro", "micro_576"]} <= set(pages)
     for name, page in pages.items():
         assert not re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]*"', page), name
         assert not re.search(r"<p>[^<]*\n- ", page), f"{name}: a list is shown as text"
