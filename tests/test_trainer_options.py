@@ -376,7 +376,7 @@ def test_a_method_that_has_not_learnt_is_said_first(lightning: Run, trained: Pat
         assert first.startswith("note: untrained plug-in: neither --ckpt_path nor --model.plugin is given")
         assert first.endswith(f"{trained} has a trained one: --ckpt_path last")
         assert verb == "predict" or ", of an untrained plug-in" in result.err
-    told = ("--model.pruner=null", "--model.repair=null", f"--model.plugin={trained}/plugin")
+    told = ("--model.pruner=null", "--model.repair=null", "--model.lora=null", f"--model.plugin={trained}/plugin")
     for result in (
         lightning("test", quiet, "--ckpt_path=last"),
         lightning("test", quiet, *told),

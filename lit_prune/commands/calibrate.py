@@ -12,12 +12,11 @@ from lit_prune.commands._support import console
 from lit_prune.commands._support.inputs import Choice, Dtype, attach, load_model
 from lit_prune.commands._support.outputs import check_file, check_folder, write_json
 from lit_prune.errors import LitPruneError, check_number
+from lit_prune.files.images import SUFFIXES
 from lit_prune.files.inputs import as_image
 from lit_prune.host import Record, Session
 from lit_prune.ops.budget import format_budget, parse_budget
 from lit_prune.vlm import VLM
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def run(

@@ -15,6 +15,7 @@ from lit_prune.errors import BadSample
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 LONGEST = 200  # times the shorter side; the limit of Qwen2-VL's processor
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs another program
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")  # of their files
 OPTIONAL = {"AVIF": "avif"}  # formats that some builds of Pillow decode, with the feature to ask for
 LONGEST_NAME = 100  # characters of a name in a message
 HEAD = 512  # bytes that `kind_of` looks at

@@ -272,7 +272,7 @@ def refuse_foreign(path: Path, trainer: Trainer, fit: bool = True) -> None:
         raise LitPruneError(
             f"{path} was written under {written}, and this run is under {here}: the optimizer's state doesn't carry "
             f"over. The plug-in does: lit-prune export --checkpoint {path} --out FOLDER, then --model.plugin=FOLDER "
-            f"--model.pruner=null --model.repair=null"
+            f"--model.pruner=null --model.repair=null --model.lora=null"
         )
 
 

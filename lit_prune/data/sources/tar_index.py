@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from lit_prune.errors import LitPruneError
+from lit_prune.files.images import SUFFIXES as IMAGE_SUFFIXES
 from lit_prune.files.writing import written_whole
 
 VERSION = 2
 BLOCK = 512
 SUFFIX = ".index.npy"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _build(path: Path) -> TarIndex:
             if record:
                 raise LitPruneError(f"{path}: two records of the key {stem}")
             record = span
-        elif extension.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+        elif f".{extension.rpartition('.')[2]}".lower() in IMAGE_SUFFIXES:
             images.append((int(number) if number.isdecimal() else 0, span))
     close()
     return TarIndex(path.stat().st_size, _as_numpy(firsts), _as_numpy(spans).reshape(-1, 2))
