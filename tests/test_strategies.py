@@ -323,6 +323,25 @@ def test_states_in_bf16_or_host_memory_go_on_as_they_were(overlay, options, alon
     assert {value.dtype for value in trained(whole).values()} == {torch.bfloat16 if half else torch.float32}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_on_kept_rows_as_one_does(alone, small, tmp_path):
+    """With gradients as `soft`'s; the teacher's moments of a sample are kept once, whichever rank it is of."""
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    kept, cache = ["--model.backward=kept", FIT_ONLY], f"--model.teacher_cache={tmp_path / 'cache'}"
+    cli.main(["fit", *words(one, small), "--data.init_args.batch_size=4", *kept])
+    torchrun(tmp_path, [["fit", *words(run, small, OVERLAYS["ddp"], *TWO, *kept, cache)] for run in (two, again)])
+    for found, wanted in zip(losses(two), losses(one), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    for found, wanted in zip(losses(one), losses(alone), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4), "kept rows give soft's gradients"
+    assert differs(trained(two), trained(one)) < CLOSE
+    assert losses(again) == losses(two), "what the first run kept of the teacher is what the second computed"
+    assert differs(trained(two), trained(again)) == 0
+    samples = [len(load_file(path)["count"]) for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert sum(samples) == 32, "each once"
+
+
 @EVERY
 def test_overlays_go_beside_micro_too(strategy, micro_folder, tmp_path):
     fixed = [
