@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jobs.micro_576 import batches, figures, gates, losses, recipe
-from jobs.micro_576.oracles import AskedShare
+from jobs.micro_576.oracles import AskedShare, far_apart
 from jobs.pretraining import prefetch
 from lit_prune.errors import LitPruneError
 from lit_prune.micro import model_576
@@ -275,16 +275,27 @@ def test_half_of_the_bound_is_background() -> None:
     regions[0, 0, 100] = 0.2
     regions[0, 1, 300:303] = 0.5
     half = AskedShare(0.5).score(context(regions, 16))[0].topk(16).indices
-    asked = regions[0].amax(0) > 0
+    asked = regions[0].amax(0) > 0.3
     assert int(asked[half].sum()) == 8
     assert int((half >= 300).logical_and(half < 303).sum()) == 3  # the parts take turns
-    assert 100 not in half.tolist()  # the patch that is hardly covered comes last
+    assert 100 not in half.tolist()  # a patch that is hardly covered isn't asked about
     whole = AskedShare(1.0).score(context(regions, 16))[0].topk(16).indices
     assert bool(asked[whole].all())
     nothing = AskedShare(0.5).score(context(torch.zeros(1, 1, 576), 16))[0].topk(16).indices
     assert len(set((nothing // 48).tolist())) > 4  # spread over the image
     with pytest.raises(LitPruneError, match="regions"):
         AskedShare().score(replace(context(regions, 16), hints={}))
+
+
+def test_the_first_patches_are_spread_over_all_that_are_wanted() -> None:
+    wanted = torch.zeros(3, 576, dtype=torch.bool)
+    wanted[0].view(24, 24)[5:14, 3:12] = True
+    wanted[1, [7, 200]] = True
+    order = far_apart(wanted, 6)
+    taken = [[divmod(int(patch), 24) for patch in row.argsort()[: int(row.isfinite().sum())]] for row in order]
+    assert taken[0][0] == (9, 7)
+    assert set(taken[0][1:5]) == {(5, 3), (5, 11), (13, 3), (13, 11)}
+    assert [len(each) for each in taken] == [6, 2, 0]
 
 
 def test_attention_is_that_of_each_question_asked_alone(small) -> None:
@@ -320,6 +331,11 @@ def test_gates_are_judged() -> None:
     judged = gates.judge(rows, inner)
     assert [good for *_, good in judged] == [True] * 5
     assert "DivPrune" in judged[3][0]
+    layers = {"blind by skill": {"words": 1.0}, "attention AUC": [0.5] * 12}
+    card = gates.as_markdown(gates.tables_of(rows, inner | layers, judged))
+    assert "| full accuracy | 0.970 | >= 0.95 | passed |" in card
+    assert "| half background | 16 | 93.0 |" in card
+    assert "| 8 to 11 | 0.50, 0.50, 0.50, 0.50 |" in card
     rows[-2]["accuracy"] = 0.9
     assert [good for *_, good in gates.judge(rows, inner | {"word AUC": 0.9})] == [True, True, True, False, False]
 

@@ -1,14 +1,15 @@
 """Is this model a fair stage for pruning? Gates on held-out scenes of the training side, as one command.
 
 `python jobs/micro_576/gates.py WEIGHTS` measures the model with all tokens and without its image, two oracles, the
-controls and DivPrune, prints what was found beside each gate, and ends with 1 if a gate is missed. No other method is
-measured here: the world and the recipe are tuned on these figures, and nothing else may depend on that choice.
+controls and DivPrune, prints what was found beside each gate (`gates.md` for the card), and ends with 1 if a gate is
+missed. No other method is measured here: the world and the recipe are tuned on these figures, and nothing else may
+depend on that choice.
 """
 
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that it runs as a file, and methods of this folder are found
@@ -27,21 +28,20 @@ from jobs.micro_576.losses import background_likeness, read, see
 from lit_prune.commands import compare
 from lit_prune.evaluation.tables import means
 from lit_prune.files.writing import written_whole
-from lit_prune.micro.questions_576 import SKILLS, WORDS_ALONE, as_sample, choose_questions
+from lit_prune.micro.questions_576 import SKILLS, as_sample, choose_questions
 from lit_prune.micro.scenes_576 import GATE_SEED, make_scene
 
 PRUNERS = Path(__file__).parent / "pruners"
 BOUND, OBJECTS = "half background", "objects"
 CONTROLS = ("random", "uniform", "downsample", f"DivPrune={PRUNERS / 'divprune.yaml'}")  # what room is measured against
+COUNTED = ("counting", "dots")
 LOW, HIGH = 16, 32
 COSINE, BOUND_SHARE, ROOM, AUC, FULL = 0.3, 0.9, 0.10, (0.6, 0.8), 0.95
 
 
 def write_questions(folder: Path, scenes: int, seed: int = GATE_SEED) -> Path:
-    """Held-out scenes and one question of each skill as instruction data; the same every time, so written once."""
+    """Held-out scenes and one question of each skill as instruction data."""
     path = folder / f"questions_{seed}_{scenes}.json"
-    if path.exists():
-        return path
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples = []
     for each in range(seed, seed + scenes):
@@ -69,6 +69,21 @@ def compared(weights: Path, folder: Path, questions: Path) -> list[dict]:
     out = folder / "compare"
     compare.run([str(config)], ["full", *oracles, *CONTROLS], [HIGH, LOW], seeds=[0, 1, 2], out=out)
     return means(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def counts_given(rows: list[dict], samples: Path) -> list[list[str]]:
+    """What the bound at the low budget answers where it has to count, by the right answer: too many, or too few?"""
+    cell = next(row["cell"] for row in rows if (row["method"], row["keep"]) == (BOUND, LOW))
+    given: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for line in (samples / f"{cell}.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["skill"] in COUNTED:
+            given[record["skill"], record["reference"]][record["answer"]] += 1
+    lines = [
+        [skill, right, ", ".join(f"{answer}: {times}" for answer, times in sorted(answers.items()))]
+        for (skill, right), answers in sorted(given.items())
+    ]
+    return [[f"{BOUND} at {LOW}", "right answer", "answers given"], *lines]
 
 
 @torch.no_grad()
@@ -129,28 +144,43 @@ def _titles(rows: list[dict]) -> set[str]:
     return {row["method"] for row in rows} - {"full", BOUND, OBJECTS}
 
 
-def show(rows: list[dict], inner: dict, gates: list[tuple[str, str, str, bool]], console: Console) -> None:
-    """Print the gates, and accuracies in percent by skill."""
-    table = Table("gate", "found", "asked for", "")
-    for what, found, wanted, good in gates:
-        table.add_row(what, found, wanted, "ok" if good else "MISSED")
-    console.print(table)
-    table = Table("", "tokens", "all", *SKILLS)
-    percent = "{:.0f}".format
+def tables_of(rows: list[dict], inner: dict, gates: list[tuple[str, str, str, bool]]) -> list[list[list[str]]]:
+    """The gates, accuracies in percent by skill, and AUC of attention by layers: cells with a header each."""
+    verdicts = [[*each, "passed" if good else "**missed**"] for *each, good in gates]
+    judged = [["gate", "found", "asked for", ""], *verdicts]
+    measured = [
+        (row["method"], str(row["keep"] or ""), row["accuracy"], row["per_skill"])
+        for row in rows
+        if row["status"] == "measured"
+    ]
+    percents = [["", "tokens", "all", *SKILLS]]
+    for name, keep, every, skills in [*measured, ("blank image", "", inner["blind"], inner["blind by skill"])]:
+        cells = [f"{100 * skills[skill]:.0f}" if skill in skills else "" for skill in SKILLS]
+        percents.append([name, keep, f"{100 * every:.1f}", *cells])
+    found = inner["attention AUC"]
+    attention = [["layers", "AUC of attention"]]
+    for first in range(0, len(found), 8):
+        some = found[first : first + 8]
+        attention.append([f"{first} to {first + len(some) - 1}", ", ".join(f"{value:.2f}" for value in some)])
+    return [judged, percents, attention]
 
-    def line(name: str, keep: object, everything: float, skills: dict[str, float]) -> None:
-        cells = [percent(100 * skills[skill]) if skill in skills else "" for skill in SKILLS]
-        table.add_row(name, str(keep or ""), f"{100 * everything:.1f}", *cells)
 
-    for row in rows:
-        if row["status"] == "measured":
-            line(row["method"], row["keep"], row["accuracy"], row["per_skill"])
-    line("blind", "", inner["blind"], inner["blind by skill"])
-    console.print(table)
-    layers = "  ".join(f"{layer}: {value:.2f}" for layer, value in enumerate(inner["attention AUC"]))
-    console.print(f"AUC of the last prompt token's attention against asked patches, by layer: {layers}")
-    share = 100 * len(WORDS_ALONE) / len(SKILLS)
-    console.print(f"{share:.1f} % of the questions ({', '.join(WORDS_ALONE)}) are answerable without the image.")
+def show(tables: list[list[list[str]]], console: Console) -> None:
+    """Print the tables."""
+    for header, *lines in tables:
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+def as_markdown(tables: list[list[list[str]]]) -> str:
+    """The tables as the model's card has them."""
+    parts = []
+    for header, *lines in tables:
+        rows = [header, ["---"] * len(header), *lines]
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,7 +198,10 @@ def main(arguments: list[str] | None = None) -> int:
     inner = inner_figures(model, options.scenes)
     rows = compared(weights, folder, questions)
     gates = judge(rows, inner)
-    show(rows, inner, gates, Console(width=220))
+    tables = [*tables_of(rows, inner, gates), counts_given(rows, folder / "compare" / "samples")]
+    show(tables, Console(width=220))
+    with written_whole(folder / "gates.md") as file:
+        file.write_text(as_markdown(tables), encoding="utf-8")
     report = {"gates": [dict(zip(("gate", "found", "asked for", "passed"), each, strict=True)) for each in gates]}
     with written_whole(folder / "gates.json") as file:
         file.write_text(json.dumps(report | inner | {"rows": rows}, indent=1), encoding="utf-8")

@@ -83,8 +83,8 @@ STAGES = (
     ),
     # Learning rates of 5e-3 and more keep a decoder at "some colour of the scene": it never finds what a word names.
     Stage("find", 4, (0.0, 1.0, 0.0), 1200, 8, 3e-3, 2e-3, enough=0.85, lookups=True, tower=0.0),
-    Stage("skills", 8, (0.0, 0.5, 0.5), 5700, 8, 3e-3, 2e-3, enough=0.92, tower=0.2),
-    Stage("full", LAYERS, (0.0, 0.1, 0.9), 260, 8, 1.5e-3, 1e-3, flat=0.2, tower=0.2),
+    Stage("skills", 8, (0.15, 0.25, 0.6), 9800, 8, 2.5e-3, 1.7e-3, flat=0.84, tower=0.0),
+    Stage("full", LAYERS, (0.0, 0.0, 1.0), 240, 8, 1e-3, 7e-4, flat=0.2, tower=0.0),
 )  # fmt: skip
 SMOKE = tuple(replace(stage, steps=2, images=2, enough=None) for stage in STAGES)
 

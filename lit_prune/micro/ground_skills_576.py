@@ -7,6 +7,7 @@ from lit_prune.micro.phrases_576 import Drawn, balanced, nameable, the
 from lit_prune.micro.scenes_576 import CORNERS, IMAGE_SIZE, Region, Scene, Thing, pick
 
 CORNER = 80  # every corner of this size lies in one region, however the ground is divided
+PRESENCE = 0.2  # share of questions about presence among those about a texture's or colour's place
 FRAME = 10  # pixels around an object that show the ground behind it
 
 
@@ -28,21 +29,21 @@ def ask_ground(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def ask_region(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """Place of a texture, or of a colour of the ground: its half or quarter, or nowhere."""
-    options: dict[str, list] = {"nowhere": []}
-    for index, values in enumerate((TEXTURES, GROUNDS)):
-        for value in values:
-            found = [r for r in scene.regions if (r.texture, r.colour)[index] == value]
-            if not found:
-                options["nowhere"].append((value, []))
-            elif len(found) == 1 and found[0].place:
-                options.setdefault(found[0].place, []).append((value, found))
+    """Presence of a texture, or of a colour of the ground, or its place: a half, a quarter, or nowhere."""
+    found = {value: [r for r in scene.regions if value in r.look] for value in (*TEXTURES, *GROUNDS)}
+    if rng.random() < PRESENCE:
+        present = rng.random() < 0.5
+        value = pick(rng, [value for value, regions in found.items() if bool(regions) == present])
+        return f"Is there {value} ground?", "yes" if present else "no", [r.box for r in found[value]]
+    options: dict[str, list[str]] = {}
+    for value, regions in found.items():
+        if len(regions) < 2:
+            options.setdefault(regions[0].place if regions else "nowhere", []).append(value)
+    options.pop("", None)  # the whole ground: nowhere in particular
     if rng.random() < 0.8 and len(options) > 1:
         del options["nowhere"]
-    if (drawn := balanced(options, rng)) is None:
-        return None
-    answer, (value, found) = drawn
-    return f"Where is the {value} ground?", answer, [r.box for r in found]
+    answer, value = balanced(options, rng)
+    return f"Where is the {value} ground?", answer, [r.box for r in found[value]]
 
 
 def frame(thing: Thing) -> list[Box]:

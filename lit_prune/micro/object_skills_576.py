@@ -6,11 +6,11 @@ The kind of answer is drawn before the objects, so that answers are balanced.
 import numpy as np
 
 from lit_prune.micro.drawing import COLOURS
-from lit_prune.micro.drawing_576 import SHAPES
+from lit_prune.micro.drawing_576 import SHAPES, Box
 from lit_prune.micro.phrases_576 import WITH, Drawn, article, balanced, boxes_of, described, nameable, the
 from lit_prune.micro.scenes_576 import IMAGE_SIZE, PATTERNS, Scene, Thing, pick
 
-MOST = 4  # counted objects
+MOST = 3  # counted objects
 NEAR = 12  # centres nearer than this to a line are on neither side of it
 LARGER = 1.35  # ratio of sizes that can be told apart
 PLURAL = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -135,12 +135,17 @@ def ask_pattern(scene: Scene, rng: np.random.Generator) -> Drawn:
     return drawn and (f"What is on {the(scene, drawn[1], False)}?", drawn[0], boxes_of([drawn[1]]))
 
 
+def parts_and_whole(thing: Thing) -> list[Box]:
+    """Boxes of an object's figures or dots, and its own: parts are counted and read on an object that is seen."""
+    return [*thing.part_boxes, thing.box]
+
+
 def ask_figures(scene: Scene, rng: np.random.Generator) -> Drawn:
     things = [t for t in nameable(scene) if t.pattern == "figures"]
     if not things:
         return None
     thing = pick(rng, things)
-    return f"Which figures are on {the(scene, thing)}?", " ".join(map(str, thing.digits)), thing.part_boxes
+    return f"Which figures are on {the(scene, thing)}?", " ".join(map(str, thing.digits)), parts_and_whole(thing)
 
 
 def ask_dots(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -149,7 +154,7 @@ def ask_dots(scene: Scene, rng: np.random.Generator) -> Drawn:
         if thing.pattern == "dots":
             options.setdefault(str(len(thing.dots)), []).append(thing)
     drawn = balanced(options, rng)
-    return drawn and (f"How many dots are on {the(scene, drawn[1])}?", drawn[0], drawn[1].part_boxes)
+    return drawn and (f"How many dots are on {the(scene, drawn[1])}?", drawn[0], parts_and_whole(drawn[1]))
 
 
 def ask_direction(scene: Scene, rng: np.random.Generator) -> Drawn:

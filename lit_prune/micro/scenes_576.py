@@ -28,6 +28,7 @@ LEVELS = ((1, 2), (2, 5), (5, 10))  # fewest and most objects; the first two are
 FULL_LEVEL = len(LEVELS) - 1
 PATTERNS = ("nothing", "stripes", "checks", "dots", "figures", "arrow")
 SMALLEST = {"stripes": 20, "checks": 24}  # pixels from which a pattern can be seen
+MOST_DOTS = 4
 INNER_SMALLEST = {"dots": 21, "figures": 13, "arrow": 11}  # the same for the square inside that carries the detail
 
 # Disjoint ranges of seeds, above those of the 144-token world: those end at 10,000,000.
@@ -122,7 +123,7 @@ class Scene:
         rng = np.random.default_rng([seed, 0, level])
         self.regions = _ground(rng)
         self.things = _place(_looks(rng, *LEVELS[level]), rng)
-        self.clutter = int(rng.integers(*((0, 4), (4, 12), (12, 28))[level]))
+        self.clutter = int(rng.integers(*((0, 4), (4, 12), (16, 36))[level]))
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -278,10 +279,9 @@ def _detailed(look: Look, x: int, y: int, size: int, rng: np.random.Generator) -
     side = int(INNER.get(shape, 0) * size)
     details: dict = {}
     if pattern == "figures":
-        most = 3 if drawing.figure_scale(side, 3) else 2
-        details["digits"] = tuple(int(v) for v in rng.integers(0, 10, int(rng.integers(2, most + 1))))
+        details["digits"] = tuple(int(v) for v in rng.integers(0, 10, 2))
     elif pattern == "dots":
-        cells = rng.permutation(9)[: int(rng.integers(1, 7))]
+        cells = rng.permutation(9)[: int(rng.integers(1, MOST_DOTS + 1))]
         cell, diameter, start = side / 3, drawing.dot_diameter(side), (size - side) / 2
         slack = max(cell - diameter - 1, 0.0)
         details["dots"] = tuple(
