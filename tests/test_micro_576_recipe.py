@@ -198,7 +198,7 @@ def test_a_deeper_model_computes_the_same_until_it_trains(packed) -> None:
 
 def options_for(out: Path, *more: str):
     options = recipe.parse(["--out", str(out), "--smoke", "--processes", "1", "--held-out", "4", "--save-every", "0"])
-    stages = [replace(s, images=1, layers=n) for s, n in zip(options.stages, (1, 1, 2, 3), strict=True)]
+    stages = [replace(s, images=1, layers=n) for s, n in zip(options.stages, (1, 1, 2, 2, 3), strict=True)]
     options.stages, options.precision, options.validate_every = tuple(stages), "fp32", 2
     return options
 

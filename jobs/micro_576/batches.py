@@ -27,8 +27,6 @@ COVERED = 0.35  # share of a patch from which an object's look is its label
 BLOCKS = 4  # the pixels of a patch that are read out: brightness in 4 x 4 blocks, colour in 2 x 2
 # Most questions of each skill and image. Skills that are learned late are asked more often: text costs little beside
 # an image's 576 visual tokens.
-MIX = dict.fromkeys(SKILLS, 1) | dict.fromkeys(("shape", "relation", "ground", "behind", "existence"), 2)
-MIX |= dict.fromkeys(("figures", "dots", "same", "layout", "size"), 3) | {"counting": 6, "region": 8}
 MIX = dict.fromkeys(SKILLS, 1) | {"region": 8, "counting": 5, "dots": 2, "figures": 3, "same": 2, "size": 2}
 NAMES = (*COLOURS, *SHAPES, *TEXTURES, *GROUNDS)  # words whose presence in a scene is an image-level label
 

@@ -28,8 +28,8 @@ LEVELS = ((1, 2), (2, 5), (5, 10))  # fewest and most objects; the first two are
 FULL_LEVEL = len(LEVELS) - 1
 PATTERNS = ("nothing", "stripes", "checks", "dots", "figures", "arrow")
 SMALLEST = {"stripes": 20, "checks": 24}  # pixels from which a pattern can be seen
-MOST_DOTS = 4
 INNER_SMALLEST = {"dots": 21, "figures": 13, "arrow": 11}  # the same for the square inside that carries the detail
+MOST_DOTS = 4
 
 # Disjoint ranges of seeds, above those of the 144-token world: those end at 10,000,000.
 PRETRAIN_SEED = 10_000_000
