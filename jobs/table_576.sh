@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on micro-576 at the papers' budgets of 576 visual tokens: accuracy with intervals over scenes.
+# Every method on micro-576 at the papers' budgets of 576 visual tokens.
 #   bash jobs/table_576.sh                        training-free methods and untrained RCP, on the validation split
 #   SPLIT=test bash jobs/table_576.sh             once, when nothing is chosen any more
 #   BUDGETS="32 16" bash jobs/table_576.sh --limit 90

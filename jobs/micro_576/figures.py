@@ -14,11 +14,14 @@ from lit_prune.micro.scenes_576 import GRID, IMAGE_SIZE
 ASKED = 0.3  # share of a patch that a box covers from which the patch is asked about
 
 
+def well_covered(cover: Tensor) -> Tensor:
+    """bool[..., 576]: the patches that each box covers by 0.3 or more; its best-covered ones if there are none."""
+    return (cover > 0) & (cover >= cover.amax(-1, keepdim=True).clamp(max=ASKED))
+
+
 def asked_patches(question: Question) -> Tensor:
-    """bool[576]: the patches of what a question asks about; the best-covered one of a box that covers none by 0.3."""
-    cover = regions(question.boxes, (GRID, GRID), (IMAGE_SIZE, IMAGE_SIZE))
-    best = cover.amax(1, keepdim=True) if len(cover) else cover
-    return (cover >= torch.clamp(best, max=ASKED)).any(0)
+    """bool[576]: the patches of what a question asks about."""
+    return well_covered(regions(question.boxes, (GRID, GRID), (IMAGE_SIZE, IMAGE_SIZE))).any(0)
 
 
 @torch.no_grad()

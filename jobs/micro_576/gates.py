@@ -72,7 +72,7 @@ def compared(weights: Path, folder: Path, questions: Path) -> list[dict]:
 
 
 def counts_given(rows: list[dict], samples: Path) -> list[list[str]]:
-    """What the bound at the low budget answers where it has to count, by the right answer: too many, or too few?"""
+    """Answers of the bound at the low budget to questions that count, by right answer: are they too high or too low?"""
     cell = next(row["cell"] for row in rows if (row["method"], row["keep"]) == (BOUND, LOW))
     given: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for line in (samples / f"{cell}.jsonl").read_text(encoding="utf-8").splitlines():

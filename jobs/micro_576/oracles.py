@@ -6,11 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from jobs.micro_576.figures import well_covered
 from lit_prune.errors import LitPruneError, check_number
 from lit_prune.micro.scenes_576 import GRID
 from lit_prune.pruners.base import Context, Pruner
-
-ASKED = 0.3  # share of a patch that a box covers from which the patch is asked about
 
 
 class AskedShare(Pruner):
@@ -42,7 +41,7 @@ class AskedShare(Pruner):
         if "regions" not in context.hints:
             raise LitPruneError("the oracle reads the regions that a question asks about: use data with `boxes`")
         regions = context.hints["regions"].to(context.visual.device)
-        parts = (regions > 0) & (regions >= regions.amax(2, keepdim=True).clamp(max=ASKED))
+        parts = well_covered(regions)
         most = int(context.count.max())
         order = far_apart(parts, most)
         turn = (order + torch.arange(parts.shape[1], device=order.device)[:, None] / parts.shape[1]).amin(1)
