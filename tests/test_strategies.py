@@ -342,6 +342,21 @@ def test_two_processes_train_on_kept_rows_as_one_does(alone, small, tmp_path):
     assert sum(samples) == 32, "each once"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_read_the_teachers_saliency_as_one_does(alone, small, tmp_path):
+    """The teacher's own backward pass, with batches without an image, under every strategy."""
+    one, asked = tmp_path / "one", ["--model.loss.saliency=2.0", FIT_ONLY]
+    cli.main(["fit", *words(one, small), "--data.init_args.batch_size=4", *asked])
+    names = ("ddp", "deepspeed_2", "deepspeed_3")
+    torchrun(tmp_path, [["fit", *words(tmp_path / name, small, OVERLAYS[name], *TWO, *asked)] for name in names])
+    assert losses(one)[-1] != losses(alone)[-1]
+    for name in names:
+        for found, wanted in zip(losses(tmp_path / name), losses(one), strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5), name
+        assert differs(trained(tmp_path / name), trained(one)) < CLOSE, name
+
+
 @EVERY
 def test_overlays_go_beside_micro_too(strategy, micro_folder, tmp_path):
     fixed = [

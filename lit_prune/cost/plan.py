@@ -17,6 +17,7 @@ class Training:
         mode: `soft` masks at full length, `drop` discards.
         backward: In `soft` mode, gradients return through the rows of `all` tokens, or of those `kept` alone.
         teacher_cache: Whether the teacher's moments of all samples are known, as from the second epoch on.
+        saliency: Whether `loss.saliency` is on: the teacher runs to its last layer, and backward to the first stage.
         checkpointing: Whether layers keep their inputs alone and run again in backward.
         peak: TFLOP/s of one GPU in the frozen model's dtype [assumed: an H100 in bfloat16].
         utilisation: Share of the peak that is reached [assumed].
@@ -32,6 +33,7 @@ class Training:
     mode: Literal["soft", "drop"] = "soft"
     backward: Literal["all", "kept"] = "all"
     teacher_cache: bool = False
+    saliency: bool = False
     checkpointing: bool = False
     peak: float = 989.0
     utilisation: float = 0.4

@@ -18,6 +18,8 @@ from lit_prune.cost.trace import Trace
 def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, repair=None, answers: int = 0) -> Tensor:
     """FLOPs of a training step, summed over its batch.
 
+    The teacher has a backward pass too where a loss reads its saliency.
+
     Both traces are those of the very step: a layer that idled ran over no tokens, one that masks softly over all. A
     frozen layer has a backward pass where gradients reach it, for its input only: as much as its forward, but twice as
     much in attention. The plug-in's own parameters have one for their weights too. A vision tower whose price isn't
@@ -30,7 +32,7 @@ def step_flops(teacher: Trace, student: Trace, size: ModelSize, pruner=None, rep
         answers: positions of the whole batch whose logits were made, by both.
     """
     plain, pruned = price(teacher, size, lm_rows=0), price(student, size, pruner, repair, lm_rows=0)
-    total = _ran(teacher, size) + _ran(student, size) + _backward(student, size)
+    total = sum(_ran(trace, size) + _backward(trace, size) for trace in (teacher, student))
     total = total + _tower(plain) + pruned["scoring"] + 3 * (pruned["pruner"] + pruned["repair"])
     if student.tower is not None:  # pruned in the tower: the images went through it a second time
         total = total + _tower(pruned)

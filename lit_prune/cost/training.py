@@ -82,8 +82,8 @@ def plan_step(
 ) -> PlannedStep:
     """Plan a training step of one sample, as `PruneModule` runs it.
 
-    The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer,
-    and doesn't run at all where a cache knows the sample.
+    The student starts at the first stage from the teacher's states; the teacher stops after the last repaired layer, or
+    has a backward pass where its saliency is read, and doesn't run at all where a cache knows the sample.
     """
     visual, text = tokens.visual, tokens.text + tokens.answers
     teacher = plan({}, visual, text, depth)
@@ -99,10 +99,11 @@ def plan_step(
     full = pruner.arriving(schedule, visual) + text
     lengths = student.queries if training.mode == "drop" else [torch.tensor([full])] * depth
     nothing = torch.tensor([0])
-    teacher.ran = [nothing if i >= stop else length for i, length in enumerate(teacher.queries)]
+    teacher.ran = [nothing if i >= stop and not training.saliency else n for i, n in enumerate(teacher.queries)]
     student.ran = [nothing if i < first else length for i, length in enumerate(lengths)]
     teacher.learning, student.learning = teacher.ran, student.ran
-    teacher.learns, student.learns = [False] * depth, [i >= learned for i in range(depth)]
+    teacher.learns = [training.saliency and i >= min(schedule) for i in range(depth)]
+    student.learns = [i >= learned for i in range(depth)]
     if training.backward == "kept" and training.mode == "soft":
         alone = [i >= min(schedule) and full - int(left) >= WORTH * full for i, left in enumerate(student.queries)]
         student.learning = [
@@ -167,9 +168,11 @@ def estimate(
     """Estimate a run in which every sample is like the planned one."""
     batch, stage, ranks = training.batch_size, STAGES[training.strategy], training.gpus
     flops = batch * step_flops(step.teacher, step.student, size, pruner, repair, step.answers).item()
-    repeated = batch * repeated_flops(step.student, size) if training.checkpointing else 0.0
+    both = sum(repeated_flops(trace, size) for trace in (step.student, step.teacher))
+    repeated = batch * both if training.checkpointing else 0.0
     bytes_per_value, soft = weights.bytes_per_value, training.mode == "soft"
-    kept = activation_bytes(step.student, size, bytes_per_value, soft, training.checkpointing)
+    each = ((step.student, soft), (step.teacher, False))  # one after the other: the teacher's are freed by then
+    kept = max(activation_bytes(trace, size, bytes_per_value, masks, training.checkpointing) for trace, masks in each)
     frozen = weights.frozen * bytes_per_value
     # Share that each rank holds of Adam's moments, gradients and weights.
     share = [1 / ranks if stage >= split else 1.0 for split in (1, 2, 3)]

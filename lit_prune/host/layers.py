@@ -104,7 +104,7 @@ class Layers:
             forward.trace_layer(None)
             return one_column(args, kwargs, forward.length)
         hidden = args[0] if forward.deepstack is None else forward.deepstack.add(index, args[0], forward.packed.columns)
-        hidden = self._at_prefix(index, hidden, forward)
+        hidden = forward.derive(index, self._at_prefix(index, hidden, forward))
         if index in self.stages:
             hidden = self._stage(index, module, hidden, forward, args[1:], kwargs)
         rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)

@@ -24,6 +24,15 @@ class StageRecord:
     scores: Tensor | None
 
 
+@dataclass(frozen=True)
+class Entering:
+    """States at a decoder layer's input, all columns of them, and where each sample's visual tokens stand there."""
+
+    states: Tensor
+    columns: Tensor
+    real: Tensor
+
+
 @dataclass
 class Record:
     """Collects what the first forward inside a session did (of `generate`, the prefill); the caller owns it.
@@ -32,15 +41,18 @@ class Record:
     all layers with `keep_hidden=True`, else of those that it names. `targets` are the tokens that these positions are
     to predict, where labels were given and the session is `answers_only`; `answers` their number in each sample.
     `per_sample[layer]`, where they stand for `hidden`, are the moments of each sample's answer positions.
-    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. With `keep_embeds`,
-    `embeds` (batch, N, width) are the visual tokens as they enter the decoder. `memory` is what stages inside the
-    vision tower left in `VisionContext.memory`.
+    `attention[layer]`, of watched layers, is (batch, N): mean over heads and question tokens. `entering[layer]`, of
+    layers that the session derives by, are the states that gradients can be taken by; `saliency[layer]`, (batch, N), is
+    what a caller made of these. With `keep_embeds`, `embeds` (batch, N, width) are the visual tokens as they enter the
+    decoder. `memory` is what stages inside the vision tower left in `VisionContext.memory`.
     """
 
     keep_hidden: bool | frozenset[int] = False
     keep_embeds: bool = False
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    entering: dict[int, Entering] = field(default_factory=dict)
+    saliency: dict[int, Tensor] = field(default_factory=dict)
     stages: list[StageRecord] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     embeds: Tensor | None = None
@@ -76,7 +88,8 @@ class Session:
     dropped token back is unbounded, since it stands against the few tokens that were kept.
     `gate_centre` subtracts from that gradient, and from the repair adapter's, its mean over the sample's tokens at the
     stage, weighed by `Kept.slope`: what it says about their number. Gates in a `record` aren't affected.
-    `watch` names decoder layers whose attention from the question to the visual tokens is recorded.
+    `watch` names decoder layers whose attention from the question to the visual tokens is recorded. `derive` names
+    decoder layers whose input states are recorded for gradients: autograd's graph begins at the first of them.
     `answers_only`: the model gives logits of the positions that predict answer tokens alone, (1, answer positions,
     vocabulary) row by row over the batch, and no loss. `pack`: samples share rows in the decoder's layers, see
     `lit_prune.host.packing`; without a cache only. `prefix`: states to leave or to start from. `stop`: decoder
@@ -95,6 +108,7 @@ class Session:
     hints: dict[str, Tensor] = field(default_factory=dict)
     record: Record | None = None
     watch: tuple[int, ...] = ()
+    derive: tuple[int, ...] = ()
     answers_only: bool = False
     pack: bool = False
     prefix: Prefix | None = None

@@ -4,6 +4,7 @@ Values marked [R] were read in drafts of the method; all are arguments.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
@@ -33,6 +34,10 @@ class LossWeights:
         attention: KL of each stage's scores from the attention in the teacher's later layers (`model.watch`), a direct
             training signal for every token; not in the paper, off by default [ours].
         sharpen: exponent applied to that attention, most of which is spread thinly over irrelevant tokens [ours].
+        saliency: KL of each stage's scores from the teacher's saliency there, how much the margin of its answer depends
+            on each visual token: the norm of the gradient by the token's state at the stage's layer. Like `attention` a
+            signal for every token, but nothing has to be known of the layers. Costs a backward pass of the teacher; not
+            in the paper, off by default [ours].
 
     Raises:
         LitPruneError: a weight is negative or not finite.
@@ -46,9 +51,10 @@ class LossWeights:
     distill: float = 0.0
     attention: float = 0.0
     sharpen: float = 3.0
+    saliency: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("task", "repair", "budget", "variance", "distill", "attention"):
+        for name in ("task", "repair", "budget", "variance", "distill", "attention", "saliency"):
             check_number(f"model.loss.{name}", getattr(self, name), least=0)
         check_number("model.loss.sharpen", self.sharpen, above=0)
 
@@ -193,16 +199,45 @@ def attention_loss(student: Record, teacher: Record, sharpen: float) -> Float[Te
     watched = torch.stack(list(teacher.attention.values())).mean(0)
     # Divide by the maximum first, so that the power doesn't underflow.
     watched = (watched / watched.amax(1, keepdim=True).clamp(min=1e-9)).pow(sharpen)
+    return _from_targets(student, {stage.layer: watched for stage in student.stages})
+
+
+def saliency_loss(student: Record, teacher: Record) -> Float[Tensor, ""]:
+    """KL of each stage's scores from the teacher's saliency at that stage, likewise."""
+    if not student.stages:
+        return torch.zeros((), device=student.trace.total_visual.device)
+    return _from_targets(student, teacher.saliency)
+
+
+def _from_targets(student: Record, targets: Mapping[int, Float[Tensor, "batch grid"]]) -> Float[Tensor, ""]:
+    """Mean over the stages of the KL of their scores from unnormalised targets, over the tokens present."""
     parts = []
     for stage in student.stages:
         if stage.scores is None or not stage.scores.requires_grad:
             continue
         alive = stage.scores.isfinite()
-        target = watched.masked_fill(~alive, 0.0)
+        target = targets[stage.layer].masked_fill(~alive, 0.0)
         target = target / target.sum(1, keepdim=True).clamp(min=1e-9)
         # The lowest finite value, not -inf: a sample without an image has no other entry, and softmax would give NaN.
         scores = stage.scores.masked_fill(~alive, torch.finfo(stage.scores.dtype).min).log_softmax(1)
         parts.append(
             torch.nn.functional.kl_div(scores, target, reduction="none").masked_fill(~alive, 0.0).sum(1).mean()
         )
-    return torch.stack(parts).mean() if parts else watched.new_zeros(())
+    return torch.stack(parts).mean() if parts else student.stages[0].gate.new_zeros(())
+
+
+def saliency(logits: Float[Tensor, "tokens vocab"], record: Record) -> dict[int, Float[Tensor, "batch grid"]]:
+    """How much a model's own answer depends on each visual token, at each layer that its session derived by.
+
+    The norm of the gradient of the answer's margin, the best logit less the second at each answer position, by the
+    token's state at the layer's input; a sample's sum to 1, since their scale depends on how sure the model is.
+    """
+    best = logits.float().topk(2, dim=-1).values
+    margin = (best[:, 0] - best[:, 1]).sum()
+    gradients = torch.autograd.grad(margin, [entering.states for entering in record.entering.values()])
+    found = {}
+    for (layer, entering), gradient in zip(record.entering.items(), gradients, strict=True):
+        strength = gradient.float().flatten(2).norm(dim=2).gather(1, entering.columns)
+        strength = strength.masked_fill(~entering.real, 0.0)
+        found[layer] = strength / strength.sum(1, keepdim=True).clamp(min=1e-20)
+    return found

@@ -22,6 +22,8 @@ from lit_prune.training.losses import (
     budget_share,
     distillation,
     repair_loss,
+    saliency,
+    saliency_loss,
     visual_share,
 )
 from lit_prune.training.teacher_cache import TeacherCache, take_moments
@@ -93,11 +95,10 @@ class Teaching:
         with part("teacher forward"), torch.no_grad(), vlm.using(plain):
             inputs = vlm.encode_images(batch["inputs"])
             known = self._known(batch, teacher)
-            target = None if known else vlm.model(**inputs, use_cache=False).logits[0]
+            target = None if known else self._teach(inputs, teacher)
         with part("student forward"), vlm.using(pruned):
             inputs = vlm.encode_images(batch["inputs"], plain=inputs)
-            recompute = checkpointing.checkpointed(vlm.model, vlm.host.shared)
-            with recompute if self.checkpoint_activations else nullcontext():
+            with self._saving():
                 logits = vlm.model(**inputs, use_cache=False).logits[0]
         with part("losses"):
             self._keep(batch, student, teacher, known)
@@ -108,14 +109,33 @@ class Teaching:
             total = total + 0.0 * sum(parameter.sum() for parameter in plugin.parameters())
         return Step(total, losses, student, teacher)
 
+    def _teach(self, inputs: dict[str, Any], teacher: Record) -> Tensor:
+        """The teacher's logits at answer positions; its record keeps no graph."""
+        if not self.loss.saliency:
+            return self.vlm.model(**inputs, use_cache=False).logits[0]
+        with torch.enable_grad(), self._saving():
+            logits = self.vlm.model(**inputs, use_cache=False).logits[0]
+            teacher.saliency, teacher.entering = saliency(logits, teacher), {}
+        teacher.hidden = {layer: states.detach() for layer, states in teacher.hidden.items()}
+        teacher.attention = {layer: rows.detach() for layer, rows in teacher.attention.items()}
+        return logits.detach()
+
+    def _saving(self) -> AbstractContextManager:
+        """Layers save for backward what the run asks for."""
+        if not self.checkpoint_activations:
+            return nullcontext()
+        return checkpointing.checkpointed(self.vlm.model, self.vlm.host.shared)
+
     def _known(self, batch: dict[str, Any], teacher: Record) -> bool:
         """True if the cache gives the teacher's record all that a loss reads."""
         digests = None if self.cache is None else batch.get("digests")
         found = None if digests is None else self.cache.find(digests, self.vlm.model.device)
         if found is None:
             return False
-        teacher.per_sample, attention = found
+        teacher.per_sample, rows = found
+        attention = rows.pop("attention", None)
         teacher.attention = {} if attention is None else {self.watch[0]: attention}
+        teacher.saliency = {layer: rows[f"saliency.{layer}"] for layer in self.derive}
         return True
 
     def _keep(self, batch: dict[str, Any], student: Record, teacher: Record, known: bool) -> None:
@@ -127,14 +147,21 @@ class Teaching:
             if "digests" in batch:
                 self.cache.add(batch["digests"], teacher)
 
+    @property
+    def derive(self) -> tuple[int, ...]:
+        """Stages whose saliency in the teacher a loss reads."""
+        return tuple(self.vlm.host.stages) if self.loss.saliency else ()
+
     def sessions(self, ranks: int) -> tuple[Session, Session]:
         """Sessions of teacher and student, each with its own record."""
         host = self.vlm.host
         layers = frozenset(host.feeds) or frozenset([self.vlm.plugin.dims.depth - 1])
         teacher, student = Record(keep_hidden=layers), Record(keep_hidden=layers)
         common = {"answers_only": True, "prefix": Prefix(host.shared) if host.shared else None}
-        stop = None if self.loss.distill else max(layers.union(self.watch)) + 1
-        plain = replace(measuring.TEACHER, record=teacher, watch=self.watch, stop=stop, **common)
+        whole = self.loss.distill or self.loss.saliency
+        stop = None if whole else max(layers.union(self.watch)) + 1
+        read = {"watch": self.watch, "derive": self.derive}
+        plain = replace(measuring.TEACHER, record=teacher, stop=stop, **read, **common)
         # Gradients are averaged over ranks after backward, so here a sample's gradient is `ranks` times its final size.
         clip = None if self.gate_clip is None else self.gate_clip * ranks
         gates = {"contenders": self.contenders, "gate_clip": clip, "gate_centre": self.gate_centre}
@@ -157,6 +184,9 @@ class Teaching:
         if self.loss.attention:
             value = attention_loss(student, teacher, self.loss.sharpen)
             losses["attention"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
+        if self.loss.saliency:
+            value = saliency_loss(student, teacher)
+            losses["saliency"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
         if self.loss.distill:
             losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
         return losses

@@ -35,7 +35,7 @@ UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
 class Place(NamedTuple):
-    """Row of a sample in a file, and where its attention begins and ends there."""
+    """Row of a sample in a file, and where its visual tokens' values begin and end there."""
 
     path: Path
     row: int
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 
 class TeacherCache(Callback):
-    """Answer moments and watched attention of the teacher, by sample.
+    """Answer moments, watched attention and saliency of the teacher, by sample.
 
     As a callback of the Trainer it is opened when a fit begins and written when it ends, at checkpoints, and every
     `FLUSH` samples. Before it is opened nothing is known, and nothing is kept.
@@ -56,7 +56,8 @@ class TeacherCache(Callback):
     def __init__(self, root: str) -> None:
         self.root, self.folder = Path(root), None
         self.layers: tuple[int, ...] = ()
-        self.watched = self.full = False
+        self.by_token: tuple[str, ...] = ()  # what has a value for each visual token
+        self.full = False
         self.known: dict[str, Place] = {}
         self.waiting: dict[str, dict[str, Tensor]] = {}
 
@@ -73,7 +74,8 @@ class TeacherCache(Callback):
         data.digests = True
         teaching = pl_module.teaching
         layers = sorted(teaching.sessions(1)[0].record.keep_hidden)
-        self.open(teaching.vlm.model, layers, teaching.watch, precision=str(trainer.precision))
+        read = (teaching.watch, teaching.derive)
+        self.open(teaching.vlm.model, layers, *read, precision=str(trainer.precision))
 
     def on_train_end(self, *_: Any) -> None:
         """Write what is left."""
@@ -83,12 +85,14 @@ class TeacherCache(Callback):
 
     # -- the folder ---------------------------------------------------------------------------------------------
 
-    def open(self, model: nn.Module, layers: Sequence[int], watch: Sequence[int], **settings: str) -> None:
+    def open(
+        self, model: nn.Module, layers: Sequence[int], watch: Sequence[int], derive: Sequence[int] = (), **settings: str
+    ) -> None:
         """Read what there is for this model.
 
         Args:
-            model: the frozen one. layers: those whose moments are kept. watch: those whose mean attention is.
-            settings: what else the teacher's answers depend on.
+            model: the frozen one. layers: those whose moments are kept. watch: those whose mean attention is. derive:
+                those at whose inputs the saliency is. settings: what else the teacher's answers depend on.
 
         Raises:
             LitPruneError: the folder can't be made.
@@ -98,10 +102,12 @@ class TeacherCache(Callback):
             "form": FORM,
             "layers": list(layers),
             "watch": list(watch),
+            **({"derive": list(derive)} if derive else {}),
             "transformers": version("transformers"),
             "model": fingerprint(model),
         }
-        self.layers, self.watched = tuple(layers), bool(watch)
+        self.layers = tuple(layers)
+        self.by_token = (*(["attention"] if watch else []), *(f"saliency.{layer}" for layer in derive))
         text = json.dumps(identity, sort_keys=True, indent=2)
         self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
         try:
@@ -124,18 +130,17 @@ class TeacherCache(Callback):
             keys = json.loads((file.metadata() or {})[HEADER])
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             sizes = file.get_tensor("sizes")
-        names = {*self._names(), "attention"} if self.watched else set(self._names())
-        if not all(isinstance(key, str) for key in keys) or shapes.keys() != names:
+        if not all(isinstance(key, str) for key in keys) or shapes.keys() != {*self._names(), *self.by_token}:
             raise ValueError("other contents")
-        if any(shape[0] != len(keys) for name, shape in shapes.items() if name != "attention") or sizes.min() < 0:
+        if any(shapes[name][0] != len(keys) for name in self._names()) or sizes.min() < 0:
             raise ValueError("other sizes")
         ends = sizes.cumsum(0).tolist()
-        if self.watched and shapes["attention"] != ends[-1:]:
+        if any(shapes[name] != ends[-1:] for name in self.by_token):
             raise ValueError("other sizes")
         return {key: Place(path, i, ends[i] - int(sizes[i]), ends[i]) for i, key in enumerate(keys)}
 
     def _names(self) -> list[str]:
-        """Tensors with a row for each sample; the attentions, of different lengths, are one list."""
+        """Tensors with a row for each sample; what has a value for each visual token is one list."""
         moments = [f"{kind}.{layer}" for layer in self.layers for kind in ("mean", "var")]
         return [*moments, "count", "sizes"]
 
@@ -146,8 +151,7 @@ class TeacherCache(Callback):
             return
         entries, path = list(waiting.values()), self.folder / f"{uuid.uuid4().hex}.safetensors"
         tensors = {name: torch.stack([entry[name] for entry in entries]) for name in self._names()}
-        if self.watched:
-            tensors["attention"] = torch.cat([entry["attention"] for entry in entries])
+        tensors |= {name: torch.cat([entry[name] for entry in entries]) for name in self.by_token}
         try:
             with written_whole(path) as file:
                 save_file(tensors, file, {HEADER: json.dumps(list(waiting))})
@@ -162,8 +166,8 @@ class TeacherCache(Callback):
 
     def find(
         self, digests: Sequence[str], device: torch.device
-    ) -> tuple[dict[int, SampleMoments], Tensor | None] | None:
-        """Moments of each layer and attention of a batch; None unless all of its samples are known."""
+    ) -> tuple[dict[int, SampleMoments], dict[str, Tensor]] | None:
+        """Moments of each layer, and visual tokens' values by name; None unless all of a batch's samples are known."""
         entries = []
         for digest in digests:
             entry = self.waiting.get(digest) or self._read(digest)
@@ -174,10 +178,9 @@ class TeacherCache(Callback):
             return None
         stacked = {name: torch.stack([entry[name] for entry in entries]).to(device) for name in self._names()}
         kept = {i: SampleMoments(stacked["count"], stacked[f"mean.{i}"], stacked[f"var.{i}"]) for i in self.layers}
-        if not self.watched:
-            return kept, None
-        rows = [entry["attention"] for entry in entries]
-        return kept, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        rows = {name: [entry[name] for entry in entries] for name in self.by_token}
+        pad = torch.nn.utils.rnn.pad_sequence
+        return kept, {name: pad(values, batch_first=True).to(device) for name, values in rows.items()}
 
     def _read(self, digest: str) -> dict[str, Tensor] | None:
         place = self.known.get(digest)
@@ -186,8 +189,7 @@ class TeacherCache(Callback):
         try:
             file, row = _opened(place.path), slice(place.row, place.row + 1)
             entry = {name: file.get_slice(name)[row][0] for name in self._names()}
-            if self.watched:
-                entry["attention"] = file.get_slice("attention")[place.begin : place.end]
+            entry |= {name: file.get_slice(name)[place.begin : place.end] for name in self.by_token}
             if all(bool(value.isfinite().all()) for value in entry.values()) and entry["count"] >= 0:
                 return entry
             error = "numbers that are none"
@@ -206,15 +208,16 @@ class TeacherCache(Callback):
         values = {}
         for layer, kept in teacher.per_sample.items():
             values |= {f"mean.{layer}": kept.mean.cpu(), f"var.{layer}": kept.var.cpu(), "count": kept.count.cpu()}
-        sizes = teacher.trace.total_visual.cpu() if self.watched else torch.zeros_like(values["count"])
+        sizes = teacher.trace.total_visual.cpu() if self.by_token else torch.zeros_like(values["count"])
         values["sizes"] = sizes
-        attention = torch.stack(list(teacher.attention.values())).mean(0).cpu() if self.watched else None
+        rows = {f"saliency.{layer}": strength.cpu() for layer, strength in teacher.saliency.items()}
+        if teacher.attention:
+            rows["attention"] = torch.stack(list(teacher.attention.values())).mean(0).cpu()
         for i, digest in enumerate(digests):
             if digest in self.known:
                 continue
             self.waiting[digest] = {name: value[i] for name, value in values.items()}
-            if attention is not None:
-                self.waiting[digest]["attention"] = attention[i, : int(sizes[i])].float()
+            self.waiting[digest] |= {name: values[i, : int(sizes[i])].float() for name, values in rows.items()}
         if len(self.waiting) >= FLUSH:
             self.flush()
 
