@@ -21,6 +21,7 @@ from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.report import figures, gallery, page, template
 from lit_prune.evaluation.report.intervals import interval, resampled_means
 from lit_prune.evaluation.report.runs import read_run
+from lit_prune.evaluation.report.table import UNKNOWN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script>\"' onmouseover=alert(1) <img src=x onerror=alert(1)>&amp;"
@@ -113,7 +114,7 @@ def test_the_table_has_figures_with_intervals_and_paired_differences(made_up):
     assert (half["method"].text, half["tokens kept"].text) == ("half", "8")
     assert half["accuracy %"].text == f"{700 / 12:.1f}"
     assert half["minus full"].text == f"{-400 / 12:+.1f}"
-    assert full["minus full"].text == figures.UNKNOWN
+    assert full["minus full"].text == UNKNOWN
     assert half["of full %"].text == f"{700 / 11:.1f}"
     assert (half["same answer %"].text, half["GFLOP"].text, half["KV MB"].text) == ("50.0", "2.000", "1.00")
     low, high = map(float, most["minus full"].more.split(" to "))
@@ -144,7 +145,7 @@ def test_the_full_model_need_be_no_row(tmp_path, made_up):
 
 def test_another_baseline(made_up):
     full, half, most = summary(made_up, baseline="half")
-    assert half["minus half"].text == full["minus half"].text == figures.UNKNOWN, "the full model has another budget"
+    assert half["minus half"].text == full["minus half"].text == UNKNOWN, "the full model has another budget"
     assert most["minus half"].text == f"{300 / 12:+.1f}"
 
 
@@ -165,7 +166,7 @@ def test_latency_is_the_comparisons_and_that_of_bench(made_up):
     full, half, most = summary(made_up)
     assert (full["latency ms"].text, half["latency ms"].text) == ("20.00", "4.00")
     assert half["CPU ms"].text == "100.0"
-    assert most["latency ms"].text == figures.UNKNOWN
+    assert most["latency ms"].text == UNKNOWN
     assert "first token ms" not in half
     times = [("full", None, 4, 90.0), ("full", None, 1, 30.0), ("half 8", 8, 1, 10.0), ("half 16", 16, 1, 11.0)]
     rows = [
@@ -176,7 +177,7 @@ def test_latency_is_the_comparisons_and_that_of_bench(made_up):
     full, half, most = summary(made_up)
     assert (full["first token ms"].text, full["first token ms"].more) == ("30.0", "batch 1")
     assert (half["first token ms"].text, half["tokens/s"].text) == ("10.0", "100")
-    assert most["first token ms"].text == figures.UNKNOWN
+    assert most["first token ms"].text == UNKNOWN
     assert "bench.json has no times of most, 8" in page.make([read_run(made_up)], "Timed")
 
 
@@ -194,6 +195,21 @@ def test_plain_values_of_a_table(made_up):
     assert lines[0][titles.index("minus full")] is None
 
 
+def test_a_table_in_markdown(made_up, tmp_path, capsys):
+    """Each row once, differences in bold as on the page, and no column that says nothing."""
+    cli.main(["report", str(made_up), "--out", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "tables.md")])
+    text = (tmp_path / "tables.md").read_text()
+    titles, rule, full, half, most = (line.split(" | ") for line in text.splitlines()[2:7])
+    assert text.startswith("### Methods and budgets\n\n| method | tokens kept | accuracy % | minus full |")
+    assert len(titles) == len(rule) == len(full) == len(half) == len(most)
+    shown = figures.summary([read_run(made_up)], "full", 2000, 0).rows[1]
+    star = "**" if shown[3].strong else ""
+    assert half[2] == f"{shown[2].text} ({shown[2].more})"
+    assert half[3] == f"{star}{shown[3].text}{star} ({shown[3].more})"
+    assert "first token ms" not in text
+    assert "tables.md" in capsys.readouterr().err
+
+
 def test_groups_of_questions_have_a_table(made_up):
     rows = json.loads((made_up / "results.json").read_text())
     of = {record: "rest" if record < 6 else "blank" for record in range(QUESTIONS)}
@@ -209,7 +225,9 @@ def test_groups_of_questions_have_a_table(made_up):
         "half", f"{100 / 6:.1f}", "100.0",
     )  # fmt: skip
     assert line["blank: same answer %"].text == "0.0"
-    assert line["downsampled (0): accuracy %"].text == figures.UNKNOWN
+    assert line["downsampled (0): accuracy %"].text == UNKNOWN
+    blank, full = 6 / QUESTIONS, 11 / QUESTIONS
+    assert summary(made_up)[1]["of full - blank %"].text == f"{100 * (7 / QUESTIONS - blank) / (full - blank):.1f}"
     found = Elements(page.make([run], "Groups"))
     assert table.title in found.texts["h2"]
     assert [given["data-group"] for given in found.of("li", "card")].count("blank") == 6
@@ -343,7 +361,7 @@ def test_cells_without_answers_are_shown_and_named(tmp_path):
     (folder / "results.json").write_text(json.dumps(rows))
     (line,) = summary(folder)
     assert (line["accuracy %"].text, line["accuracy %"].more) == (f"{700 / 12:.1f}", "")
-    assert line["KL, nats"].text == line["minus full"].text == figures.UNKNOWN
+    assert line["KL, nats"].text == line["minus full"].text == UNKNOWN
     text = page.make([read_run(folder)], "Old")
     assert "old: measured before answers were kept" in text
     assert "No answers were kept" in text

@@ -9,7 +9,7 @@ from lit_prune.commands._support.outputs import check_file
 from lit_prune.errors import LitPruneError
 
 if TYPE_CHECKING:
-    from lit_prune.evaluation.report.figures import Table
+    from lit_prune.evaluation.report.table import Table
 
 
 def run(
@@ -20,6 +20,7 @@ def run(
     samples: int = 200,
     draws: int = 2000,
     seed: int = 0,
+    markdown: Path | None = None,
     wandb: bool = False,
 ) -> None:
     """Write a report of what `lit-prune compare` measured: one HTML file that needs no network and no other file.
@@ -38,6 +39,7 @@ def run(
         samples: Most samples to show, those that most methods lose first, e.g. --samples 1000; 0 shows none.
         draws: Bootstrap samples per interval, e.g. --draws 10000.
         seed: Of the bootstrap.
+        markdown: Write the tables as text too, e.g. --markdown tables.md.
         wandb: Log the tables to Weights & Biases too, offline where there is no key: --wandb.
 
     Examples:
@@ -46,6 +48,8 @@ def run(
         lit-prune report runs/compare --baseline random --samples 1000
     """
     check_file("--out", out)
+    if markdown is not None:
+        check_file("--markdown", markdown)
     if not runs:
         raise LitPruneError("--runs: give a folder that `lit-prune compare --out FOLDER` wrote")
     if samples < 0:
@@ -66,6 +70,12 @@ def run(
     with written_whole(out) as file:
         file.write_bytes(page)
     console.say(f"written: {out} ({len(page) / 1e6:.1f} MB)")
+    if markdown is not None:
+        text = "\n\n".join(table.markdown() for table in all_tables(read, baseline, draws, seed)) + "\n"
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(markdown) as file:
+            file.write_text(text, encoding="utf-8")
+        console.say(f"written: {markdown}")
     if wandb:
         _log(all_tables(read, baseline, draws, seed), out, title)
 

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from lit_prune.data.instruct import InstructData
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_choice
 from lit_prune.micro import instructions
 from lit_prune.micro.worlds import World, named, world_of
 
@@ -30,6 +32,8 @@ class MicroData(InstructData):
         test_samples: number of test questions.
         data_seed: block of scenes: 0 for the first ones of each split, 1 for the next, and so on.
         questions_per_image: questions asked about a scene; 7 is one of each skill of the small world, 18 of the large.
+        train_skills: train on questions of these skills alone, and evaluate on all: does what was learned carry over to
+            kinds of questions that were never trained on?
         world: "micro" or "micro-576"; by default the one that `base` was pretrained on, for other models the small one.
         batch_size: see `InstructData`.
         eval_batch_size: see `InstructData`.
@@ -48,19 +52,23 @@ class MicroData(InstructData):
         test_samples: int = 1400,
         data_seed: int = 0,
         questions_per_image: int = 7,
+        train_skills: Sequence[str] | None = None,
         world: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
         **options: Any,
     ):
         of = named(world) if world else world_of(base)
+        skills = _checked(train_skills, of)
         samples = {"train": train_samples, "val": val_samples, "test": test_samples}
+        per_image = questions_per_image
         self.splits = {
-            split: Split(
-                of, split, count, seeds_of(of, split, count, questions_per_image, data_seed), questions_per_image
-            )
+            split: Split(of, split, count, seeds_of(of, split, count, per_image, data_seed), per_image)
             for split, count in samples.items()
         }
+        if skills is not None:
+            seeds = seeds_of(of, "train", train_samples, per_image, data_seed, len(skills) / len(of.skills))
+            self.splits["train"] = Split(of, "train", train_samples, seeds, per_image, skills)
         paths = {split: str(it.folder(root) / INSTRUCTIONS) for split, it in self.splits.items()}
         super().__init__(
             base,
@@ -86,13 +94,22 @@ class MicroData(InstructData):
 class Split:
     """One split of a generated world: its scenes and number of questions."""
 
-    def __init__(self, world: World, name: str, samples: int, seeds: range, questions_per_image: int):
-        self.world = world
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        samples: int,
+        seeds: range,
+        questions_per_image: int,
+        skills: list[str] | None = None,
+    ):
+        self.world, self.skills = world, skills
         self.name, self.samples, self.seeds, self.questions_per_image = name, samples, seeds, questions_per_image
 
     def folder(self, root: str | Path) -> Path:
         """Folder of the split; its name depends on everything that determines the files."""
         settings = [self.name, self.samples, self.seeds.start, self.seeds.stop, self.questions_per_image]
+        settings += [] if self.skills is None else [self.skills]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for source in (*self.world.source, Path(instructions.__file__).read_bytes()):
             digest.update(source)
@@ -119,19 +136,36 @@ class Split:
 
     def _cut(self, path: Path) -> None:
         samples = json.loads(path.read_text())
+        if self.skills is not None:
+            samples = [sample for sample in samples if sample["skill"] in self.skills]
         if len(samples) < self.samples:
             raise LitPruneError(f"the {self.name} scenes gave {len(samples)} questions, fewer than {self.samples}")
         path.write_text(json.dumps(samples[: self.samples]))
 
 
-def seeds_of(world: World, split: str, samples: int, questions_per_image: int, data_seed: int) -> range:
-    """Seeds of the scenes for `samples` questions.
+def _checked(skills: Sequence[str] | None, world: World) -> list[str] | None:
+    """Skills in a fixed order, each once; raises `LitPruneError` for none at all, or one that the world hasn't."""
+    if skills is None:
+        return None
+    if not skills:
+        raise LitPruneError("data.train_skills is empty: name skills, or leave it out")
+    for skill in skills:
+        check_choice("data.train_skills", skill, world.skills)
+    return sorted(set(skills))
+
+
+def seeds_of(
+    world: World, split: str, samples: int, questions_per_image: int, data_seed: int, share: float = 1.0
+) -> range:
+    """Seeds of the scenes for `samples` questions, of which a `share` is used.
 
     Raises:
         LitPruneError: they exceed the split's range of seeds.
     """
     there = world.splits[split]
     scenes = -(-samples // questions_per_image)
+    if share < 1.0:
+        scenes = ceil(1.1 * scenes / share)  # a tenth more: not every scene has a question of each skill
     seeds = range(there.start + data_seed * scenes, there.start + (data_seed + 1) * scenes)
     if samples < 1 or data_seed < 0 or seeds.stop > there.stop:
         raise LitPruneError(

@@ -151,3 +151,21 @@ def test_scenes_of_the_large_world_are_written_too(tmp_path):
     assert {sample["skill"] for sample in samples} >= set(WORLDS["micro-576"].skills[:3])
     with Image.open(split.folder(tmp_path) / samples[0]["image"]) as image:
         assert image.size == (192, 192)
+
+
+def test_training_on_some_skills_leaves_evaluation_as_it_is(root):
+    data, chosen = make_data(root, train_skills=["shape", "colour"]), make_data(root)
+    data.prepare_data()
+    chosen.prepare_data()
+    assert {split: it.folder(root) for split, it in data.splits.items() if split != "train"} == {
+        split: it.folder(root) for split, it in chosen.splits.items() if split != "train"
+    }
+    samples = json.loads((data.splits["train"].folder(root) / "instructions.json").read_text())
+    assert len(samples) == 20
+    assert {sample["skill"] for sample in samples} == {"shape", "colour"}
+    assert data.splits["train"].folder(root) == make_data(root, train_skills=["colour", "shape"]).splits[
+        "train"
+    ].folder(root)
+    for wrong, says in (([], "train_skills is empty"), (["taste"], "'taste' is not one of")):
+        with pytest.raises(LitPruneError, match=says):
+            make_data(root, train_skills=wrong)

@@ -1,4 +1,4 @@
-"""The tables of a report: figures with intervals, as text to show and numbers to sort by."""
+"""What the tables of a report hold: figures with intervals."""
 
 import math
 from collections.abc import Sequence
@@ -11,81 +11,12 @@ from lit_prune.evaluation.cells import FULL
 from lit_prune.evaluation.groups import BLANK, DOWNSAMPLED, GROUPS, REST
 from lit_prune.evaluation.report.intervals import Interval, interval, resampled_means
 from lit_prune.evaluation.report.runs import Entry, Run, baseline_entry
+from lit_prune.evaluation.report.table import Column, Figure, Table, name, number, ranged
 
-UNKNOWN = "–"
 BENCHED = (
     ("first token ms", "Time to first token from pixels, by `lit-prune bench` (bench.json), at its smallest batch"),
     ("tokens/s", "Tokens answered per second, prefill included, by the same"),
 )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Cell of a table: `text`, `more` in small print, `order` to sort by, `strong` for bold type.
-
-    `ends`: ends of the figure's interval, in its unit.
-    """
-
-    text: str
-    order: float | str | None = None
-    more: str = ""
-    strong: bool = False
-    ends: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column's title, and what it means in a sentence."""
-
-    title: str
-    meaning: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A sortable table; the first `names` columns are text."""
-
-    title: str
-    columns: list[Column]
-    rows: list[list[Figure]]
-    names: int = 2
-
-    def flat(self) -> tuple[list[str], list[list[float | str | None]]]:
-        """Titles and rows of plain values; an interval makes two more columns, "X, low" and "X, high"."""
-        ranged = [any(row[i].ends for row in self.rows) for i in range(len(self.columns))]
-        titles: list[str] = []
-        for column, wide in zip(self.columns, ranged, strict=True):
-            titles += [column.title, *([f"{column.title}, low", f"{column.title}, high"] if wide else [])]
-        lines = []
-        for row in self.rows:
-            line: list[float | str | None] = []
-            for cell, wide in zip(row, ranged, strict=True):
-                line += [cell.order, *((cell.ends or (None, None)) if wide else ())]
-            lines.append(line)
-        return titles, lines
-
-
-def number(value: float | None, scale: float = 1.0, digits: int = 1) -> Figure:
-    """A figure, a dash where it is unknown."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return Figure(UNKNOWN)
-    return Figure(f"{scale * value:.{digits}f}", scale * value)
-
-
-def ranged(found: Interval | None, sign: str = "") -> Figure:
-    """A share in per cent with its interval; `sign` "+" for differences, in bold type where the interval has no 0."""
-    if found is None or not math.isfinite(found.value):
-        return Figure(UNKNOWN)
-    value, low, high = (100 * each for each in (found.value, found.low, found.high))
-    if not math.isfinite(low):
-        return Figure(f"{value:{sign}.1f}", value)
-    more = f"{low:{sign}.1f} to {high:{sign}.1f}"
-    return Figure(f"{value:{sign}.1f}", value, more, bool(sign) and found.excludes_zero, (low, high))
-
-
-def name(text: object) -> Figure:
-    """A cell of words."""
-    return Figure(str(text), str(text))
 
 
 # A run's intervals
@@ -144,6 +75,15 @@ def retention(run: Run, entry: Entry) -> tuple[float | None, float | None]:
     return over_all, fmean(shares) if shares else None
 
 
+def _above_blank(run: Run, entry: Entry) -> float | None:
+    """Share of what the image adds that an entry keeps; None where questions were not divided into groups."""
+    if run.groups is None or not run.groups.of or not run.records:
+        return None
+    blank = run.groups.sizes[BLANK] / len(run.groups.of)
+    adds = float(run.full_right.mean()) - blank
+    return (entry.mean["accuracy"] - blank) / adds if adds > 0 else None
+
+
 def full_skills(run: Run) -> dict[str, float]:
     """The full model's accuracy per skill, from the samples."""
     found: dict[str, list[bool]] = {}
@@ -171,6 +111,11 @@ def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
         ),
         Column("of full %", "Share of the full model's accuracy, over all questions"),
         Column("of full %, mean", "Mean over skills, or benchmarks, of the share of the full model's figure"),
+        Column(
+            "of full - blank %",
+            "Share of what the image adds: accuracy and the full model's, both less the share of questions that it "
+            "answers right from a blank image (`lit-prune compare --groups`)",
+        ),
         *(Column(each, "Official score") for each in benchmarks),
         Column("same answer %", "Questions answered as the full model answers them, right or wrong"),
         Column("right to wrong %", "Questions that the full model answers right and the method wrong"),
@@ -210,6 +155,7 @@ def _summary_row(run: Run, entry: Entry, place: int, found: Intervals, benchmark
         ranged(found.difference.get(place), "+"),
         ranged(retained),
         number(over_parts, 100),
+        number(_above_blank(run, entry), 100),
         *(number((mean.get("headlines") or {}).get(each), digits=2) for each in benchmarks),
         number(mean.get("agreement"), 100),
         number(mean.get("lost"), 100),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lit_prune.evaluation.report.figures import Table
+from lit_prune.evaluation.report.table import Table
 
 
 def as_wandb(tables: Sequence[Table]) -> dict[str, Any]:
