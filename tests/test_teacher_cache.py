@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,19 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(filled, tmp_path, monkeypat
     assert (cache.waiting, cache.full) == ({}, True)
     cache.add(["x"], Record())
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["about.json"]
+
+
+def test_an_epoch_begins_with_what_another_process_kept(filled, tmp_path):
+    """It deals the samples out anew."""
+    first, root = filled
+    known, mine, others = opened(first, root), opened(first, tmp_path), opened(first, tmp_path)
+    others.waiting = {digest: known._read(digest) for digest in known.known}
+    others.on_train_epoch_end()
+    assert (len(mine.known), len(others.known)) == (0, 12)
+    mine.on_train_epoch_start(SimpleNamespace(current_epoch=0), None)
+    assert mine.known == {}, "what there was when it was opened"
+    mine.on_train_epoch_start(SimpleNamespace(current_epoch=1), None)
+    assert mine.known == others.known
 
 
 def test_an_interrupted_run_leaves_what_it_had(student, world, filled, tmp_path):

@@ -46,8 +46,9 @@ class Place(NamedTuple):
 class TeacherCache(Callback):
     """Answer moments, watched attention and saliency of the teacher, by sample.
 
-    As a callback of the Trainer it is opened when a fit begins and written when it ends, at checkpoints, and every
-    `FLUSH` samples. Before it is opened nothing is known, and nothing is kept.
+    As a callback of the Trainer it is opened when a fit begins and written when it ends, at checkpoints, at the ends of
+    epochs, and every `FLUSH` samples; an epoch begins with what other processes have written. Before it is opened
+    nothing is known, and nothing is kept.
 
     Args:
         root: folder of all caches; it may be shared by processes and runs.
@@ -59,6 +60,7 @@ class TeacherCache(Callback):
         self.by_token: tuple[str, ...] = ()  # what has a value for each visual token
         self.full = False
         self.known: dict[str, Place] = {}
+        self.seen: set[Path] = set()  # files read or written, damaged ones too
         self.waiting: dict[str, dict[str, Tensor]] = {}
 
     # -- hooks of the Trainer -----------------------------------------------------------------------------------
@@ -81,7 +83,12 @@ class TeacherCache(Callback):
         """Write what is left."""
         self.flush()
 
-    on_exception = on_save_checkpoint = on_train_end
+    on_exception = on_save_checkpoint = on_train_epoch_end = on_train_end
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what other processes have written since: another epoch gives this one samples that they had."""
+        if self.folder is not None and trainer.current_epoch:
+            self._read_folder()
 
     # -- the folder ---------------------------------------------------------------------------------------------
 
@@ -117,12 +124,17 @@ class TeacherCache(Callback):
         except OSError as error:
             if not self.folder.is_dir():
                 raise LitPruneError(f"model.teacher_cache: {self.folder} can't be made: {error.strerror}") from error
-        for path in sorted(self.folder.glob("*.safetensors")):
+        self._read_folder()
+        rank_zero_info(f"teacher cache {self.folder}: {len(self.known):,} samples")
+
+    def _read_folder(self) -> None:
+        """Learn what there is in files that weren't seen before."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.seen):
+            self.seen.add(path)
             try:
                 self.known |= self._rows_of(path)
             except UNREADABLE as error:
                 rank_zero_warn(f"{path} is damaged and is left out, delete it: {type(error).__name__}: {error}")
-        rank_zero_info(f"teacher cache {self.folder}: {len(self.known):,} samples")
 
     def _rows_of(self, path: Path) -> dict[str, Place]:
         """Samples of a file; raises one of `UNREADABLE` if it isn't as `flush` writes it."""
@@ -156,6 +168,7 @@ class TeacherCache(Callback):
             with written_whole(path) as file:
                 save_file(tensors, file, {HEADER: json.dumps(list(waiting))})
             self.known |= self._rows_of(path)
+            self.seen.add(path)
         except UNREADABLE as error:
             self.full = True
             rank_zero_warn(
