@@ -1,23 +1,76 @@
 #!/usr/bin/env bash
-# Every method on micro-576 at the papers' budgets of 576 visual tokens.
-#   bash jobs/table_576.sh                        training-free methods and untrained RCP, on the validation split
+# Every method on micro-576 at budgets of the papers, in two steps: trains RCP, then compares.
+#   bash jobs/table_576.sh                        on the validation split
 #   SPLIT=test bash jobs/table_576.sh             once, when nothing is chosen any more
-#   BUDGETS="32 16" bash jobs/table_576.sh --limit 90
-# Results in runs/table_576; what is done is not done again.
+#   TRAIN= BUDGETS="32 16" bash jobs/table_576.sh --limit 90      no training; rows of runs that aren't there are left out
+# Trained runs are in runs/rcp_576, results in runs/table_576; what is done is not done again. Training takes 14 minutes of
+# one core a seed once the teacher cache is there, which takes 40; a split of 432 questions an hour and a half.
 set -euo pipefail
 
 # shellcheck source=jobs/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-RUN="${RUN:-runs/table_576}" SPLIT="${SPLIT:-val}"
-read -ra BUDGETS <<<"${BUDGETS:-192 128 64 32 16}"
-
+RUN="${RUN:-runs/table_576}" RUNS="${RUNS:-runs/rcp_576}" SPLIT="${SPLIT:-val}" TRAIN="${TRAIN-0 1 2}"
+read -ra BUDGETS <<<"${BUDGETS:-64 32 16}"
+read -ra SEEDS <<<"$TRAIN"
 P=configs/pruners
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" # for the oracles of jobs/micro_576
-lit-prune compare -c configs/micro_576.yaml --split "$SPLIT" --keep "${BUDGETS[@]}" --seeds 0 --out "$RUN" "$@" --methods full \
-    random=$P/random.yaml uniform=$P/uniform.yaml downsampling=$P/downsample.yaml FastV=$P/fastv.yaml \
-    PyramidDrop=$P/pyramiddrop.yaml SparseVLM=$P/sparsevlm.yaml VisionZip=$P/visionzip.yaml PruMerge+=$P/prumerge_plus.yaml \
-    ToMe=$P/tome.yaml DivPrune=$P/divprune.yaml DART=$P/dart.yaml CDPruner=$P/cdpruner.yaml SCOPE=$P/scope.yaml \
-    TOPS=$P/tops.yaml ID-Selection=$P/id_selection.yaml "ERA's bias=$P/era_bias.yaml" DCP-Prune=$P/dcp.yaml \
-    "DCP-Prune, proportional attention=$P/dcp_proportional.yaml" "all-question attention=$P/text_attention.yaml" \
-    "word similarity=$P/text_similarity.yaml" "RCP untrained, top-k=configs/micro_576.yaml" \
-    "half background (knows the question's regions)=jobs/micro_576/pruners/half_background.yaml"
+
+# train NAME SEED [options]: RCP on micro-576 in RUNS/NAME/seed_SEED
+train() {
+    local folder=$RUNS/$1/seed_$2 seed=$2
+    shift 2
+    [[ -f $folder/plugin/plugin.json ]] && return
+    note "$folder"
+    lit-prune fit -c configs/micro_576.yaml "$@" --trainer.default_root_dir="$folder" --trainer.limit_val_batches=10 \
+        --ckpt_path last --seed_everything="$seed" --model.seed="$seed" --data.init_args.seed="$seed"
+}
+
+# One plug-in for all budgets; then the paper's method with its own losses, and with ours.
+for seed in ${SEEDS[@]+"${SEEDS[@]}"}; do
+    train salient "$seed" -c $P/rcp_salient.yaml --model.keep=32 --model.teacher_cache="$RUNS/teacher" \
+        --data.init_args.train_samples=4608 --trainer.max_epochs=3
+done
+if [[ -n $TRAIN ]]; then
+    train published 0 -c $P/rcp_published.yaml --data.init_args.train_samples=2304
+    train published_ours 0 -c $P/rcp_published.yaml --data.init_args.train_samples=2304 --model.loss.relative=true \
+        --model.gate_centre=true --model.loss.saliency=5 --model.loss.repair=10 --model.backward=kept
+fi
+
+# variant FILE NAME SED: a method's file with one line changed, in RUN/pruners
+variant() {
+    mkdir -p "$RUN/pruners"
+    sed "$3" "$P/$1.yaml" >"$RUN/pruners/$2.yaml"
+    cmp -s "$P/$1.yaml" "$RUN/pruners/$2.yaml" && { echo "error: $2 is $1" >&2 && exit 1; }
+    printf '%s' "$RUN/pruners/$2.yaml"
+}
+original='s/positions: renumbered/positions: original/'
+
+methods=(full random=$P/random.yaml uniform=$P/uniform.yaml downsampling=$P/downsample.yaml FastV=$P/fastv.yaml
+    SparseVLM=$P/sparsevlm.yaml VisionZip=$P/visionzip.yaml PruMerge+=$P/prumerge_plus.yaml ToMe=$P/tome.yaml
+    DivPrune=$P/divprune.yaml DART=$P/dart.yaml CDPruner=$P/cdpruner.yaml SCOPE=$P/scope.yaml TOPS=$P/tops.yaml
+    ID-Selection=$P/id_selection.yaml "ERA's bias=$P/era_bias.yaml" "all-question attention=$P/text_attention.yaml"
+    "word similarity=$P/text_similarity.yaml" DCP-Prune=$P/dcp.yaml
+    "DCP-Prune, proportional attention=$P/dcp_proportional.yaml"
+    "DCP-Prune without ACGR=$(variant dcp dcp_without_acgr 's/acgr: true/acgr: false/')"
+    "DCP-Prune without TATCS=$(variant dcp dcp_without_tatcs 's/tatcs: true/tatcs: false/')")
+for pair in visionzip=VisionZip divprune=DivPrune cdpruner=CDPruner scope=SCOPE tops=TOPS id_selection=ID-Selection; do
+    methods+=("${pair#*=}, original positions=$(variant "${pair%%=*}" "${pair%%=*}_original" "$original")")
+done
+methods+=("RCP untrained=$(variant rcp_published rcp_topk 's/select: threshold/select: topk/')"
+    "Salient RCP untrained=$P/rcp_salient.yaml")
+trained() {
+    [[ -f $2/plugin/plugin.json ]] && methods+=("$1=$2/plugin$3") || note "no run in $2, so no row $1"
+}
+for run in "RCP as published=published" "RCP as published, our losses=published_ours"; do
+    trained "${run%%=*}" "$RUNS/${run#*=}/seed_0" ""
+done
+three=""
+for folder in "$RUNS"/salient/seed_*; do
+    [[ ! -f $folder/plugin/plugin.json ]] || three+=",$folder/plugin"
+done
+[[ -z $three ]] || methods+=("Salient RCP=${three#,}" "Salient RCP without repair=$(sed 's/,/!,/g; s/$/!/' <<<"${three#,}")")
+methods+=("half background (knows the question's regions)=jobs/micro_576/pruners/half_background.yaml")
+
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" # for the oracle of jobs/micro_576
+lit-prune compare -c configs/micro_576.yaml --split "$SPLIT" --keep "${BUDGETS[@]}" --seeds 0 --groups 4 --out "$RUN" \
+    --methods "${methods[@]}" "$@"
+lit-prune report "$RUN" --out "$RUN/report.html" --markdown "$RUN/tables.md"
