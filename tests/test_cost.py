@@ -33,7 +33,7 @@ def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 
 
 def vector_flops(matrix, vector, *_, **__) -> int:
-    """Of a matrix times a vector, which PyTorch's counter leaves out: the scores of a single sample's position codes."""
+    """Of a matrix times a vector, which PyTorch's counter leaves out: scores of one sample's position codes."""
     return 2 * matrix[0] * matrix[1]
 
 
