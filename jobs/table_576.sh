@@ -26,7 +26,7 @@ train() {
 
 # One plug-in for all budgets; then the paper's method with its own losses, and with ours.
 for seed in ${SEEDS[@]+"${SEEDS[@]}"}; do
-    train salient "$seed" -c $P/rcp_salient.yaml --model.keep=32 --model.teacher_cache="$RUNS/teacher" \
+    train salient "$seed" -c $P/rcp_salient.yaml --model.teacher_cache="$RUNS/teacher" \
         --data.init_args.train_samples=4608 --trainer.max_epochs=3
 done
 if [[ -n $TRAIN ]]; then
@@ -44,11 +44,11 @@ variant() {
 }
 original='s/positions: renumbered/positions: original/'
 
-methods=(full random=$P/random.yaml uniform=$P/uniform.yaml downsampling=$P/downsample.yaml FastV=$P/fastv.yaml
-    SparseVLM=$P/sparsevlm.yaml VisionZip=$P/visionzip.yaml PruMerge+=$P/prumerge_plus.yaml ToMe=$P/tome.yaml
-    DivPrune=$P/divprune.yaml DART=$P/dart.yaml CDPruner=$P/cdpruner.yaml SCOPE=$P/scope.yaml TOPS=$P/tops.yaml
-    ID-Selection=$P/id_selection.yaml "ERA's bias=$P/era_bias.yaml" "all-question attention=$P/text_attention.yaml"
-    "word similarity=$P/text_similarity.yaml" DCP-Prune=$P/dcp.yaml
+methods=(full "random=$P/random.yaml" "uniform=$P/uniform.yaml" "downsampling=$P/downsample.yaml" "FastV=$P/fastv.yaml"
+    "SparseVLM=$P/sparsevlm.yaml" "VisionZip=$P/visionzip.yaml" "PruMerge+=$P/prumerge_plus.yaml" "ToMe=$P/tome.yaml"
+    "DivPrune=$P/divprune.yaml" "DART=$P/dart.yaml" "CDPruner=$P/cdpruner.yaml" "SCOPE=$P/scope.yaml" "TOPS=$P/tops.yaml"
+    "ID-Selection=$P/id_selection.yaml" "ERA's bias=$P/era_bias.yaml" "all-question attention=$P/text_attention.yaml"
+    "word similarity=$P/text_similarity.yaml" "DCP-Prune=$P/dcp.yaml"
     "DCP-Prune, proportional attention=$P/dcp_proportional.yaml"
     "DCP-Prune without ACGR=$(variant dcp dcp_without_acgr 's/acgr: true/acgr: false/')"
     "DCP-Prune without TATCS=$(variant dcp dcp_without_tatcs 's/tatcs: true/tatcs: false/')")
@@ -58,10 +58,14 @@ done
 methods+=("RCP untrained=$(variant rcp_published rcp_topk 's/select: threshold/select: topk/')"
     "Salient RCP untrained=$P/rcp_salient.yaml")
 trained() {
-    [[ -f $2/plugin/plugin.json ]] && methods+=("$1=$2/plugin$3") || note "no run in $2, so no row $1"
+    if [[ -f $2/plugin/plugin.json ]]; then
+        methods+=("$1=$2/plugin")
+    else
+        note "no run in $2, so no row $1"
+    fi
 }
 for run in "RCP as published=published" "RCP as published, our losses=published_ours"; do
-    trained "${run%%=*}" "$RUNS/${run#*=}/seed_0" ""
+    trained "${run%%=*}" "$RUNS/${run#*=}/seed_0"
 done
 three=""
 for folder in "$RUNS"/salient/seed_*; do

@@ -61,23 +61,26 @@ def run(
     from lit_prune.evaluation.report.figures import all_tables
     from lit_prune.evaluation.report.page import make  # with PyTorch and matplotlib, which --help does without
     from lit_prune.evaluation.report.runs import check_baseline, read_run
-    from lit_prune.files.writing import written_whole
 
     read = [read_run(folder) for folder in dict.fromkeys(runs)]
     check_baseline(read, baseline)
     page = make(read, title, baseline, samples, draws, seed).encode("utf-8", "replace")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as file:
-        file.write_bytes(page)
-    console.say(f"written: {out} ({len(page) / 1e6:.1f} MB)")
+    _save(page, out)
     if markdown is not None:
         text = "\n\n".join(table.markdown() for table in all_tables(read, baseline, draws, seed)) + "\n"
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(markdown) as file:
-            file.write_text(text, encoding="utf-8")
-        console.say(f"written: {markdown}")
+        _save(text.encode(), markdown)
     if wandb:
         _log(all_tables(read, baseline, draws, seed), out, title)
+
+
+def _save(content: bytes, out: Path) -> None:
+    """Write a whole file, and say so."""
+    from lit_prune.files.writing import written_whole
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as file:
+        file.write_bytes(content)
+    console.say(f"written: {out} ({len(content) / 1e6:.1f} MB)")
 
 
 def _log(tables: "Sequence[Table]", out: Path, title: str) -> None:

@@ -20,6 +20,7 @@ from lit_prune.host.plans import Plans
 from lit_prune.host.positions import Renumbering
 from lit_prune.host.proportional import ProportionalAttention, remember
 from lit_prune.host.reading import Handed
+from lit_prune.host.session import Entering
 from lit_prune.host.slicing import Slices
 from lit_prune.host.stages import Stages
 from lit_prune.host.state import FORWARD, Forward
@@ -104,7 +105,7 @@ class Layers:
             forward.trace_layer(None)
             return one_column(args, kwargs, forward.length)
         hidden = args[0] if forward.deepstack is None else forward.deepstack.add(index, args[0], forward.packed.columns)
-        hidden = forward.derive(index, self._at_prefix(index, hidden, forward))
+        hidden = self._derived(index, self._at_prefix(index, hidden, forward), forward)
         if index in self.stages:
             hidden = self._stage(index, module, hidden, forward, args[1:], kwargs)
         rest, kwargs = self._cut(index, hidden, forward, args[1:], kwargs)
@@ -164,6 +165,18 @@ class Layers:
         if prefix.states is None:
             prefix.states = hidden
         return prefix.states
+
+    @staticmethod
+    def _derived(index: int, hidden: Tensor, forward: Forward) -> Tensor:
+        """The states at a layer's input, recorded where gradients are to be taken by them."""
+        record = forward.record
+        if record is None or index not in forward.session.derive:
+            return hidden
+        if not hidden.requires_grad:
+            leaf = hidden.detach().requires_grad_()
+            hidden = leaf.view_as(leaf)  # no leaf: PyTorch's module tracker, as in its FLOP counter, takes none
+        record.entering[index] = Entering(hidden, *selection.compact(forward.packed.visual, forward.most_visual))
+        return hidden
 
     def _stage(
         self, index: int, module: nn.Module, hidden: Tensor, forward: Forward, rest: tuple, kwargs: dict

@@ -17,7 +17,7 @@ from lit_prune.host.devices import Transfers, move, moved
 from lit_prune.host.lengths import Lengths
 from lit_prune.host.masks import Span
 from lit_prune.host.packing import Layout, layout
-from lit_prune.host.session import Awaited, Entering, Record, Session
+from lit_prune.host.session import Awaited, Record, Session
 from lit_prune.host.slicing import Slices
 from lit_prune.ops import selection
 from lit_prune.pruners.base import Kept
@@ -179,16 +179,6 @@ class Forward:
         if awaits is not None and awaits.recorded:
             columns, _ = selection.compact(self.packed.visual, self.most_visual)
             self.record.embeds = selection.gather_rows(embeds, columns)
-
-    def derive(self, index: int, hidden: Tensor) -> Tensor:
-        """The states at a layer's input, recorded so that gradients can be taken by them."""
-        if self.record is None or index not in self.session.derive:
-            return hidden
-        if not hidden.requires_grad:
-            leaf = hidden.detach().requires_grad_()
-            hidden = leaf.view_as(leaf)  # no leaf: PyTorch's module tracker, as in its FLOP counter, takes none
-        self.record.entering[index] = Entering(hidden, *selection.compact(self.packed.visual, self.most_visual))
-        return hidden
 
     def follow(self, device: torch.device) -> None:
         """Take what layers share to the device of one of them; what is recorded stays where it was measured."""

@@ -95,8 +95,9 @@ class RCP(Pruner):
 
     @property
     def title(self) -> str:
-        """Published name, marked if the budget is adaptive."""
-        return "RCP, adaptive" if self.select == "mass" else "RCP"
+        """Published name, marked if the budget is adaptive or no layer sees all tokens."""
+        first = " from layer 0" if 0 in self.layers else ""
+        return f"RCP{first}, adaptive" if self.select == "mass" else f"RCP{first}"
 
     @property
     def free(self) -> bool:

@@ -268,7 +268,8 @@ def test_options_that_are_passed_on_are_known_to_the_command_line():
 
     options = keys(InstructData)
     assert keys(StreamedData) == options - {"group_by_length"} | {"steps", "block"}
-    own = {"root", "train_samples", "val_samples", "test_samples", "data_seed", "questions_per_image", "world"}
+    own = {"root", "train_samples", "val_samples", "test_samples", "data_seed", "questions_per_image"}
+    own |= {"world", "train_skills"}
     assert keys(MicroData) == options - {"train", "val", "test", "predict", "images"} | own
 
 
