@@ -4,7 +4,7 @@
 #   SPLIT="test" bash jobs/table_576.sh             once, when nothing is chosen any more
 #   TRAIN= BUDGETS="32 16" bash jobs/table_576.sh --limit 90      no training; rows of runs that aren't there are left out
 # Trained runs are in runs/rcp_576, results in runs/table_576; what is done is not done again. Training takes 14 minutes of
-# one core a seed once the teacher cache is there, which takes 40; a split of 432 questions an hour and a half.
+# one core a seed once the teacher cache is there, which takes 40; comparing 360 questions takes hours.
 set -euo pipefail
 
 # shellcheck source=jobs/install.sh

@@ -134,7 +134,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(filled, tmp_path, monkeypat
 
 
 def test_an_epoch_begins_with_what_another_process_kept(filled, tmp_path):
-    """It deals the samples out anew."""
+    """Each epoch reshuffles the samples over the processes."""
     first, root = filled
     known, mine, others = opened(first, root), opened(first, tmp_path), opened(first, tmp_path)
     others.waiting = {digest: known._read(digest) for digest in known.known}

@@ -1,4 +1,4 @@
-"""What does the teacher's saliency know? Keep the tokens that it names, before the decoder's first layer.
+"""Accuracy with the visual tokens of highest saliency alone, kept before the decoder's first layer.
 
 `python jobs/micro_576/saliency.py` scores visual tokens of the validation split by the gradient of the full model's own
 answer, keeps the best, and asks again: what `loss.saliency` aims at. For comparison, the same with the attention of the
@@ -33,7 +33,7 @@ class Given(Pruner):
 
 
 def right(logits: Tensor, record: Record) -> list[bool]:
-    """Whether each sample's answer tokens are all the most likely ones."""
+    """For each sample, True if the model predicts every token of the answer."""
     hits = (logits.argmax(-1) == record.targets).split(record.answers.tolist())
     return [bool(hit.all()) for hit in hits]
 

@@ -66,11 +66,12 @@ def run(
     check_baseline(read, baseline)
     page = make(read, title, baseline, samples, draws, seed).encode("utf-8", "replace")
     _save(page, out)
+    tables = all_tables(read, baseline, draws, seed) if markdown is not None or wandb else []
     if markdown is not None:
-        text = "\n\n".join(table.markdown() for table in all_tables(read, baseline, draws, seed)) + "\n"
+        text = "\n\n".join(table.markdown() for table in tables) + "\n"
         _save(text.encode(), markdown)
     if wandb:
-        _log(all_tables(read, baseline, draws, seed), out, title)
+        _log(tables, out, title)
 
 
 def _save(content: bytes, out: Path) -> None:

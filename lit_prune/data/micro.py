@@ -61,14 +61,12 @@ class MicroData(InstructData):
         of = named(world) if world else world_of(base)
         skills = _checked(train_skills, of)
         samples = {"train": train_samples, "val": val_samples, "test": test_samples}
-        per_image = questions_per_image
-        self.splits = {
-            split: Split(of, split, count, seeds_of(of, split, count, per_image, data_seed), per_image)
-            for split, count in samples.items()
-        }
-        if skills is not None:
-            seeds = seeds_of(of, "train", train_samples, per_image, data_seed, len(skills) / len(of.skills))
-            self.splits["train"] = Split(of, "train", train_samples, seeds, per_image, skills)
+        self.splits = {}
+        for split, count in samples.items():
+            chosen = skills if split == "train" else None
+            share = 1.0 if chosen is None else len(chosen) / len(of.skills)
+            seeds = seeds_of(of, split, count, questions_per_image, data_seed, share)
+            self.splits[split] = Split(of, split, count, seeds, questions_per_image, chosen)
         paths = {split: str(it.folder(root) / INSTRUCTIONS) for split, it in self.splits.items()}
         super().__init__(
             base,

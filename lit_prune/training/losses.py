@@ -227,7 +227,7 @@ def _from_targets(student: Record, targets: Mapping[int, Float[Tensor, "batch gr
 
 
 def saliency(logits: Float[Tensor, "tokens vocab"], record: Record) -> dict[int, Float[Tensor, "batch grid"]]:
-    """How much a model's own answer depends on each visual token, at each layer that its session derived by.
+    """Compute how strongly a model's answer depends on each visual token, at each layer in its session's `derive`.
 
     The norm of the gradient of the answer's margin, the best logit less the second at each answer position, by the
     token's state at the layer's input; a sample's sum to 1, since their scale depends on how sure the model is.

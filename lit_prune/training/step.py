@@ -181,12 +181,13 @@ class Teaching:
             share = mean_over_ranks(visual_share(student, plugin.dims.depth), pictured)
             final = mean_over_ranks(budget_share(self.keep, total, plugin.dims.depth), pictured)
             losses["budget"] = (share - self.anneal.target(final, done)).abs()
+        by_sample = {}
         if self.loss.attention:
-            value = attention_loss(student, teacher, self.loss.sharpen)
-            losses["attention"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
+            by_sample["attention"] = attention_loss(student, teacher, self.loss.sharpen)
         if self.loss.saliency:
-            value = saliency_loss(student, teacher)
-            losses["saliency"] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
+            by_sample["saliency"] = saliency_loss(student, teacher)
+        for name, value in by_sample.items():
+            losses[name] = mean_over_ranks(0.0 * value if blank else value, len(total) - int(blank))
         if self.loss.distill:
             losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
         return losses

@@ -1,4 +1,4 @@
-"""What the tables of a report hold: figures with intervals."""
+"""The tables of a report, with confidence intervals."""
 
 import math
 from collections.abc import Sequence
