@@ -12,7 +12,17 @@ from lit_prune.data.regions import joined, regions
 from lit_prune.evaluation.measuring import matches
 from lit_prune.evaluation.metrics import Consistency, LayerTokens, Shift, SkillAccuracy, figure_name
 from lit_prune.host import Record, StageRecord
-from lit_prune.training.losses import Anneal, LossWeights, budget_share, distillation, repair_loss, visual_share
+from lit_prune.pruners.random import Random
+from lit_prune.training.losses import (
+    Anneal,
+    LossWeights,
+    budget_share,
+    distillation,
+    planned_shares,
+    repair_loss,
+    ruled_layers,
+    visual_share,
+)
 
 
 # -- accuracy -------------------------------------------------------------------------------------------------------
@@ -156,6 +166,16 @@ def test_visual_share_is_the_average_over_layers():
     share = visual_share(record, 6)
     assert share.item() == pytest.approx((1 + 2 * (0.75 + 1) / 2 + 3 * (0.25 + 0.5) / 2) / 6)
     assert (torch.autograd.grad(share, gates)[0][:, :2] > 0).all()
+
+
+def test_stagewise_budgets_are_of_each_stage():
+    """Counts that share the budget out otherwise meet the average, and miss each stage's own."""
+    pruner = Random(layers=(1, 3), stage_ratios=[3.0, 1.0])
+    planned = planned_shares(pruner, 4, [1, 3], torch.tensor([8, 0, 2]), 6)
+    first, second = pruner.plan(4, 8, 6).values()
+    assert planned.tolist() == pytest.approx([(first / 8 + 1) / 2, (second / 8 + 1) / 2]), "two tokens stay two"
+    assert ruled_layers([1, 3], 6) == [2, 3]
+    assert planned_shares(pruner, 4, [1, 3], torch.tensor([0]), 6).tolist() == [1, 1]
 
 
 def test_distillation_is_zero_for_equal_answers_only():

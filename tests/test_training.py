@@ -26,6 +26,7 @@ from lit_prune.pruners.random import Random
 from lit_prune.pruners.rcp import RCP
 from lit_prune.training.losses import Anneal, LossWeights
 from lit_prune.training.module import PruneModule
+from lit_prune.training.step import StepKey
 from lit_prune.vlm import plugin_from_yaml
 
 KEEP = 16
@@ -81,6 +82,25 @@ def test_every_loss_is_logged(student, world, tmp_path):
     }
     assert names >= {"val/accuracy/all", "val/agreement", "val/visual_tokens", "val/flops", "val/kv_bytes", "val/kappa"}
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
+
+
+def test_stagewise_holds_each_stage_to_its_count(student, world):
+    """The loss is what each stage misses, weighed by the layers it rules; the average may miss less."""
+    module = student("threshold", loss=LossWeights(stagewise=True), anneal=Anneal(target_share=0.0)).train()
+    made = world()
+    made.prepare_data()
+    made.setup("fit")
+    step = module.step(next(iter(made.train_dataloader())), StepKey(seed=0, done=1.0))
+    stages, depth = list(module.vlm.host.stages), module.vlm.plugin.dims.depth
+    plan = module.vlm.plugin.pruner.plan(module.keep, 144, depth)
+    missed, shares = 0.0, []
+    for stage, end in zip(step.student.stages, [*stages[1:], depth], strict=True):
+        shares.append(stage.gate.sum(1).mean().item() / 144)
+        missed += (end - stage.layer) / depth * abs(shares[-1] - plan[stage.layer] / 144)
+    assert step.losses["budget"].item() == pytest.approx(missed, rel=1e-5)
+    assert step.losses["budget"] > 0
+    step.losses["budget"].backward()
+    assert all(scorer.bias.grad.abs().sum() > 0 for scorer in module.vlm.plugin.pruner.scorers), "every stage learns"
 
 
 def test_shares_of_a_mixture_are_logged(student, world, micro_folder, tmp_path):

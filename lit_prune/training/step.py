@@ -21,9 +21,12 @@ from lit_prune.training.losses import (
     attention_loss,
     budget_share,
     distillation,
+    planned_shares,
     repair_loss,
+    ruled_layers,
     saliency,
     saliency_loss,
+    stage_shares,
     visual_share,
 )
 from lit_prune.training.teacher_cache import TeacherCache, take_moments
@@ -177,10 +180,7 @@ class Teaching:
         if self.vlm.host.feeds:
             losses["repair"] = repair_loss(student, teacher, sorted(self.vlm.host.feeds), self.loss)
         if plugin.pruner.free:
-            pictured = (total > 0).sum() - int(blank)
-            share = mean_over_ranks(visual_share(student, plugin.dims.depth), pictured)
-            final = mean_over_ranks(budget_share(self.keep, total, plugin.dims.depth), pictured)
-            losses["budget"] = (share - self.anneal.target(final, done)).abs()
+            losses["budget"] = self._budget(student, done, (total > 0).sum() - int(blank))
         by_sample = {}
         if self.loss.attention:
             by_sample["attention"] = attention_loss(student, teacher, self.loss.sharpen)
@@ -191,3 +191,16 @@ class Teaching:
         if self.loss.distill:
             losses["distill"] = mean_over_ranks(distillation(logits, target), answers)
         return losses
+
+    def _budget(self, student: Record, done: float, pictured: Tensor) -> Tensor:
+        """Distance of the kept share from its target, of the average over the layers or, `stagewise`, of each stage."""
+        total, depth, pruner = student.trace.total_visual, self.vlm.plugin.dims.depth, self.vlm.plugin.pruner
+        if not self.loss.stagewise:
+            share = mean_over_ranks(visual_share(student, depth), pictured)
+            final = mean_over_ranks(budget_share(self.keep, total, depth), pictured)
+            return (share - self.anneal.target(final, done)).abs()
+        stages = list(self.vlm.host.stages)
+        final = mean_over_ranks(planned_shares(pruner, self.keep, stages, total, depth), pictured)
+        # No stage ran on a rank without an image, which still takes part in the means.
+        shares = mean_over_ranks(stage_shares(student) if student.stages else torch.ones_like(final), pictured)
+        return (shares - self.anneal.target(final, done)).abs() @ shares.new_tensor(ruled_layers(stages, depth)) / depth
