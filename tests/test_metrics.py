@@ -18,9 +18,8 @@ from lit_prune.training.losses import (
     LossWeights,
     budget_share,
     distillation,
-    planned_shares,
     repair_loss,
-    ruled_layers,
+    stagewise_distance,
     visual_share,
 )
 
@@ -168,14 +167,25 @@ def test_visual_share_is_the_average_over_layers():
     assert (torch.autograd.grad(share, gates)[0][:, :2] > 0).all()
 
 
-def test_stagewise_budgets_are_of_each_stage():
-    """Counts that share the budget out otherwise meet the average, and miss each stage's own."""
+def test_stagewise_distance_is_of_each_stage_in_each_sample():
+    """Counts that share the budget out otherwise, or give one sample the other's, meet the average and miss this."""
     pruner = Random(layers=(1, 3), stage_ratios=[3.0, 1.0])
-    planned = planned_shares(pruner, 4, [1, 3], torch.tensor([8, 0, 2]), 6)
-    first, second = pruner.plan(4, 8, 6).values()
-    assert planned.tolist() == pytest.approx([(first / 8 + 1) / 2, (second / 8 + 1) / 2]), "two tokens stay two"
-    assert ruled_layers([1, 3], 6) == [2, 3]
-    assert planned_shares(pruner, 4, [1, 3], torch.tensor([0]), 6).tolist() == [1, 1]
+    planned = list(pruner.plan(4, 8, 6).values())
+
+    def distance(counts: list[tuple[int, int, int]]) -> float:
+        gates = torch.zeros(2, 3, 8)
+        for stage, kept in enumerate(counts):
+            for sample, count in enumerate(kept):
+                gates[stage, sample, :count] = 1
+        record = Record()
+        record.trace.total_visual = torch.tensor([8, 8, 0])
+        record.stages = [StageRecord(layer, gates[i] > 0, gates[i], None) for i, layer in enumerate((1, 3))]
+        return stagewise_distance(record, pruner, 4, 6, Anneal(target_share=0.0), 1.0).item()
+
+    one, two = planned
+    assert distance([(one, one, 0), (two, two, 0)]) == 0
+    assert distance([(one + 1, one - 1, 0), (two, two, 0)]) == pytest.approx(2 / 6 / 8)
+    assert distance([(one, one, 0), (two, two + 1, 0)]) == pytest.approx(3 / 6 / 8 / 2)
 
 
 def test_distillation_is_zero_for_equal_answers_only():

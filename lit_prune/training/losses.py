@@ -29,8 +29,8 @@ class LossWeights:
         repair: moment matching on answer states [R: 3.0].
         budget: |actual - target| share of visual tokens; only `select: threshold` needs it [R: 200].
         variance: weight `a` of the variances inside the repair loss [R: 3.0]; 0 matches means only.
-        stagewise: hold every stage to its own count, as `stage_ratios` share the budget out, not all of them to the
-            average, which one stage can meet at the others' cost [ours; the paper's loss is of the average].
+        stagewise: hold every stage to its own count, as `stage_ratios` share the budget out, in each sample: some
+            stages and samples can meet the average at the others' cost [ours; the paper's loss is of the average].
         relative: divide the states by the teacher's root mean square in that layer before matching moments, so that one
             weight suits models whose states differ in scale [ours; the paper's loss is absolute].
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
@@ -173,42 +173,35 @@ def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
     The cumulative gate is averaged over each sample's visual tokens, then over the samples with an image; 1 if none
     has one.
     """
-    if not record.stages:
-        return torch.ones((), device=record.trace.total_visual.device)
     layers = [stage.layer for stage in record.stages]
-    sums, pictured = _kept(record)
-    share = torch.tensor(float(layers[0]), device=pictured.device)
-    for kept, ruled in zip(sums, ruled_layers(layers, depth), strict=True):
-        share = share + ruled * kept / pictured
+    total = record.trace.total_visual
+    if not layers:
+        return torch.ones((), device=total.device)
+    pictured = (total > 0).float()
+    share = torch.tensor(float(layers[0]), device=total.device)
+    for stage, ruled in zip(record.stages, ruled_layers(layers, depth), strict=True):
+        kept = stage.gate.sum(1) / total.clamp(min=1)
+        share = share + ruled * (kept * pictured).sum() / pictured.sum().clamp(min=1.0)
     return share / depth
 
 
-def stage_shares(record: Record) -> Float[Tensor, " stages"]:
-    """Share of visual tokens that each stage keeps, likewise averaged."""
-    sums, pictured = _kept(record)
-    return torch.stack(sums) / pictured
-
-
-def _kept(record: Record) -> tuple[list[Float[Tensor, ""]], Float[Tensor, ""]]:
-    """Shares that each stage keeps, summed over the samples with an image, and their number, at least 1."""
+def stagewise_distance(
+    record: Record, pruner: PruningMethod, keep: Budget, depth: int, anneal: Anneal, done: float
+) -> Float[Tensor, ""]:
+    """Mean over the samples with an image of how far each stage's share is from its schedule's, over the layers."""
     total = record.trace.total_visual
-    pictured = (total > 0).float()
-    sums = [(stage.gate.sum(1) / total.clamp(min=1) * pictured).sum() for stage in record.stages]
-    return sums, pictured.sum().clamp(min=1.0)
+    pictured, distance = (total > 0).float(), torch.zeros(len(total), device=total.device)
+    plans = [pruner.plan(keep, max(1, n), depth) for n in total.tolist()]
+    for stage, ruled in zip(record.stages, ruled_layers([stage.layer for stage in record.stages], depth), strict=True):
+        counts = torch.tensor([plan[stage.layer] for plan in plans], device=total.device).minimum(total)
+        final, share = (part / total.clamp(min=1) for part in (counts, stage.gate.sum(1)))
+        distance = distance + ruled * (share - anneal.target(final, done)).abs()
+    return (distance * pictured).sum() / pictured.sum().clamp(min=1.0) / depth
 
 
 def ruled_layers(stages: list[int], depth: int) -> list[int]:
     """Number of decoder layers from each stage to the next."""
     return [end - start for start, end in pairwise([*stages, depth])]
-
-
-def planned_shares(
-    pruner: PruningMethod, keep: Budget, stages: list[int], total: Int[Tensor, " batch"], depth: int
-) -> Float[Tensor, " stages"]:
-    """Share of visual tokens that a budget's schedule keeps at each stage, averaged over the samples with an image."""
-    plans = [(pruner.plan(keep, n, depth), n) for n in total.tolist() if n]
-    shares = [mean(min(1.0, plan[layer] / n) for plan, n in plans) if plans else 1.0 for layer in stages]
-    return torch.tensor(shares, device=total.device)
 
 
 def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]) -> Float[Tensor, ""]:

@@ -21,12 +21,10 @@ from lit_prune.training.losses import (
     attention_loss,
     budget_share,
     distillation,
-    planned_shares,
     repair_loss,
-    ruled_layers,
     saliency,
     saliency_loss,
-    stage_shares,
+    stagewise_distance,
     visual_share,
 )
 from lit_prune.training.teacher_cache import TeacherCache, take_moments
@@ -193,14 +191,11 @@ class Teaching:
         return losses
 
     def _budget(self, student: Record, done: float, pictured: Tensor) -> Tensor:
-        """Distance of the kept share from its target, of the average over the layers or, `stagewise`, of each stage."""
+        """Distance of the kept share from its target, of the average or, `stagewise`, of each stage."""
         total, depth, pruner = student.trace.total_visual, self.vlm.plugin.dims.depth, self.vlm.plugin.pruner
-        if not self.loss.stagewise:
-            share = mean_over_ranks(visual_share(student, depth), pictured)
-            final = mean_over_ranks(budget_share(self.keep, total, depth), pictured)
-            return (share - self.anneal.target(final, done)).abs()
-        stages = list(self.vlm.host.stages)
-        final = mean_over_ranks(planned_shares(pruner, self.keep, stages, total, depth), pictured)
-        # No stage ran on a rank without an image, which still takes part in the means.
-        shares = mean_over_ranks(stage_shares(student) if student.stages else torch.ones_like(final), pictured)
-        return (shares - self.anneal.target(final, done)).abs() @ shares.new_tensor(ruled_layers(stages, depth)) / depth
+        if self.loss.stagewise:
+            distance = stagewise_distance(student, pruner, self.keep, depth, self.anneal, done)
+            return mean_over_ranks(distance, pictured)
+        share = mean_over_ranks(visual_share(student, depth), pictured)
+        final = mean_over_ranks(budget_share(self.keep, total, depth), pictured)
+        return (share - self.anneal.target(final, done)).abs()
