@@ -3,8 +3,8 @@
 #   bash jobs/table_576.sh                        on the validation split
 #   SPLIT="test" bash jobs/table_576.sh             once, when nothing is chosen any more
 #   TRAIN= BUDGETS="32 16" bash jobs/table_576.sh --limit 90      no training; rows of runs that aren't there are left out
-# Trained runs are in runs/rcp_576, results in runs/table_576; what is done is not done again. Training takes 14 minutes of
-# one core a seed once the teacher cache is there, which takes 40; comparing 360 questions takes hours.
+# Trained runs are in runs/rcp_576, results in runs/table_576; what is done is not done again. Training takes 15 minutes of
+# one core a seed once the teacher cache is there, which takes 40 for each set of layers; comparing 360 questions takes hours.
 set -euo pipefail
 
 # shellcheck source=jobs/install.sh
@@ -24,15 +24,29 @@ train() {
         --ckpt_path last --seed_everything="$seed" --model.seed="$seed" --data.init_args.seed="$seed"
 }
 
-# One plug-in for all budgets; then the paper's method with its own losses, and with ours.
+# One plug-in for all budgets, and what its parts are worth at half the length: the adapters, the place of the first stage, and
+# questions of the other half of the skills. Then the paper's method with its own losses, and with ours.
+salient=(-c "$P/rcp_salient.yaml" --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher")
+repair=--model.repair.init_args
+two=("$repair.layers=[22,29]" "$repair.stages=[1,2]")
+paper=(--model.pruner.init_args.layers="[1,13,25]" --model.pruner.init_args.stage_ratios="[16.7,4.6,1.4]")
+even="[behind,counting,dots,figures,layout,position,relation,shape,texture]"
+odd="[colour,direction,existence,ground,pattern,region,same,size,words]"
+short=--data.init_args.train_samples=2304
 for seed in ${SEEDS[@]+"${SEEDS[@]}"}; do
-    train salient "$seed" -c $P/rcp_salient.yaml --model.teacher_cache="$RUNS/teacher" \
-        --data.init_args.train_samples=4608 --trainer.max_epochs=3
+    train salient "$seed" "${salient[@]}" --data.init_args.train_samples=4608
+    train two_adapters "$seed" "${salient[@]}" --data.init_args.train_samples=4608 "${two[@]}"
 done
 if [[ -n $TRAIN ]]; then
-    train published 0 -c $P/rcp_published.yaml --data.init_args.train_samples=2304
-    train published_ours 0 -c $P/rcp_published.yaml --data.init_args.train_samples=2304 --model.loss.relative=true \
-        --model.gate_centre=true --model.loss.saliency=5 --model.loss.repair=10 --model.backward=kept
+    train short 0 "${salient[@]}" $short
+    train short_two_adapters 0 "${salient[@]}" $short "${two[@]}"
+    train short_paper_layers 0 "${salient[@]}" $short "${two[@]}" "${paper[@]}"
+    train half_even 0 "${salient[@]}" $short --data.init_args.train_skills="$even"
+    train half_odd 0 "${salient[@]}" $short --data.init_args.train_skills="$odd"
+    train published 0 -c $P/rcp_published.yaml $short
+    train published_ours 0 -c $P/rcp_published.yaml $short --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher" \
+        --model.train_mode=drop --model.gate_clip=0.01 --model.gate_centre=true --model.anneal.noise=0 \
+        --model.loss.relative=true --model.loss.saliency=5 --model.loss.repair=10 --model.loss.stagewise=true
 fi
 
 # variant FILE NAME SED: a method's file with one line changed, in RUN/pruners
@@ -64,14 +78,24 @@ trained() {
         note "no run in $2, so no row $1"
     fi
 }
-for run in "RCP as published=published" "RCP as published, our losses=published_ours"; do
+# seeds NAME: its trained plug-ins, with commas
+seeds() {
+    local folder found=""
+    for folder in "$RUNS/$1"/seed_*; do
+        [[ ! -f $folder/plugin/plugin.json ]] || found+=",$folder/plugin"
+    done
+    printf '%s' "${found#,}"
+}
+for run in "RCP as published=published" "RCP as published, our losses=published_ours" "Salient RCP, half the length=short" \
+    "Salient RCP, two adapters, half the length=short_two_adapters" \
+    "Salient RCP, two adapters, the paper's layers, half the length=short_paper_layers" \
+    "Salient RCP, trained on one half of the skills=half_even" "Salient RCP, trained on the other half=half_odd"; do
     trained "${run%%=*}" "$RUNS/${run#*=}/seed_0"
 done
-three=""
-for folder in "$RUNS"/salient/seed_*; do
-    [[ ! -f $folder/plugin/plugin.json ]] || three+=",$folder/plugin"
-done
-[[ -z $three ]] || methods+=("Salient RCP=${three#,}" "Salient RCP without repair=$(sed 's/,/!,/g; s/$/!/' <<<"${three#,}")")
+three=$(seeds salient)
+[[ -z $three ]] || methods+=("Salient RCP=$three" "Salient RCP without repair=$(sed 's/,/!,/g; s/$/!/' <<<"$three")")
+three=$(seeds two_adapters)
+[[ -z $three ]] || methods+=("Salient RCP, two adapters=$three")
 methods+=("half background (knows the question's regions)=jobs/micro_576/pruners/half_background.yaml")
 
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" # for the oracle of jobs/micro_576
