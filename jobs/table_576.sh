@@ -27,22 +27,21 @@ train() {
 # One plug-in for all budgets, and what its parts are worth at half the length: the adapters, the place of the first stage, and
 # questions of the other half of the skills. Then the paper's method with its own losses, and with ours.
 salient=(-c "$P/rcp_salient.yaml" --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher")
-repair=--model.repair.init_args
-two=("$repair.layers=[22,29]" "$repair.stages=[1,2]")
+seven=(-c jobs/micro_576/seven_adapters.yaml)
 paper=(--model.pruner.init_args.layers="[1,13,25]" --model.pruner.init_args.stage_ratios="[16.7,4.6,1.4]")
 even="[behind,counting,dots,figures,layout,position,relation,shape,texture]"
 odd="[colour,direction,existence,ground,pattern,region,same,size,words]"
 short=--data.init_args.train_samples=2304
 for seed in ${SEEDS[@]+"${SEEDS[@]}"}; do
-    train salient "$seed" "${salient[@]}" --data.init_args.train_samples=4608
-    train two_adapters "$seed" "${salient[@]}" --data.init_args.train_samples=4608 "${two[@]}"
+    train salient "$seed" "${salient[@]}" "${seven[@]}" --data.init_args.train_samples=4608
+    train two_adapters "$seed" "${salient[@]}" --data.init_args.train_samples=4608
 done
 if [[ -n $TRAIN ]]; then
-    train short 0 "${salient[@]}" $short
-    train short_two_adapters 0 "${salient[@]}" $short "${two[@]}"
-    train short_paper_layers 0 "${salient[@]}" $short "${two[@]}" "${paper[@]}"
-    train half_even 0 "${salient[@]}" $short --data.init_args.train_skills="$even"
-    train half_odd 0 "${salient[@]}" $short --data.init_args.train_skills="$odd"
+    train short 0 "${salient[@]}" "${seven[@]}" $short
+    train short_two_adapters 0 "${salient[@]}" $short
+    train short_paper_layers 0 "${salient[@]}" $short "${paper[@]}"
+    train half_even 0 "${salient[@]}" "${seven[@]}" $short --data.init_args.train_skills="$even"
+    train half_odd 0 "${salient[@]}" "${seven[@]}" $short --data.init_args.train_skills="$odd"
     train published 0 -c $P/rcp_published.yaml $short
     train published_ours 0 -c $P/rcp_published.yaml $short --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher" \
         --model.train_mode=drop --model.gate_clip=0.01 --model.gate_centre=true --model.anneal.noise=0 --model.loss.budget=20 \
