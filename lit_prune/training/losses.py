@@ -6,7 +6,6 @@ Values marked [R] were read in drafts of the method; all are arguments.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import mean
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lit_prune.errors import check_number
 from lit_prune.host import Record
-from lit_prune.ops.budget import Budget, Share, asked
+from lit_prune.ops.budget import Budget, Share, asked, spans
 from lit_prune.ops.moments import Moments, joined, moment_loss, moments
 from lit_prune.pruners.base import PruningMethod
 
@@ -29,8 +28,8 @@ class LossWeights:
         repair: moment matching on answer states [R: 3.0].
         budget: |actual - target| share of visual tokens; only `select: threshold` needs it [R: 200].
         variance: weight `a` of the variances inside the repair loss [R: 3.0]; 0 matches means only.
-        stagewise: hold every stage to its own count, as `stage_ratios` share the budget out, in each sample: some
-            stages and samples can meet the average at the others' cost [ours; the paper's loss is of the average].
+        stagewise: that loss holds every stage to its own count, as `stage_ratios` share the budget out, in each sample:
+            some can meet the average at the others' cost [ours; the paper's loss is of the average].
         relative: divide the states by the teacher's root mean square in that layer before matching moments, so that one
             weight suits models whose states differ in scale [ours; the paper's loss is absolute].
         distill: KL to the teacher's answer distribution; not in the paper, off by default.
@@ -158,9 +157,7 @@ def tokens_asked(
     if isinstance(keep, Share):
         final = (keep.percent / 100 * own).round().clamp(min=1).minimum(own)
     elif isinstance(keep, dict):
-        starts = [0, *keep, depth]
-        most = [None, *keep.values()]
-        ruled = [end - start for start, end in pairwise(starts)]
+        most, ruled = [None, *keep.values()], spans((0, *keep), depth)
         final = sum(n * (own if k is None else own.clamp(max=k)) for n, k in zip(ruled, most, strict=True)) / depth
     else:
         final = own.clamp(max=keep)
@@ -173,13 +170,13 @@ def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
     The cumulative gate is averaged over each sample's visual tokens, then over the samples with an image; 1 if none
     has one.
     """
-    layers = [stage.layer for stage in record.stages]
+    layers = tuple(stage.layer for stage in record.stages)
     total = record.trace.total_visual
     if not layers:
         return torch.ones((), device=total.device)
     pictured = (total > 0).float()
     share = torch.tensor(float(layers[0]), device=total.device)
-    for stage, ruled in zip(record.stages, ruled_layers(layers, depth), strict=True):
+    for stage, ruled in zip(record.stages, spans(layers, depth), strict=True):
         kept = stage.gate.sum(1) / total.clamp(min=1)
         share = share + ruled * (kept * pictured).sum() / pictured.sum().clamp(min=1.0)
     return share / depth
@@ -192,16 +189,12 @@ def stagewise_distance(
     total = record.trace.total_visual
     pictured, distance = (total > 0).float(), torch.zeros(len(total), device=total.device)
     plans = [pruner.plan(keep, max(1, n), depth) for n in total.tolist()]
-    for stage, ruled in zip(record.stages, ruled_layers([stage.layer for stage in record.stages], depth), strict=True):
+    layers = tuple(stage.layer for stage in record.stages)
+    for stage, ruled in zip(record.stages, spans(layers, depth), strict=True):
         counts = torch.tensor([plan[stage.layer] for plan in plans], device=total.device).minimum(total)
         final, share = (part / total.clamp(min=1) for part in (counts, stage.gate.sum(1)))
         distance = distance + ruled * (share - anneal.target(final, done)).abs()
     return (distance * pictured).sum() / pictured.sum().clamp(min=1.0) / depth
-
-
-def ruled_layers(stages: list[int], depth: int) -> list[int]:
-    """Number of decoder layers from each stage to the next."""
-    return [end - start for start, end in pairwise([*stages, depth])]
 
 
 def distillation(student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]) -> Float[Tensor, ""]:
