@@ -91,10 +91,11 @@ for run in "RCP as published=published" "RCP as published, our losses=published_
     "Salient RCP, trained on one half of the skills=half_even" "Salient RCP, trained on the other half=half_odd"; do
     trained "${run%%=*}" "$RUNS/${run#*=}/seed_0"
 done
-three=$(seeds salient)
-[[ -z $three ]] || methods+=("Salient RCP=$three" "Salient RCP without repair=$(sed 's/,/!,/g; s/$/!/' <<<"$three")")
-three=$(seeds two_adapters)
-[[ -z $three ]] || methods+=("Salient RCP, two adapters=$three")
+for run in "Salient RCP=salient" "Salient RCP, two adapters=two_adapters"; do
+    three=$(seeds "${run#*=}")
+    [[ -z $three ]] ||
+        methods+=("${run%%=*}=$three" "${run%%=*} without repair=$(sed 's/,/!,/g; s/$/!/' <<<"$three")")
+done
 methods+=("half background (knows the question's regions)=jobs/micro_576/pruners/half_background.yaml")
 
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" # for the oracle of jobs/micro_576
