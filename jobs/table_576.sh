@@ -42,8 +42,8 @@ if [[ -n $TRAIN ]]; then
     train short_paper_layers 0 "${salient[@]}" $short "${paper[@]}"
     train half_even 0 "${salient[@]}" "${seven[@]}" $short --data.init_args.train_skills="$even"
     train half_odd 0 "${salient[@]}" "${seven[@]}" $short --data.init_args.train_skills="$odd"
-    train published 0 -c $P/rcp_published.yaml $short
-    train published_ours 0 -c $P/rcp_published.yaml $short --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher" \
+    train published 0 -c "$P/rcp_published.yaml" --model.backward=kept $short
+    train published_ours 0 -c "$P/rcp_published.yaml" $short --trainer.max_epochs=3 --model.teacher_cache="$RUNS/teacher" \
         --model.train_mode=drop --model.gate_clip=0.01 --model.gate_centre=true --model.anneal.noise=0 --model.loss.budget=20 \
         --model.loss.relative=true --model.loss.saliency=5 --model.loss.repair=10 --model.loss.stagewise=true
 fi

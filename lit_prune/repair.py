@@ -127,8 +127,17 @@ class RepairAdapter(nn.Module):
         return self.form == "published"
 
     def feeds(self, pruning_layers: Sequence[int], depth: int) -> dict[int, tuple[int, int]]:
-        """{decoder layer: (adapter, stage that feeds it)}; raises `LitPruneError` if a stage comes too late."""
+        """{decoder layer: (adapter, stage that feeds it)}.
+
+        Raises:
+            LitPruneError: a stage is missing or comes too late, or two adapters are on one layer.
+        """
         layers = scale_layers(tuple(self.layers), self.depth, depth)
+        if len(set(layers)) < len(layers):
+            raise LitPruneError(
+                f"repair layers {self.layers} are {list(layers)} in a decoder of {depth} layers: give each adapter a "
+                "layer of its own"
+            )
         for layer, stage in zip(layers, self.stages, strict=True):
             if not 0 <= layer < depth:
                 raise LitPruneError(f"repair layer {layer} is outside the model: its decoder has {depth} layers")
@@ -166,12 +175,12 @@ class RepairAdapter(nn.Module):
         alive: Bool[Tensor, "batch visual"] | Float[Tensor, "batch visual"],
         gate: Float[Tensor, "batch visual"],
         total: Int[Tensor, " batch"] | None = None,
-        earlier: Lost | None = None,
+        lost: Lost | None = None,
     ) -> Essence:
         """(e_mask, e_pruned) of one stage.
 
         `gate` is 1 for kept tokens; `alive` marks those present before the stage, or is their cumulative gate.
-        `earlier` is what earlier stages pruned, by `lost`; None: nothing.
+        `lost` is what was pruned so far, by `lost`; None: what this stage prunes alone.
 
         `total` is the number of the sample's visual tokens before pruning (`None`: one per position code). If it
         differs from the number of codes, a token has the code at its relative position [ours]: tokens that share a code
@@ -196,7 +205,7 @@ class RepairAdapter(nn.Module):
         scores = codes @ self.code_query
         weights = (scores * self.code**-0.5 if self.form == "published" else scores).softmax(-1)
         where = self.where((weights[:, None] @ codes).squeeze(1))
-        lost = _add_lost(states, alive.to(dtype), kept, earlier)
+        lost = _add_lost(states, alive.to(dtype), kept, None) if lost is None else lost
         return where, self.what(lost.sum / lost.count.clamp(min=1.0))
 
     def forward(

@@ -167,6 +167,16 @@ def test_visual_share_is_the_average_over_layers():
     assert (torch.autograd.grad(share, gates)[0][:, :2] > 0).all()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_batch_without_answer_tokens_has_nothing_to_repair(relative):
+    """0 with a gradient of 0, not NaN."""
+    states = torch.zeros(0, 4, requires_grad=True)
+    loss = repair_loss(record_of({3: states}), record_of({3: states.detach()}), [3], LossWeights(relative=relative))
+    loss.backward()
+    assert loss.item() == 0
+    assert states.grad.isfinite().all()
+
+
 def test_stagewise_distance_is_of_each_stage_in_each_sample():
     """Counts that share the budget out otherwise, or give one sample the other's, meet the average and miss this."""
     pruner = Random(layers=(1, 3), stage_ratios=[3.0, 1.0])
@@ -179,8 +189,11 @@ def test_stagewise_distance_is_of_each_stage_in_each_sample():
                 gates[stage, sample, :count] = 1
         record = Record()
         record.trace.total_visual = torch.tensor([8, 8, 0])
-        record.stages = [StageRecord(layer, gates[i] > 0, gates[i], None) for i, layer in enumerate((1, 3))]
-        return stagewise_distance(record, pruner, 4, 6, Anneal(target_share=0.0), 1.0).item()
+        record.stages = [
+            StageRecord(layer, gates[i] > 0, gates[i], None, torch.full((3,), planned[i]))
+            for i, layer in enumerate((1, 3))
+        ]
+        return stagewise_distance(record, 6, Anneal(target_share=0.0), 1.0).item()
 
     one, two = planned
     assert distance([(one, one, 0), (two, two, 0)]) == 0

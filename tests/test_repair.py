@@ -5,6 +5,7 @@ import tiny
 import torch
 from tiny import KEEP, VISUAL, batch, forward, samples
 
+from lit_prune import repair as repair_module
 from lit_prune.errors import LitPruneError
 from lit_prune.pruners.base import Dims
 from lit_prune.repair import Adapter, RepairAdapter
@@ -96,6 +97,15 @@ def test_essence_passes_gradients_to_the_gate(repair):
     assert (torch.autograd.grad((where + what).sum(), gate)[0] != 0).all()
 
 
+def test_a_stage_sums_what_it_prunes_once(pruned, monkeypatch):
+    """Also one that feeds an adapter and isn't the last, as its price says."""
+    summed, add = [], repair_module._add_lost
+    monkeypatch.setattr(repair_module, "_add_lost", lambda *given: summed.append(1) or add(*given))
+    vlm = pruned(tiny.small_rcp(), repair=RepairAdapter([6, 7], [1, 2], bottleneck=8, condition=6, code=4))
+    forward(vlm, batch(samples()))
+    assert len(summed) == len(vlm.host.stages)
+
+
 def test_only_gated_positions_change(repair):
     states = torch.randn(2, 5, 6)
     gate = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
@@ -140,6 +150,13 @@ def test_repair_outside_the_model():
 def test_repair_of_a_stage_that_is_not_there():
     with pytest.raises(LitPruneError, match="repair layer 7 reads pruning stage 2, but there are 1 stages"):
         RepairAdapter([7], [2]).feeds((1,), 8)
+
+
+def test_two_adapters_on_one_layer():
+    """As written, or where a shallower decoder brings them together: one of them would be left out."""
+    for layers, depth in (([6, 6], None), ([12, 13], 32)):
+        with pytest.raises(LitPruneError, match="give each adapter a layer of its own"):
+            RepairAdapter(layers, [0, 0], depth=depth).feeds((1,), 8)
 
 
 def test_one_stage_per_repair_layer():

@@ -5,11 +5,20 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from tiny import batch, samples
+from tiny import batch, samples, trainer
 from torch.nn.functional import kl_div
 
+from lit_prune.errors import LitPruneError
 from lit_prune.host import Record, Session, StageRecord
+from lit_prune.host.lora import LoRA
+from lit_prune.pruners.chain import Chain
+from lit_prune.pruners.dcp import DCPPrune
+from lit_prune.pruners.divprune import DivPrune
+from lit_prune.pruners.full import Full
+from lit_prune.pruners.rcp import RCP
+from lit_prune.repair import RepairAdapter
 from lit_prune.training.losses import LossWeights, saliency, saliency_loss
+from lit_prune.training.module import PruneModule
 from lit_prune.training.step import StepKey
 
 READS = LossWeights(saliency=2.0)
@@ -111,6 +120,36 @@ def test_a_batch_without_an_image_teaches_nothing(student, batches):
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == image, 5)
     step = module.step({**batches[0], "inputs": inputs}, StepKey(3, 0.5))
     assert step.losses["saliency"] == 0
+
+
+def test_only_stages_whose_scores_train_are_derived(micro_folder):
+    """A tower's stages before them have no parameters: neither its saliency nor room in the cache is spent on them."""
+    repair = RepairAdapter([11, 14], [1, 2], bottleneck=8, condition=6, code=4)
+    chain = Chain(DCPPrune([2, -1], [8.0, 1.0], 4, tatcs=False), RCP([1, 5], [2.0, 1.0], select="topk", inner=16), 3.0)
+    module = PruneModule(str(micro_folder), chain, repair, keep=16, loss=READS)
+    assert module.vlm.host.stages == (0, 1, 5)
+    assert module.teaching.derive == (1, 5)
+
+
+def test_losses_that_a_method_would_not_read_are_refused(student, micro_folder, world, tmp_path):
+    """Only by a training run: validation computes no loss."""
+    repair = RepairAdapter([11, 14], [0, 0], bottleneck=8, condition=6, code=4)
+
+    def frozen(**options):
+        return PruneModule(str(micro_folder), DivPrune([0]), repair, keep=16, max_new_tokens=2, **options)
+
+    lora = PruneModule(str(micro_folder), Full(), keep=16, lora=LoRA(r=2), loss=READS)
+    refused = [
+        (frozen(loss=READS), "model.loss.saliency trains the scores of a pruner, and DivPrune has none"),
+        (frozen(loss=LossWeights(attention=1.0), watch=[8]), "model.loss.attention trains the scores of a pruner"),
+        (student(loss=LossWeights(stagewise=True)), "the counts of RCP are exact, so that it has none"),
+        (student("threshold", loss=LossWeights(stagewise=True, budget=0.0)), "its weight is 0"),
+        (lora, "full model has no stage, so no token is pruned"),
+    ]
+    for module, says in refused:
+        with pytest.raises(LitPruneError, match=says):
+            trainer(tmp_path, max_steps=1).fit(module, world())
+    trainer(tmp_path, limit_val_batches=1).validate(frozen(loss=READS), world())
 
 
 def test_the_teacher_cache_keeps_it(student, batches, tmp_path):

@@ -15,7 +15,7 @@ from lit_prune.data.samples import Sample
 from lit_prune.errors import LitPruneError
 from lit_prune.host import Record
 from lit_prune.ops.moments import joined, moments, sample_moments
-from lit_prune.training.checks import check_alike
+from lit_prune.training.checks import check_teaching
 from lit_prune.training.logging import WORK
 from lit_prune.training.losses import LossWeights
 from lit_prune.training.step import StepKey
@@ -182,7 +182,7 @@ def test_what_the_cache_can_t_serve_is_refused(student, world, tmp_path):
         student(teacher_cache=str(tmp_path), loss=LossWeights(distill=1.0))
     module = student(teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(LitPruneError, match=r"model\.teacher_cache spares a rank its teacher.*DeepSpeed"):
-        check_alike(module.teaching, in_step=True)
+        check_teaching(module.teaching, in_step=True, fitting=True)
     with pytest.raises(LitPruneError, match="it has no `digests`"):
         trainer(tmp_path).fit(module, torch.utils.data.DataLoader([{"inputs": {}, "ids": []}]))
     (tmp_path / "file").write_text("")

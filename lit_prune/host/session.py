@@ -15,13 +15,14 @@ class StageRecord:
     """A stage's outcome on the image's own grid of N tokens, for losses and pictures.
 
     `kept` is cumulative, `gate` too; `scores` are those of the tokens then alive (-inf elsewhere). Gate and scores
-    carry gradients in training.
+    carry gradients in training. `count` are the tokens that the budget plans for each sample.
     """
 
     layer: int
     kept: Tensor
     gate: Tensor
     scores: Tensor | None
+    count: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,12 @@ class Stages:
         elif stage not in repair.stages:
             return
         gate = kept.mask.float() if kept.gate is None else kept.gate
+        lost = repair.lost(context.visual, alive, gate, earlier)
         if stage in repair.stages:
-            given = (context.visual, context.ordinal, alive, gate, context.total, earlier)
+            given = (context.visual, context.ordinal, alive, gate, context.total, lost)
             forward.essence[stage] = repair.essence(*given)
-        if repair.cumulative and stage < max(repair.stages):
-            forward.lost = repair.lost(context.visual, alive, gate, earlier)
+        if repair.cumulative:
+            forward.lost = lost
 
     def _note(
         self, index: int, columns: Tensor, context: Context, kept: Kept, repaired: Kept, forward: Forward
@@ -214,7 +215,7 @@ class Stages:
         scores = None
         if kept.scores is not None:
             scores = forward.on_grid(kept.scores.float(), columns, context.alive, float("-inf"))
-        record.stages.append(StageRecord(index, marks, total, scores))
+        record.stages.append(StageRecord(index, marks, total, scores, context.count))
 
     def _apply(self, hidden: Tensor, selected: Selected, forward: Forward) -> Tensor:
         """Shorten the states, and all that has a column for each of them, or hide the pruned columns as keys."""

@@ -48,8 +48,35 @@ def check_settings(
         raise LitPruneError("either model.lora or model.plugin, which has its own adapters: add --model.lora=null")
 
 
-def check_alike(teaching: Any, in_step: bool) -> None:
-    """Raise `LitPruneError` for settings with which ranks that must run the same modules would run others."""
+def check_teaching(teaching: Any, in_step: bool, fitting: bool) -> None:
+    """Raise `LitPruneError` for settings that the Trainer's strategy or, when `fitting`, the method can't follow."""
+    _check_alike(teaching, in_step)
+    if fitting:
+        _check_losses(teaching)
+
+
+def _check_losses(teaching: Any) -> None:
+    """A method that can't be trained, and losses that its training wouldn't read."""
+    pruner, loss = teaching.vlm.plugin.pruner, teaching.loss
+    name = pruner.title or type(pruner).__name__
+    if not teaching.vlm.host.stages:
+        raise LitPruneError(
+            f"model.pruner: {name} has no stage, so no token is pruned and there is "
+            "nothing to repair; name a method of configs/pruners/"
+        )
+    for read in ("attention", "saliency"):
+        if getattr(loss, read) and not teaching.learning:
+            raise LitPruneError(
+                f"model.loss.{read} trains the scores of a pruner, and {name} has none that are trained: give "
+                f"--model.loss.{read}=0"
+            )
+    if loss.stagewise and not (pruner.free and loss.budget):
+        reason = "its weight is 0" if pruner.free else f"the counts of {name} are exact, so that it has none"
+        raise LitPruneError(f"model.loss.stagewise is about the budget loss, and {reason}: leave it out")
+
+
+def _check_alike(teaching: Any, in_step: bool) -> None:
+    """Settings with which ranks that must run the same modules would run others."""
     if in_step and teaching.backward == "kept":
         raise LitPruneError(
             "model.backward: kept runs layers in two parts where enough tokens are dropped, and under DeepSpeed all "

@@ -16,7 +16,6 @@ from lit_prune.errors import check_number
 from lit_prune.host import Record
 from lit_prune.ops.budget import Budget, Share, asked, spans
 from lit_prune.ops.moments import Moments, joined, moment_loss, moments
-from lit_prune.pruners.base import PruningMethod
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,7 @@ def repair_loss(student: Record, teacher: Record, layers: list[int], weights: Lo
         with torch.no_grad():
             target = target_moments(teacher, layer)
             power = (target.mean.square() + target.var).mean() if weights.relative else torch.ones_like(target.var[0])
+            power = power.clamp(min=torch.finfo(power.dtype).tiny)  # without an answer token it is 0
         own = moments(student.hidden[layer])
         own, target = (Moments(m.mean / power.sqrt(), m.var / power) for m in (own, target))
         parts.append(moment_loss(own, target, weights.variance))
@@ -182,16 +182,13 @@ def visual_share(record: Record, depth: int) -> Float[Tensor, ""]:
     return share / depth
 
 
-def stagewise_distance(
-    record: Record, pruner: PruningMethod, keep: Budget, depth: int, anneal: Anneal, done: float
-) -> Float[Tensor, ""]:
+def stagewise_distance(record: Record, depth: int, anneal: Anneal, done: float) -> Float[Tensor, ""]:
     """Mean over the samples with an image of how far each stage's share is from its schedule's, over the layers."""
     total = record.trace.total_visual
     pictured, distance = (total > 0).float(), torch.zeros(len(total), device=total.device)
-    plans = [pruner.plan(keep, max(1, n), depth) for n in total.tolist()]
     layers = tuple(stage.layer for stage in record.stages)
     for stage, ruled in zip(record.stages, spans(layers, depth), strict=True):
-        counts = torch.tensor([plan[stage.layer] for plan in plans], device=total.device).minimum(total)
+        counts = stage.count.minimum(total)
         final, share = (part / total.clamp(min=1) for part in (counts, stage.gate.sum(1)))
         distance = distance + ruled * (share - anneal.target(final, done)).abs()
     return (distance * pictured).sum() / pictured.sum().clamp(min=1.0) / depth

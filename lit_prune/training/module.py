@@ -26,7 +26,7 @@ from lit_prune.plugin.forms import take_forms
 from lit_prune.pruners.base import PruningMethod
 from lit_prune.repair import RepairAdapter
 from lit_prune.training.averaging import refuse_whole_averages
-from lit_prune.training.checks import check_alike, check_batch, check_checkpoint, check_parameters, check_settings
+from lit_prune.training.checks import check_batch, check_checkpoint, check_parameters, check_settings, check_teaching
 from lit_prune.training.evaluate import answer_batch, compare_batch
 from lit_prune.training.logging import Work, fetched, log_meters, step_figures
 from lit_prune.training.losses import Anneal, LossWeights
@@ -152,7 +152,7 @@ class PruneModule(LightningModule):
         """Refuse unsuitable Trainer settings; take the scorer that the data module names."""
         refuse_unusable(self.trainer)
         refuse_whole_averages(self.trainer)
-        check_alike(self.teaching, self._in_step)
+        check_teaching(self.teaching, self._in_step, fitting=stage == "fit")
         self.meters.judged_by(getattr(self.trainer, "datamodule", None))
 
     def on_fit_start(self) -> None:

@@ -112,7 +112,7 @@ class Teaching:
 
     def _teach(self, inputs: dict[str, Any], teacher: Record) -> Tensor:
         """The teacher's logits at answer positions; its record keeps no graph."""
-        if not self.loss.saliency:
+        if not self.derive:
             return self.vlm.model(**inputs, use_cache=False).logits[0]
         with torch.enable_grad(), self._saving():
             logits = self.vlm.model(**inputs, use_cache=False).logits[0]
@@ -149,9 +149,14 @@ class Teaching:
                 self.cache.add(batch["digests"], teacher)
 
     @property
+    def learning(self) -> tuple[int, ...]:
+        """Decoder layers of the stages whose scores are trained."""
+        return tuple(stage.layer for stage in self.vlm.host.walk if next(stage.pruner.parameters(), None) is not None)
+
+    @property
     def derive(self) -> tuple[int, ...]:
-        """Stages whose saliency in the teacher a loss reads."""
-        return tuple(self.vlm.host.stages) if self.loss.saliency else ()
+        """Decoder layers of the stages whose saliency in the teacher a loss reads."""
+        return self.learning if self.loss.saliency else ()
 
     def sessions(self, ranks: int) -> tuple[Session, Session]:
         """Sessions of teacher and student, each with its own record."""
@@ -192,10 +197,9 @@ class Teaching:
 
     def _budget(self, student: Record, done: float, pictured: Tensor) -> Tensor:
         """Distance of the kept share from its target, of the average or, `stagewise`, of each stage."""
-        total, depth, pruner = student.trace.total_visual, self.vlm.plugin.dims.depth, self.vlm.plugin.pruner
+        total, depth = student.trace.total_visual, self.vlm.plugin.dims.depth
         if self.loss.stagewise:
-            distance = stagewise_distance(student, pruner, self.keep, depth, self.anneal, done)
-            return mean_over_ranks(distance, pictured)
+            return mean_over_ranks(stagewise_distance(student, depth, self.anneal, done), pictured)
         share = mean_over_ranks(visual_share(student, depth), pictured)
         final = mean_over_ranks(budget_share(self.keep, total, depth), pictured)
         return (share - self.anneal.target(final, done)).abs()
