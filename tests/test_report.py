@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 from tiny import ROOT
 
 from lit_prune import cli
+from lit_prune.commands import report
+from lit_prune.errors import LitPruneError
 from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.report import figures, gallery, page, template
 from lit_prune.evaluation.report.intervals import interval, resampled_means
 from lit_prune.evaluation.report.runs import read_run
-from lit_prune.evaluation.report.table import UNKNOWN
+from lit_prune.evaluation.report.table import UNKNOWN, Column, Figure, Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script>\"' onmouseover=alert(1) <img src=x onerror=alert(1)>&amp;"
@@ -196,11 +199,16 @@ def test_plain_values_of_a_table(made_up):
 
 
 def test_a_table_in_markdown(made_up, tmp_path, capsys):
-    """Each row once, differences in bold as on the page, and no column that says nothing."""
+    """Each row once, differences in bold as on the page, and no column that says nothing; what the page says too."""
     cli.main(["report", str(made_up), "--out", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "tables.md")])
     text = (tmp_path / "tables.md").read_text()
-    titles, rule, full, half, most = (line.split(" | ") for line in text.splitlines()[2:7])
-    assert text.startswith("### Methods and budgets\n\n| method | tokens kept | accuracy % | minus full |")
+    said, _, tables = text.partition("### Methods and budgets\n\n")
+    titles, rule, full, half, most = (line.split(" | ") for line in tables.splitlines()[:5])
+    assert tables.startswith("| method | tokens kept | accuracy % | minus full |")
+    lines = said.split("\n\n")[1].splitlines()
+    assert said.startswith("# Visual-token pruning: report\n")
+    assert lines == [f"- {line}" for line in page.Findings.of([read_run(made_up)]).lines]
+    assert lines[-1] == "- With fewer than 20 images such intervals are too narrow."
     assert len(titles) == len(rule) == len(full) == len(half) == len(most)
     shown = figures.summary([read_run(made_up)], "full", 2000, 0).rows[1]
     star = "**" if shown[3].strong else ""
@@ -208,6 +216,36 @@ def test_a_table_in_markdown(made_up, tmp_path, capsys):
     assert half[3] == f"{star}{shown[3].text}{star} ({shown[3].more})"
     assert "first token ms" not in text
     assert "tables.md" in capsys.readouterr().err
+
+
+def test_text_in_markdown_stays_in_its_cell():
+    """Bars, line breaks, HTML and escapes in a method's name, and characters that no file can have."""
+    cells = [Figure("a|b\nc", more="x|y"), Figure("<b>\\|")]
+    text = Table("t\n| x |", [Column("one|two"), Column("three")], [cells], names=2).markdown()
+    heading, _, titles, _, line = text.splitlines()
+    assert heading == "### t \\| x \\|"
+    assert (titles, line) == ("| one\\|two | three |", "| a\\|b c (x\\|y) | \\<b>\\\\\\| |")
+    assert MarkdownIt("commonmark").enable("table").render(text).count("<td>") == 2
+
+
+def test_a_surrogate_in_an_answer_stops_no_file(made_up, tmp_path):
+    title = "lone \ud800"
+    given = ["--title", title, "--out", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "tables.md")]
+    cli.main(["report", str(made_up), *given])
+    assert (tmp_path / "tables.md").read_bytes().startswith(b"# lone ?\n")
+
+
+def test_files_that_are_taken_are_refused(made_up, tmp_path):
+    """Nothing is overwritten: the comparison's own files, or the page by its tables."""
+    before = (made_up / "results.json").read_bytes()
+    for given, says in (
+        (["--out", str(made_up / "results.json")], "--out: .*results.json belongs to the comparison"),
+        (["--markdown", str(made_up / "samples" / "x.md")], "--markdown: .*x.md belongs to the comparison"),
+        (["--out", str(tmp_path / "a"), "--markdown", f"{tmp_path}/b/../a"], "--markdown: .* is the page's file too"),
+    ):
+        with pytest.raises(LitPruneError, match=says):
+            report.run([made_up], **dict(zip((name[2:] for name in given[::2]), map(Path, given[1::2]), strict=True)))
+    assert (made_up / "results.json").read_bytes() == before
 
 
 def test_groups_of_questions_have_a_table(made_up):
@@ -401,9 +439,9 @@ def test_results_without_what_the_charts_show(tmp_path):
         (["run"], {f"samples/{cell('half', 8, HALF)['cell']}.jsonl": "[]"}, "line 1 has no"),
         (["run"], {f"samples/{cell('half', 8, HALF)['cell']}.jsonl": "3"}, "line 1 is damaged"),
         (["run", "--baseline", "third"], {}, "--baseline third: no such method; there are full, half, most"),
-        (["run", "--samples=-1"], {}, "--samples -1"),
-        (["run", "--draws=3"], {}, "--draws 3"),
-        (["run", "--seed=-1"], {}, "--seed -1"),
+        (["run", "--samples=-1"], {}, "--samples is -1"),
+        (["run", "--draws=3"], {}, "--draws is 3"),
+        (["run", "--seed=-1"], {}, "--seed is -1"),
         (["run", "--out", "run"], {}, "--out: run is a folder"),
     ],
 )

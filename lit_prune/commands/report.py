@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from lit_prune.commands._support import console
 from lit_prune.commands._support.outputs import check_file
-from lit_prune.errors import LitPruneError
+from lit_prune.errors import LitPruneError, check_number
 
 if TYPE_CHECKING:
     from lit_prune.evaluation.report.table import Table
+
+# What `lit-prune compare`, and `bench` for it, keep in a comparison's folder.
+WRITTEN = ("results.json", "results.csv", "table.md", "groups.json", "bench.json", "cells", "samples", "images")
 
 
 def run(
@@ -39,7 +42,7 @@ def run(
         samples: Most samples to show, those that most methods lose first, e.g. --samples 1000; 0 shows none.
         draws: Bootstrap samples per interval, e.g. --draws 10000.
         seed: Of the bootstrap.
-        markdown: Write the tables as text too, e.g. --markdown tables.md.
+        markdown: Write what was measured, how, and the tables as text too, e.g. --markdown tables.md.
         wandb: Log the tables to Weights & Biases too, offline where there is no key: --wandb.
 
     Examples:
@@ -47,37 +50,43 @@ def run(
         lit-prune report runs/compare runs/pope --out report.html --title "Two data sets"
         lit-prune report runs/compare --baseline random --samples 1000
     """
-    check_file("--out", out)
-    if markdown is not None:
-        check_file("--markdown", markdown)
+    check_number("--samples", samples, least=0, whole=True)
+    check_number("--draws", draws, least=100, whole=True)
+    check_number("--seed", seed, least=0, whole=True)
     if not runs:
         raise LitPruneError("--runs: give a folder that `lit-prune compare --out FOLDER` wrote")
-    if samples < 0:
-        raise LitPruneError(f"--samples {samples}: it must be 0 or more")
-    if draws < 100:
-        raise LitPruneError(f"--draws {draws}: an interval needs at least 100")
-    if seed < 0:
-        raise LitPruneError(f"--seed {seed}: it must be 0 or more")
-    from lit_prune.evaluation.report.figures import all_tables
-    from lit_prune.evaluation.report.page import make  # with PyTorch and matplotlib, which --help does without
+    _check_files(runs, out, markdown)
+    from lit_prune.evaluation.report.page import Findings, make  # PyTorch and matplotlib, which --help does without
     from lit_prune.evaluation.report.runs import check_baseline, read_run
 
     read = [read_run(folder) for folder in dict.fromkeys(runs)]
     check_baseline(read, baseline)
-    page = make(read, title, baseline, samples, draws, seed).encode("utf-8", "replace")
-    _save(page, out)
-    tables = all_tables(read, baseline, draws, seed) if markdown is not None or wandb else []
+    found = Findings.of(read, baseline, draws, seed)
+    _save(make(read, title, found, samples), out)
     if markdown is not None:
-        text = "\n\n".join(table.markdown() for table in tables) + "\n"
-        _save(text.encode(), markdown)
+        _save(found.markdown(title), markdown)
     if wandb:
-        _log(tables, out, title)
+        _log(found.tables, out, title)
 
 
-def _save(content: bytes, out: Path) -> None:
-    """Write a whole file, and say so."""
+def _check_files(runs: list[Path], out: Path, markdown: Path | None) -> None:
+    """Refuse files that can't be written, that are one, or that belong to a comparison."""
+    given = {"--out": out, "--markdown": markdown}
+    named = {option: path for option, path in given.items() if path is not None}
+    owned = {folder.resolve() / name for folder in runs for name in WRITTEN}
+    for option, path in named.items():
+        check_file(option, path)
+        if owned.intersection([path.resolve(), *path.resolve().parents]):
+            raise LitPruneError(f"{option}: {path} belongs to the comparison that is read; give another name")
+    if markdown is not None and markdown.resolve() == out.resolve():
+        raise LitPruneError(f"--markdown: {markdown} is the page's file too; give another name")
+
+
+def _save(text: str, out: Path) -> None:
+    """Write a whole file, and say so; a model's answer may have what no UTF-8 file can."""
     from lit_prune.files.writing import written_whole
 
+    content = text.encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as file:
         file.write_bytes(content)

@@ -5,6 +5,7 @@ from functools import partial
 
 from lit_prune.evaluation.cells import FULL
 from lit_prune.evaluation.groups import GROUPS
+from lit_prune.evaluation.markdown import literal, row
 from lit_prune.evaluation.rows import Row, budgets_of, caption, means, ranks_agree
 
 COLUMNS = ("method", "accuracy %", "of full %", "tokens", "MFLOP", "saved %", "KV kB", "W2")
@@ -189,8 +190,8 @@ def markdown(rows: Sequence[Row], visual: int) -> str:
         lines += [f"**{title}**", ""] if several else []
         lines += [_line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(_line, body), ""]
     lines += [f"Measured on the {caption(rows)}.", ""]
-    return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))]).rstrip() + "\n"
+    return "\n".join([*lines, *(f"- {literal(line)}" for line in remarks(rows))]).rstrip() + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " | ".join(cell.replace("|", "\\|") for cell in cells).join(("| ", " |"))
+    return row([literal(cell) for cell in cells])

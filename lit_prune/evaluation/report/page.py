@@ -12,12 +12,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from lit_prune.evaluation.groups import GROUPS
+from lit_prune.evaluation.markdown import literal
 from lit_prune.evaluation.plots import draw, shift_per_layer
 from lit_prune.evaluation.report import template
 from lit_prune.evaluation.report.figures import all_tables
 from lit_prune.evaluation.report.gallery import KINDS, cards
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.runs import Run
+from lit_prune.evaluation.report.table import Table
 from lit_prune.evaluation.rows import Row, caption, means
 
 FEW = 20  # images; percentile intervals of fewer clusters cover clearly less than they say
@@ -38,27 +40,42 @@ class Chart:
     source: str
 
 
-def make(
-    runs: Sequence[Run], title: str, baseline: str = "full", most: int = 200, draws: int = DRAWS, seed: int = 0
-) -> str:
+@dataclass(frozen=True)
+class Findings:
+    """What a report says of comparisons: sentences on what was measured and how, and the tables."""
+
+    lines: list[str]
+    tables: list[Table]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], baseline: str = "full", draws: int = DRAWS, seed: int = 0) -> "Findings":
+        """From the comparisons, with differences to the method `baseline`; `draws` and `seed` of the bootstrap."""
+        return cls(_lines(runs, baseline, draws), all_tables(runs, baseline, draws, seed))
+
+    def markdown(self, title: str) -> str:
+        """All of it under a title, for a document."""
+        lines = "\n".join(f"- {literal(line)}" for line in self.lines)
+        return "\n\n".join([f"# {literal(title)}", lines, *(table.markdown() for table in self.tables)]) + "\n"
+
+
+def make(runs: Sequence[Run], title: str, found: Findings | None = None, most: int = 200) -> str:
     """The page as text. Whatever comes from data or a command line is escaped; no script but the page's own may run.
 
     Args:
         runs: the comparisons; with several, each line names its folder.
         title: of the page.
-        baseline: method that differences are taken to.
+        found: what is said of them, if it is known already.
         most: samples to show.
-        draws, seed: of the bootstrap.
     """
-    tables = all_tables(runs, baseline, draws, seed)
+    found = Findings.of(runs) if found is None else found
     shown, samples = cards(runs, most), sum(len(run.records) for run in runs)
     methods = dict.fromkeys(answer.method for card in shown for answer in card.answers)
     several = len(runs) > 1
     page = Environment(autoescape=True).from_string(template.PAGE)
     return page.render(
         title=title,
-        lines=_lines(runs, baseline, draws),
-        tables=tables,
+        lines=found.lines,
+        tables=found.tables,
         charts=[chart for run in runs for chart in charts(run, several)],
         cards=shown,
         left_out=samples - len(shown),

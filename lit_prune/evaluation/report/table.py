@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lit_prune.evaluation import markdown
 from lit_prune.evaluation.report.intervals import Interval
 
 UNKNOWN = "–"
@@ -56,16 +57,15 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown under its title; columns that say nothing are left out."""
         shown = [i for i in range(len(self.columns)) if any(row[i].text != UNKNOWN for row in self.rows)]
-        titles = [self.columns[i].title for i in shown]
+        titles = [markdown.literal(self.columns[i].title) for i in shown]
         rules = ["---" if i < self.names else "---:" for i in shown]
-        lines = [[_in_markdown(row[i]) for i in shown] for row in self.rows]
-        grid = ["| " + " | ".join(line) + " |" for line in [titles, rules, *lines]]
-        return "\n".join([f"### {self.title}", "", *grid])
+        lines = [[_in_markdown(each[i]) for i in shown] for each in self.rows]
+        return "\n".join([f"### {markdown.literal(self.title)}", "", *map(markdown.row, (titles, rules, *lines))])
 
 
 def _in_markdown(cell: Figure) -> str:
-    text = cell.text.replace("|", "\\|")
-    return (f"**{text}**" if cell.strong else text) + (f" ({cell.more})" if cell.more else "")
+    text = markdown.literal(cell.text)
+    return (f"**{text}**" if cell.strong else text) + (f" ({markdown.literal(cell.more)})" if cell.more else "")
 
 
 def number(value: float | None, scale: float = 1.0, digits: int = 1) -> Figure:
