@@ -329,6 +329,22 @@ def test_rcp_baseline_is_centred_over_the_alive_and_clamped():
     assert (pruner.score(seen) - rcp(baseline="none").score(seen)).allclose(baseline, atol=1e-5)
 
 
+def test_rcp_keeps_its_share_at_each_stage(pruned):
+    """One share for all stages, or one for each; the more the larger."""
+
+    def kept(mass: float | list[float]) -> list[float]:
+        vlm = pruned(tiny.small_rcp("mass", keep_mass=mass))
+        _, record = forward(vlm, batch(samples()))
+        return [stage.kept.sum(1).double().mean().item() for stage in record.stages]
+
+    half = kept(0.5)
+    assert kept([0.5, 0.5, 0.5]) == half
+    first, second, third = kept([0.5, 0.9, 0.5])
+    assert (first, second > half[1], third >= half[2]) == (half[0], True, True)
+    with pytest.raises(LitPruneError, match="keep_mass has 2 shares for 3 stages"):
+        tiny.small_rcp("mass", keep_mass=[0.5, 0.9])
+
+
 def test_rcp_threshold_keeps_positive_logits():
     pruner, seen = rcp(select="threshold", bias=0.0), context()
     kept, logits = pruner.prune(seen).mask, pruner.score(seen)

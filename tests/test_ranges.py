@@ -61,7 +61,7 @@ CASES = [
     (RCP, "pruner.dropout", "dropout", (-0.1, 1.0, NAN), (0.0, 0.9)),
     (RCP, "pruner.bias", "bias", (NAN, INF), (-2.0, 0.0)),
     (RCP, "pruner.attention_floor", "attention_floor", (0.0, 1.0, NAN), (1e-6,)),
-    (RCP, "pruner.keep_mass", "keep_mass", (0.0, 1.1, NAN), (0.5, 1.0)),
+    (RCP, "pruner.keep_mass", "keep_mass", (0.0, 1.1, NAN), (0.5, 1.0, [0.5, 0.9, 1.0])),
     (Random, "pruner.depth", "depth", (0, -1), (None, 16)),
     (SparseVLM, "pruner.recycled", "recycled", (-0.1, 1.0, NAN), (0.0, 0.5)),
     (SparseVLM, "pruner.per_cluster", "per_cluster", (0,), (1,)),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_prune.errors import LitPruneError, check_choice, check_number
+from lit_prune.errors import LitPruneError, check_choice, check_number, check_numbers
 from lit_prune.ops import selection
 from lit_prune.pruners.base import AttentionRows, Context, Dims, Kept, Pruner
 from lit_prune.pruners.rcp_scorers import SCORERS
@@ -30,8 +30,8 @@ class RCP(Pruner):
         depth: depth of the decoder that `layers` is written for; `None`: as written.
         select: `threshold` (paper: sigmoid > 0.5, counts per sample, reached by the budget loss; a stage to which the
             budget leaves all tokens keeps them), `topk` [ours], or `mass` [ours]: the fewest tokens that hold the share
-            `keep_mass` of softmax(logits), so that images with confident logits keep fewer; `jobs/adapt.py` finds the
-            share for an average budget.
+            `keep_mass` of softmax(logits), one share or one for each stage, so that images with confident logits keep
+            fewer; `jobs/adapt.py` finds the shares for an average budget.
         inner: width of the pruner [R: 512 for 7B]. queries: learnable queries [R: 16]. heads: [R: 4].
         dropout: [R: 0.2]. bias: initial value of the learnable bias [R: +2, which keeps more tokens at the start].
         baseline: `attention` (paper) or `none`, without intrinsic attention, for the ablation.
@@ -65,7 +65,7 @@ class RCP(Pruner):
         attention_floor: float = 1e-6,
         attention_score: Literal["weight", "relative"] = "weight",
         attention_layer: Literal["own", "previous"] = "own",
-        keep_mass: float = 0.9,
+        keep_mass: float | Sequence[float] = 0.9,
         form: Literal["published", "first"] = "published",
         inference_threshold: float = 0.5,
         baseline_gradient: bool = False,
@@ -79,7 +79,12 @@ class RCP(Pruner):
         check_number("pruner.dropout", dropout, least=0, below=1)
         check_number("pruner.bias", bias)
         check_number("pruner.attention_floor", attention_floor, above=0, below=1)
-        check_number("pruner.keep_mass", keep_mass, above=0, most=1)
+        if not isinstance(keep_mass, Sequence):
+            check_number("pruner.keep_mass", keep_mass, above=0, most=1)
+        elif len(keep_mass) != len(self.layers):
+            raise LitPruneError(f"pruner.keep_mass has {len(keep_mass)} shares for {len(self.layers)} stages")
+        else:
+            check_numbers("pruner.keep_mass", keep_mass, above=0, most=1)
         if inner % heads:
             raise LitPruneError(f"inner={inner} must be a multiple of heads={heads}")
         if baseline_gradient and attention_layer != "own":
@@ -156,7 +161,8 @@ class RCP(Pruner):
             mask = mask | ((context.count >= context.total)[:, None] & context.alive)
         else:
             if self.select == "mass":
-                mask = selection.top_mass(noisy.detach(), context.alive, self.keep_mass)
+                mass = self.keep_mass[context.stage] if isinstance(self.keep_mass, Sequence) else self.keep_mass
+                mask = selection.top_mass(noisy.detach(), context.alive, mass)
             else:
                 mask = selection.top_k(noisy, context.alive, self._count(context), context.images)
             cut = self._cut(noisy, mask, context.alive, context.images) if self.training else cut
