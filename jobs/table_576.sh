@@ -51,11 +51,15 @@ fi
 # variant FILE NAME SED: a method's file with one line changed, in RUN/pruners
 variant() {
     mkdir -p "$RUN/pruners"
-    sed "$3" "$P/$1.yaml" >"$RUN/pruners/$2.yaml"
-    cmp -s "$P/$1.yaml" "$RUN/pruners/$2.yaml" && { echo "error: $2 is $1" >&2 && exit 1; }
+    sed "$3" "$P/$1.yaml" >"$RUN/pruners/$2.yaml" || exit 1
+    ! cmp -s "$P/$1.yaml" "$RUN/pruners/$2.yaml" || { echo "error: $2 is $1" >&2 && exit 1; }
     printf '%s' "$RUN/pruners/$2.yaml"
 }
 original='s/positions: renumbered/positions: original/'
+# By assignments: inside the list below, a variant that is none wouldn't stop the job.
+without_acgr=$(variant dcp dcp_without_acgr 's/acgr: true/acgr: false/')
+without_tatcs=$(variant dcp dcp_without_tatcs 's/tatcs: true/tatcs: false/')
+rcp_topk=$(variant rcp_published rcp_topk 's/select: threshold/select: topk/')
 
 methods=(full "random=$P/random.yaml" "uniform=$P/uniform.yaml" "downsampling=$P/downsample.yaml" "FastV=$P/fastv.yaml"
     "SparseVLM=$P/sparsevlm.yaml" "VisionZip=$P/visionzip.yaml" "PruMerge+=$P/prumerge_plus.yaml" "ToMe=$P/tome.yaml"
@@ -63,12 +67,12 @@ methods=(full "random=$P/random.yaml" "uniform=$P/uniform.yaml" "downsampling=$P
     "ID-Selection=$P/id_selection.yaml" "ERA's bias=$P/era_bias.yaml" "all-question attention=$P/text_attention.yaml"
     "word similarity=$P/text_similarity.yaml" "DCP-Prune=$P/dcp.yaml"
     "DCP-Prune, proportional attention=$P/dcp_proportional.yaml"
-    "DCP-Prune without ACGR=$(variant dcp dcp_without_acgr 's/acgr: true/acgr: false/')"
-    "DCP-Prune without TATCS=$(variant dcp dcp_without_tatcs 's/tatcs: true/tatcs: false/')")
+    "DCP-Prune without ACGR=$without_acgr" "DCP-Prune without TATCS=$without_tatcs")
 for pair in visionzip=VisionZip divprune=DivPrune cdpruner=CDPruner scope=SCOPE tops=TOPS id_selection=ID-Selection; do
-    methods+=("${pair#*=}, original positions=$(variant "${pair%%=*}" "${pair%%=*}_original" "$original")")
+    placed=$(variant "${pair%%=*}" "${pair%%=*}_original" "$original")
+    methods+=("${pair#*=}, original positions=$placed")
 done
-methods+=("RCP untrained=$(variant rcp_published rcp_topk 's/select: threshold/select: topk/')"
+methods+=("RCP untrained=$rcp_topk"
     "Salient RCP untrained=$P/rcp_salient.yaml")
 trained() {
     if [[ -f $2/plugin/plugin.json ]]; then

@@ -40,7 +40,7 @@ class MicroData(InstructData):
         options: see `InstructData`.
 
     Raises:
-        LitPruneError: there is no such world, or the split's range of seeds has too few scenes.
+        LitPruneError: there is no such world or skill, or the split's range of seeds has too few scenes.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Split:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            path = instructions.write_world(self.world, unfinished, self.seeds, self.questions_per_image)
+            path = instructions.write_world(self.world, unfinished, self._scenes(), self.questions_per_image)
             self._cut(path)
             path.rename(unfinished / INSTRUCTIONS)
             unfinished.chmod(0o755)  # mkdtemp makes it private
@@ -131,6 +131,25 @@ class Split:
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _scenes(self) -> range:
+        """Seeds of the first scenes that have enough questions of the skills.
+
+        Raises:
+            LitPruneError: they have too few; no picture is drawn yet.
+        """
+        if self.skills is None:
+            return self.seeds
+        found = 0
+        for place, seed in enumerate(self.seeds, 1):
+            asked = self.world.choose(self.world.make_scene(seed), self.questions_per_image)
+            found += sum(question.skill in self.skills for question in asked)
+            if found >= self.samples:
+                return self.seeds[:place]
+        raise LitPruneError(
+            f"data.train_skills: {len(self.seeds)} scenes have {found} questions of {', '.join(self.skills)}, fewer "
+            f"than {self.samples}: name more skills, or give a larger data.questions_per_image"
+        )
 
     def _cut(self, path: Path) -> None:
         samples = json.loads(path.read_text())
@@ -163,7 +182,7 @@ def seeds_of(
     there = world.splits[split]
     scenes = -(-samples // questions_per_image)
     if share < 1.0:
-        scenes = ceil(1.1 * scenes / share)  # a tenth more: not every scene has a question of each skill
+        scenes = ceil(2.0 * scenes / share)  # in reserve: not every scene has a question of each skill
     seeds = range(there.start + data_seed * scenes, there.start + (data_seed + 1) * scenes)
     if samples < 1 or data_seed < 0 or seeds.stop > there.stop:
         raise LitPruneError(

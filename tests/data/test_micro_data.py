@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from lit_prune.micro.world import RESERVED_SEED, SAMPLE_SEED, SKILLS
 from lit_prune.micro.worlds import WORLDS
 
 MICRO = WORLDS["micro"]
+PAGE = Image.new("RGB", (4, 4))
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +171,30 @@ def test_training_on_some_skills_leaves_evaluation_as_it_is(root):
     for wrong, says in (([], "train_skills is empty"), (["taste"], "'taste' is not one of")):
         with pytest.raises(LitPruneError, match=says):
             make_data(root, train_skills=wrong)
+
+
+@pytest.mark.parametrize(("skill", "an_image", "samples"), [("direction", 18, 60), ("size", 1, 40), ("words", 18, 5)])
+def test_a_rare_skill_has_enough_questions(tmp_path, monkeypatch, skill, an_image, samples):
+    """Not every scene can be asked about it; none is drawn that isn't needed."""
+    drawn = []
+    monkeypatch.setattr(
+        type(WORLDS["micro-576"].make_scene(0)), "image", lambda scene: drawn.append(scene.seed) or PAGE
+    )
+    sizes = {"train_samples": samples, "val_samples": 1, "test_samples": 1, "questions_per_image": an_image}
+    split = MicroData("micro-576", root=str(tmp_path), train_skills=[skill], **sizes).splits["train"]
+    split.write(tmp_path)
+    asked = json.loads((split.folder(tmp_path) / "instructions.json").read_text())
+    assert [sample["skill"] for sample in asked] == [skill] * samples
+    assert len(drawn) < len(split.seeds)
+    assert asked[-1]["image"].endswith(f"{drawn[-1]:07d}.png"), "the last picture is of the last question"
+
+
+def test_too_few_questions_of_a_skill_say_what_to_do(tmp_path, monkeypatch):
+    """Before any picture is drawn."""
+    split = MicroData("micro-576", root=str(tmp_path), train_samples=9, train_skills=["size"]).splits["train"]
+    split.world = replace(split.world, choose=lambda scene, count: [])
+    with pytest.raises(
+        LitPruneError, match="have 0 questions of size, fewer than 9: name more skills, or give a larger"
+    ):
+        split.write(tmp_path)
+    assert not list(tmp_path.iterdir())
