@@ -151,7 +151,7 @@ def plugin_in(place: Any, hub: dict[str, Any]) -> Plugin | None:
 
 
 def plugin_on_hub(name: Any, hub: dict[str, Any]) -> Plugin | None:
-    """The plug-in of a repository; None if the name is none of a repository, or it holds no plug-in."""
+    """The plug-in of a repository; None if no repository has the name, or it holds no plug-in."""
     if not isinstance(name, str) or HUB_NAME.fullmatch(name) is None or Path(name).expanduser().exists():
         return None
     try:

@@ -205,7 +205,7 @@ class TeacherCache(Callback):
             entry |= {name: file.get_slice(name)[place.begin : place.end] for name in self.by_token}
             if all(bool(value.isfinite().all()) for value in entry.values()) and entry["count"] >= 0:
                 return entry
-            error = "numbers that are none"
+            error = "values that are not finite"
         except UNREADABLE as found:
             error = f"{type(found).__name__}: {found}"
         gone = [key for key, other in self.known.items() if other.path == place.path]

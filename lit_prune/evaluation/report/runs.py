@@ -167,7 +167,7 @@ def _rows(file: Path, again: str) -> list[Row]:
     for number, row in enumerate(rows):
         if missing := [name for name in NEEDED if name not in row]:
             raise LitPruneError(
-                f"{file}: cell {number} has no `{missing[0]}`, so it is none of compare's: run `{again}`"
+                f"{file}: cell {number} has no `{missing[0]}`, so compare did not write it: run `{again}`"
             )
         if not isinstance(row["method"], str) or not isinstance(row["keep"], int | str | None):
             raise LitPruneError(f"{file}: cell {number} has no method or budget that can be read: run `{again}`")
@@ -221,7 +221,7 @@ def _bench(folder: Path) -> list[Row]:
         return [{name: row[name] for name in TIMED} for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LitPruneError(
-            f"{file} is none of bench's ({error!r}): run `lit-prune bench --json {file}` again, or remove it"
+            f"{file} was not written by bench ({error!r}): run `lit-prune bench --json {file}` again, or remove it"
         ) from error
 
 
