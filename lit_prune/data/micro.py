@@ -161,7 +161,7 @@ class Split:
 
 
 def _checked(skills: Sequence[str] | None, world: World) -> list[str] | None:
-    """Skills in a fixed order, each once; raises `LitPruneError` for none at all, or one that the world doesn't have."""
+    """Skills in a fixed order, each once; raises `LitPruneError` for none, or one that the world doesn't have."""
     if skills is None:
         return None
     if not skills:
