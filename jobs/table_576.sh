@@ -68,7 +68,7 @@ if [[ -n $TRAIN ]]; then
         [[ -d $adaptive ]] || "$PY" jobs/adapt.py "$RUNS/salient/seed_$first/plugin" --keep "$keep" --out "$adaptive" \
             --config configs/micro_576.yaml --questions 180
     done
-    alone=(-c jobs/micro_576/repair_alone.yaml "${cached[@]}" $short)
+    alone=(-c jobs/micro_576/repair_alone.yaml "${cached[@]}" "$short")
     train divprune_repair "$first" -c "$P/divprune.yaml" "${alone[@]}"
     train tops_repair "$first" -c "$P/tops.yaml" "${alone[@]}" --model.repair.init_args.stages="[0,0,0,1,1,1,1]"
     train published "$first" -c "$P/rcp_published.yaml" --model.backward=kept $short
