@@ -25,6 +25,7 @@ from lit_prune.evaluation.report import figures, gallery, page, template
 from lit_prune.evaluation.report.intervals import interval, resampled_means
 from lit_prune.evaluation.report.runs import read_run
 from lit_prune.evaluation.report.table import UNKNOWN, Column, Figure, Table
+from lit_prune.evaluation.report.tables import all_tables, by_budget
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script>\"' onmouseover=alert(1) <img src=x onerror=alert(1)>&amp;"
@@ -106,7 +107,8 @@ def made_up(tmp_path) -> Path:
 
 
 def summary(*folders: Path, baseline: str = "full") -> list[dict[str, figures.Figure]]:
-    table = figures.summary([read_run(folder) for folder in folders], baseline, 500, 0)
+    runs = [read_run(folder) for folder in folders]
+    table = figures.summary(runs, [figures.intervals_of(run, baseline, 500, 0) for run in runs], baseline)
     titles = [column.title for column in table.columns]
     return [dict(zip(titles, row, strict=True)) for row in table.rows]
 
@@ -186,7 +188,8 @@ def test_latency_is_the_comparisons_and_that_of_bench(made_up):
 
 def test_plain_values_of_a_table(made_up):
     """As W&B takes them: the ends of an interval beside its figure."""
-    titles, lines = figures.summary([read_run(made_up)], "full", 500, 0).flat()
+    run = read_run(made_up)
+    titles, lines = figures.summary([run], [figures.intervals_of(run, "full", 500, 0)], "full").flat()
     assert titles[:8] == [
         "method", "tokens kept", "accuracy %", "accuracy %, low", "accuracy %, high", "minus full", "minus full, low",
         "minus full, high",
@@ -210,12 +213,37 @@ def test_a_table_in_markdown(made_up, tmp_path, capsys):
     assert lines == [f"- {line}" for line in page.Findings.of([read_run(made_up)]).lines]
     assert lines[-1] == "- With fewer than 20 images such intervals are too narrow."
     assert len(titles) == len(rule) == len(full) == len(half) == len(most)
-    shown = figures.summary([read_run(made_up)], "full", 2000, 0).rows[1]
+    run = read_run(made_up)
+    shown = figures.summary([run], [figures.intervals_of(run, "full", 2000, 0)], "full").rows[1]
     star = "**" if shown[3].strong else ""
     assert half[2] == f"{shown[2].text} ({shown[2].more})"
     assert half[3] == f"{star}{shown[3].text}{star} ({shown[3].more})"
     assert "first token ms" not in text
     assert "tables.md" in capsys.readouterr().err
+
+
+def test_budgets_stand_side_by_side(made_up, tmp_path):
+    """The largest first; the full model in each column, a dash where a method has no result; bold beyond the error."""
+    assert len(all_tables([read_run(made_up)], "full", 500, 0)) == 2, "one budget: the first table says it all"
+    rows = [(cell("half", 4, HALF), HALF), (cell("half", 16, MOST), MOST), (cell("most", 16, MOST), MOST)]
+    folder = write(tmp_path / "wide", [(cell("full", None, FULL), FULL), *rows])
+    run = read_run(folder)
+    found = figures.intervals_of(run, "full", 500, 0)
+    accuracy, retained = by_budget(run, found, "full")
+    assert [column.title for column in accuracy.columns] == ["method", "16", "4"]
+    full, half, most = accuracy.rows
+    assert [cell.text for cell in full] == ["full", f"{1100 / 12:.1f}", f"{1100 / 12:.1f}"]
+    assert [cell.text for cell in half] == ["half", f"{1000 / 12:.1f}", f"{700 / 12:.1f}"]
+    assert [cell.text for cell in most] == ["most", f"{1000 / 12:.1f}", UNKNOWN]
+    places = {(entry.method, entry.budget): place for place, entry in enumerate(run.entries)}
+    assert [cell.strong for cell in half[1:]] == [
+        found.difference[places["half", budget]].excludes_zero for budget in (16, 4)
+    ]
+    assert retained.rows[1][2].text == f"{700 / 11:.1f}"
+    Groups(4, {record: "rest" if record < 6 else "blank" for record in range(QUESTIONS)}).write(folder)
+    above = by_budget(read_run(folder), found, "full")[-1]
+    assert above.title == "Of full - blank, % by tokens kept"
+    assert above.rows[1][2].text == f"{100 * (7 - 6) / (11 - 6):.1f}"
 
 
 def test_text_in_markdown_stays_in_its_cell():

@@ -19,10 +19,10 @@ from lit_prune.evaluation.groups import FILE as GROUPS_FILE
 from lit_prune.evaluation.groups import Groups
 from lit_prune.evaluation.plots import draw
 from lit_prune.evaluation.ranks import Ranks
-from lit_prune.evaluation.report.figures import all_tables
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.logged import as_wandb
 from lit_prune.evaluation.report.runs import read_run
+from lit_prune.evaluation.report.tables import all_tables
 from lit_prune.evaluation.rows import Row, as_csv, caption, flat
 from lit_prune.evaluation.store import Store
 from lit_prune.evaluation.tables import markdown, overviews, remarks

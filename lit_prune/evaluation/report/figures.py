@@ -75,7 +75,7 @@ def retention(run: Run, entry: Entry) -> tuple[float | None, float | None]:
     return over_all, fmean(shares) if shares else None
 
 
-def _above_blank(run: Run, entry: Entry) -> float | None:
+def above_blank(run: Run, entry: Entry) -> float | None:
     """Share of what the image adds that an entry keeps; None where questions were not divided into groups."""
     if run.groups is None or not run.groups.of or not run.records:
         return None
@@ -96,8 +96,8 @@ def full_skills(run: Run) -> dict[str, float]:
 # Tables
 
 
-def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
-    """A line for every method and budget of every run."""
+def summary(runs: Sequence[Run], found: Sequence[Intervals], baseline: str) -> Table:
+    """A line for every method and budget of every run; `found`: each run's intervals."""
     benchmarks = list(dict.fromkeys(key for run in runs for e in run.entries for key in e.mean.get("headlines") or {}))
     timed = any(entry.bench for run in runs for entry in run.entries)
     columns = [
@@ -135,11 +135,10 @@ def summary(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> Table:
         Column("CPU ms", "CPU time per question of the comparison, with the forward that measures the shift"),
     ]
     rows = []
-    for run in runs:
-        found = intervals_of(run, baseline, draws, seed)
+    for run, own in zip(runs, found, strict=True):
         for place, entry in enumerate(run.entries):
             first = [name(run.name)] if len(runs) > 1 else []
-            rows.append([*first, *_summary_row(run, entry, place, found, benchmarks), *_times(entry, timed)])
+            rows.append([*first, *_summary_row(run, entry, place, own, benchmarks), *_times(entry, timed)])
     return Table("Methods and budgets", columns, rows, names=3 if len(runs) > 1 else 2)
 
 
@@ -155,7 +154,7 @@ def _summary_row(run: Run, entry: Entry, place: int, found: Intervals, benchmark
         ranged(found.difference.get(place), "+"),
         ranged(retained),
         number(over_parts, 100),
-        number(_above_blank(run, entry), 100),
+        number(above_blank(run, entry), 100),
         *(number((mean.get("headlines") or {}).get(each), digits=2) for each in benchmarks),
         number(mean.get("agreement"), 100),
         number(mean.get("lost"), 100),
@@ -219,13 +218,3 @@ def groups(run: Run) -> Table | None:
         figures = [number((found.get(g) or {}).get(kind), 100) for g in GROUPS for kind in ("accuracy", "agreement")]
         rows.append([name(entry.method), name("all" if entry.budget is None else entry.budget), *figures])
     return Table("Questions by how much of the image they take", columns, rows)
-
-
-def all_tables(runs: Sequence[Run], baseline: str, draws: int, seed: int) -> list[Table]:
-    """The tables of a report; with several runs each names its own."""
-    found = [summary(runs, baseline, draws, seed)]
-    for make in (skills, groups):
-        for run in runs:
-            if (table := make(run)) is not None:
-                found.append(table if len(runs) == 1 else replace(table, title=f"{table.title}: {run.name}"))
-    return found

@@ -15,11 +15,11 @@ from lit_prune.evaluation.groups import GROUPS
 from lit_prune.evaluation.markdown import literal
 from lit_prune.evaluation.plots import draw, shift_per_layer
 from lit_prune.evaluation.report import template
-from lit_prune.evaluation.report.figures import all_tables
 from lit_prune.evaluation.report.gallery import KINDS, cards
 from lit_prune.evaluation.report.intervals import DRAWS
 from lit_prune.evaluation.report.runs import Run
 from lit_prune.evaluation.report.table import Table
+from lit_prune.evaluation.report.tables import all_tables
 from lit_prune.evaluation.rows import Row, caption, means
 
 FEW = 20  # images; percentile intervals of fewer clusters cover clearly less than they say
